@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow test-gpu ui clean
+
+demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
+	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
+
+test: $(VENV)/dev  ## lint, types and all tests but the slow ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/dev
+	$(BIN)/python -m pytest -m gpu
+
+ui: $(VENV)/base  ## MLflow on the store of the runs
+	$(BIN)/python -m pipeline ui
+
+$(VENV)/base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

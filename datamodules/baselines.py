@@ -1,0 +1,112 @@
+"""What a text costs without a neural network: xz, and a 5-gram model of bytes."""
+
+from __future__ import annotations
+
+import lzma
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_TRAIN_BYTES = 8 << 20  # of a longer training text the end is taken, of held-out text the start
+MAX_HELDOUT_BYTES = 2 << 20
+
+_ORDER = 5
+_XZ_MIN_DICTIONARY = 4096
+
+
+def text_baselines(train: bytes, heldout: bytes) -> dict[str, float]:
+    """Bits a byte that held-out text costs where the training text is known.
+
+    Args:
+        train: its last MAX_TRAIN_BYTES count.
+        heldout: its first MAX_HELDOUT_BYTES count.
+
+    Returns:
+        `xz`: what the held-out text adds to the compressed training text, whose dictionary spans
+        both; `5gram`: cross-entropy under `ByteNgram`, trained on the training text alone.
+    """
+    train, heldout = train[-MAX_TRAIN_BYTES:], heldout[:MAX_HELDOUT_BYTES]
+    if not heldout:
+        raise ValueError("the held-out text is empty; raise data.val_fraction.")
+    history = train[-(_ORDER - 1) :]
+    bits = ByteNgram(train).bits(history + heldout)[len(history) :]
+    return {"xz": _xz_bits_per_byte(train, heldout), "5gram": float(bits.mean())}
+
+
+def _xz_bits_per_byte(train: bytes, heldout: bytes) -> float:
+    lzma2 = {
+        "id": lzma.FILTER_LZMA2,
+        "preset": 9 | lzma.PRESET_EXTREME,
+        "dict_size": max(_XZ_MIN_DICTIONARY, len(train) + len(heldout)),
+    }
+
+    def size(data: bytes) -> int:
+        return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=[lzma2]))
+
+    return 8 * (size(train + heldout) - size(train)) / len(heldout)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Counts of one order, in ascending order of the packed bytes."""
+
+    grams: NDArray[np.uint64]  # context and next byte
+    gram_counts: NDArray[np.int64]
+    contexts: NDArray[np.uint64]
+    context_counts: NDArray[np.int64]
+    followers: NDArray[np.int64]  # different bytes seen after the context
+
+
+class ByteNgram:
+    """Interpolated Witten-Bell model of bytes (Witten and Bell 1991; Chen and Goodman 1999, 2.4).
+
+    p(w | h) = (c(hw) + t(h) p(w | h')) / (c(h) + t(h)), with t(h) the number of different bytes
+    seen after h, and h' the context without its oldest byte; below the empty context all bytes are
+    equally likely.
+    """
+
+    def __init__(self, train: bytes) -> None:
+        self._orders = [_count(train, order) for order in range(1, min(_ORDER, len(train)) + 1)]
+
+    def bits(self, text: bytes) -> NDArray[np.float64]:
+        """-log2 p of each byte of a text, after the up to four bytes before it: (len(text),)."""
+        probability = np.full(len(text), 1 / 256)
+        for order, counts in enumerate(self._orders, start=1):
+            grams = _grams(text, order)
+            seen, of_context = _find(counts.contexts, grams >> np.uint64(8))
+            total = counts.context_counts[of_context] * seen
+            followers = counts.followers[of_context] * seen
+            known, of_gram = _find(counts.grams, grams)
+            count = counts.gram_counts[of_gram] * known
+            lower = probability[order - 1 :]
+            mixed = (count + followers * lower) / np.maximum(total + followers, 1)
+            probability[order - 1 :] = np.where(seen, mixed, lower)
+        return -np.log2(probability)
+
+
+def _count(text: bytes, order: int) -> _Order:
+    grams, gram_counts = np.unique(_grams(text, order), return_counts=True)
+    contexts, first, followers = np.unique(
+        grams >> np.uint64(8), return_index=True, return_counts=True
+    )
+    context_counts = np.add.reduceat(gram_counts, first)
+    return _Order(grams, gram_counts, contexts, context_counts, followers)
+
+
+def _grams(text: bytes, order: int) -> NDArray[np.uint64]:
+    """Every window of `order` bytes as a number, the last byte lowest: (len(text) - order + 1,)."""
+    data = np.frombuffer(text, np.uint8).astype(np.uint64)
+    n_windows = max(0, len(data) - order + 1)
+    packed = np.zeros(n_windows, np.uint64)
+    for i in range(order):
+        packed = packed << np.uint64(8) | data[i : i + n_windows]
+    return packed
+
+
+def _find(
+    table: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Whether each key is in the sorted table, and where (anywhere, if it is not)."""
+    at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    return table[at] == keys, at

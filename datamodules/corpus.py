@@ -1,0 +1,313 @@
+"""From sources to token files: documents streamed, cleaned, split and tokenised once, then cached.
+
+The cache is keyed by content: digests of the sources and of the tokenizer, and the options. Nothing
+here holds more than one document in memory, and nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from datamodules.cleaning import cleaned
+from datamodules.files import cache_dir, decode
+from datamodules.sources import PYTHON_DOCS, read_jsonl, resolve, source_digests
+from datamodules.tokenizer import Tokenizer
+
+SPLITS = ("train", "val")
+Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one past the last
+SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
+
+_SCHEMA = 1  # raise it when the same sources and options give other tokens
+_DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
+_MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of the text is held out instead of documents
+_NO_TEXT = {".csv", ".tsv", ".json", ".gz", ".zip", ".zst"}
+
+_log = logging.getLogger(__name__)
+
+
+def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
+    """Documents of the sources, streamed: a text file, a line of JSONL or a row of Parquet each.
+
+    Args:
+        sources: see `datamodules.sources.resolve`.
+        text_column: field of JSONL or column of Parquet that holds the text.
+
+    Raises:
+        FileNotFoundError: for a source that is not there.
+        ValueError: naming the file and byte, line or row that is no text.
+    """
+    for source in sources:
+        column = "text" if source == PYTHON_DOCS else text_column
+        for path in resolve(source):
+            suffix = path.suffix.lower()
+            if suffix in _NO_TEXT:
+                raise ValueError(f"{path} is no plain text; give text, .jsonl or .parquet files.")
+            if suffix == ".jsonl":
+                yield from _jsonl_documents(path, column)
+            elif suffix == ".parquet":
+                yield from _parquet_documents(path, column)
+            else:
+                yield from _text_documents(path)
+
+
+def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
+    for number, row in read_jsonl(path):
+        if column not in row:
+            raise ValueError(_no_column(f"{path}:{number}", column, row))
+        yield _string(row[column], f"{path}:{number}", column)
+
+
+def _parquet_documents(path: Path, column: str) -> Iterator[str]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    with table:
+        if column not in table.schema_arrow.names:
+            raise ValueError(_no_column(str(path), column, table.schema_arrow.names))
+        number = 0
+        for batch in table.iter_batches(columns=[column], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield _string(value, f"{path}, row {number}", column)
+
+
+def _no_column(place: str, column: str, names: Iterable[str]) -> str:
+    return f"{place} has no {column!r}, but {', '.join(names)}; correct data.text_column."
+
+
+def _string(value: Any, place: str, column: str) -> str:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ValueError(f"{place}: {column!r} is {kind}, not text; correct data.text_column.")
+    return value
+
+
+def _text_documents(path: Path) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        while block := file.read(_DOCUMENT_BYTES):
+            block += file.readline(1 << 16)
+            while file.peek(1)[:1] and 0x80 <= file.peek(1)[0] < 0xC0:  # to the character's end
+                block += file.read(1)
+            yield decode(block, path, offset)
+            offset += len(block)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two token files, `train.bin` and `val.bin`, and the facts about them.
+
+    Attributes:
+        key: digest of everything that decides the tokens.
+        facts: `split` (document or tail), `dtype`, `documents` (counts of the cleaning and of each
+            split), and `tokens`, `bytes` and `sha256` of each split. Bytes are those of the text in
+            UTF-8; `<|endoftext|>` between two documents is a token and counts as one byte.
+    """
+
+    key: str
+    folder: Path
+    facts: dict[str, Any]
+
+    def tokens(self, split: str) -> NDArray[np.unsignedinteger]:
+        """(n_tokens,) memory-mapped ids."""
+        return np.memmap(self.path(split), self.facts["dtype"], mode="r")
+
+    def path(self, split: str) -> Path:
+        """The raw little-endian ids of a split."""
+        return self.folder / f"{split}.bin"
+
+    def text(self, split: str, tokenizer: Tokenizer, limit: int | None = None) -> bytes:
+        """UTF-8 of a split, a zero byte between documents; its last `limit` bytes, or all."""
+        tokens = self.tokens(split)
+        tokens = tokens if limit is None else tokens[-limit:]  # no token is shorter than a byte
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
+        parts = np.split(tokens, ends)
+        ids = [part[i > 0 :] for i, part in enumerate(parts)]  # all but the first start with eos
+        text = SEPARATOR.join(tokenizer.decode_bytes(part.tolist()) for part in ids)
+        return text if limit is None else text[-limit:]
+
+
+def prepare(
+    sources: Sequence[str],
+    *,
+    text_column: str,
+    tokenizer: Tokenizer,
+    near_duplicates: float | None,
+    val_fraction: float,
+) -> Corpus:
+    """The corpus of these sources and options: from the cache, or made now and cached.
+
+    Processes that ask for the same corpus at once wait for the one that makes it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `documents` does, and if nothing is left to learn from.
+    """
+    form = {
+        "schema": _SCHEMA,
+        "sources": _content_digests(sources),
+        "text_column": text_column,
+        "tokenizer": tokenizer.digest,
+        "near_duplicates": near_duplicates,
+        "val_fraction": val_fraction,
+    }
+    key = hashlib.sha256(json.dumps(form).encode()).hexdigest()
+    folder = cache_dir() / "corpora" / key[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not _whole(folder):
+            counts: Counter[str] = Counter()
+            texts = cleaned(
+                documents(sources, text_column), near_duplicates=near_duplicates, counts=counts
+            )
+            _make(folder, texts, counts, tokenizer, val_fraction)
+        return Corpus(key, folder, json.loads((folder / "corpus.json").read_text()))
+
+
+def _content_digests(sources: Sequence[str]) -> list[list[str]]:
+    """Digests and suffixes in the order of reading; where a file lies does not matter."""
+    return [
+        [Path(name).suffix.lower(), digest]
+        for source in sources
+        for name, digest in source_digests([source]).items()
+    ]
+
+
+def _whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    facts = json.loads((folder / "corpus.json").read_text())
+    width = np.dtype(facts["dtype"]).itemsize
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        if not path.is_file() or path.stat().st_size != facts["tokens"][split] * width:
+            _log.warning("%s is damaged in the cache; the corpus is tokenised again", path)
+            return False
+    return True
+
+
+def _make(
+    folder: Path,
+    texts: Iterable[str],
+    counts: Counter[str],
+    tokenizer: Tokenizer,
+    val_fraction: float,
+) -> None:
+    temporary = folder.with_suffix(".tmp")  # under the lock: what is there is left from a kill
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
+    whole = temporary / "whole.bin"
+    ends, held_out = _tokenise(whole, texts, tokenizer, dtype, val_fraction)
+    if not ends or not ends[-1]:
+        raise ValueError(
+            f"data.source holds no text: {counts['read']} documents, all empty; give some text."
+        )
+    tokens = np.memmap(whole, dtype, mode="r")
+    by_document = sum(held_out) >= _MIN_HELD_OUT_DOCUMENTS
+    ranges = (
+        _documents(ends, held_out) if by_document else _tail(tokens, ends, tokenizer, val_fraction)
+    )
+    written = {
+        split: _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
+        for split in SPLITS
+    }
+    facts: dict[str, Any] = {"split": "document" if by_document else "tail", "dtype": dtype}
+    for fact in ("documents", "tokens", "bytes", "sha256"):
+        facts[fact] = {split: written[split][fact] for split in SPLITS}
+    facts["documents"] = {"kept": len(ends), **counts, **facts["documents"]}
+    (temporary / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
+    whole.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _tokenise(
+    path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype: str, val_fraction: float
+) -> tuple[array[int], bytearray]:
+    """Writes all documents one after the other; where each ends, and whether it is to be held out.
+
+    A document's own digest decides: runs with other seeds, or with more text, hold out the same.
+    """
+    ends, held_out = array("q"), bytearray()
+    with path.open("wb") as file:
+        for text in texts:
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            held_out.append(int.from_bytes(digest, "big") < val_fraction * 2**64)
+            ids = np.array(tokenizer.encode(text), dtype)
+            file.write(ids.data)
+            ends.append((ends[-1] if ends else 0) + len(ids))
+    return ends, held_out
+
+
+def _documents(ends: Sequence[int], held_out: Sequence[int]) -> Ranges:
+    ranges: Ranges = {split: [] for split in SPLITS}
+    for start, end, val in zip([0, *ends], ends, held_out, strict=False):
+        ranges[SPLITS[val]].append((start, end))
+    return ranges
+
+
+def _tail(
+    tokens: NDArray[np.unsignedinteger],
+    ends: Sequence[int],
+    tokenizer: Tokenizer,
+    val_fraction: float,
+) -> Ranges:
+    """The end of the text, from the first line or word that begins after its share of tokens."""
+    cut = round((1 - val_fraction) * len(tokens))
+    end = next((end for end in ends if end > cut), cut)
+    near = tokens[cut : cut + min((end - cut) // 2, 10_000)].tolist()
+    pieces = [tokenizer.decode_bytes([token]) for token in near]
+    lines = [i + 1 for i, piece in enumerate(pieces) if piece.endswith(b"\n")]
+    words = [i for i, piece in enumerate(pieces) if piece.startswith(b" ")]
+    cut += (lines + words + [0])[0]
+    ranges = [(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return {
+        "train": [(start, min(end, cut)) for start, end in ranges if start < cut],
+        "val": [(max(start, cut), end) for start, end in ranges if end > cut],
+    }
+
+
+def _write(
+    path: Path,
+    tokens: NDArray[np.unsignedinteger],
+    ranges: Sequence[tuple[int, int]],
+    tokenizer: Tokenizer,
+) -> dict[str, int | str]:
+    """Copies ranges of tokens, `<|endoftext|>` between them."""
+    lengths = np.array(tokenizer.lengths())
+    separator = np.array([tokenizer.eos_id], tokens.dtype)
+    n_separators = max(0, len(ranges) - 1)
+    n_tokens = n_bytes = n_separators
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for i, (start, end) in enumerate(ranges):
+            document = np.concatenate([separator[: i > 0], tokens[start:end]])
+            file.write(document.data)
+            digest.update(document.data)
+            n_tokens += end - start
+            n_bytes += int(lengths[tokens[start:end]].sum())
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        "documents": len(ranges),
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "sha256": digest.hexdigest(),
+    }

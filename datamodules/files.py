@@ -1,0 +1,75 @@
+"""Files: written whole or not at all, digested, and decoded with errors that say where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_REMEMBERED_BYTES = 64 << 20  # digests of files from this size on are remembered
+
+
+def cache_dir() -> Path:
+    """Folder of what can be made again: GPT_PIPELINE_CACHE, or our part of the user's cache."""
+    if own := os.environ.get("GPT_PIPELINE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-pipeline"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file by its path; of big ones remembered by path, size and time of change."""
+    return {str(path): _remembered_sha256(path) for path in paths}
+
+
+def _remembered_sha256(path: Path) -> str:
+    stat = path.stat()
+    if stat.st_size < _REMEMBERED_BYTES:
+        return sha256(path)
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    note = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
+    if not note.is_file():
+        with replacing(note) as temporary:
+            temporary.write_text(sha256(path))
+    return note.read_text()
+
+
+def decode(data: bytes, path: Path, offset: int = 0) -> str:
+    """Text of UTF-8 bytes, without a byte-order mark at the start of the file.
+
+    Args:
+        data: bytes that stand at `offset` in the file.
+        path: for the message.
+        offset: of the first byte in its file.
+
+    Raises:
+        ValueError: naming the file and the first byte that is not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; "
+            "convert the file, for example with iconv -t UTF-8."
+        ) from error
+    return text.removeprefix("\ufeff") if offset == 0 else text

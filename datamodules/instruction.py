@@ -1,0 +1,297 @@
+"""Prompts with responses to learn: Alpaca fields or chat messages, in JSON or JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules import splits
+from datamodules.batching import Sample, SampleList, StepDataModule, digest_of, load_tokenizer
+from datamodules.prompts import (
+    IGNORE,
+    Message,
+    Supervise,
+    alpaca_messages,
+    check_messages,
+    encode_conversation,
+    encode_prompt,
+    find_style,
+    reply_opening,
+    stop_ids,
+    surplus,
+)
+from datamodules.sources import decode, file_digests, read_jsonl, resolve
+
+
+class Item(TypedDict):
+    """One entry of the data; `messages` is the prompt, `reference` the response to it."""
+
+    id: int  # position in the data, from 0
+    instruction: str
+    input: str
+    reference: str
+    messages: list[Message]
+
+
+class InstructionDataModule(StepDataModule):
+    """Prompts and responses in one prompt style; the test set is what the other two leave.
+
+    Entries with the same prompt (but for case, punctuation and spacing) stay on one side of the
+    split. Shuffled, whole groups are drawn. In file order it is the book's split: the first
+    `train_fraction` of the entries to train on, the next to test on, the last `val_fraction` to
+    validate on, each share rounded to whole entries; but an entry whose prompt has occurred before
+    joins the first one, so that the later splits are smaller by their repeats.
+
+    A sample longer than `max_length` keeps its (last) response whole and loses the middle of what
+    stands before: the start of the prompt says what is asked, its end opens the response.
+
+    Args:
+        source: what `sources.resolve` takes; every file a JSON list, or .jsonl with an object a
+            line, of `instruction`, `input` (may be missing), `output`, or of `messages`.
+        tokenizer: what `Tokenizer.load` takes.
+        prompt_style: alpaca, phi3 or chatml.
+        supervise: "response" for a loss on what the assistant says, "all" for one on every token.
+        max_length: tokens of a sample; at most the model's block_size.
+        train_fraction: share of entries to train on.
+        val_fraction: share of entries to validate on.
+        shuffle_split: split at random; otherwise in file order.
+        batch_size: samples an optimizer step, over all ranks.
+        max_tokens: padded tokens a micro-batch; memory, not learning.
+        seed: of the order of training samples.
+        split_seed: of the split, where it is shuffled.
+        num_workers: processes that prepare batches.
+
+    Raises:
+        ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
+            that cannot be used, naming file and entry.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        tokenizer: str | None,
+        prompt_style: str,
+        supervise: Supervise,
+        max_length: int,
+        train_fraction: float,
+        val_fraction: float,
+        shuffle_split: bool,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        split_seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
+        )
+        find_style(prompt_style)
+        splits.check_fractions(train_fraction, val_fraction)
+        if supervise not in get_args(Supervise):
+            raise ValueError(f"data.supervise is {supervise!r}; choose response or all.")
+        if max_length < 2:
+            raise ValueError(f"data.max_length is {max_length}; give at least 2 tokens.")
+        self.source, self.max_length = source, max_length
+        self.prompt_style, self.supervise = prompt_style, supervise
+        self.train_fraction, self.val_fraction = train_fraction, val_fraction
+        self.shuffle_split, self.split_seed = shuffle_split, split_seed
+        self.tokenizer = load_tokenizer(tokenizer)
+        self._items: list[Item] = []
+
+    def prepare_data(self) -> None:
+        """Downloads, on one process."""
+        resolve(self.source)
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes the entries; there is nothing to do a second time."""
+        if self._items:
+            return
+        paths = resolve(self.source)
+        entries = [entry for path in paths for entry in _entries(path)]
+        items = [_item(i, entry, place) for i, (place, entry) in enumerate(entries)]
+        self._rows, n_leaked_naive = self._split(items)
+        samples, n_cut = self._encode(items, [place for place, _ in entries])
+        sets = [SampleList([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
+        self.train_set, self.val_set, self.test_set = sets
+        counts = {
+            "items": len(items),
+            **{split: len(rows) for split, rows in self._rows.items()},
+            "n_cut": n_cut,
+            "n_leaked_naive": n_leaked_naive,
+        }
+        self.fingerprint = {
+            "digest": digest_of(sets),
+            "counts": counts,
+            "sources": file_digests(paths),
+        }
+        self._items = items
+        rank_zero_info(
+            f"{self.source}: {counts}; with a naive split {n_leaked_naive} test prompts would be "
+            "in training too, here none is."
+        )
+        if n_cut:
+            rank_zero_info(
+                f"{n_cut} of {len(items)} samples are longer than data.max_length "
+                f"{self.max_length}; the middle of their prompts is left out."
+            )
+
+    def items(self, split: str) -> list[Item]:
+        """Entries of the train, val or test split, in the order of its samples."""
+        return [self._items[row] for row in self._rows[split]]
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint needs to answer: how a prompt is written, and the ids that end it."""
+        return {
+            "prompt_style": self.prompt_style,
+            "stop_ids": stop_ids(self.tokenizer, self.prompt_style),
+        }
+
+    def _split(self, items: list[Item]) -> tuple[dict[str, splits.Positions], int]:
+        """Positions of each split, and how many test prompts a naive split would have leaked."""
+        keys = [_prompt_key(item) for item in items]
+        test_fraction = 1 - self.train_fraction - self.val_fraction
+        order = ("train", "test", "val")  # the book's
+        fractions = (self.train_fraction, test_fraction, self.val_fraction)
+        if self.shuffle_split:
+            parts = splits.split_groups(keys, fractions, self.split_seed)
+        else:
+            parts = splits.split_in_order(keys, fractions)
+        rows = dict(zip(order, parts, strict=True))
+        splits.refuse_empty(rows)
+        naive_seed = self.split_seed if self.shuffle_split else None
+        train, test, _ = splits.naive_split(len(keys), fractions, naive_seed)
+        n_leaked_naive = splits.count_leaked(keys, train, test)
+        return {split: rows[split] for split in splits.SPLITS}, n_leaked_naive
+
+    def _encode(self, items: list[Item], places: list[str]) -> tuple[list[Sample], int]:
+        """A sample for each item, and how many of them were cut."""
+        samples, n_cut = [], 0
+        for item, place in zip(items, places, strict=True):
+            messages = [*item["messages"], Message(role="assistant", content=item["reference"])]
+            ids, labels = encode_conversation(
+                self.tokenizer, self.prompt_style, messages, supervise=self.supervise
+            )
+            if len(ids) > self.max_length:
+                self._cut(ids, labels, item, place)
+                n_cut += 1
+            samples.append(
+                Sample(
+                    sample_id=item["id"], input_ids=torch.tensor(ids), labels=torch.tensor(labels)
+                )
+            )
+        return samples, n_cut
+
+    def _cut(self, ids: list[int], labels: list[int], item: Item, place: str) -> None:
+        """Takes the middle out of the prompt of a sample that is too long, in place."""
+        n_prompt = len(encode_prompt(self.tokenizer, self.prompt_style, item["messages"]))
+        n_opening = len(reply_opening(self.tokenizer, self.prompt_style))
+        n_response = len(ids) - n_prompt
+        if n_opening + n_response > self.max_length:
+            raise ValueError(
+                f"{place}: the response and what opens it have {n_opening + n_response} tokens, "
+                f"data.max_length is {self.max_length}; raise it (and model.block_size), or "
+                "shorten the response."
+            )
+        middle = surplus(n_prompt, self.max_length - n_response, n_opening)
+        del ids[middle], labels[middle]
+        labels[middle.start] = IGNORE  # what came before it is gone
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each entry of a file stands, for messages, and the entry."""
+    if path.suffix.lower() == ".jsonl":
+        entries = [(f"{path}:{line}", entry) for line, entry in read_jsonl(path)]
+    else:
+        entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
+    if not entries:
+        raise ValueError(f"{path} holds no entries; take it out of data.source, or fill it.")
+    yield from entries
+
+
+def _json_list(path: Path) -> list[Any]:
+    text = decode(path.read_bytes(), path)
+    try:
+        entries = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "
+            "or name the file .jsonl where it has an object a line."
+        ) from error
+    if not isinstance(entries, list):
+        raise ValueError(
+            f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."
+        )
+    return entries
+
+
+def _item(index: int, entry: Any, place: str) -> Item:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is a {type(entry).__name__}, not an object; correct it.")
+    if "messages" in entry:
+        messages = _chat(entry["messages"], place)
+        instruction, given = messages[-2]["content"], ""
+    else:
+        instruction, output = (_text(entry, field, place) for field in ("instruction", "output"))
+        given = "" if entry.get("input") is None else _text(entry, "input", place)
+        reply = Message(role="assistant", content=output)
+        messages = [*alpaca_messages(instruction, given), reply]
+    for message in messages:
+        if message["role"] != "system" and not message["content"].strip():
+            raise ValueError(
+                f"{place} has an empty {message['role']} text, there is nothing to learn from it; "
+                "complete the entry, or drop it."
+            )
+    *prompt, reply = messages
+    return Item(
+        id=index,
+        instruction=instruction,
+        input=given,
+        reference=reply["content"],
+        messages=prompt,
+    )
+
+
+def _chat(messages: Any, place: str) -> list[Message]:
+    """Messages of the right form: the last one is an assistant's answer to a user."""
+    if not isinstance(messages, list):
+        raise ValueError(f"{place}: 'messages' is a {type(messages).__name__}, not a list.")
+    chat = [_message(value, f"{place}: message {i}") for i, value in enumerate(messages)]
+    try:
+        check_messages(chat)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if [message["role"] for message in chat[-2:]] != ["user", "assistant"]:
+        raise ValueError(
+            f"{place}: its messages do not end with a user's and the assistant's answer to it; "
+            "complete the entry, or drop it."
+        )
+    return chat
+
+
+def _message(value: Any, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is a {type(value).__name__}, not an object; correct it.")
+    return Message(role=_text(value, "role", place), content=_text(value, "content", place))
+
+
+def _text(entry: dict[str, Any], field: str, place: str) -> str:
+    if field not in entry:
+        raise ValueError(
+            f"{place} has no {field!r}, only {list(entry)}; add it, or drop the entry."
+        )
+    if not isinstance(entry[field], str):
+        kind = type(entry[field]).__name__
+        raise ValueError(f"{place}: {field!r} is a {kind}, not a text; correct or drop the entry.")
+    return entry[field]
+
+
+def _prompt_key(item: Item) -> str:
+    """Digits count here: "3 + 4" and "3 + 5" are two questions."""
+    contents = "\n".join(message["content"] for message in item["messages"])
+    return splits.canonical_key(contents, mask_digits=False)

@@ -1,0 +1,195 @@
+"""Next-token prediction on plain text: an epoch is the corpus, cut into disjoint blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.batching import Sample, StepDataModule, epoch_generator, load_tokenizer
+from datamodules.corpus import Corpus, prepare
+from datamodules.sources import source_digests
+
+
+@dataclass(frozen=True)
+class Blocks(Dataset[Sample]):
+    """Blocks of a token file, one every `stride` tokens; the last ones may be shorter.
+
+    The file is mapped for each block: workers share its pages, and nothing but its path is pickled.
+    """
+
+    path: Path
+    dtype: str
+    n_tokens: int
+    block_size: int
+    stride: int
+
+    def __len__(self) -> int:
+        return -(-(self.n_tokens - 1) // self.stride)  # a block of one token has nothing to predict
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.stride
+        tokens = np.memmap(self.path, self.dtype, mode="r", shape=(self.n_tokens,))
+        block = tokens[start : start + self.block_size].astype(np.int64)
+        input_ids = torch.from_numpy(block)  # (T,)
+        return Sample(sample_id=index, input_ids=input_ids, labels=input_ids)
+
+
+class PretrainingDataModule(StepDataModule):
+    """Text from files, folders, globs, JSONL, Parquet or `bundled:python-docs`.
+
+    Documents are cleaned, deduplicated and joined by `<|endoftext|>`. Some of them are held out
+    (the end of the text, where they are few), whatever the seed. There is no third split: test is
+    validation again.
+
+    Args:
+        source: one source or several, see `datamodules.sources.resolve`.
+        text_column: field of JSONL or column of Parquet that holds the text.
+        tokenizer: name (`gpt2`), file or checkpoint, see `Tokenizer.load`.
+        block_size: tokens a sample.
+        batch_size: blocks an optimizer step, over all ranks.
+        max_tokens: tokens a micro-batch; memory, not learning.
+        val_fraction: of the text that is held out, above 0 and below 1.
+        near_duplicates: Jaccard similarity from which a document is dropped; null: keep all.
+        seed: of where blocks begin and of their order.
+        num_workers: processes that prepare batches.
+    """
+
+    context_key = "block_size"
+
+    def __init__(
+        self,
+        *,
+        source: str | list[str],
+        text_column: str,
+        tokenizer: str | None,
+        block_size: int,
+        batch_size: int,
+        max_tokens: int,
+        val_fraction: float,
+        near_duplicates: float | None,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
+        )
+        if block_size < 2:
+            raise ValueError(f"data.block_size is {block_size}; give at least 2.")
+        if max_tokens < block_size:
+            raise ValueError(
+                f"data.max_tokens is {max_tokens}, but one block has {block_size} tokens; "
+                "raise data.max_tokens or lower data.block_size."
+            )
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction is {val_fraction}; give one between 0 and 1.")
+        if near_duplicates is not None and not 0 < near_duplicates <= 1:
+            raise ValueError(
+                f"data.near_duplicates is {near_duplicates}; give a similarity between 0 and 1, "
+                "or null to keep near-duplicates."
+            )
+        self.sources = [source] if isinstance(source, str) else source
+        if not self.sources:
+            raise ValueError("data.source is an empty list; give at least one source.")
+        self.text_column, self.block_size = text_column, block_size
+        self.val_fraction, self.near_duplicates = val_fraction, near_duplicates
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.corpus: Corpus | None = None
+
+    def setup(self, stage: str) -> None:
+        """Tokenises the corpus, or finds it in the cache.
+
+        Raises:
+            FileNotFoundError: for a source that is not there.
+            ValueError: for a source that is no text, or a corpus too short for the block size.
+        """
+        if self.corpus is not None:
+            return
+        corpus = prepare(
+            self.sources,
+            text_column=self.text_column,
+            tokenizer=self.tokenizer,
+            near_duplicates=self.near_duplicates,
+            val_fraction=self.val_fraction,
+        )
+        self._check_length(corpus.facts["tokens"])
+        self.train_set = self._blocks(corpus, "train", stride=1)  # by the token it starts with
+        self.val_set = self._blocks(corpus, "val", stride=self.block_size - 1)
+        self.test_set = self.val_set
+        self.fingerprint = {
+            "digest": corpus.key,
+            "tokenizer": self.tokenizer.digest,
+            "block_size": self.block_size,
+            "split": corpus.facts["split"],
+            "counts": {fact: corpus.facts[fact] for fact in ("documents", "tokens", "bytes")},
+            "sources": source_digests(self.sources),
+        }
+        self.corpus = corpus
+
+    def _check_length(self, n_tokens: dict[str, int]) -> None:
+        needed = 2 * self.block_size - 1  # one block, wherever the epoch's first one begins
+        if n_tokens["train"] < needed:
+            raise ValueError(
+                f"the training text has {n_tokens['train']} tokens, but data.block_size "
+                f"{self.block_size} needs {needed}; lower data.block_size or give more text."
+            )
+        if n_tokens["val"] < 2:
+            raise ValueError(
+                f"the held-out text has {n_tokens['val']} tokens; "
+                "raise data.val_fraction or give more text."
+            )
+
+    def _blocks(self, corpus: Corpus, split: str, stride: int) -> Blocks:
+        return Blocks(
+            path=corpus.path(split),
+            dtype=corpus.facts["dtype"],
+            n_tokens=corpus.facts["tokens"][split],
+            block_size=self.block_size,
+            stride=stride,
+        )
+
+    def train_order(self) -> Callable[[int], Tensor]:
+        """Epoch -> first tokens of disjoint blocks, shuffled; every epoch cuts at other places."""
+        n_tokens, block_size, seed = (
+            self._corpus.facts["tokens"]["train"],
+            self.block_size,
+            self.seed,
+        )
+        n_blocks = (n_tokens - (block_size - 1)) // block_size  # as many for every offset
+
+        def order(epoch: int) -> Tensor:
+            generator = epoch_generator(seed, epoch)
+            offset = torch.randint(block_size, (), generator=generator)
+            return offset + block_size * torch.randperm(n_blocks, generator=generator)
+
+        return order
+
+    @property
+    def val_bytes_per_token(self) -> float:
+        """UTF-8 bytes of the held-out text a token: bits a byte are nats a token / ln 2 / this."""
+        facts = self._corpus.facts
+        return float(facts["bytes"]["val"] / facts["tokens"]["val"])
+
+    def train_bytes(self, limit: int) -> bytes:
+        """UTF-8 of the last `limit` bytes of the training text, a zero byte between documents."""
+        return self._corpus.text("train", self.tokenizer, limit)
+
+    def heldout_bytes(self) -> bytes:
+        """UTF-8 of the held-out text, a zero byte between documents."""
+        return self._corpus.text("val", self.tokenizer)
+
+    def meta(self) -> dict[str, object]:
+        """What a checkpoint has to know to use the model: nothing, for plain text."""
+        return {}
+
+    @property
+    def _corpus(self) -> Corpus:
+        assert self.corpus is not None, "setup() comes first"
+        return self.corpus

@@ -1,0 +1,200 @@
+"""The one place where a conversation becomes token ids: training, scoring, chat and the notebooks.
+
+A conversation is written turn by turn as segments. Each segment is encoded on its own, so that no
+BPE merge reaches across a border: the ids to generate from are an exact prefix of the ids that were
+trained on. Only markers written here become special ids; whatever a user says is ordinary text.
+
+The alpaca wording is that of Taori et al. 2023 as shortened by Raschka, "Build a Large Language
+Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml OpenAI's ChatML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+from datamodules.tokenizer import ENDOFTEXT, Tokenizer
+
+IGNORE = -100  # Hugging Face's label for "no loss here"
+Supervise = Literal["response", "all"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as OpenAI's chat API writes it."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+class Segment(NamedTuple):
+    """A piece of a conversation that is encoded on its own."""
+
+    text: str
+    marker: bool = False  # one special id where the tokenizer declares the text
+    supervised: bool = False  # part of what the model must learn to say
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How turns are written.
+
+    Attributes:
+        opening: role -> (marker, text) before the content of a turn; the marker may be empty.
+        end: the marker after a turn.
+        ends: the roles whose turns end with it.
+        between: text between two turns.
+        preamble: what stands for the system message where there is none.
+    """
+
+    opening: dict[str, tuple[str, str]]
+    end: str
+    ends: tuple[str, ...]
+    between: str = ""
+    preamble: str = ""
+
+
+ROLES = ("system", "user", "assistant")
+STYLES = {
+    "alpaca": PromptStyle(
+        opening={
+            "system": ("", ""),
+            "user": ("", "\n\n### Instruction:\n"),
+            "assistant": ("", "\n\n### Response:\n"),
+        },
+        end=ENDOFTEXT,
+        ends=("assistant",),
+        preamble="Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.",
+    ),
+    "phi3": PromptStyle(
+        opening={role: (f"<|{role}|>", "\n") for role in ROLES},
+        end="<|end|>",
+        ends=ROLES,
+        between="\n",
+    ),
+    "chatml": PromptStyle(
+        opening={role: ("<|im_start|>", f"{role}\n") for role in ROLES},
+        end="<|im_end|>",
+        ends=ROLES,
+        between="\n",
+    ),
+}
+
+
+def find_style(name: str) -> PromptStyle:
+    """The style of this name; ValueError names `data.prompt_style` where there is none."""
+    if name not in STYLES:
+        raise ValueError(f"data.prompt_style is {name!r}; choose one of {', '.join(STYLES)}.")
+    return STYLES[name]
+
+
+def alpaca_messages(instruction: str, input: str = "") -> list[Message]:
+    """Alpaca fields as the user's message, in every style with the input under its own heading."""
+    content = f"{instruction}\n\n### Input:\n{input}" if input else instruction
+    return [Message(role="user", content=content)]
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """ValueError unless there are messages, all of known roles, the system's only at the start."""
+    if not messages:
+        raise ValueError("a conversation is empty; give it at least one user message.")
+    for position, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise ValueError(
+                f"message {position} has role {message['role']!r}; use one of {', '.join(ROLES)}."
+            )
+        if message["role"] == "system" and position:
+            raise ValueError(f"message {position} is a system message; only the first one may be.")
+
+
+def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[int]:
+    """Ids that the assistant's next turn continues: the conversation, and the opening of that turn.
+
+    Raises:
+        ValueError: the last message isn't the user's, or `check_messages` refuses the conversation.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        role = messages[-1]["role"]
+        raise ValueError(f"a prompt ends with a message of role {role!r}; end it with a user's.")
+    ids, _ = _encode(tokenizer, _conversation(tokenizer, find_style(style), messages))
+    return ids + reply_opening(tokenizer, style)
+
+
+def reply_opening(tokenizer: Tokenizer, style: str) -> list[int]:
+    """Ids between the user's turn and the assistant's first word."""
+    ids, _ = _encode(tokenizer, _opening(find_style(style), "assistant", first=False))
+    return ids
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, style: str, messages: Sequence[Message], *, supervise: Supervise
+) -> tuple[list[int], list[int]]:
+    """Ids of a whole conversation and its labels, unshifted, both of length T.
+
+    With "response" every assistant turn is supervised, its content and the id that ends it; with
+    "all" every id is. Before the content of an assistant turn stand exactly the ids of
+    `encode_prompt` for the messages before it.
+
+    Raises:
+        ValueError: `check_messages` refuses the conversation.
+    """
+    check_messages(messages)
+    ids, labels = _encode(tokenizer, _conversation(tokenizer, find_style(style), messages))
+    return ids, labels if supervise == "response" else list(ids)
+
+
+def surplus(n_prompt: int, room: int, n_opening: int) -> slice:
+    """The middle of a prompt of `n_prompt` ids, to be deleted so that `room` of them remain.
+
+    Half of what remains is the start, which says what is asked; at least the last `n_opening` ids
+    (see `reply_opening`) stay at the end.
+    """
+    n_end = max(n_opening, room - room // 2)
+    return slice(room - n_end, n_prompt - n_end)
+
+
+def stop_ids(tokenizer: Tokenizer, style: str) -> list[int]:
+    """Ids that end a response: the style's own end where the tokenizer declares it, and EOS."""
+    end = tokenizer.special_ids[_reply_end(tokenizer, find_style(style))]
+    return sorted({end, tokenizer.eos_id})
+
+
+def _reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
+    """One id has to end a response, so that decoding can stop: EOS where `end` isn't declared."""
+    return style.end if style.end in tokenizer.special_ids else ENDOFTEXT
+
+
+def _conversation(
+    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]
+) -> Iterator[Segment]:
+    if style.preamble and messages[0]["role"] != "system":
+        yield Segment(style.preamble)
+    for position, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        is_reply = role == "assistant"
+        first = position == 0 and not style.preamble
+        yield from _opening(style, role, first=first)
+        yield Segment(content, supervised=is_reply)
+        if role in style.ends:
+            end = _reply_end(tokenizer, style) if is_reply else style.end
+            yield Segment(end, marker=True, supervised=is_reply)
+
+
+def _opening(style: PromptStyle, role: str, *, first: bool) -> Iterator[Segment]:
+    marker, text = style.opening[role]
+    yield Segment("" if first else style.between)
+    yield Segment(marker, marker=True)
+    yield Segment(text)
+
+
+def _encode(tokenizer: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, marker, supervised in segments:
+        special = tokenizer.special_ids.get(text) if marker else None
+        piece = tokenizer.encode(text) if special is None else [special]
+        ids += piece
+        labels += piece if supervised else [IGNORE] * len(piece)
+    return ids, labels

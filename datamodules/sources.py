@@ -1,0 +1,174 @@
+"""Where data comes from: files, folders, globs, bundled samples, downloads; and reading it."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.downloads import DOWNLOADS, download
+from datamodules.files import cache_dir, decode, file_digests, replacing
+from datamodules.python_docs import python_docs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PYTHON_DOCS = "bundled:python-docs"
+
+_SAMPLES = Path(__file__).parent / "samples"
+_PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
+
+
+def resolve(source: str) -> list[Path]:
+    """Files of a source, sorted.
+
+    Args:
+        source: `bundled:NAME`, `download:NAME`, a file, a folder (all files below it that are not
+            hidden) or a glob (`**` crosses folders); `~` and environment variables are expanded.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or nothing matches.
+        ValueError: for an unknown bundled or download name.
+        OSError: if a download fails.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "bundled":
+        return [_bundled(name)]
+    if kind == "download":
+        return [download(_known(DOWNLOADS, name, kind))]
+    path = Path(os.path.expandvars(source)).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
+    else:
+        files = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207, Path.glob matches hidden files
+    found = sorted(file for file in files if file.is_file())
+    if not found:
+        raise FileNotFoundError(_missing(source, path))
+    return found
+
+
+def source_digests(sources: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of every file of the sources, by path; of python-docs by the Python version.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `resolve` does.
+    """
+    digests: dict[str, str] = {}
+    for source in sources:
+        of_files = file_digests(resolve(source))
+        if source == PYTHON_DOCS:
+            (digest,) = of_files.values()
+            of_files = {f"{PYTHON_DOCS}@{platform.python_version()}": digest}
+        digests |= of_files
+    return digests
+
+
+def _missing(source: str, path: Path) -> str:
+    if "$" in str(path):
+        return f"source {source!r} has an environment variable that is not set; set it."
+    if path.is_dir():
+        return f"source {source!r} is a folder without files; give one that holds data."
+    if glob.has_magic(str(path)):
+        return f"source {source!r} matches no file; correct the pattern, or give a folder."
+    return f"source {source!r} does not exist; give a file, a folder or a glob."
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _known(choices: dict[str, Any], name: str, kind: str) -> Any:
+    if name not in choices:
+        known = ", ".join(f"{kind}:{choice}" for choice in sorted(choices))
+        raise ValueError(f"source '{kind}:{name}' is unknown; give {known}, or a path.")
+    return choices[name]
+
+
+def _bundled(name: str) -> Path:
+    samples = {file.stem: file for file in _SAMPLES.iterdir() if file.is_file()}
+    docs = _python_docs_path()
+    if name == "python-docs" and not docs.is_file():
+        with replacing(docs) as temporary, temporary.open("w", encoding="utf-8") as lines:
+            for document, text in python_docs():
+                lines.write(json.dumps({"name": document, "text": text}) + "\n")
+    return Path(_known({**samples, "python-docs": docs}, name, "bundled"))
+
+
+def _python_docs_path() -> Path:
+    build = hashlib.sha256(f"{sys.version} {sys.base_prefix}".encode()).hexdigest()[:8]
+    version = f"{platform.python_version()}-{build}-{_PYTHON_DOCS_FORM}"
+    return cache_dir() / "python-docs" / f"{version}.jsonl"
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
+
+    Raises:
+        ValueError: naming the file and line that is no JSON object, or the byte that is no UTF-8.
+    """
+    offset = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = decode(line, path, offset).strip()
+            offset += len(line)
+            if text:
+                yield number, _json_object(text, f"{path}:{number}")
+
+
+def _json_object(text: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: {error.msg} at column {error.colno}; fix the line.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a {type(value).__name__}, not a JSON object; fix the line.")
+    return value
+
+
+def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Rows of a .csv, .tsv (also without suffix), .jsonl or .parquet file.
+
+    Cells of CSV and TSV are strings as they stand ("NA" and "" included). A tab-separated line is
+    never quoted: a lone quotation mark in a text swallows no rows.
+
+    Args:
+        path: of the file.
+        names: of the columns, where a CSV or TSV file has no header line.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read as what its suffix says.
+    """
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return pd.DataFrame([row for _, row in read_jsonl(path)])
+    if suffix not in (".csv", ".tsv", "", ".parquet"):
+        raise ValueError(f"{path} is no table; give a .csv, .tsv, .jsonl or .parquet file.")
+    text = "" if suffix == ".parquet" else decode(path.read_bytes(), path)
+    try:
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(
+            io.StringIO(text.replace("\r\n", "\n")),
+            sep="," if suffix == ".csv" else "\t",
+            quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
+            names=None if names is None else list(names),
+            header=0 if names is None else None,
+            lineterminator="\n",
+            dtype=str,
+            keep_default_na=False,
+        )
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error

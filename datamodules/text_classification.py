@@ -1,0 +1,259 @@
+"""Labelled texts from a table, split without leaks, and the preset for spam."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules import splits
+from datamodules.batching import Sample, SampleList, StepDataModule, digest_of, load_tokenizer
+from datamodules.sources import file_digests, read_table, resolve
+
+
+class TextClassificationDataModule(StepDataModule):
+    """Texts of any number of classes; the test set is what training and validation leave.
+
+    Texts that are equal but for case, digits and punctuation stay on one side of the split, which
+    is stratified by label. A text longer than `max_length` loses its end, and is counted.
+
+    Args:
+        source: what `sources.resolve` takes; every file a .csv, .tsv, .jsonl or .parquet table.
+        text_column: column of the texts.
+        label_column: column of the labels.
+        label_names: the labels as they stand in the table; their order gives the class indices.
+        tokenizer: what `Tokenizer.load` takes.
+        max_length: tokens of a text that are kept; at most the model's block_size.
+        train_fraction: share of rows to train on.
+        val_fraction: share of rows to validate on.
+        balance: in each split, keep as many rows of every class as the rarest one has.
+        batch_size: samples an optimizer step, over all ranks.
+        max_tokens: padded tokens a micro-batch; memory, not learning.
+        seed: of the order of training samples.
+        split_seed: of the split and of balancing.
+        num_workers: processes that prepare batches.
+
+    Raises:
+        ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
+            that cannot be used, naming file and row.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        text_column: str,
+        label_column: str,
+        label_names: list[str],
+        tokenizer: str | None,
+        max_length: int,
+        train_fraction: float,
+        val_fraction: float,
+        balance: bool,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        split_seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
+        )
+        splits.check_fractions(train_fraction, val_fraction)
+        if max_length < 1:
+            raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
+        if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+            raise ValueError(f"data.label_names is {label_names}; give two or more, all different.")
+        self.source, self.max_length = source, max_length
+        self.text_column, self.label_column = text_column, label_column
+        self.label_names = list(label_names)
+        self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
+        self.balance, self.split_seed = balance, split_seed
+        self.tokenizer = load_tokenizer(tokenizer)
+        self._texts: list[str] = []
+        self._labels: list[int] = []
+
+    def prepare_data(self) -> None:
+        """Downloads, on one process."""
+        resolve(self.source)
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes the texts; there is nothing to do a second time."""
+        if self._texts:
+            return
+        paths = resolve(self.source)
+        rows = [row for path in paths for row in self._read(path)]
+        self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
+        keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
+        self._rows = self._split(keys)
+        sets, n_cut = self._encode()
+        self.train_set, self.val_set, self.test_set = (sets[split] for split in splits.SPLITS)
+        naive = splits.naive_split(len(keys), self.fractions, self.split_seed)
+        counts = {
+            "rows": len(rows),
+            **self._class_counts(),
+            "n_cut": n_cut,
+            "n_leaked_naive": splits.count_leaked(keys, naive[0], naive[2]),
+        }
+        self.fingerprint = {
+            "digest": digest_of(sets.values()),
+            "counts": counts,
+            "sources": file_digests(paths),
+        }
+        rank_zero_info(
+            f"{self.source}: {counts}; with a naive split {counts['n_leaked_naive']} of "
+            f"{len(naive[2])} test texts would be in training too, here none is."
+        )
+        if n_cut:
+            rank_zero_info(
+                f"{n_cut} texts are longer than data.max_length {self.max_length}; "
+                "their ends are left out."
+            )
+
+    def texts(self, split: str) -> list[str]:
+        """Texts of the train, val or test split, in the order of its samples."""
+        return [self._texts[row] for row in self._rows[split]]
+
+    def labels(self, split: str) -> list[int]:
+        """Class indices that belong to `texts`."""
+        return [self._labels[row] for row in self._rows[split]]
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint needs to classify: names of the classes, tokens kept of a text."""
+        return {"label_names": self.label_names, "max_length": self.max_length}
+
+    def read_frame(self, path: Path) -> pd.DataFrame:
+        """The table in a file; a preset overrides it where a file has no header."""
+        return read_table(path)
+
+    def _read(self, path: Path) -> Iterator[tuple[str, int]]:
+        """Text and class index of every row of a file."""
+        frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
+        if frame.empty:
+            raise ValueError(f"{path} holds no rows; take it out of data.source, or fill it.")
+        for key, column in (
+            ("text_column", self.text_column),
+            ("label_column", self.label_column),
+        ):
+            if column not in frame:
+                raise ValueError(
+                    f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
+                )
+        columns = zip(frame[self.text_column], frame[self.label_column], strict=True)
+        for row, (text, label) in enumerate(columns, start=1):
+            place = f"{path}: row {row}"
+            yield _text(text, self.text_column, place), self._class_index(label, place)
+
+    def _class_index(self, label: Any, place: str) -> int:
+        if label is None or label != label or label == "":  # NaN is not itself
+            raise ValueError(f"{place} has no {self.label_column!r}; give it a label, or drop it.")
+        if isinstance(label, float) and label.is_integer():  # integers of a column with gaps
+            label = int(label)
+        if str(label) not in self.label_names:
+            raise ValueError(
+                f"{place} has label {str(label)!r}, data.label_names is {self.label_names}; "
+                "add it there, or correct the row."
+            )
+        return self.label_names.index(str(label))
+
+    def _split(self, keys: list[str]) -> dict[str, splits.Positions]:
+        parts = splits.split_groups(keys, self.fractions, self.split_seed, labels=self._labels)
+        rows = dict(zip(splits.SPLITS, parts, strict=True))
+        for split in splits.SPLITS if self.balance else ("train",):
+            present = {self._labels[row] for row in rows[split]}
+            for label, name in enumerate(self.label_names):
+                if label not in present:
+                    raise ValueError(
+                        f"the {split} split of {self.source} has no row of label {name!r}; "
+                        "add such rows, or take it out of data.label_names."
+                    )
+        splits.refuse_empty(rows)
+        if self.balance:
+            labels = np.asarray(self._labels)
+            for split, part in rows.items():
+                rows[split] = part[splits.balance(labels[part], self.split_seed)]
+        return rows
+
+    def _encode(self) -> tuple[dict[str, SampleList], int]:
+        """The samples of each split, and how many texts were cut."""
+        sets, n_cut = {}, 0
+        for split, rows in self._rows.items():
+            samples = []
+            for row in rows.tolist():
+                ids = self.tokenizer.encode(self._texts[row])
+                n_cut += len(ids) > self.max_length
+                ids_kept = torch.tensor(ids[: self.max_length])
+                samples.append(Sample(sample_id=row, input_ids=ids_kept, label=self._labels[row]))
+            sets[split] = SampleList(samples)
+        return sets, n_cut
+
+    def _class_counts(self) -> dict[str, int]:
+        """Rows of each split, and of each class in it."""
+        counts = {}
+        for split in splits.SPLITS:
+            labels = self.labels(split)
+            counts[split] = len(labels)
+            for label, name in enumerate(self.label_names):
+                counts[f"{split}/{name}"] = labels.count(label)
+        return counts
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {column!r} is {value!r}, not a text; correct or drop the row.")
+    if not value.strip():
+        raise ValueError(f"{place}: {column!r} is empty; correct or drop the row.")
+    return value
+
+
+class SpamDataModule(TextClassificationDataModule):
+    """SMS messages, ham or spam: the SMS Spam Collection and everything in its form.
+
+    The original file has no header, `bundled:sms` has one; both are read, as is any other table
+    with the columns label and text. For the arguments see `TextClassificationDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        tokenizer: str | None,
+        max_length: int,
+        train_fraction: float,
+        val_fraction: float,
+        balance: bool,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        split_seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(
+            source=source,
+            text_column="text",
+            label_column="label",
+            label_names=["ham", "spam"],
+            tokenizer=tokenizer,
+            max_length=max_length,
+            train_fraction=train_fraction,
+            val_fraction=val_fraction,
+            balance=balance,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            split_seed=split_seed,
+            num_workers=num_workers,
+        )
+
+    def read_frame(self, path: Path) -> pd.DataFrame:
+        """The table in a file, whose first line may be a message already."""
+        with path.open("rb") as file:
+            first_cell = file.readline().removeprefix(codecs.BOM_UTF8).partition(b"\t")[0]
+        has_header = first_cell.decode(errors="replace") not in self.label_names
+        return read_table(path, None if has_header else [self.label_column, self.text_column])

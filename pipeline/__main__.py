@@ -1,0 +1,102 @@
+"""The command line: `python -m pipeline COMMAND`, also installed as `gpt-pipeline COMMAND`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.commands import FUNCTIONS
+
+LIGHTNING = {
+    "fit": "Train a model: pretraining, classification or instruction tuning.",
+    "validate": "Measure a checkpoint on the validation set.",
+    "test": "Measure a checkpoint on the test set.",
+    "predict": "Write a checkpoint's predictions for the test set.",
+}
+COMMANDS = LIGHTNING | {
+    name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()
+}
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        args: the words after `python -m pipeline`; by default those of the process.
+
+    Returns:
+        The exit code: 2 for a user's mistake, in one line on stderr; `--debug` adds the traceback.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    try:
+        return _dispatch([word for word in words if word != "--debug"]) or 0
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(words: list[str]) -> int | None:
+    name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
+    if name is None:
+        return _explain(words)
+    rest = words[len(name.split()) :]
+    if name in LIGHTNING:
+        from pipeline.cli import main as lightning_main
+
+        lightning_main([name, *rest])
+        return None
+    return _call(name, rest)
+
+
+def _call(name: str, words: list[str]) -> int | None:
+    from pipeline.arguments import parse
+
+    try:
+        options = parse(FUNCTIONS[name], words, f"{_prog()} {name}")
+    except SystemExit as after_help:
+        return int(after_help.code or 0)
+    return FUNCTIONS[name](**options)
+
+
+def _explain(words: list[str]) -> int:
+    """Help, or what is wrong with the command."""
+    first = " ".join(word for word in words[:2] if not word.startswith("-"))
+    below = {name: line for name, line in COMMANDS.items() if name.startswith(f"{first} ".lstrip())}
+    if first and not below:
+        near = difflib.get_close_matches(first.split()[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}."
+        raise ValueError(f"unknown command {first.split()[0]!r}{hint}")
+    asked = any(word in ("-h", "--help") for word in words)
+    width = max(map(len, COMMANDS)) + 2
+    lines = [
+        f"usage: {_prog()} COMMAND [options]",
+        "",
+        *(f"  {name:<{width}}{line}" for name, line in (below or COMMANDS).items()),
+        "",
+        "COMMAND --help lists its options; each can stand in a YAML file given with -c.",
+        "--debug shows the traceback of an error.",
+    ]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else EXIT_USER_ERROR
+
+
+def _prog() -> str:
+    return "gpt-pipeline" if Path(sys.argv[0]).name == "gpt-pipeline" else "python -m pipeline"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

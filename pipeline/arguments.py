@@ -1,0 +1,99 @@
+"""What users write, checked by jsonargparse against typed functions; errors fit on one line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+D = TypeVar("D", bound="DataclassInstance")
+
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:"
+    r"|Problem with given class_path|.*(Namespace|NestedArg)\("
+)
+
+
+def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:
+    """Checked keyword arguments for a function, its dataclasses built.
+
+    Args:
+        function: typed, with a Google docstring; a flag that is False by default needs no value.
+        words: of the command line, after the command.
+        prog: how the command is called, for its help.
+
+    Raises:
+        ValueError: an unknown or missing key or a wrong type, in one line that names the key.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    parser = _parser(function, prog)
+    try:
+        options = vars(parser.instantiate(parser.parse_args(list(words))))
+    except ArgumentError as error:
+        raise ValueError(one_line(str(error))) from error
+    return {name: options[name] for name in inspect.signature(function).parameters}
+
+
+def build(kind: type[D], values: Any, key: str) -> D:
+    """A dataclass from what stands under a key of a YAML file.
+
+    Raises:
+        ValueError: an unknown or missing field or a wrong type, in one line that names the key.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{key}: {values!r} is no mapping of keys to values.")
+    known = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{key}.{name}: unknown key; there are {', '.join(known)}.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{key}", type=kind, required=True)
+    try:
+        built: D = parser.instantiate(parser.parse_object({key: values}))[key]
+    except ArgumentError as error:
+        raise ValueError(one_line(str(error))) from error
+    return built
+
+
+def one_line(message: str) -> str:
+    """The nested message of jsonargparse as `key: what is wrong`, without the types it tried."""
+    keys, facts = [], []
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if _NOISE.match(line):
+            continue
+        if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
+            keys.append(match[1])
+            line = match[2]
+        facts.append(re.sub(r"<class '(\w+)'>", r"\1", line))
+    return ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
+
+
+def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
+    hints = get_type_hints(function)
+    description = re.split(r"\n\s*(?:Args|Raises|Returns):", function.__doc__ or "")[0].strip()
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    if "config" in hints:  # `run`: its YAML is a chain, not options
+        parser.add_argument("-c", "--config", type=str, required=True, help="YAML of the chain")
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="STAGE.KEY=VALUE",
+            help="option of a stage, stronger than the chain's YAML; repeatable",
+        )
+        return parser
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="YAML of these options; repeatable"
+    )
+    parser.add_function_arguments(function, as_group=False, fail_untyped=True)
+    for action in parser._actions:
+        if hints.get(action.dest) is bool:
+            action.nargs, action.const = "?", True
+    return parser

@@ -1,0 +1,138 @@
+"""What watches a training run: speed, sample texts, curves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from datamodules.batching import MicroBatch
+from datamodules.prompts import Message, encode_prompt, stop_ids
+from pipeline.generate import Sampling, generate
+from pipeline.run_directory import Run
+
+CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
+CEILING_SECONDS = 0.3
+
+
+def run_of(trainer: pl.Trainer) -> Run | None:
+    """The open run, where there is one to log to."""
+    return getattr(trainer.logger, "run", None)
+
+
+def n_real_tokens(batch: list[MicroBatch]) -> int:
+    """Tokens of a step, padding left out."""
+    return sum(
+        int(mb.get("attention_mask", torch.ones_like(mb["input_ids"])).sum()) for mb in batch
+    )
+
+
+class Throughput(pl.Callback):
+    """Logs tokens a second, and what share of the machine's matrix-product ceiling that is.
+
+    The ceiling is measured when training starts, in the precision that it runs in. Padding counts
+    for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.total_tokens = 0  # of this rank, since the run began; n_tokens come on top
+        self.n_tokens, self.since, self.ceiling = 0, time.perf_counter(), 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measures the ceiling."""
+        half = {"bf16": torch.bfloat16, "16-m": torch.float16, "16-t": torch.float16}
+        dtype = half.get(str(trainer.precision)[:4], torch.float32)
+        self.ceiling = matrix_product_ceiling(pl_module.device, dtype)
+        self.n_tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: list[MicroBatch],
+        batch_idx: int,
+    ) -> None:
+        """Counts; logs where Lightning logs."""
+        self.n_tokens += n_real_tokens(batch)
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        now = time.perf_counter()
+        rate = self.n_tokens * trainer.world_size / (now - self.since)
+        n_context = batch[0]["input_ids"].shape[1]
+        gpt = getattr(pl_module.model, "gpt", pl_module.model)
+        flops = gpt.flops_per_token(n_context, training=True)
+        self.total_tokens += self.n_tokens
+        pl_module.log("train/tokens", float(self.total_tokens * trainer.world_size))
+        pl_module.log("perf/tokens_per_s", rate, prog_bar=True)
+        pl_module.log(
+            "perf/model_flops_utilisation", rate * flops / self.ceiling / trainer.world_size
+        )
+        self.n_tokens, self.since = 0, now
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Validation's time is not training's."""
+        self.total_tokens += self.n_tokens
+        self.n_tokens, self.since = 0, time.perf_counter()
+
+    def state_dict(self) -> dict[str, int]:
+        """Tokens so far."""
+        return {"total_tokens": self.total_tokens + self.n_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restores what `state_dict` gave."""
+        self.total_tokens = state_dict["total_tokens"]
+
+
+def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of large matrix products, measured."""
+    a = torch.randn(CEILING_SIZE, CEILING_SIZE, generator=torch.Generator().manual_seed(0))
+    a = a.to(device=device, dtype=dtype)
+    n_products, best = 0, 0.0
+    start = time.perf_counter()
+    while time.perf_counter() - start < CEILING_SECONDS or n_products < 3:
+        before = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = max(best, 2 * CEILING_SIZE**3 / (time.perf_counter() - before))
+        n_products += 1
+    return best
+
+
+class SampleTexts(pl.Callback):
+    """Writes what the model says to fixed prompts at every validation, greedily.
+
+    Args:
+        prompts: texts to go on from; of an instruction-tuned model, what the user asks.
+        max_new_tokens: of each answer.
+    """
+
+    def __init__(self, prompts: list[str], max_new_tokens: int) -> None:
+        self.prompts, self.max_new_tokens = prompts, max_new_tokens
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Generates and logs a table."""
+        run = run_of(trainer)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or run is None or not self.prompts:
+            return
+        tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
+        ids = [self._ids(tokenizer, style, prompt) for prompt in self.prompts]
+        stops = stop_ids(tokenizer, style) if style else {tokenizer.eos_id}
+        settings = Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=0.0, stop_ids=frozenset(stops)
+        )
+        texts = [tokenizer.decode(new) for new in generate(pl_module.model, ids, settings)]
+        pl_module.train()
+        step = trainer.global_step
+        rows = [
+            {"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)
+        ]
+        run.log_table(rows, f"samples/step-{step:08d}.json")
+
+    @staticmethod
+    def _ids(tokenizer: Any, style: str | None, prompt: str) -> list[int]:
+        if style is None:
+            return tokenizer.encode(prompt)
+        return encode_prompt(tokenizer, style, [Message(role="user", content=prompt)])

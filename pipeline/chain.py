@@ -1,0 +1,297 @@
+"""`run`: the stages of a chain, one subprocess and one child run each, below one parent run.
+
+A stage's run directory is named by a digest of what decides its result: command, schema number,
+config and the content of its inputs. Finished, it is a result to reuse as long as its data are the
+same; unfinished, it is a run to go on with. The parent run is found again in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
+from pipeline.interrupts import Child
+from pipeline.journal import JOURNAL, dumps
+from pipeline.provenance import environment
+from pipeline.reuse import Outcome, code_digest, find_run, path_digest, still_holds
+from pipeline.run_directory import Run, read_outcome, write_atomically
+from pipeline.stage_run import PARENT_VARIABLE, RUN_VARIABLE, digest, mlruns_root
+from pipeline.tracking import sync_all
+
+RECORD = "stage.json"  # in a stage's run directory: how the chain started it
+MIRROR_INTERVAL_S = 5
+PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage and its run directory.
+
+    Attributes:
+        inputs: path of each input.
+        identity: what decides the result, with digests of the inputs.
+        outcome: None where it has to run.
+        is_reused: it had its outcome before.
+    """
+
+    stage: Stage
+    path: Path
+    inputs: Mapping[str, str]
+    identity: Mapping[str, Any]
+    outcome: Outcome | None
+    is_reused: bool = True
+
+    @property
+    def result(self) -> Outcome:
+        """The outcome of a run that has one."""
+        assert self.outcome is not None
+        return self.outcome
+
+
+class StageFailed(Exception):
+    """A stage that ended without an outcome."""
+
+    def __init__(self, stage: Stage, exit_code: int, ending: str) -> None:
+        super().__init__(f"stage {stage.name} {ending}")
+        self.exit_code = exit_code
+
+
+class StageInterrupted(StageFailed):
+    """A stage that ended because the chain got a signal."""
+
+
+def run_chain(path: Path, overrides: Sequence[str] = ()) -> int:
+    """Runs what is not done yet of a chain, and says what came out.
+
+    Args:
+        path: of the chain's YAML.
+        overrides: `stage.key=value` each.
+
+    Returns:
+        The exit code: 0, that of the stage that failed, or 128 + the signal that interrupted it.
+
+    Raises:
+        ValueError: the chain has a mistake, or another process runs it.
+        OSError: a file of it cannot be read.
+    """
+    chain = load_chain(path, overrides)
+    folder = mlruns_root() / chain.experiment
+    done = _finished(chain, folder)
+    runs = _outputs(done)
+    parent_path, outcome = find_run(
+        folder / f"{path.stem}-{digest(_resolved(chain))[:8]}",
+        lambda outcome: bool(outcome["outputs"] == runs),
+    )
+    if outcome is not None:
+        print("every stage is done already", file=sys.stderr)
+    else:
+        try:
+            done = _go_on(chain, folder, Run.open(parent_path, command=shlex.join(sys.argv[1:])))
+        except StageFailed as failure:
+            again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
+            print(f"{failure}; to go on: python -m pipeline {shlex.join(again)}", file=sys.stderr)
+            return failure.exit_code
+    _warn_of_code(done.values())
+    summarise(done.values())
+    return 0
+
+
+def _resolved(chain: Chain) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            **stage.identity(),
+            "inputs": {key: f"{ref.stage}.{ref.output}" for key, ref in stage.inputs.items()},
+        }
+        for stage in chain.stages
+    ]
+
+
+def _outputs(done: Mapping[str, StageRun]) -> dict[str, str]:
+    return {name: str(run.path) for name, run in done.items()}
+
+
+def _finished(chain: Chain, folder: Path) -> dict[str, StageRun]:
+    """Stages that are done, up to the first that is not."""
+    done: dict[str, StageRun] = {}
+    for stage in chain.stages:
+        run = _plan(stage, folder, done)
+        if run.outcome is None:
+            break
+        done[stage.name] = run
+    return done
+
+
+def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun]) -> StageRun:
+    """Where a stage runs, or has run, given those before it."""
+    inputs = {k: done[ref.stage].result["outputs"][ref.output] for k, ref in stage.inputs.items()}
+    identity = stage.identity()
+    holds = partial(still_holds, options=[*identity["config"], identity["set"]])
+    identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
+    path, outcome = find_run(folder / f"{stage.name}-{digest(identity)[:8]}", holds)
+    return StageRun(stage, path, inputs, identity, outcome)
+
+
+def _go_on(chain: Chain, folder: Path, parent: Run) -> dict[str, StageRun]:
+    """Runs the stages, and ends the parent run well or not."""
+    mirror, patience_s = _Mirror(mlruns_root()), PATIENCE_S
+    try:
+        with Child() as child:
+            return _run_stages(chain, folder, parent, child)
+    except BaseException as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt | StageInterrupted)
+        parent.fail(KeyboardInterrupt(str(error)) if is_interrupt else error)
+        patience_s = INTERRUPTED_PATIENCE_S if is_interrupt else PATIENCE_S
+        raise
+    finally:
+        mirror.close(patience_s)
+
+
+def _run_stages(chain: Chain, folder: Path, parent: Run, child: Child) -> dict[str, StageRun]:
+    parent.config({"experiment": chain.experiment, "stages": _resolved(chain)})
+    parent.log_tags({"chain": str(chain.path), **environment()})
+    done: dict[str, StageRun] = {}
+    metrics: dict[str, float] = {}
+    for number, stage in enumerate(chain.stages, start=1):
+        title = f"[{number}/{len(chain.stages)}] {stage.name}"
+        run = _plan(stage, folder, done)
+        if run.outcome is None:
+            run = _execute(run, title, parent, child)
+        else:
+            print(f"{title}: done before, in {run.path}", file=sys.stderr)
+            parent.event("stage", state="reused", stage=stage.name, run=run.path.name)
+        done[stage.name] = run
+        news = {f"{stage.name}/{key}": value for key, value in run.result["metrics"].items()}
+        metrics |= news
+        parent.log_metrics(news, step=0)
+        parent.log_tags({f"stage.{stage.name}": str(run.path)})
+    parent.finish(outputs=_outputs(done), metrics=metrics, sources={})
+    return done
+
+
+def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
+    """Starts a stage's command and waits for its outcome.
+
+    Raises:
+        StageFailed: it has none, or a signal came.
+    """
+    words = run.stage.arguments(run.inputs)
+    print(f"{title}: python -m pipeline {shlex.join(words)}", file=sys.stderr)
+    record = {**run.identity, "paths": run.inputs, "arguments": words, "code": code_digest()}
+    write_atomically(run.path / RECORD, dumps(record, indent=2).encode())
+    facts = {"stage": run.stage.name, "run": run.path.name}
+    parent.event("stage", state="started", **facts)
+    started = time.monotonic()
+    variables = {RUN_VARIABLE: str(run.path), PARENT_VARIABLE: str(parent.path)}
+    exit_code = child.run([sys.executable, "-m", "pipeline", *words], {**os.environ, **variables})
+    outcome = _outcome(run, parent) if exit_code == 0 else None
+    parent.event(
+        "stage",
+        state="failed" if outcome is None else "finished",
+        exit_code=exit_code,
+        elapsed_s=round(time.monotonic() - started, 3),
+        **facts,
+    )
+    if child.signal is not None:
+        raise StageInterrupted(run.stage, 128 + child.signal, "was interrupted")
+    if outcome is None:
+        ending = f"failed with exit code {exit_code}"
+        if exit_code > 128:
+            ending = f"was killed by signal {exit_code - 128} (9: often too little memory)"
+        raise StageFailed(run.stage, exit_code or 1, ending)
+    return replace(run, outcome=outcome, is_reused=False)
+
+
+def _outcome(run: StageRun, parent: Run) -> Outcome | None:
+    """What a stage left behind; commands that keep no run get an empty one."""
+    if not STAGE_COMMANDS[run.stage.command].outputs and not (run.path / JOURNAL).exists():
+        Run.open(run.path, parent=parent.path, command=run.stage.command).finish({}, {}, {})
+    return read_outcome(run.path)
+
+
+def _warn_of_code(runs: Iterable[StageRun]) -> None:
+    now = code_digest()
+    older = [
+        run.stage.name
+        for run in runs
+        if run.is_reused and json.loads((run.path / RECORD).read_text())["code"] != now
+    ]
+    if older:
+        print(
+            f"warning: the code has changed since {', '.join(older)} ran; the results are reused. "
+            "Remove a stage's run directory to run it again.",
+            file=sys.stderr,
+        )
+
+
+class _Mirror:
+    """Keeps MLflow up to date with all runs of a root, from a thread; never a reason to fail."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._stop, self._warned = root, threading.Event(), False
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def close(self, patience_s: float) -> None:
+        """Sends what is left, for so many seconds at most."""
+        self._stop.set()
+        self._thread.join(patience_s)
+        if self._thread.is_alive():
+            self._warn(f"MLflow was not done within {patience_s} s; the next run fills it in.")
+
+    def _follow(self) -> None:
+        while not self._stop.wait(MIRROR_INTERVAL_S):
+            self._sync()
+        self._sync()
+
+    def _sync(self) -> None:
+        try:
+            sync_all(self._root)
+        except OSError as error:
+            self._warn(str(error))
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"warning: {message}", file=sys.stderr)
+
+
+def summarise(runs: Iterable[StageRun]) -> None:
+    """Prints the table of a finished chain, where its reports are, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "metric")
+    for title in ("before", "after", "time"):
+        table.add_column(title, justify="right")
+    last_lines = []
+    for run in runs:
+        name, took = run.stage.name, _duration(run.result["elapsed_s"])
+        took += " (earlier)" if run.is_reused else ""
+        for row in run.result["headline"] or [{"metric": "", "before": None, "after": None}]:
+            table.add_row(name, row["metric"], _short(row["before"]), _short(row["after"]), took)
+            name = took = ""
+        if "report" in run.result["outputs"]:
+            last_lines.append(f"report: {run.result['outputs']['report']}")
+    Console().print(table)
+    print(*last_lines, "next: python -m pipeline ui", sep="\n")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

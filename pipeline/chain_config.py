@@ -1,0 +1,272 @@
+"""The YAML of a chain: read and checked as a whole, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.arguments import build, parse
+from pipeline.commands import FUNCTIONS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
+    "run.experiment",
+    "run.name",
+    "run.resume",
+    "data.max_tokens",
+    "data.num_workers",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+}
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """A command as a stage.
+
+    Attributes:
+        inputs: key under `inputs` -> its option, and the output that it wants of an earlier stage
+            (the first of these that there is).
+        outputs: what its outcome names; empty where it hands nothing over.
+        schema: raise it when results of older versions must not be reused.
+    """
+
+    inputs: Mapping[str, tuple[str, tuple[str, ...]]]
+    outputs: tuple[str, ...] = ()
+    schema: int = 1
+
+
+_TOKENIZER = ("--data.tokenizer", ("tokenizer", "best"))  # a checkpoint holds its tokenizer
+_EVALUATION = StageCommand({"ckpt": ("--ckpt_path", ("best",)), "tokenizer": _TOKENIZER})
+STAGE_COMMANDS = {
+    "tokenizer train": StageCommand({}, outputs=("tokenizer",)),
+    "fit": StageCommand(
+        {"init_from": ("--model.init_from", ("best",)), "tokenizer": _TOKENIZER},
+        outputs=("best", "last"),
+    ),
+    "validate": _EVALUATION,
+    "test": _EVALUATION,
+    "predict": replace(_EVALUATION, outputs=("predictions",)),
+    "generate": StageCommand({"ckpt": ("--ckpt", ("best",))}),
+    "classify": StageCommand({"ckpt": ("--ckpt", ("best",))}),
+    "score": StageCommand(
+        {
+            "ckpt": ("--ckpt", ("best",)),
+            "before": ("--before", ("best",)),
+            "responses": ("--responses", ("responses",)),
+        },
+        outputs=("responses", "scores", "report"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An output of an earlier stage, given to an option."""
+
+    stage: str
+    output: str
+    option: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a chain, checked."""
+
+    name: str
+    command: str
+    configs: tuple[Path, ...]
+    overrides: Mapping[str, Any]
+    inputs: Mapping[str, Reference]
+
+    def arguments(self, inputs: Mapping[str, str]) -> list[str]:
+        """The words after `python -m pipeline`, given the path of each input."""
+        return [
+            *self.command.split(),
+            *(f"--config={path}" for path in self.configs),
+            *(f"--{key}={_as_text(value)}" for key, value in self.overrides.items()),
+            *(f"{self.inputs[key].option}={path}" for key, path in inputs.items()),
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its result, inputs apart; comments and where files lie do not."""
+        texts = [os.path.expandvars(_read(path)) for path in self.configs]
+        return {
+            "command": self.command,
+            "schema": STAGE_COMMANDS[self.command].schema,
+            "config": [_flat(yaml.safe_load(text)) for text in texts],
+            "set": _flat(self.overrides),
+        }
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages in their order, in one experiment."""
+
+    path: Path
+    experiment: str
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class _ChainYaml:
+    experiment: str
+    stages: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _StageYaml:
+    name: str
+    command: str
+    config: list[str] | str = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
+    """Reads a chain and checks it as a whole.
+
+    Args:
+        path: of the YAML; the paths of configs in it are relative to its folder.
+        overrides: `stage.key=value` each, stronger than the YAML.
+
+    Raises:
+        ValueError: in one line that names the file and the key.
+        OSError: a file cannot be read.
+    """
+    try:
+        chain = build(_ChainYaml, _expand(yaml.safe_load(_read(path)), "chain"), "chain")
+        _check_name(chain.experiment, "experiment")
+        stages: dict[str, Stage] = {}
+        for i, raw in enumerate(chain.stages):
+            stage = _stage(build(_StageYaml, raw, f"stages[{i}]"), f"stages[{i}]", path, stages)
+            stages[stage.name] = stage
+        if not stages:
+            raise ValueError("stages: is empty; give at least one.")
+        for text in overrides:
+            _override(stages, text)
+        for stage in stages.values():
+            _check_arguments(stage)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Chain(path, chain.experiment, tuple(stages.values()))
+
+
+def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) -> Stage:
+    _check_name(raw.name, f"{key}.name")
+    if raw.name in earlier:
+        raise ValueError(f"{key}.name: there are two stages {raw.name!r}; rename one.")
+    if raw.command not in STAGE_COMMANDS:
+        raise ValueError(
+            f"{key}.command: {raw.command!r} is no command of a chain; "
+            f"give one of {', '.join(STAGE_COMMANDS)}."
+        )
+    names = [raw.config] if isinstance(raw.config, str) else raw.config
+    configs = tuple(path.parent / Path(name).expanduser() for name in names)
+    for config in configs:
+        if not config.is_file():
+            raise ValueError(
+                f"{key}.config: {config} does not exist; paths are relative to the chain's folder."
+            )
+    inputs = {
+        name: _reference(raw.command, name, value, f"{key}.inputs.{name}", earlier)
+        for name, value in (raw.inputs or {}).items()
+    }
+    return Stage(raw.name, raw.command, configs, raw.set or {}, inputs)
+
+
+def _reference(
+    command: str, name: str, value: str, key: str, earlier: Mapping[str, Stage]
+) -> Reference:
+    known = STAGE_COMMANDS[command].inputs
+    if name not in known:
+        raise ValueError(f"{key}: {command} takes the inputs {', '.join(known) or '(none)'}.")
+    option, wanted = known[name]
+    stage, _, output = value.partition(".")
+    if stage not in earlier:
+        there = ", ".join(earlier) or "none"
+        raise ValueError(f"{key}: {stage!r} is no earlier stage; before this one: {there}.")
+    outputs = STAGE_COMMANDS[earlier[stage].command].outputs
+    found = [choice for choice in ([output] if output else wanted) if choice in outputs]
+    if not found:
+        raise ValueError(
+            f"{key}: {stage!r} ({earlier[stage].command}) has no output {output or wanted[0]!r}; "
+            f"it has {', '.join(outputs) or 'none'}."
+        )
+    return Reference(stage, found[0], option)
+
+
+def _override(stages: dict[str, Stage], text: str) -> None:
+    target, equals, value = text.partition("=")
+    name, _, key = target.partition(".")
+    if not equals or not key:
+        raise ValueError(f"--set {text}: give stage.key=value.")
+    if name not in stages:
+        raise ValueError(
+            f"--set {text}: no stage is called {name!r}; there are {', '.join(stages)}."
+        )
+    overrides = {**stages[name].overrides, key: yaml.safe_load(value)}
+    stages[name] = replace(stages[name], overrides=overrides)
+
+
+def _check_arguments(stage: Stage) -> None:
+    """Parses what the command will parse; Lightning's commands, slow to load, do it themselves."""
+    if stage.command in FUNCTIONS:
+        words = stage.arguments(dict.fromkeys(stage.inputs, "to come"))
+        try:
+            parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
+
+
+def _check_name(value: str, key: str) -> None:
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{key}: {value!r} is no name; use letters, digits, - and _.")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Options by dotted key, as the command line has them, without neutral ones."""
+    if not isinstance(options, dict) or not options:
+        key = prefix.rstrip(".").replace(".init_args", "")
+        return {} if key in NEUTRAL else {key: options}
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _expand(value: Any, key: str) -> Any:
+    """Replaces `${VAR}` and `${VAR:-default}` in every string below a value."""
+    if isinstance(value, dict):
+        return {name: _expand(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1]) or match[2]
+        if found is None:
+            raise ValueError(
+                f"{key}: environment variable {match[1]} is not set; "
+                f"set it, or write ${{{match[1]}:-default}}."
+            )
+        return found
+
+    return VARIABLE.sub(variable, value)

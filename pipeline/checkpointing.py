@@ -1,0 +1,169 @@
+"""Lightning's side of checkpoints: when they are written, which are kept, and how they become directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from pipeline import checkpoint as files
+from pipeline.lit_base import CHECKPOINTS
+
+_IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
+
+
+class DirectoryCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint dictionary as a checkpoint directory, and back."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Writes the directory, whole or not at all."""
+        writers = {
+            files.WEIGHTS: files.tensors_writer(checkpoint["state_dict"]),
+            files.META: files.json_writer(checkpoint["meta"]),
+            files.TOKENIZER: checkpoint["tokenizer"].save,
+            files.TRAINING: files.training_writer(
+                {key: value for key, value in checkpoint.items() if key not in _IN_FILES}
+            ),
+        }
+        if "adapter" in checkpoint:
+            writers[files.ADAPTER_WEIGHTS] = files.tensors_writer(checkpoint["adapter"])
+            config: str = checkpoint["adapter_config"]
+            writers[files.ADAPTER_CONFIG] = lambda file: file.write_text(config)
+        files.write_checkpoint(Path(path), writers)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Reads a verified directory; never a pickle of anything but tensors and primitives."""
+        folder = Path(path)
+        files.verify_checkpoint(folder)
+        checkpoint = files.read_training(folder)
+        checkpoint["meta"] = files.read_meta(folder)
+        checkpoint["state_dict"] = files.read_tensors(folder)
+        if (folder / files.ADAPTER_WEIGHTS).exists():
+            checkpoint["adapter"] = files.read_tensors(folder, files.ADAPTER_WEIGHTS)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a directory."""
+        files.remove_checkpoint(Path(path))
+
+
+class Checkpoints(pl.Callback):
+    """Writes checkpoints by optimizer step, after validation where a step has one; keeps the last and the best.
+
+    Also keeps the random state, so that a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints; each validation makes one too.
+        monitor: metric that decides which is the best.
+        mode: whether the best is the smallest (min) or the largest (max).
+    """
+
+    def __init__(self, every_n_steps: int, monitor: str, mode: str) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+        self.last_step: int | None = None
+        self._loops: dict[str, Any] | None = None
+        self._rng: torch.Tensor | None = None
+
+    def path(self, trainer: pl.Trainer, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return Path(trainer.default_root_dir) / CHECKPOINTS / files.step_name(step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restores the random state, now that every iterator exists."""
+        if self._rng is not None:
+            torch.set_rng_state(self._rng.cpu())
+            self._rng = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Saves a step that is due; one that validation follows is saved after that."""
+        # Loops are resumed from here also where the file is written after validation: Lightning
+        # then knows that validation of this step is over, and neither repeats nor loses it.
+        self._loops = trainer.fit_loop.state_dict()
+        if trainer.global_step % self.every_n_steps == 0 and not _validation_follows(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the step that was validated."""
+        if trainer.sanity_checking or not trainer.state.fn == "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"checkpoints.monitor is {self.monitor!r}, but validation logs "
+                f"{sorted(k for k in trainer.callback_metrics if k.startswith('val/'))}; name one of them."
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if self.best is None or sign * value > sign * self.best["value"]:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
+            self.best = {"step": trainer.global_step, "value": value, "metrics": metrics}
+        self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the last step, where it is not saved already."""
+        self._loops = trainer.fit_loop.state_dict()
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if self.last_step == step and self.path(trainer, step).exists():
+            return
+        self.last_step = step
+        trainer.save_checkpoint(self.path(trainer, step), weights_only=False)
+        if trainer.is_global_zero:
+            kept = {
+                files.step_name(s) for s in (step, (self.best or {}).get("step")) if s is not None
+            }
+            for path in self.path(trainer, step).parent.glob("step-*"):
+                if path.name not in kept:
+                    trainer.strategy.remove_checkpoint(path)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the random state, and the loops as they were when the step ended."""
+        checkpoint["rng"] = torch.get_rng_state()
+        if self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the random state for the start of training."""
+        self._rng = checkpoint["rng"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far."""
+        return {"best": self.best, "last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.best, self.last_step = state_dict["best"], state_dict["last_step"]
+
+    def best_metrics(self) -> dict[str, float]:
+        """Validation metrics of the best checkpoint."""
+        return self.best["metrics"] if self.best else {}
+
+    def outputs(self, trainer: pl.Trainer) -> dict[str, str]:
+        """What a stage hands over: the last checkpoint, and the best one by the monitored metric."""
+        best = self.best["step"] if self.best else trainer.global_step
+        return {
+            "last": str(self.path(trainer, trainer.global_step)),
+            "best": str(self.path(trainer, best)),
+        }
+
+
+def _validation_follows(trainer: pl.Trainer) -> bool:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""A GPT that labels: a linear head on the last real token.
+
+Shapes: B rows, T tokens, C n_embd, K labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.gpt import GPT, INIT_STD
+
+
+class GPTClassifier(nn.Module):
+    """The last real token has seen the whole text, so its hidden state is what the head reads.
+
+    Args:
+        gpt: taken over; its language-model head is dropped, where it still has one.
+        n_labels: K.
+    """
+
+    def __init__(self, gpt: GPT, n_labels: int) -> None:
+        super().__init__()
+        self.gpt = gpt
+        if hasattr(gpt, "head"):
+            del gpt.head
+        self.classifier = nn.Linear(gpt.config.n_embd, n_labels)
+        nn.init.normal_(self.classifier.weight, std=INIT_STD)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, K) of rows (B, T) that are padded on the right.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool, true where a token is real; not given where all are.
+        """
+        hidden = self.gpt(input_ids, attention_mask)  # (B, T, C)
+        if attention_mask is None:
+            return self.classifier(hidden[:, -1])
+        last = attention_mask.sum(dim=1) - 1  # (B,)
+        return self.classifier(hidden[torch.arange(len(last), device=last.device), last])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter by name."""
+        return {name: p.detach() for name, p in self.named_parameters()}

@@ -1,0 +1,242 @@
+"""PipelineCLI: `fit`, `validate`, `test` and `predict` on LightningCLI, each in a run directory of its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from datamodules.batching import StepDataModule
+from pipeline.arguments import one_line
+from pipeline.callbacks import Throughput
+from pipeline.checkpoint import checkpoint_digest, newest_valid
+from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
+from pipeline.evaluation.responses import write_lines
+from pipeline.lit_base import CHECKPOINTS, LitStep, check_context
+from pipeline.optim import check_warmup
+from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
+from pipeline.run_directory import AlreadyFinished
+from pipeline.run_logger import RunLogger
+from pipeline.stage_run import attempts, digest, mlruns_root, open_run
+
+COMMANDS = ("fit", "validate", "test", "predict")
+Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept.
+
+    Args:
+        experiment: folder below the root, and the experiment in MLflow.
+        name: of the run; a digest of its configuration is added.
+        resume: auto goes on from the newest whole checkpoint of the same configuration, must
+            insists on one, never starts anew.
+    """
+
+    experiment: str
+    name: str
+    resume: Literal["auto", "must", "never"] = "auto"
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
+
+    CPUs without AVX-512-BF16 or AMX emulate bf16, which is slower than float32.
+    """
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
+    cpu = torch.cpu.get_capabilities()
+    return "bf16-mixed" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32-true"
+
+
+class PipelineCLI(LightningCLI):
+    """LightningCLI with a run directory, checkpoints that resume by themselves, and one-line errors."""
+
+    def __init__(self, stack: ExitStack, **options: Any) -> None:
+        self.stack = stack  # ends the run, well or not
+        super().__init__(**options)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`run`, `checkpoints` and `precision` beside Lightning's own groups."""
+        parser.add_argument("--run", type=RunConfig, help="Where the run is kept.")
+        parser.add_argument(
+            "--precision", type=Precision, default="auto", help="Of the arithmetic."
+        )
+        parser.link_arguments("precision", "trainer.precision", compute_fn=resolve_precision)
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Throughput, "throughput")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Takes the words that it is given, whatever those of the process are."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints never override the command line."""
+
+    @property
+    def stage(self) -> Namespace:
+        """The parsed configuration of this subcommand."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what follows from a checkpoint, and checks what needs no data."""
+        stage = self.stage
+        model, data = stage.model.init_args, stage.data.init_args
+        if self.subcommand != "fit" and stage.ckpt_path is not None:
+            model.init_from, model.gpt, stage.ckpt_path = stage.ckpt_path, None, None
+        if data.tokenizer is None:
+            if model.init_from is None:
+                raise ValueError(
+                    "data.tokenizer is null and there is no model.init_from to take it from."
+                )
+            data.tokenizer = model.init_from
+        if stage.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here a "
+                "batch is an optimizer step: set data.batch_size, and data.max_tokens for memory."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Checks the parts against each other, opens the run directory, builds the trainer around it."""
+        assert isinstance(self.model, LitStep)
+        assert isinstance(self.datamodule, StepDataModule)
+        if self.model.gpt_config is not None:
+            check_context(self.datamodule, self.model.gpt_config.block_size)
+        if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
+            check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
+        self._dump_config()
+        self.run = self.stack.enter_context(
+            open_run(self.stage.run.experiment, self._run_name(), self.config_dump)
+        )
+        resolved = {"precision.resolved": resolve_precision(self.stage.precision)}
+        self.run.log_tags(resolved)
+        self.datamodule.config = self.config_dump["data"]
+        logger = RunLogger(self.run)
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        trainer = super().instantiate_trainer(
+            logger=logger,
+            default_root_dir=str(self.run.path),
+            plugins=[*plugins, DirectoryCheckpointIO()],
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            **kwargs,
+        )
+        logger.trainer = trainer
+        return trainer
+
+    def _run_name(self) -> str:
+        """The same name for the same configuration, the content of the starting weights included."""
+        deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
+        weights = self.config_dump["model"]["init_args"].get("init_from")
+        weights_digest = checkpoint_digest(Path(weights)) if weights else None
+        name = f"{self.stage.run.name}-{digest([self.subcommand, deciding, weights_digest])[:8]}"
+        if self.stage.run.resume != "never":
+            return name
+        folder = mlruns_root() / self.stage.run.experiment
+        return next(path.name for path in attempts(folder / name) if not path.exists())
+
+    def before_fit(self) -> None:
+        """Goes on from the newest whole checkpoint of this run, if there is one."""
+        config = self.config_init[self.subcommand]
+        if config.ckpt_path is None and config.run.resume != "never":
+            newest = newest_valid(self.run.path / CHECKPOINTS)
+            if newest is None and config.run.resume == "must":
+                raise ValueError(
+                    f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole checkpoint; "
+                    "give auto to start anew where there is none."
+                )
+            config.ckpt_path = newest and str(newest)
+        if config.ckpt_path is not None:
+            print(f"resuming from {config.ckpt_path}", file=sys.stderr)
+
+    def after_fit(self) -> None:
+        """Figures, baselines, outcome."""
+        checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
+        report = report_fit(self.run, self.datamodule, checkpoints.best_metrics())
+        self._finish(report, checkpoints.outputs(self.trainer))
+
+    def after_validate(self) -> None:
+        """Outcome."""
+        self._finish(Report(self._metrics()))
+
+    def after_test(self) -> None:
+        """Scores with intervals, baselines, outcome."""
+        predictions = getattr(self.model, "predictions", [])
+        self._finish(report_test(self.run, self.datamodule, self._metrics(), predictions))
+
+    def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
+        """Predictions of the test set, one JSON line a sample, in order."""
+        outputs = self.trainer.predict(model, datamodule=datamodule, **kwargs) or []
+        write_lines(self.run.path / PREDICTIONS, prediction_rows(datamodule, outputs))
+        self.run.log_artifact(PREDICTIONS)
+        self._finish(Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
+
+    def _metrics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def _finish(self, report: Report, outputs: dict[str, str] | None = None) -> None:
+        self.run.finish(
+            outputs=outputs or {},
+            metrics=report.metrics,
+            sources=self.datamodule.fingerprint["sources"],
+            headline=report.headline,
+        )
+        for row in report.headline:
+            print(f"{row['metric']}: {row['after']:.4f}", file=sys.stderr)
+        print(f"finished: {self.run.path}", file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Leaves out what Lightning says that is of no use here: tips, hints at more workers."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is not resumable.*",
+        ".*logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        args: the command and its options.
+
+    Raises:
+        ValueError: for a user's mistake, in one line that names the key.
+    """
+    quiet_libraries()
+    try:
+        with ExitStack() as stack:
+            PipelineCLI(
+                stack,
+                model_class=LitStep,
+                datamodule_class=StepDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                parser_kwargs={command: {"exit_on_error": False} for command in COMMANDS},
+                args=list(args),
+            )
+    except ArgumentError as error:
+        raise ValueError(one_line(str(error))) from error
+    except AlreadyFinished as finished:
+        print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)

@@ -1,0 +1,254 @@
+"""The commands that are plain functions: signature and docstring are their command line.
+
+Nothing heavy is imported until a command runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.evaluation.judge import JudgeConfig
+
+
+def run(*, config: str, set: list[str]) -> int:
+    """Run a whole chain; stages that are done are skipped, a broken chain goes on where it stopped.
+
+    Args:
+        config: YAML of the chain.
+        set: `stage.key=value` each, stronger than the chain's YAML.
+
+    Returns:
+        The exit code.
+    """
+    from pipeline.chain import run_chain
+
+    return run_chain(Path(config), set)
+
+
+def tokenizer_train(
+    *,
+    source: list[str] | str,
+    vocab_size: int,
+    min_frequency: int,
+    text_column: str = "text",
+    output: str | None = None,
+) -> None:
+    """Train a byte-level BPE vocabulary from text.
+
+    The path of the vocabulary is printed.
+
+    Args:
+        source: text files, folders, globs, .jsonl, .parquet, or bundled:python-docs; one or a list.
+        vocab_size: ids in all, the 256 bytes and the special tokens included.
+        min_frequency: how often a pair must occur to be merged.
+        text_column: field of JSONL or column of Parquet that holds the text.
+        output: a file that gets a copy of the vocabulary.
+    """
+    from pipeline.tokenizer_stage import train_stage
+
+    train_stage(
+        [source] if isinstance(source, str) else source,
+        text_column=text_column,
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        output=Path(output) if output else None,
+    )
+
+
+def generate(
+    *,
+    ckpt: str,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    seed: int = 0,
+    chat: bool = False,
+) -> None:
+    """Continue a text; the continuation alone goes to stdout, as it is made.
+
+    Args:
+        ckpt: checkpoint directory.
+        prompt: the text, as it stands; - reads it from stdin.
+        max_new_tokens: at most.
+        temperature: 0 takes the likeliest token.
+        top_k: draw only from the k likeliest tokens; 0 is all.
+        top_p: draw only from the likeliest tokens that together reach this probability.
+        num_beams: beams of beam search, printed when it is done; 1 is none.
+        seed: of the draws.
+        chat: take the prompt as a user's message, in the checkpoint's template.
+    """
+    _check_draws(temperature, top_k, top_p)
+    from pipeline.inference import print_continuation
+
+    print_continuation(
+        Path(ckpt),
+        sys.stdin.read() if prompt == "-" else prompt,
+        is_message=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        seed=seed,
+    )
+
+
+def chat(
+    *,
+    ckpt: str,
+    system: str = "",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Talk with an instruction-tuned checkpoint; an empty line or Ctrl-D ends it.
+
+    Args:
+        ckpt: checkpoint directory.
+        system: what the model is told before the conversation.
+        max_new_tokens: of each answer, at most.
+        temperature: 0 takes the likeliest token.
+        top_k: draw only from the k likeliest tokens; 0 is all.
+        top_p: draw only from the likeliest tokens that together reach this probability.
+        seed: of the draws.
+    """
+    _check_draws(temperature, top_k, top_p)
+    from pipeline.inference import converse
+
+    converse(
+        Path(ckpt),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def classify(
+    *,
+    ckpt: str,
+    text: str | None = None,
+    file: str | None = None,
+    column: str = "text",
+    output: str | None = None,
+    threshold: float | None = None,
+    batch_size: int = 32,
+) -> None:
+    """Label a text, or the column of a table.
+
+    Args:
+        ckpt: checkpoint directory of a classifier.
+        text: to label; - reads it from stdin.
+        file: a .csv, .tsv, .jsonl or .parquet table to label instead.
+        column: of the table, that holds the texts.
+        output: the table with labels and probabilities, a new file.
+        threshold: probability from which a text gets the second of two labels; null: the likelier.
+        batch_size: texts at a time.
+    """
+    if (text is None) == (file is None):
+        raise ValueError("give either --text or --file.")
+    if (file is None) != (output is None):
+        raise ValueError("--file and --output belong together: give both, or --text.")
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1.")
+    from pipeline.inference import classify_table, print_label
+
+    if file is not None and output is not None:
+        classify_table(Path(ckpt), Path(file), column, Path(output), threshold, batch_size)
+    else:
+        print_label(Path(ckpt), sys.stdin.read() if text == "-" else str(text), threshold)
+
+
+def score(
+    *,
+    ckpt: str | None = None,
+    before: str | None = None,
+    responses: str | None = None,
+    data: dict[str, Any] | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    judge: JudgeConfig | None = None,
+) -> None:
+    """Score a checkpoint's responses to held-out instructions, or the responses of any model.
+
+    Args:
+        ckpt: checkpoint directory of the tuned model.
+        before: checkpoint to compare with; by default the one that ckpt was tuned from.
+        responses: a responses.jsonl to score instead of a checkpoint's.
+        data: arguments of InstructionDataModule; by default those that ckpt was tuned with.
+        split: of the data, that is answered.
+        max_new_tokens: of each response, at most.
+        batch_size: responses at a time.
+        judge: a language model that grades from 0 to 100; null for text metrics alone.
+    """
+    if (ckpt is None) == (responses is None):
+        raise ValueError("give either --ckpt or --responses.")
+    if ckpt is None and before is not None:
+        raise ValueError("--before compares with --ckpt; give both.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1.")
+    from pipeline.score_stage import score_stage
+
+    score_stage(
+        ckpt=Path(ckpt) if ckpt else None,
+        before=Path(before) if before else None,
+        responses=Path(responses) if responses else None,
+        data=data,
+        split=split,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        judge=judge,
+    )
+
+
+def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None:
+    """Open MLflow's UI on the store of the runs, brought up to date first.
+
+    Args:
+        host: address to listen on; whoever reaches it sees everything.
+        port: to listen on.
+        sync: bring the store up to date and do no more.
+    """
+    if not 0 < port < 65536:
+        raise ValueError(f"port is {port}; give one from 1 to 65535.")
+    from pipeline.stage_run import mlruns_root
+    from pipeline.tracking import open_ui, sync_all
+
+    root = mlruns_root()
+    if not sync:
+        open_ui(root, host, port)
+    counts = sync_all(root)
+    print(f"{counts['runs']} runs were behind, {counts['lines']} lines sent", file=sys.stderr)
+
+
+def _check_draws(temperature: float, top_k: int, top_p: float) -> None:
+    if temperature == 0 and (top_k > 0 or top_p < 1):
+        raise ValueError(
+            f"top_k {top_k} and top_p {top_p} shape draws, but temperature 0 draws nothing; "
+            "give a temperature above 0."
+        )
+
+
+FUNCTIONS: dict[str, Callable[..., int | None]] = {
+    "run": run,
+    "tokenizer train": tokenizer_train,
+    "score": score,
+    "generate": generate,
+    "chat": chat,
+    "classify": classify,
+    "ui": ui,
+}

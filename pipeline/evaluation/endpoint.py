@@ -1,0 +1,233 @@
+"""One OpenAI-compatible chat endpoint, asked patiently: attempts, time and replies have bounds.
+
+Whatever comes back is kept as text; the key appears in the request's header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import threading
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import tenacity
+
+from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.rubric import Message
+
+log = logging.getLogger(__name__)
+
+MAX_REPLY_BYTES = 2**20
+KEPT_CHARACTERS = 20_000  # of a reply that is no answer, for the record
+SCHEMA_REFUSED = (400, 422)  # OpenAI, llama.cpp and Ollama; FastAPI servers such as vLLM
+REMEDIES = dict.fromkeys((301, 302, 307, 308), "give the final address as judge.base_url.") | {
+    401: "export the right key under the name that judge.api_key_env gives.",
+    403: "export a key with access under the name that judge.api_key_env gives.",
+    404: "correct judge.base_url (it usually ends in /v1) or judge.model.",
+}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class EndpointError(Exception):
+    """No answer; `raw` is what came instead; `is_fatal`: other requests will fare no better."""
+
+    def __init__(self, problem: str, raw: str = "", *, is_fatal: bool = False) -> None:
+        super().__init__(problem)
+        self.raw, self.is_fatal = raw, is_fatal
+
+
+class SchemaRefusedError(EndpointError):
+    """Status 400 or 422 to a request with a structured-output parameter."""
+
+
+class TransientError(EndpointError):
+    """Worth another attempt, after `retry_after_s` where the server named a time."""
+
+    retry_after_s: float | None = None
+
+
+class Endpoint:
+    """A chat endpoint with the patience of its `JudgeConfig`; one instance serves several threads.
+
+    Args:
+        config: where it is, and how patient to be.
+        schema: JSON schema of the replies. A server that takes no such parameter is asked without
+            it from then on, so the conversation has to state the format as well.
+
+    Raises:
+        ValueError: if the environment variable with the key is not set, or holds no key.
+    """
+
+    def __init__(self, config: JudgeConfig, *, schema: dict[str, Any]) -> None:
+        self.config = config
+        self.stop = threading.Event()
+        self._key = _api_key(config)
+        self._structured: dict[str, Any] = {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "strict": True, "schema": schema},
+            }
+        }
+        self._takes_schema: bool | None = None  # not known yet
+        self._client = httpx.Client(
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            timeout=config.timeout_s,
+            limits=httpx.Limits(max_connections=config.max_concurrency),
+            trust_env=urlsplit(config.base_url).hostname not in LOOPBACK,  # no proxy to ourselves
+        )
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop.set()
+        self._client.close()
+
+    def complete(self, messages: list[Message]) -> str:
+        """The content of the reply to a conversation.
+
+        Raises:
+            EndpointError: if there is none, after every attempt that is allowed.
+        """
+        if self._takes_schema is False:
+            return self._patiently(messages, structured=False)
+        try:
+            reply = self._patiently(messages, structured=True)
+        except SchemaRefusedError as error:
+            if self._takes_schema:  # it took the parameter before: the fault lies elsewhere
+                raise
+            reply = self._patiently(messages, structured=False)
+            log.warning(
+                "the judge takes no response_format (%s); going on with instructions alone.", error
+            )
+            self._takes_schema = False
+            return reply
+        self._takes_schema = True
+        return reply
+
+    def _patiently(self, messages: list[Message], *, structured: bool) -> str:
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.config.max_attempts)
+            | tenacity.stop_when_event_set(self.stop),
+            wait=self._wait_s,
+            retry=tenacity.retry_if_exception_type(TransientError),
+            sleep=tenacity.sleep_using_event(self.stop),
+            reraise=True,
+        )
+        return attempts(self._post, messages, structured=structured)
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        named_s = error.retry_after_s if isinstance(error, TransientError) else None
+        backoff_s = random.uniform(0.5, 1.0) * 2.0 ** (state.attempt_number - 1)
+        return min(backoff_s if named_s is None else named_s, self.config.max_wait_s)
+
+    def _post(self, messages: list[Message], *, structured: bool) -> str:
+        body = {
+            "model": self.config.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self.config.max_tokens,
+        } | (self._structured if structured else {})
+        url = self.config.base_url.rstrip("/") + "/chat/completions"
+        try:
+            with self._client.stream("POST", url, json=body) as response:
+                text = self._clean(self._read(response))
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise TransientError(
+                f"cannot connect to {self.config.base_url} ({error}); "
+                "start the server or correct judge.base_url.",
+                is_fatal=True,
+            ) from error
+        except httpx.TransportError as error:
+            what = str(error) or type(error).__name__
+            raise TransientError(f"the connection broke off ({what}).") from error
+        self._check_status(response, text, structured=structured)
+        return self._clean(_content(text))
+
+    def _read(self, response: httpx.Response) -> str:
+        """The body, within the time and size that are allowed."""
+        deadline = time.monotonic() + self.config.timeout_s
+        body = bytearray()
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > MAX_REPLY_BYTES:
+                raise EndpointError(
+                    f"the reply is longer than {MAX_REPLY_BYTES} bytes.",
+                    self._clean(body.decode(errors="replace"))[:KEPT_CHARACTERS],
+                )
+            if time.monotonic() > deadline:
+                raise TransientError(
+                    f"the reply did not end within judge.timeout_s = {self.config.timeout_s}.",
+                    self._clean(body.decode(errors="replace"))[:KEPT_CHARACTERS],
+                )
+        return body.decode(errors="replace")
+
+    def _check_status(self, response: httpx.Response, text: str, *, structured: bool) -> None:
+        status = response.status_code
+        if response.is_success:
+            return
+        problem, raw = f"HTTP {status} from {self.config.base_url}", text[:KEPT_CHARACTERS]
+        if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
+            error = TransientError(f"{problem}.", raw)
+            error.retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            raise error
+        if structured and status in SCHEMA_REFUSED:
+            raise SchemaRefusedError(f"{problem}.", raw)
+        if status in REMEDIES:
+            said = " ".join(raw.split())[:200]
+            raise EndpointError(f"{problem} ({said}); {REMEDIES[status]}", raw, is_fatal=True)
+        raise EndpointError(f"{problem}.", raw)
+
+    def _clean(self, text: str) -> str:
+        """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
+        text = text.encode(errors="replace").decode()
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _api_key(config: JudgeConfig) -> str:
+    if not config.api_key_env:
+        return ""
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            "the environment variable that judge.api_key_env names is not set or holds no key; "
+            "export it, or leave judge.api_key_env empty for a server without keys."
+        )
+    return key
+
+
+def _content(body: str) -> str:
+    """`choices[0].message.content`; a null is an empty reply."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise EndpointError("the reply is no chat completion.", body[:KEPT_CHARACTERS]) from error
+    if not isinstance(content, str | None):
+        raise EndpointError("the reply's content is no text.", body[:KEPT_CHARACTERS])
+    return content or ""
+
+
+def _retry_after_s(header: str) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number or a date."""
+    if re.fullmatch(r"[0-9]+", header):
+        return float(header)
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without a time zone
+        return None

@@ -1,0 +1,219 @@
+"""An LLM as judge: every response asked about once, no reply lost, resumable from a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.evaluation.responses import Response
+from pipeline.evaluation.rubric import (
+    RUBRIC_DIGEST,
+    VERDICT_SCHEMA,
+    Verdict,
+    again,
+    conversation,
+    parse_verdict,
+)
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.endpoint import Endpoint, EndpointError
+
+log = logging.getLogger(__name__)
+
+BETWEEN_REPLIES = "\n\n[asked again]\n\n"
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Where the judge is and how patiently it is asked.
+
+    Args:
+        base_url: of an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
+        model: the name by which the server knows it.
+        api_key_env: name of the environment variable that holds the key; empty if none is needed.
+        max_concurrency: requests at a time.
+        max_tokens: of one reply.
+        timeout_s: for one request, from connecting to the last byte.
+        max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
+        max_wait_s: between two attempts, whatever a Retry-After asks for.
+
+    Raises:
+        ValueError: naming the field that makes no sense.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = ""
+    max_concurrency: int = 4
+    max_tokens: int = 1024
+    timeout_s: float = 120.0
+    max_attempts: int = 5
+    max_wait_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _check_url(self.base_url)
+        if not self.model:
+            raise ValueError("judge.model is empty; give the name by which the server knows it.")
+        if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):
+            # not echoed: it may be the key itself
+            raise ValueError(
+                "judge.api_key_env is no name of an environment variable; "
+                "export the key under some name and give that name here."
+            )
+        for name in ("max_concurrency", "max_tokens", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not (self.timeout_s > 0 and self.max_wait_s >= 0):
+            raise ValueError(
+                f"judge.timeout_s is {self.timeout_s} and judge.max_wait_s {self.max_wait_s}; "
+                "a timeout must be positive and a wait not negative."
+            )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Everything the judge said about one item; without a verdict, `problem` says why."""
+
+    replies: tuple[str, ...]
+    verdict: Verdict | None
+    problem: str = ""
+    error: EndpointError | None = field(default=None, compare=False)
+
+    @property
+    def raw(self) -> str:
+        """The replies as they came."""
+        return BETWEEN_REPLIES.join(self.replies)
+
+
+def judge_responses(
+    responses: Sequence[Response], config: JudgeConfig, *, cache: Path
+) -> list[Judgement]:
+    """Has every response judged, in their order; an empty one gets 0 without being sent.
+
+    Args:
+        responses: what to judge.
+        config: the judge.
+        cache: a JSONL file of verdicts, appended one by one and read first, so that an evaluation
+            that broke goes on where it stopped. Items without a verdict are asked again.
+
+    Raises:
+        ValueError: if nothing could be asked: no connection, no key, or the first request refused.
+    """
+    keys = [_key(config.model, response) for response in responses]
+    known = VerdictCache(cache)
+    asked = {
+        key: response
+        for key, response in zip(keys, responses, strict=True)
+        if key not in known.judgements and not response.is_empty
+    }
+    judgements = dict(known.judgements)
+    if asked:
+        from pipeline.evaluation.endpoint import Endpoint
+
+        with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
+            for key, judgement in _ask_all(endpoint, asked):
+                judgements[key] = judgement
+                if judgement.verdict:
+                    known.append(key, judgement)
+    silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
+    return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
+
+
+class VerdictCache:
+    """Verdicts on disk, one JSON line each; a line that a crash cut short is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.judgements: dict[str, Judgement] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        for line in content.splitlines():
+            try:
+                row = json.loads(line)
+                replies = tuple(row["replies"])
+                self.judgements[row["key"]] = Judgement(replies, parse_verdict(replies[-1]))
+            except (ValueError, LookupError, TypeError, RecursionError):
+                log.warning("%s: passing over a damaged line; its item is judged again.", path)
+        if content and not content.endswith(b"\n"):
+            self._write(b"\n")
+
+    def append(self, key: str, judgement: Judgement) -> None:
+        """Adds one verdict; a single write, so that lines of two processes do not mix."""
+        row = {"key": key, "replies": judgement.replies}
+        self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+def _ask_all(endpoint: Endpoint, asked: Mapping[str, Response]) -> Iterator[tuple[str, Judgement]]:
+    """Yields judgements as they come; the first item goes alone, to see if there is a judge."""
+    from rich.console import Console
+    from rich.progress import track
+
+    (first_key, first), *others = asked.items()
+    judgement = _ask(endpoint, first)
+    if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
+        raise ValueError(judgement.problem) from judgement.error
+    yield first_key, judgement
+    pool = ThreadPoolExecutor(endpoint.config.max_concurrency, thread_name_prefix="judge")
+    try:
+        futures: dict[Future[Judgement], str] = {
+            pool.submit(_ask, endpoint, response): key for key, response in others
+        }
+        console = Console(stderr=True)
+        for future in track(as_completed(futures), "judging", len(futures), console=console):
+            yield futures[future], future.result()
+    finally:  # also after an interrupt: nothing new is asked, and nobody goes on waiting
+        endpoint.stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ask(endpoint: Endpoint, response: Response) -> Judgement:
+    """One item: a question, and one more where the reply cannot be read."""
+    from pipeline.evaluation.endpoint import EndpointError
+
+    messages, problem = conversation(response), ""
+    replies: tuple[str, ...] = ()
+    for _ in range(2):
+        try:
+            reply = endpoint.complete(messages)
+        except EndpointError as error:
+            return Judgement((*replies, error.raw), None, str(error), error)
+        replies = (*replies, reply)
+        try:
+            return Judgement(replies, parse_verdict(reply))
+        except ValueError as error:
+            problem = str(error)
+        messages = [*messages, *again(reply, problem)]
+    return Judgement(replies, None, f"unreadable, also when asked again: {problem}")
+
+
+def _key(model: str, response: Response) -> str:
+    """What a verdict depends on: the judge, the rubric and the item's content, not its id."""
+    content = [response.instruction, response.input, response.reference, response.response]
+    return hashlib.sha256(json.dumps([model, RUBRIC_DIGEST, content]).encode()).hexdigest()
+
+
+def _check_url(base_url: str) -> None:
+    host = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)"
+    url = re.fullmatch(rf"https?://{host}(:(?P<port>[0-9]{{1,5}}))?(/[!-~]*)?", base_url)
+    may_hold_a_secret = any(mark in base_url for mark in "@?#")
+    if not url or may_hold_a_secret or int(url["port"] or 80) not in range(1, 65536):
+        shown = "[hidden: it may hold a password or a key]" if may_hold_a_secret else base_url
+        raise ValueError(
+            f"judge.base_url is {shown}; it takes http(s)://host[:port]/v1 and nothing more. "
+            "A key goes into the environment variable that judge.api_key_env names."
+        )

@@ -1,0 +1,184 @@
+"""The report of an evaluation: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.evaluation.metrics import RESAMPLES
+from pipeline.evaluation.responses import Response
+from pipeline.evaluation.summary import LOWER_IS_BETTER, Score, Scored, Summary
+
+TITLES = {
+    "judge": "LLM judge",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "Exact match",
+    "corpus_chrf": "chrF, corpus",
+    "corpus_bleu": "BLEU, corpus",
+    "perplexity": "Perplexity of the reference",
+}
+N_EXAMPLES = 5  # best and worst items
+MAX_UNSCORED = 50  # shown with their raw text; scores.jsonl has all
+MAX_CHARACTERS = 2_000  # of one text; the JSONL files have the rest
+
+INK = "#010203"  # stands for the page's own text colour
+BEFORE, AFTER = "#a0795a", "#3d7fd9"  # apart from each other also without colour vision
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item as the report shows it."""
+
+    response: Response
+    score: Score
+    response_before: Response | None
+    score_before: Score | None
+
+
+def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
+    """The report as HTML.
+
+    Texts of models are data and shown as such: escaped, clipped, and the page forbids scripts.
+
+    Args:
+        summary: of one model, or of one before and after its tuning.
+        lineage: what the numbers come from, name to text: checkpoint and digest, data, settings.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = _shown
+    best, worst = _best_and_worst(summary)
+    plots = [score_histogram(summary)]
+    if summary.before:
+        plots.append(before_and_after(summary))
+    unscored = [
+        (side, score)
+        for side, scored in (("before", summary.before), ("after", summary.after))
+        for score in (scored.scores if scored else ())
+        if score.score is None
+    ]
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        lineage=lineage,
+        plots=[_svg(plot) for plot in plots],
+        best=best,
+        worst=worst,
+        unscored=unscored[:MAX_UNSCORED],
+        n_unscored=len(unscored),
+        titles=TITLES,
+        lower_is_better=LOWER_IS_BETTER,
+        n_resamples=RESAMPLES,
+    )
+
+
+def score_histogram(summary: Summary) -> Figure:
+    """How the items' headline scores spread over 0-100, in steps of ten."""
+    figure, axes = _axes()
+    sides = {"before": summary.before, "after": summary.after} if summary.before else {}
+    sides = sides or {"score": summary.after}
+    columns = [_column(scored, summary.headline) for scored in sides.values() if scored]
+    axes.hist(
+        [column[~np.isnan(column)] for column in columns],
+        bins=np.arange(0, 101, 10).tolist(),
+        label=list(sides),
+        color=[BEFORE, AFTER][-len(columns) :],
+    )
+    axes.set(xlabel=TITLES[summary.headline], ylabel="items", xlim=(0, 100))
+    axes.set_xticks(range(0, 101, 20))
+    if summary.before:
+        axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+def before_and_after(summary: Summary) -> Figure:
+    """Each item's headline score before and after; above the diagonal it has improved.
+
+    Raises:
+        ValueError: if there is nothing to compare with.
+    """
+    if summary.before is None:
+        raise ValueError("a plot of before and after needs both.")
+    figure, axes = _axes()
+    before = _column(summary.before, summary.headline)
+    after = _column(summary.after, summary.headline)
+    pairs = np.column_stack([before, after])[~np.isnan(before + after)]
+    places, n_items = np.unique(pairs.round(), axis=0, return_counts=True)
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=":")
+    area = np.maximum(12, 900 * n_items / max(len(pairs), 1))
+    axes.scatter(places[:, 0], places[:, 1], s=area, color=AFTER, alpha=0.6, linewidths=0)
+    change = pairs[:, 1] - pairs[:, 0]
+    counts = f"{(change > 0).sum()} better, {(change < 0).sum()} worse, {(change == 0).sum()} equal"
+    axes.set(xlabel=f"{TITLES[summary.headline]}, before", ylabel="after", title=counts)
+    axes.set(xlim=(-6, 106), ylim=(-6, 106), aspect="equal")
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.8, 3.6), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(INK)
+    axes.title.set_fontsize("medium")
+    return figure, axes
+
+
+def _svg(figure: Figure) -> Markup:
+    """Inline SVG in the page's own text colour; nothing in it comes from a model."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+
+
+def _column(scored: Scored, scorer: str) -> np.ndarray:
+    scores = [score.score for score in scored.by(scorer)]
+    return np.array([np.nan if score is None else score for score in scores])
+
+
+def _best_and_worst(summary: Summary) -> tuple[list[Example], list[Example]]:
+    """The two ends of the ranking by headline score; ties are broken by chrF."""
+    column = _column(summary.after, summary.headline)
+    ranked = np.lexsort((_column(summary.after, "chrf"), column))  # NaN last
+    ranked = ranked[: int((~np.isnan(column)).sum())]
+    n_shown = min(N_EXAMPLES, (len(ranked) + 1) // 2)
+    worst, best = ranked[:n_shown], ranked[n_shown:][::-1][:n_shown]
+    return [_example(summary, i) for i in best], [_example(summary, i) for i in worst]
+
+
+def _example(summary: Summary, index: int) -> Example:
+    before, scorer = summary.before, summary.headline
+    return Example(
+        summary.after.responses[index],
+        summary.after.by(scorer)[index],
+        before.responses[index] if before else None,
+        before.by(scorer)[index] if before else None,
+    )
+
+
+def _shown(text: str) -> str:
+    """A text as the report shows it: control characters visible, a long one clipped."""
+    n_more = len(text) - MAX_CHARACTERS
+    clipped = f"{text[:MAX_CHARACTERS]} … ({n_more} more characters)" if n_more > 0 else text
+    return clipped.translate(CONTROL_PICTURES)

@@ -1,0 +1,138 @@
+"""`responses.jsonl`: what a model answered, one object an item, whichever model it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Primitive = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer to one instruction, and what it is compared with.
+
+    `settings` are those of the generation. `reference_nats` and `reference_tokens` say how well the
+    model predicts the reference itself: the sum of its next-token losses and their number.
+
+    Raises:
+        ValueError: if a field has the wrong type or no sensible value; the message names it.
+    """
+
+    id: int | str
+    instruction: str
+    input: str = ""
+    reference: str
+    response: str
+    settings: dict[str, Primitive] = field(default_factory=dict)
+    reference_nats: float | None = None
+    reference_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.id, int) and not isinstance(self.id, str):
+            raise ValueError(f"'id' is {self.id!r}; it must be a number or a string.")
+        for name in ("instruction", "input", "reference", "response"):
+            _check_text(name, getattr(self, name))
+        if not self.reference.strip():
+            raise ValueError("'reference' is empty, so there is nothing to compare with.")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"'settings' is {self.settings!r}; it must be an object.")
+        self._check_perplexity()
+
+    def _check_perplexity(self) -> None:
+        nats, tokens = self.reference_nats, self.reference_tokens
+        if nats is None and tokens is None:
+            return
+        if not (_is_number(nats, int, float) and _is_number(tokens, int)):
+            raise ValueError(
+                "'reference_nats' and 'reference_tokens' must be numbers, or both left out."
+            )
+        if not (math.isfinite(nats or 0) and (nats or 0) >= 0 and (tokens or 0) >= 1):
+            raise ValueError(
+                f"'reference_nats' is {nats} over {tokens} 'reference_tokens'; "
+                "it takes a finite sum >= 0 over at least one token."
+            )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the model said nothing but whitespace."""
+        return not self.response.strip()
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Reads a `responses.jsonl` of any model; fields that are not `Response`'s are left out.
+
+    Raises:
+        ValueError: naming file and line of the first bad line or repeated id, or if there is none.
+    """
+    lines_of_ids: dict[int | str, int] = {}
+    responses = []
+    with path.open("rb") as file:  # binary: only \n ends a line, not U+2028
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                response = _parse(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            if response.id in lines_of_ids:
+                raise ValueError(
+                    f"{path}:{number}: id {response.id!r} was already on line "
+                    f"{lines_of_ids[response.id]}; every item needs its own."
+                )
+            lines_of_ids[response.id] = number
+            responses.append(response)
+    if not responses:
+        raise ValueError(f"{path} holds no responses; expected one JSON object a line.")
+    return responses
+
+
+def write_responses(path: Path, responses: Sequence[Response]) -> None:
+    """Writes `responses.jsonl` in one move, so that it is whole or not there."""
+    write_lines(path, [asdict(response) for response in responses])
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON Lines (UTF-8) in one move."""
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file in one move, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8", newline="")
+    unfinished.replace(path)
+
+
+def _parse(line: bytes) -> Response:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 (byte {error.start} of the line); convert the file."
+        ) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}.")
+    missing = {"id", "instruction", "reference", "response"} - row.keys()
+    if missing:
+        raise ValueError(f"missing {', '.join(map(repr, sorted(missing)))}.")
+    return Response(**{f.name: row[f.name] for f in fields(Response) if f.name in row})
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} is {value!r}; it must be a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot: a lone surrogate
+        raise ValueError(f"{name!r} is no valid Unicode at character {error.start}.") from error
+
+
+def _is_number(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

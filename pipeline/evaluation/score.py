@@ -1,0 +1,109 @@
+"""The evaluation stage: responses in; scores, a summary and a report out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.evaluation import metrics
+from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
+from pipeline.evaluation.responses import Response, replace_text, write_lines, write_responses
+from pipeline.evaluation.rubric import RUBRIC_DIGEST
+from pipeline.evaluation.summary import Score, Scored, Summary, summarize
+
+
+def evaluate(
+    after: Sequence[Response],
+    *,
+    before: Sequence[Response] | None,
+    judge: JudgeConfig | None,
+    directory: Path,
+    lineage: Mapping[str, str],
+    seed: int,
+) -> Summary:
+    """Scores one model's responses, or two models' to the same items, and writes what came of it.
+
+    `directory` then holds `responses.jsonl`, `scores.jsonl`, `summary.json` and `report.html`, with
+    `before` also `responses-before.jsonl` and `scores-before.jsonl`, with a judge its cache. The
+    responses are written first: whatever happens to the judge, they are not lost.
+
+    Args:
+        after: responses of the model in question.
+        before: responses to the same items to compare with.
+        judge: an LLM judge to ask as well.
+        directory: where the files go.
+        lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if ids repeat, if the two sets differ in their items, or if there is no judge at
+            `judge.base_url`.
+    """
+    from pipeline.evaluation.report import render_report
+
+    sides = {"": after} | ({"-before": before} if before is not None else {})
+    for side, responses in sides.items():
+        write_responses(directory / f"responses{side}.jsonl", responses)
+    cache = directory / "judge-cache.jsonl"
+    scored = {
+        side: Scored(responses, score_responses(responses, judge=judge, cache=cache))
+        for side, responses in sides.items()
+    }
+    for side, result in scored.items():
+        write_lines(directory / f"scores{side}.jsonl", [score.as_row() for score in result.scores])
+    summary = summarize(scored[""], before=scored.get("-before"), seed=seed)
+    replace_text(directory / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
+    if judge:
+        asked = f"{judge.model} at {judge.base_url}, rubric {RUBRIC_DIGEST[:12]}"
+        lineage = {**lineage, "judge": asked}
+    replace_text(directory / "report.html", render_report(summary, lineage=lineage))
+    return summary
+
+
+def score_responses(
+    responses: Sequence[Response], *, judge: JudgeConfig | None, cache: Path
+) -> list[Score]:
+    """Scores every response by every scorer: the judge if there is one, chrF, ROUGE-L, exact match.
+
+    Args:
+        responses: of one model, each with its own id.
+        judge: an LLM judge to ask as well.
+        cache: JSONL file of the judge's verdicts; see `judge_responses`.
+
+    Returns:
+        Scores on 0-100, scorer by scorer, in the order of the responses.
+
+    Raises:
+        ValueError: if there is nothing to score, if an id repeats, or if there is no judge.
+    """
+    _check_ids(responses)
+    scores = []
+    if judge:
+        judgements = judge_responses(responses, judge, cache=cache)
+        scores += [_judged(r, j) for r, j in zip(responses, judgements, strict=True)]
+    texts, references = [r.response for r in responses], [r.reference for r in responses]
+    values = {
+        "chrf": metrics.chrf(metrics.chrf_counts(texts, references)).tolist(),
+        "rouge_l": list(map(metrics.rouge_l, texts, references)),
+        "exact_match": list(map(metrics.exact_match, texts, references)),
+    }
+    for scorer, column in values.items():
+        scores += [Score(r.id, scorer, v) for r, v in zip(responses, column, strict=True)]
+    return scores
+
+
+def _judged(response: Response, judgement: Judgement) -> Score:
+    verdict = judgement.verdict
+    if verdict is None:
+        return Score(response.id, "judge", None, judgement.problem, judgement.raw)
+    return Score(response.id, "judge", float(verdict.score), verdict.rationale, judgement.raw)
+
+
+def _check_ids(responses: Sequence[Response]) -> None:
+    if not responses:
+        raise ValueError("there are no responses to score.")
+    (most_common, n_times), *_ = Counter(response.id for response in responses).most_common(1)
+    if n_times > 1:
+        raise ValueError(f"id {most_common!r} occurs {n_times} times; every item needs its own.")

@@ -1,0 +1,239 @@
+"""Scores of items brought together: a row a measure, with 95 % intervals and paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import Array, Estimate
+from pipeline.evaluation.responses import Response
+
+LOWER_IS_BETTER = ("perplexity",)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One item's score by one scorer, 0-100; None, and why in `rationale`, where it is unscored."""
+
+    id: int | str
+    scorer: str
+    score: float | None
+    rationale: str = ""
+    raw: str = ""
+
+    @property
+    def status(self) -> str:
+        """`scored` or `unscored`."""
+        return "unscored" if self.score is None else "scored"
+
+    def as_row(self) -> dict[str, Any]:
+        """The object that `scores.jsonl` holds."""
+        return {"id": self.id, "scorer": self.scorer, "score": self.score} | {
+            "status": self.status,
+            "rationale": self.rationale,
+            "raw": self.raw,
+        }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses of one model and their scores, every scorer's in the order of the responses."""
+
+    responses: Sequence[Response]
+    scores: Sequence[Score]
+
+    def by(self, scorer: str) -> list[Score]:
+        """The scores of one scorer, in the order of the responses."""
+        return [score for score in self.scores if score.scorer == scorer]
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of the scorers, without repetition."""
+        return list(dict.fromkeys(score.scorer for score in self.scores))
+
+    @property
+    def n_empty(self) -> int:
+        """Responses that say nothing."""
+        return sum(response.is_empty for response in self.responses)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measure of one model; no estimate where no item was scored."""
+
+    estimate: Estimate | None
+    n_scored: int
+    n_unscored: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure; `difference` is after - before over the items that are scored in both."""
+
+    measure: str
+    before: Cell | None
+    after: Cell
+    difference: Estimate | None
+    n_paired: int
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `unclear` where the interval of the difference holds 0."""
+        if self.difference is None or self.difference.low <= 0 <= self.difference.high:
+            return "unclear"
+        is_better = (self.difference.value < 0) == (self.measure in LOWER_IS_BETTER)
+        return "better" if is_better else "worse"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `summary.json` holds; null for what is not finite."""
+        row = asdict(self) | {"verdict": self.verdict if self.before else None}
+        return json.loads(json.dumps(row), parse_constant=lambda _: None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows of an evaluation, and what they were computed from."""
+
+    rows: Sequence[Row]
+    before: Scored | None
+    after: Scored
+
+    @property
+    def headline(self) -> str:
+        """The scorer by which items are ranked: the judge where it scored anything, else chrF."""
+        judged = any(score.score is not None for score in self.after.by("judge"))
+        return "judge" if judged else "chrf"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        return {
+            "n_items": len(self.after.responses),
+            "n_empty_before": self.before.n_empty if self.before else None,
+            "n_empty_after": self.after.n_empty,
+            "headline": self.headline,
+            "measures": {row.measure: row.as_dict() for row in self.rows},
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Finite values for a tracker: `after/chrf`, `after/chrf_low`, `difference/chrf`, ..."""
+        values: dict[str, float] = {}
+        for row in self.rows:
+            cells = {"before": row.before, "after": row.after}
+            estimates = {side: cell.estimate for side, cell in cells.items() if cell}
+            for side, estimate in (estimates | {"difference": row.difference}).items():
+                if estimate:
+                    name = f"{side}/{row.measure}"
+                    values |= {name: estimate.value}
+                    values |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+            for side, cell in cells.items():
+                if cell and cell.n_unscored:
+                    values[f"{side}/{row.measure}_unscored"] = cell.n_unscored
+        values["after/empty"] = self.after.n_empty
+        if self.before:
+            values["before/empty"] = self.before.n_empty
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def summarize(after: Scored, *, before: Scored | None, seed: int) -> Summary:
+    """Every measure with its interval; with `before`, also the paired differences.
+
+    Args:
+        after: the model in question.
+        before: another model's responses to the same items, in any order.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if the two sets do not hold the same items.
+    """
+    before = _in_order_of(after, before) if before else None
+    tables = _tables(after)
+    others = _tables(before) if before else {}
+    rows = [_row(measure, others.get(measure), tables[measure], seed) for measure in tables]
+    return Summary(rows, before, after)
+
+
+def _tables(scored: Scored) -> dict[str, Array]:
+    """(N, K) counts of each measure; NaN in the rows of items that it has no value for."""
+    tables: dict[str, Array] = {}
+    for scorer in scored.scorers:
+        values = [np.nan if score.score is None else score.score for score in scored.by(scorer)]
+        tables[scorer] = np.column_stack([values, np.ones(len(values))])
+    texts = [response.response for response in scored.responses]
+    references = [response.reference for response in scored.responses]
+    tables["corpus_chrf"] = metrics.chrf_counts(texts, references)
+    tables["corpus_bleu"] = metrics.bleu_counts(texts, references)
+    nats = np.array([[r.reference_nats, r.reference_tokens] for r in scored.responses], dtype=float)
+    if not np.isnan(nats).all():
+        tables["perplexity"] = nats
+    return tables
+
+
+def _value(measure: str) -> Callable[[Array], Array]:
+    corpus = {
+        "corpus_chrf": metrics.chrf,
+        "corpus_bleu": metrics.bleu,
+        "perplexity": metrics.perplexity,
+    }
+    return corpus.get(measure, metrics.mean)
+
+
+def _row(measure: str, before: Array | None, after: Array, seed: int) -> Row:
+    """One measure from its (N, K) counts; both tables hold the same items in the same order."""
+    cell = _cell(measure, after, seed)
+    if before is None:
+        return Row(measure, None, cell, None, 0)
+    is_paired = _is_known(before) & _is_known(after)
+    n_paired, difference = int(is_paired.sum()), None
+    if n_paired:
+        statistic = metrics.difference(
+            metrics.of_sums(before[is_paired], _value(measure)),
+            metrics.of_sums(after[is_paired], _value(measure)),
+        )
+        difference = metrics.bootstrap(statistic, n_paired, seed=seed)
+    return Row(measure, _cell(measure, before, seed), cell, difference, n_paired)
+
+
+def _cell(measure: str, table: Array, seed: int) -> Cell:
+    known = table[_is_known(table)]
+    estimate = None
+    if len(known):
+        statistic = metrics.of_sums(known, _value(measure))
+        estimate = metrics.bootstrap(statistic, len(known), seed=seed)
+    return Cell(estimate, len(known), len(table) - len(known))
+
+
+def _is_known(table: Array) -> NDArray[np.bool_]:
+    return np.isnan(table).sum(axis=1) == 0
+
+
+def _in_order_of(after: Scored, before: Scored) -> Scored:
+    """`before` in the order of `after`, once it is sure that they hold the same items."""
+    others = {response.id: response for response in before.responses}
+    for response in after.responses:
+        other = others.get(response.id)
+        if other is None or _item(other) != _item(response):
+            raise ValueError(
+                f"item {response.id!r} is not the same before and after; "
+                "a comparison needs both models' responses to the same items."
+            )
+    if len(others) != len(after.responses):
+        raise ValueError(
+            f"{len(others)} items before and {len(after.responses)} after; "
+            "a comparison needs both models' responses to the same items."
+        )
+    scores = {(score.scorer, score.id): score for score in before.scores}
+    return Scored(
+        [others[response.id] for response in after.responses],
+        [scores[scorer, r.id] for scorer in before.scorers for r in after.responses],
+    )
+
+
+def _item(response: Response) -> tuple[str, str, str]:
+    return response.instruction, response.input, response.reference

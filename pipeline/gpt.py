@@ -1,0 +1,369 @@
+"""The model: one decoder-only transformer that is GPT-2 or Llama, as its configuration says.
+
+Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019),
+SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023). Parity with transformers is
+shown in tests/test_gpt_parity.py.
+
+Shapes: B rows, T tokens, S keys seen so far, C n_embd, H query heads, G key/value heads,
+D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # GPT-2
+Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides the shape and the mathematics of a model.
+
+    Args:
+        n_layer: transformer blocks.
+        n_head: query heads.
+        n_kv_head: key/value heads; n_head is multi-head, 1 multi-query, between them grouped-query
+            attention.
+        n_embd: width of the residual stream.
+        block_size: the longest context, in tokens.
+        vocab_size: rows of the embedding; null takes the tokenizer's size, rounded up to a
+            multiple of 64.
+        norm: layernorm (GPT-2) or rmsnorm (Llama).
+        norm_eps: added to the variance.
+        position: learned embedding (GPT-2) or rotary (Llama).
+        rope_theta: base of the rotary frequencies; unused with learned positions.
+        mlp: gelu (GPT-2, tanh form) or swiglu (Llama).
+        mlp_hidden: width inside the MLP.
+        bias: biases in linear layers and layernorms.
+        tie_embeddings: the output head is the token embedding.
+        dropout: probability, on embeddings, attention weights and both residual branches.
+        causal: a token sees only itself and what is before it.
+    """
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int | None
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    position: Literal["learned", "rope"]
+    rope_theta: float
+    mlp: Literal["gelu", "swiglu"]
+    mlp_hidden: int
+    bias: bool
+    tie_embeddings: bool
+    dropout: float
+    causal: bool
+
+    def __post_init__(self) -> None:
+        counts = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "mlp_hidden")
+        checks = {key: (getattr(self, key) >= 1, "at least 1") for key in counts}
+        checks["vocab_size"] = (self.vocab_size is None or self.vocab_size >= 1, "at least 1")
+        checks["norm_eps"] = (self.norm_eps > 0, "a positive number")
+        checks["rope_theta"] = (self.rope_theta > 0, "a positive number")
+        checks["dropout"] = (0 <= self.dropout < 1, "a probability in [0, 1)")
+        for key in ("norm", "position", "mlp"):
+            choices = get_args(get_type_hints(type(self))[key])
+            checks[key] = (getattr(self, key) in choices, " or ".join(choices))
+        for key, (ok, wanted) in checks.items():
+            if not ok:
+                raise ValueError(f"model.gpt.{key} is {getattr(self, key)}; give {wanted}.")
+        for whole, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"model.gpt.{whole} is {getattr(self, whole)}, which model.gpt.{part} "
+                    f"({getattr(self, part)}) does not divide; change one of them."
+                )
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(
+                "rotary positions need an even head size, but model.gpt.n_embd / model.gpt.n_head "
+                f"is {self.head_size}; change one of them."
+            )
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.n_embd // self.n_head
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated; every row has a place of its own.
+
+    Args:
+        config: of a causal model.
+        n_rows: B.
+        n_tokens: the most that any row will hold; at most block_size.
+        like: a tensor of the device and dtype wanted.
+
+    Raises:
+        ValueError: where the model is not causal: what it has seen changes with every token.
+    """
+
+    def __init__(self, config: GPTConfig, n_rows: int, n_tokens: int, like: Tensor) -> None:
+        if not config.causal:
+            raise ValueError("model.gpt.causal is false; only a causal model can write text.")
+        shape = (config.n_layer, n_rows, config.n_kv_head, n_tokens, config.head_size)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def seek(self, positions: Tensor) -> Tensor:
+        """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
+        self.positions, self.n_seen = positions, int(positions.max()) + 1
+        seen = torch.arange(self.n_seen, device=positions.device)
+        return seen <= positions[:, None, :, None]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, G, T, D) where `seek` went; all keys and values so far, (B, G, S, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
+        return self.keys[layer, :, :, : self.n_seen], self.values[layer, :, :, : self.n_seen]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops or repeats rows: (B',) int64 indices, for finished sequences and for beams."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class Attention(nn.Module):
+    """Causal (or full) self-attention with grouped keys and values."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, kv_width = config.n_embd, config.n_kv_head * config.head_size
+        self.q = nn.Linear(width, width, bias=config.bias)
+        self.k = nn.Linear(width, kv_width, bias=config.bias)
+        self.v = nn.Linear(width, kv_width, bias=config.bias)
+        self.o = nn.Linear(width, width, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C); a mask replaces the causal rule, it does not add to it."""
+        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=mask is None and self.config.causal,
+            enable_gqa=self.config.n_kv_head != self.config.n_head,
+        )  # (B, H, T, D)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """The position-wise network: up, activation, down; with a gate where it is SwiGLU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.gate = None
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The normalisation that the configuration names."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = make_norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """Token ids to hidden states; `head` turns those into logits.
+
+    Args:
+        config: with `vocab_size` resolved.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.gpt.vocab_size is null; resolve it from the tokenizer first.")
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = None
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        cos, sin = rotary_table(config)  # (block_size, D)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
+        """A model around given weights, which are taken as they are, not copied.
+
+        Args:
+            config: with `vocab_size` resolved.
+            tensors: every parameter by name; without `head.weight` where it is tied.
+
+        Raises:
+            ValueError: naming missing and unexpected tensors, or one of another shape.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            wrong = sorted(dict(expected.items() ^ found.items()))
+            raise ValueError(
+                f"the weights do not fit the model's configuration: {len(wrong)} tensors are "
+                f"missing, unexpected or of another shape, such as {wrong[0]}."
+            )
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_embeddings:
+            model.head.weight = model.token_embedding.weight
+        model.cos, model.sin = rotary_table(config)
+        return model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter by name, a tied one once: what `from_tensors` takes."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), less in residual projections by sqrt(2 n_layer)."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=residual_std if residual else INIT_STD)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final hidden states.
+
+        Rows are padded on the right, so a causal model needs no mask: nothing real ever sees a pad.
+
+        Args:
+            input_ids: (B, T) int64, T <= block_size.
+            attention_mask: (B, T) bool, true where a token is real; read where causal is false.
+            positions: (B, T) int64 place of each token in its row; 0 to T-1 where not given.
+            cache: filled at `positions`, which it needs, and attended to.
+
+        Returns:
+            (B, T, C), normalised; `head` gives the logits.
+
+        Raises:
+            ValueError: where the rows are longer than the context.
+        """
+        n_tokens = input_ids.shape[1]
+        if n_tokens > self.config.block_size:
+            raise ValueError(
+                f"{n_tokens} tokens do not fit in model.gpt.block_size {self.config.block_size}; "
+                "shorten the text or use a model with a longer context."
+            )
+        places = slice(0, n_tokens) if positions is None else positions
+        x = self.token_embedding(input_ids)
+        rotation = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[places]
+        else:
+            rotation = self._rotation(places)
+        mask = None
+        if cache is not None:
+            assert positions is not None, "a cache needs positions"
+            mask = cache.seek(positions)
+        elif attention_mask is not None and not self.config.causal:
+            mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotation, mask, cache)
+        return self.final_norm(x)
+
+    def _rotation(self, places: slice | Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos[places], self.sin[places]  # (T, D) or (B, T, D)
+        return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+
+    def n_parameters(self, *, trainable_only: bool = False) -> int:
+        """Parameters, a tied one counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def flops_per_token(self, n_context: int, *, training: bool) -> int:
+        """Floating-point operations a token: two per weight of every product, and attention's own.
+
+        Attention counts the causal half of its scores (n_context / 2 keys a token on average). The
+        backward pass costs twice the forward pass; recomputation is not counted.
+
+        Args:
+            n_context: tokens a row.
+            training: forward and backward, else forward alone.
+        """
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        keys = n_context / 2 if self.config.causal else n_context
+        attention = 2 * self.config.n_layer * self.config.n_embd * keys
+        return int(2 * (linear + attention)) * (3 if training else 1)
+
+
+def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, (block_size, D) float32 each."""
+    exponents = torch.arange(0, config.head_size, 2) / config.head_size
+    angles = torch.outer(torch.arange(config.block_size), 1.0 / config.rope_theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()

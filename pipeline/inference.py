@@ -1,0 +1,210 @@
+"""What a checkpoint is used for at the terminal: continue a text, converse, label."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datamodules.batching import Sample, pad
+from datamodules.prompts import Message, encode_prompt, stop_ids
+from datamodules.sources import read_table
+from datamodules.tokenizer import Tokenizer
+from pipeline.classifier import GPTClassifier
+from pipeline.generate import Sampling, generate, stream
+from pipeline.models import Loaded, load
+
+
+def print_continuation(path: Path, prompt: str, *, is_message: bool, **sampling: Any) -> None:
+    """Writes the continuation of a prompt to stdout as it is made, and nothing else.
+
+    Args:
+        path: of the checkpoint.
+        prompt: the text, as it stands.
+        is_message: wrap it in the checkpoint's template as what a user says.
+        **sampling: fields of `Sampling`.
+
+    Raises:
+        ValueError: for a checkpoint without the template, or a prompt that does not fit.
+    """
+    loaded = load_language_model(path)
+    ids = loaded.tokenizer.encode(prompt)
+    if is_message:
+        message = Message(role="user", content=prompt)
+        ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), [message])
+    for piece in pieces(loaded, ids, settings_for(loaded, **sampling)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def converse(path: Path, *, system: str, **sampling: Any) -> None:
+    """A conversation on stdin and stdout; an empty line or the end of stdin ends it."""
+    loaded = load_language_model(path)
+    style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
+    messages = [Message(role="system", content=system)] if system else []
+    while True:
+        print("you: ", end="", flush=True, file=sys.stderr)
+        said = sys.stdin.readline().strip()
+        if not said:
+            return
+        messages.append(Message(role="user", content=said))
+        ids = encode_prompt(loaded.tokenizer, style, messages)
+        answer = ""
+        for piece in pieces(loaded, ids, settings):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append(Message(role="assistant", content=answer))
+
+
+def load_language_model(path: Path) -> Loaded:
+    """A checkpoint that continues text.
+
+    Raises:
+        ValueError: for a classifier.
+    """
+    loaded = load(path)
+    if isinstance(loaded.model, GPTClassifier):
+        raise ValueError(f"{path} is a classifier and writes no text; use the command classify.")
+    return loaded
+
+
+def prompt_style(loaded: Loaded) -> str:
+    """The template that the checkpoint was tuned with.
+
+    Raises:
+        ValueError: for one that was not.
+    """
+    if "prompt_style" not in loaded.meta:
+        raise ValueError(
+            f"{loaded.path} was not tuned to follow instructions; use generate without --chat, "
+            "or a checkpoint of configs/instruct.yaml."
+        )
+    return loaded.meta["prompt_style"]
+
+
+def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
+    """Sampling that stops where the checkpoint's texts end."""
+    style = loaded.meta.get("prompt_style")
+    eos = [loaded.tokenizer.eos_id]
+    stops = stop_ids(loaded.tokenizer, style) if style else eos
+    return Sampling(stop_ids=frozenset(stops), **sampling)
+
+
+def pieces(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[str]:
+    """Text as it is made; a character whose bytes span tokens waits until it is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in _new_tokens(loaded, ids, settings):
+        yield decoder.decode(decode_token(loaded.tokenizer, token))
+    yield decoder.decode(b"", final=True)
+
+
+def _new_tokens(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[int]:
+    if settings.num_beams > 1:
+        yield from generate(loaded.gpt, [ids], settings)[0]
+        return
+    for (token,) in stream(loaded.gpt, [ids], settings):
+        if token is not None:
+            yield token
+
+
+def decode_token(tokenizer: Tokenizer, token: int) -> bytes:
+    """Bytes of a token; rows that pad the embedding beyond the vocabulary stand for nothing."""
+    return tokenizer.decode_bytes([token]) if token < tokenizer.n_vocab else b""
+
+
+def print_label(path: Path, text: str, threshold: float | None) -> None:
+    """Writes label and probabilities of a text to stdout, as JSON."""
+    loaded = load_classifier(path)
+    probabilities = label_probabilities(loaded, [text])[0]
+    names = loaded.meta["label_names"]
+    row = {
+        "label": names[decide(probabilities, threshold)],
+        "probabilities": dict(zip(names, (round(p, 6) for p in probabilities), strict=True)),
+    }
+    print(json.dumps(row, ensure_ascii=False))
+
+
+def classify_table(
+    path: Path, file: Path, column: str, output: Path, threshold: float | None, batch_size: int
+) -> None:
+    """Copies a table with a label and a probability a class for the texts of a column.
+
+    Raises:
+        ValueError: for a missing column, a cell without text, or a form that cannot be written.
+    """
+    writers = {".csv": "to_csv", ".tsv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
+    if output.suffix not in writers:
+        raise ValueError(f"output is {output}; give a file that ends in {', '.join(writers)}.")
+    frame = read_table(file)
+    if column not in frame:
+        raise ValueError(f"{file} has no column {column!r}; set --column to one of {list(frame)}.")
+    texts = frame[column].tolist()
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{file}: row {row} has no text in {column!r}; complete or drop it.")
+    loaded = load_classifier(path)
+    names = loaded.meta["label_names"]
+    probabilities = label_probabilities(loaded, texts, batch_size)
+    frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
+    for i, name in enumerate(names):
+        frame[f"probability_{name}"] = [round(p[i], 6) for p in probabilities]
+    options: dict[str, Any] = {"index": False}
+    if output.suffix == ".tsv":
+        options["sep"] = "\t"
+    if output.suffix == ".jsonl":
+        options = {"orient": "records", "lines": True, "force_ascii": False}
+    getattr(frame, writers[output.suffix])(output, **options)
+    print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
+
+
+def load_classifier(path: Path) -> Loaded:
+    """A checkpoint that labels texts.
+
+    Raises:
+        ValueError: for a language model.
+    """
+    loaded = load(path)
+    if not isinstance(loaded.model, GPTClassifier):
+        raise ValueError(f"{path} is no classifier; tune one with configs/spam.yaml.")
+    return loaded
+
+
+@torch.inference_mode()
+def label_probabilities(
+    loaded: Loaded, texts: Sequence[str], batch_size: int = 32
+) -> list[list[float]]:
+    """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with."""
+    assert isinstance(loaded.model, GPTClassifier)
+    samples: list[Sample] = []
+    for i, text in enumerate(texts):
+        ids = loaded.tokenizer.encode(text)[: loaded.meta["max_length"]]
+        if not ids:
+            raise ValueError(f"text {i} is empty; there is nothing to label.")
+        samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
+    samples.sort(key=lambda sample: len(sample["input_ids"]))
+    rows: dict[int, list[float]] = {}
+    for start in range(0, len(samples), batch_size):
+        batch = pad(samples[start : start + batch_size], loaded.tokenizer.eos_id)
+        logits = loaded.model(batch["input_ids"], batch.get("attention_mask"))
+        for sample_id, p in zip(batch["sample_ids"].tolist(), logits.softmax(-1), strict=True):
+            rows[sample_id] = p.tolist()
+    return [rows[i] for i in range(len(texts))]
+
+
+def decide(probabilities: Sequence[float], threshold: float | None) -> int:
+    """The likeliest class; with a threshold the second of two classes from that probability on.
+
+    Raises:
+        ValueError: for a threshold on more than two classes.
+    """
+    if threshold is None:
+        return max(range(len(probabilities)), key=probabilities.__getitem__)
+    if len(probabilities) != 2:
+        raise ValueError(f"threshold is for two classes; this checkpoint has {len(probabilities)}.")
+    return int(probabilities[1] >= threshold)

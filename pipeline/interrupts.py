@@ -1,0 +1,72 @@
+"""Signals for the child: an interrupted chain lets its stage save before both end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+FORWARDED = {  # signal -> what the child gets
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
+
+
+class Child:
+    """Runs one subprocess after the other; while it is entered, signals go to the one that runs.
+
+    The children have a process group of their own: Ctrl-C reaches them once, through here. Signals
+    that are ignored (nohup) stay so; outside the main thread nothing is forwarded.
+
+    Attributes:
+        signal: number of the last signal, None before; from then on nothing is started.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Child:
+        if threading.current_thread() is threading.main_thread():
+            for number in FORWARDED:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Starts a command without stdin and waits for it.
+
+        Returns:
+            Its exit code, 128 + n where signal n ended it (as shells have it).
+        """
+        if self.signal is not None:
+            return 128 + self.signal
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, env=environment, process_group=0
+        )
+        if self.signal is not None:  # it came while the child was being made
+            self._forward(self.signal)
+        exit_code = self._process.wait()
+        return exit_code if exit_code >= 0 else 128 - exit_code
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._forward(number)
+
+    def _forward(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(FORWARDED[signal.Signals(number)])

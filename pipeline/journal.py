@@ -1,0 +1,109 @@
+"""The journal of a run: append-only JSON lines, on disk line by line, whatever kills the process.
+
+A line has `time` (unix seconds), `kind`, and by kind
+
+    param     values {key: text}
+    metric    step, values {key: number, or "nan", "inf", "-inf"}
+    tag       values {key: text}
+    dataset   name, digest, counts, source
+    artifact  path, table (true or false)
+    event     name, and its facts; the first line is the event "created", with the run's id
+    status    status RUNNING | FINISHED | FAILED | KILLED, and its facts
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """The journal of a run directory, open for writing; threads may share it.
+
+    Attributes:
+        is_new: it had no line before.
+        active_s: seconds that the run was at work before.
+    """
+
+    def __init__(self, run: Path) -> None:
+        path = run / JOURNAL
+        path.touch()
+        end, self.active_s = _recover(run)
+        os.truncate(path, end)
+        self.is_new = end == 0
+        self._file, self._writing = path.open("ab"), threading.Lock()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
+    def append(self, kind: str, **facts: Any) -> None:
+        """Writes one line, past this process's death; past the machine's where it is a status."""
+        line = dumps({"time": time.time(), "kind": kind, **facts}).encode() + b"\n"
+        with self._writing:
+            self._file.write(line)
+            self._file.flush()
+            if kind == "status":
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+
+def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Lines of a run directory's journal from a byte offset on, each with the offset behind it.
+
+    A last line that is not whole (the process was killed, or is writing it) is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    with (run / JOURNAL).open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                parsed = json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{run / JOURNAL} is damaged at byte {offset} ({line[:40]!r}); "
+                    "take that line out."
+                ) from None
+            offset += len(line)
+            yield parsed, offset
+
+
+def _recover(run: Path) -> tuple[int, float]:
+    """Bytes of whole lines, and the seconds that they span without the breaks before a resume."""
+    end, active_s, last = 0, 0.0, None
+    for line, line_end in read_journal(run):
+        if last is not None and line.get("name") != "resumed":
+            active_s += line["time"] - last
+        end, last = line_end, line["time"]
+    return end, active_s
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Standard JSON; numbers that it has no word for as text, which float() reads back."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

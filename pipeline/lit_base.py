@@ -1,0 +1,252 @@
+"""What both LightningModules share: where weights come from, the exact optimizer step, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from datamodules.batching import MicroBatch, StepDataModule
+from pipeline import lora
+from pipeline.checkpoint import checkpoint_digest
+from pipeline.gpt import GPT, GPTConfig
+from pipeline.models import Loaded, describe_base, load
+from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
+
+CHECKPOINTS = "checkpoints"  # folder of a run directory
+VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
+MAX_SKIPPED_STEPS = 5  # in a row
+
+
+class NonFiniteLossError(ValueError):
+    """Training diverged: several steps in a row had a loss or gradient that is not finite."""
+
+
+class LitStep(pl.LightningModule):
+    """One batch is one optimizer step: the exact mean of its losses, whatever the micro-batches.
+
+    Args:
+        gpt: a model to build anew; or else
+        init_from: a checkpoint whose weights to start from.
+        lora: adapters to train instead of the weights.
+        optimizer: how weights are updated.
+    """
+
+    automatic_optimization = False
+    strict_loading = False  # on_load_checkpoint is stricter
+    kind: str
+    model: Any
+
+    def __init__(
+        self,
+        *,
+        gpt: GPTConfig | None,
+        init_from: str | None,
+        lora: lora.LoRAConfig | None,
+        optimizer: OptimizerConfig,
+    ) -> None:
+        super().__init__()
+        if (gpt is None) == (init_from is None):
+            raise ValueError(
+                "give either model.gpt (a new model) or model.init_from (weights to start from), not "
+                + ("both." if gpt else "neither.")
+            )
+        self.gpt_config, self.init_from = gpt, init_from
+        self.lora_config, self.optimizer_config = lora, optimizer
+        self.model = None
+        self.base: dict[str, str] | None = None
+        self.parent: dict[str, str] | None = None
+        self._n_skipped = 0
+
+    # What a subclass decides
+
+    @abstractmethod
+    def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
+        """The trained module around a transformer."""
+
+    @abstractmethod
+    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Scalar sum of the losses of a micro-batch, in nats."""
+
+    @abstractmethod
+    def n_targets(self, micro_batch: MicroBatch) -> int:
+        """How many losses that sum adds up."""
+
+    @property
+    def data(self) -> StepDataModule:
+        """The data module that the trainer runs on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    # Weights
+
+    def configure_model(self) -> None:
+        """Builds or loads the model; called by Lightning once the data is there."""
+        if self.model is not None:
+            return
+        loaded = load(self.init_from) if self.init_from else None
+        gpt = loaded.gpt if loaded else self._new_gpt()
+        self._check_fit(gpt.config, loaded)
+        if loaded is not None:
+            self.parent = {"path": str(loaded.path), "digest": checkpoint_digest(loaded.path)}
+        if loaded is not None and self.lora_config is not None:
+            folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
+            self.base = describe_base(loaded.path, folder, gpt)
+        self.model = self.wrap(gpt, loaded)
+        if self.lora_config is not None:
+            self.lora_config = lora.attach(self.model, self.lora_config)
+        self.train()
+
+    def _new_gpt(self) -> GPT:
+        assert self.gpt_config is not None
+        n_vocab = self.data.tokenizer.n_vocab
+        rounded = -(-n_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        vocab_size = self.gpt_config.vocab_size or rounded
+        if vocab_size < n_vocab:
+            raise ValueError(
+                f"model.gpt.vocab_size is {vocab_size} but the tokenizer has {n_vocab} tokens; "
+                "leave it null to take the tokenizer's."
+            )
+        return GPT(replace(self.gpt_config, vocab_size=vocab_size))
+
+    def _check_fit(self, config: GPTConfig, loaded: Loaded | None) -> None:
+        if loaded is not None and loaded.tokenizer.digest != self.data.tokenizer.digest:
+            raise ValueError(
+                f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
+                f"{self.init_from} ({loaded.tokenizer.name}); leave data.tokenizer null to take that."
+            )
+        check_context(self.data, config.block_size)
+
+    # The optimizer step
+
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> Tensor:
+        """Backward over all micro-batches, then one optimizer step; returns the step's mean loss."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
+        mean = torch.zeros((), device=self.device)
+        for i, micro_batch in enumerate(batch):
+            with self._synchronized(last=i == len(batch) - 1):
+                share = self.loss_sum(micro_batch) / n_targets
+                self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
+            mean += share.detach()
+        optimizer.step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
+        self.log("train/lr", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        return mean
+
+    def over_ranks(self, count: int) -> int:
+        """A count, summed over all ranks."""
+        if self.trainer.world_size == 1:
+            return count
+        return int(
+            self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum")
+        )
+
+    def _synchronized(self, *, last: bool) -> AbstractContextManager:
+        model = self.trainer.strategy.model
+        return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the (unscaled) gradients; without a finite norm the step is taken without them, and counted."""
+        trained = [p for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(trained, self.optimizer_config.max_grad_norm)
+        self.log("train/grad_norm", norm)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # under 16-mixed overflows are routine, and the scaler skips them
+        self._n_skipped = 0 if torch.isfinite(norm) else self._n_skipped + 1
+        self.log("train/skipped_steps", float(self._n_skipped > 0), reduce_fx="sum", on_epoch=True)
+        if self._n_skipped:
+            optimizer.zero_grad(set_to_none=True)
+        if self._n_skipped >= MAX_SKIPPED_STEPS:
+            raise NonFiniteLossError(
+                f"{self._n_skipped} steps in a row had gradients that are not finite; "
+                "lower model.optimizer.lr, or start again from the last checkpoint."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
+        config, total_steps = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
+        check_warmup(config.warmup_steps, total_steps)
+        optimizer = make_optimizer(self.model, config)
+        factor: Callable[[int], float] = partial(
+            learning_rate_factor,
+            warmup_steps=config.warmup_steps,
+            total_steps=total_steps,
+            final=config.final_lr_fraction,
+        )
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    # Checkpoints
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself; primitives."""
+        gpt: GPT = getattr(self.model, "gpt", self.model)
+        return {
+            "kind": self.kind,
+            "step": self.global_step,
+            "gpt": asdict(gpt.config),
+            "lora": asdict(self.lora_config) if self.lora_config else None,
+            "base": self.base,
+            "parent": self.parent,
+            "precision": str(self.trainer.precision),
+            "data": self.data.config,
+            "dataset": self.data.fingerprint,
+            **self.data.meta(),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
+        tensors = self._own_tensors()
+        checkpoint["state_dict"] = tensors
+        checkpoint["meta"] = self.meta()
+        checkpoint["tokenizer"] = self.data.tokenizer
+        if self.lora_config is not None:
+            checkpoint["adapter"] = lora.adapter_state(self.model)
+            checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that a checkpoint is of this model, on this base, to the last tensor."""
+        theirs, ours = checkpoint["meta"]["base"], self.base
+        if (theirs or {}).get("digest") != (ours or {}).get("digest"):
+            raise ValueError(
+                f"the checkpoint belongs to the base {theirs and theirs['path']}, "
+                f"model.init_from gives {ours and ours['path']}, which holds other weights."
+            )
+        tensors, expected = checkpoint["state_dict"], self._own_tensors()
+        if tensors.keys() != expected.keys():
+            wrong = sorted(tensors.keys() ^ expected.keys())
+            raise ValueError(
+                f"the checkpoint is of another model: {wrong[0]} is only in one of them."
+            )
+        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        if self.lora_config is not None:
+            lora.load_adapter(self.model, checkpoint["adapter"])
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        if self.lora_config is None:
+            return {name: p.detach() for name, p in named}
+        return {n: p.detach() for n, p in named if p.requires_grad and not lora.is_adapter_key(n)}
+
+
+def check_context(data: StepDataModule, block_size: int) -> None:
+    """Refuses rows that do not fit in the model's context.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    key, n_tokens = data.context
+    if n_tokens > block_size:
+        raise ValueError(
+            f"data.{key} is {n_tokens} but model.gpt.block_size is {block_size}; "
+            f"lower data.{key} or use a model with a longer context."
+        )

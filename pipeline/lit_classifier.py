@@ -1,0 +1,153 @@
+"""LitClassifier: a head on the last real token, and as much of the model below it as one likes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.aggregation import MeanMetric
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from datamodules.batching import MicroBatch
+from pipeline.classifier import GPTClassifier
+from pipeline.gpt import GPT, GPTConfig
+from pipeline.lit_base import LitStep
+from pipeline.lora import LoRAConfig
+from pipeline.models import Loaded
+from pipeline.optim import OptimizerConfig
+
+
+class LitClassifier(LitStep):
+    """Cross-entropy on the label of every text.
+
+    Args:
+        optimizer: how weights are updated.
+        trainable: what is trained below the head, which always is: nothing (head), the last block
+            and the final norm (last_block), everything (all), or adapters (lora, see `lora`).
+        gpt: a model to build anew; or else
+        init_from: a checkpoint of a language model, or of a classifier with the same labels.
+        lora: adapters to train instead of the weights.
+    """
+
+    kind = "classifier"
+    model: GPTClassifier
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        trainable: Literal["head", "last_block", "all", "lora"],
+        gpt: GPTConfig | None = None,
+        init_from: str | None = None,
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        super().__init__(gpt=gpt, init_from=init_from, lora=lora, optimizer=optimizer)
+        if (trainable == "lora") != (lora is not None):
+            raise ValueError(
+                f"model.trainable is {trainable} but model.lora is "
+                f"{'given' if lora else 'not given'}; give both or neither."
+            )
+        self.trainable = trainable
+        self.predictions: list[dict[str, Tensor]] = []
+
+    def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
+        """The transformer with a head; everything that is not trained is frozen."""
+        names = self.data.meta()["label_names"]
+        if loaded is not None and isinstance(loaded.model, GPTClassifier):
+            if loaded.meta["label_names"] != names:
+                raise ValueError(
+                    f"data.label_names are {names}, those of {self.init_from} are "
+                    f"{loaded.meta['label_names']}; they must be the same, in the same order."
+                )
+            model = loaded.model
+        else:
+            model = GPTClassifier(gpt, n_labels=len(names))
+        self.metrics = make_metrics(len(names))
+        self.loss_mean = MeanMetric()
+        freeze(model, self.trainable)
+        return model
+
+    def configure_model(self) -> None:
+        """Builds or loads the model; its head is trained with adapters too."""
+        super().configure_model()
+        self.model.classifier.requires_grad_(True)
+
+    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Cross-entropy, summed, in nats."""
+        logits = self._logits(micro_batch)
+        return F.cross_entropy(logits.float(), micro_batch["label"], reduction="sum")
+
+    def n_targets(self, micro_batch: MicroBatch) -> int:
+        """One a text."""
+        return len(micro_batch["label"])
+
+    def _logits(self, micro_batch: MicroBatch) -> Tensor:
+        return self.model(micro_batch["input_ids"], micro_batch.get("attention_mask"))  # (B, K)
+
+    def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """Adds to loss and metrics."""
+        for micro_batch in batch:
+            logits, labels = self._logits(micro_batch).float(), micro_batch["label"]
+            self.loss_mean.update(F.cross_entropy(logits, labels), len(labels))
+            self.metrics.update(logits.softmax(dim=-1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss, accuracy, precision, recall, F1, AUROC."""
+        self.log("val/loss", self.loss_mean.compute(), prog_bar=True)
+        for name, value in self.metrics.compute().items():
+            self.log(f"val/{name}", over_labels(value), prog_bar=name == "accuracy")
+        self.loss_mean.reset()
+        self.metrics.reset()
+
+    def test_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """Collects probabilities; scored in one go at the end, with intervals."""
+        self.predictions += self.predict_step(batch, batch_idx)
+
+    def predict_step(self, batch: list[MicroBatch], batch_idx: int) -> list[dict[str, Tensor]]:
+        """Probabilities (B, K), labels (B,) and sample ids (B,) of every micro-batch."""
+        return [
+            {
+                "sample_ids": micro_batch["sample_ids"],
+                "label": micro_batch["label"],
+                "probabilities": self._logits(micro_batch).float().softmax(dim=-1),
+            }
+            for micro_batch in batch
+        ]
+
+
+def make_metrics(n_labels: int) -> MetricCollection:
+    """Validation metrics; precision, recall and F1 come as one value a label, (K,)."""
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(n_labels, average="micro"),
+            "auroc": MulticlassAUROC(n_labels),
+            "precision": MulticlassPrecision(n_labels, average="none"),
+            "recall": MulticlassRecall(n_labels, average="none"),
+            "f1": MulticlassF1Score(n_labels, average="none"),
+        },
+        compute_groups=False,
+    )
+
+
+def over_labels(value: Tensor) -> Tensor:
+    """One number of a metric: with two labels that of the second (spam), else the plain mean."""
+    if value.dim() == 0:
+        return value
+    return value[1] if len(value) == 2 else value.mean()
+
+
+def freeze(model: GPTClassifier, trainable: str) -> None:
+    """Leaves trainable what `LitClassifier.trainable` names; the head always is."""
+    model.requires_grad_(trainable == "all")
+    model.classifier.requires_grad_(True)
+    if trainable == "last_block":
+        model.gpt.blocks[-1].requires_grad_(True)
+        model.gpt.final_norm.requires_grad_(True)

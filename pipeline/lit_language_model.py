@@ -1,0 +1,104 @@
+"""LitLanguageModel: pretraining and instruction tuning, the same loss on other data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics.aggregation import MeanMetric
+
+from datamodules.batching import MicroBatch
+from pipeline.gpt import GPT, GPTConfig
+from pipeline.lit_base import LitStep
+from pipeline.lora import LoRAConfig
+from pipeline.loss import count_supervised, next_token_loss
+from pipeline.models import Loaded
+from pipeline.optim import OptimizerConfig
+
+MAX_LOG_PERPLEXITY = 50.0  # nats; beyond it exp() says nothing
+
+
+class LitLanguageModel(LitStep):
+    """Next-token prediction.
+
+    Args:
+        optimizer: how weights are updated.
+        gpt: a model to build anew; or else
+        init_from: a checkpoint whose weights to start from.
+        lora: adapters to train instead of the weights.
+    """
+
+    kind = "language_model"
+    model: GPT
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        gpt: GPTConfig | None = None,
+        init_from: str | None = None,
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        super().__init__(gpt=gpt, init_from=init_from, lora=lora, optimizer=optimizer)
+        self.loss_mean = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+
+    def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
+        """The transformer itself."""
+        return gpt
+
+    def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Next-token loss, summed, in nats."""
+        hidden = self.model(micro_batch["input_ids"], micro_batch.get("attention_mask"))
+        return next_token_loss(hidden, self.model.head.weight, micro_batch["labels"])[0]
+
+    def n_targets(self, micro_batch: MicroBatch) -> int:
+        """Supervised positions."""
+        return count_supervised(micro_batch["labels"])
+
+    def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """Adds to the validation loss, token by token."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
+        """Adds to the test loss, token by token."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: list[MicroBatch], batch_idx: int) -> list[dict[str, Any]]:
+        """Loss of every sample: nats in all, and over how many tokens."""
+        return [
+            {"sample_id": int(row["sample_ids"][0]), "nats": self.loss_sum(row).item(), "tokens": n}
+            for micro_batch in batch
+            for row in rows(micro_batch)
+            if (n := self.n_targets(row))
+        ]
+
+    def _evaluate(self, batch: list[MicroBatch], split: str) -> None:
+        for micro_batch in batch:
+            n_targets = self.n_targets(micro_batch)
+            if n_targets:
+                mean = self.loss_sum(micro_batch) / n_targets
+                self.loss_mean[split].update(mean, n_targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss, perplexity, bits per byte."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Loss, perplexity, bits per byte."""
+        self._log_means("test")
+
+    def _log_means(self, split: str) -> None:
+        metric = self.loss_mean[split]
+        nats = float(metric.compute())
+        metric.reset()
+        self.log(f"{split}/loss", nats, prog_bar=True)
+        self.log(f"{split}/perplexity", math.exp(min(nats, MAX_LOG_PERPLEXITY)))
+        bytes_per_token = getattr(self.data, "val_bytes_per_token", None)
+        if bytes_per_token:
+            self.log(f"{split}/bits_per_byte", nats / math.log(2) / bytes_per_token, prog_bar=True)
+
+
+def rows(micro_batch: MicroBatch) -> list[MicroBatch]:
+    """A micro-batch of B rows as B micro-batches of one."""
+    n_rows = len(micro_batch["input_ids"])
+    return [{key: value[i : i + 1] for key, value in micro_batch.items()} for i in range(n_rows)]  # type: ignore

@@ -1,0 +1,153 @@
+"""LoRA through PEFT: attach adapters to a GPT, read and write them in PEFT's standard files, merge.
+
+Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."  # what PeftModel puts before every name in the standard files
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on linear layers.
+
+    Args:
+        rank: r.
+        alpha: the update is multiplied with alpha / rank (alpha / sqrt(rank) with rslora).
+        dropout: on the adapter's input.
+        targets: names of linear layers in the blocks; [all-linear] stands for all of them, never
+            for embeddings or heads.
+        rslora: rank-stabilised scale.
+        dora: weight-decomposed adapters.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    rslora: bool
+    dora: bool
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank is {self.rank}; give at least 1.")
+        if not self.alpha > 0:
+            raise ValueError(f"model.lora.alpha is {self.alpha}; give a positive number.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout is {self.dropout}; give a probability in [0, 1).")
+
+
+def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Puts adapters on the targets, in place, and freezes all else; outputs stay as they were.
+
+    Returns:
+        The configuration with `all-linear` spelled out.
+
+    Raises:
+        ValueError: where a target names no linear layer of the blocks.
+    """
+    from peft import inject_adapter_in_model
+
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "blocks." in name
+    }
+    targets = linears if config.targets == ["all-linear"] else set(config.targets)
+    if not targets or targets - linears:
+        raise ValueError(
+            f"model.lora.targets {sorted(targets - linears)} match no layer of this model; "
+            f"choose from {sorted(linears)} or give [all-linear]."
+        )
+    resolved = replace(config, targets=sorted(targets))
+    model.requires_grad_(False)
+    inject_adapter_in_model(peft_config(resolved), model, adapter_name=ADAPTER)
+    return resolved
+
+
+def peft_config(config: LoRAConfig) -> Any:
+    """The same as PEFT's LoraConfig."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes floats
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
+
+
+def is_adapter_key(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return ".lora_" in name
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors (not copies) under their names in PEFT's standard file."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fills attached adapters from PEFT's standard file, strictly.
+
+    Raises:
+        ValueError: naming missing and unexpected tensors, or one of another shape.
+    """
+    own = adapter_state(model)
+    if own.keys() != tensors.keys():
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        raise ValueError(
+            f"the adapter does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"the adapter does not fit the model: {name} has shape "
+                f"{tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}."
+            )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def adapter_config_json(config: LoRAConfig) -> str:
+    """PEFT's adapter_config.json, of a configuration that `attach` returned."""
+    values = peft_config(config).to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    return json.dumps(plain, indent=1, sort_keys=True)
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every adapter to its base weight, in place, and removes it; all is trainable again.
+
+    Raises:
+        ValueError: where a weight is not float32: merging in bf16 moves logits visibly.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for name, module in adapted.items():
+        if module.get_base_layer().weight.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {module.get_base_layer().weight.dtype}; merge in float32, "
+                "with model.float() before."
+            )
+    for name, module in adapted.items():
+        module.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+    del model.peft_config
+    model.requires_grad_(True)

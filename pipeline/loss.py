@@ -1,0 +1,43 @@
+"""The next-token loss: the only place that shifts labels.
+
+Shapes: B rows, T tokens, C n_embd, V vocabulary, N supervised positions.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Sum of next-token cross-entropies over supervised positions, in nats, and how many there are.
+
+    Position t is scored against labels[:, t + 1]; callers never shift, and divide by the count of
+    the whole optimizer step, over all micro-batches and ranks. Logits exist at supervised positions
+    only.
+
+    Args:
+        hidden: (B, T, C) final hidden states, any float dtype; reduced in float32.
+        head: (V, C) output embedding.
+        labels: (B, T) int64; -100 carries no loss.
+
+    Returns:
+        Scalar float32 sum (0 where nothing is supervised), and the number of supervised positions.
+    """
+    losses = next_token_losses(hidden, head, labels)
+    return losses.sum(), len(losses)
+
+
+def next_token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The same before the sum: (N,) float32 nats, in row-major order of supervised positions."""
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE  # (B, T-1)
+    logits = F.linear(hidden[:, :-1][supervised], head)  # (N, V)
+    return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+
+
+def count_supervised(labels: Tensor) -> int:
+    """Positions of labels (B, T) that carry a next-token loss."""
+    return int((labels[:, 1:] != IGNORE).sum())

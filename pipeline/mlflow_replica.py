@@ -1,0 +1,297 @@
+"""One run's journal into MLflow, so that sending a line again changes nothing.
+
+What was sent is remembered in the run directory's `mlflow.json`. Where that is lost, or the process
+died in between, lines are sent again: metrics keep the journal's time, by which the store knows
+those that it has; all else replaces itself. A run is found again by its id, in a tag.
+
+In MLflow, unlike in the journal, an infinite metric is NaN (its 1.8e308 would spoil every chart),
+with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out; a parameter
+that changed is a tag `changed.<parameter>`; a text that is too long is an artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import posixpath
+import re
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import (
+    MAX_DATASET_DIGEST_SIZE,
+    MAX_DATASET_NAME_SIZE,
+    MAX_DATASET_SOURCE_SIZE,
+    MAX_ENTITY_KEY_LENGTH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_TAG_VAL_LENGTH,
+)
+
+from pipeline.journal import JOURNAL, read_journal
+from pipeline.mlflow_store import REPLICATED, experiment_id, open_store
+from pipeline.provenance import redact
+from pipeline.run_directory import is_open, read_outcome, write_atomically
+
+_log = logging.getLogger(__name__)
+
+_RUN_TAG, _TABLES_TAG = "gpt_pipeline.run", "mlflow.loggedArtifacts"
+_LINES_AT_ONCE = 500
+
+
+@dataclass
+class _Replicated:
+    """What a store has of a run."""
+
+    store: str
+    run_id: str
+    offset: int = 0  # bytes of the journal
+    status: str = "RUNNING"
+    n_resumed: int = 0
+    last: dict[str, list[Any]] = field(default_factory=dict)  # metric -> [step, value]
+    last_before: dict[str, list[Any]] = field(default_factory=dict)  # the same, at the last resume
+
+
+def send_missing(run: Path, uri: str) -> int:
+    """Sends what a store lacks of a run, its parent first; see `pipeline.tracking.sync`."""
+    return _catch_up(run, uri) if _is_behind(run, uri) else 0
+
+
+def _catch_up(run: Path, uri: str) -> int:
+    client = open_store(run.parent.parent, uri)
+    with FileLock(run / "mlflow.lock"):
+        replicated = _attach(client, run, uri)
+        if replicated is None:
+            return 0
+        n_lines = 0
+        lines = read_journal(run, replicated.offset)
+        while some := list(islice(lines, _LINES_AT_ONCE)):
+            _send(client, run, uri, replicated, [line for line, _ in some])
+            replicated.offset = some[-1][1]
+            _remember(run, replicated)
+            n_lines += len(some)
+        if replicated.status == "RUNNING" and not is_open(run):
+            _end_dead(client, run, replicated)
+    return n_lines
+
+
+def _send(
+    client: MlflowClient, run: Path, uri: str, replicated: _Replicated, lines: list[dict[str, Any]]
+) -> None:
+    batch = _Batch(replicated)
+    for line in lines:
+        batch.add(line)
+    if batch.parent and (parent := _parent_id((run / batch.parent).resolve(), uri)):
+        batch.tags["mlflow.parentRunId"] = parent
+    batch.send(client, run)
+
+
+def _is_behind(run: Path, uri: str) -> bool:
+    """Whether the store may lack something, as far as the run directory knows."""
+    replicated = _remembered(run, uri)
+    if replicated is None or replicated.offset < (run / JOURNAL).stat().st_size:
+        return True
+    return replicated.status == "RUNNING" and not is_open(run)
+
+
+def _attach(client: MlflowClient, run: Path, uri: str) -> _Replicated | None:
+    """What the store has of the run, which is made where it lacks it; None for a deleted one."""
+    if replicated := _remembered(run, uri):
+        try:
+            deleted = client.get_run(replicated.run_id).info.lifecycle_stage == "deleted"
+            return None if deleted else replicated
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    created = next(read_journal(run), None)
+    if created is None:
+        return None
+    experiment = experiment_id(client, run.parent.parent, uri, run.parent.name)
+    tags = {_RUN_TAG: created[0]["run"]}
+    wanted = f"tags.`{_RUN_TAG}` = '{tags[_RUN_TAG]}'"
+    found = client.search_runs([experiment], wanted, ViewType.ALL, max_results=1)
+    if found and found[0].info.lifecycle_stage == "deleted":
+        return None
+    start_ms = int(created[0]["time"] * 1000)
+    entity = found[0] if found else client.create_run(experiment, start_ms, tags, run.name)
+    return _Replicated(_store_name(run, uri), entity.info.run_id)
+
+
+def _parent_id(parent: Path, uri: str) -> str | None:
+    if not (parent / JOURNAL).exists():
+        return None
+    _catch_up(parent, uri)
+    replicated = _remembered(parent, uri)
+    return replicated.run_id if replicated else None
+
+
+def _end_dead(client: MlflowClient, run: Path, replicated: _Replicated) -> None:
+    """Ends in MLflow what ended without a word."""
+    *_, (last, _) = read_journal(run)
+    status = "KILLED" if read_outcome(run) is None else "FINISHED"
+    _set_status(client, replicated, status, int(last["time"] * 1000))
+    _remember(run, replicated)
+
+
+def _store_name(run: Path, uri: str) -> str:
+    """The store as mlflow.json names it: without login, and the same where the root was moved."""
+    return redact(uri.replace(str(run.parent.parent), "."))
+
+
+def _remembered(run: Path, uri: str) -> _Replicated | None:
+    """What mlflow.json says, where it is about this store and of this version."""
+    try:
+        replicated = _Replicated(**json.loads((run / REPLICATED).read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return replicated if replicated.store == _store_name(run, uri) else None
+
+
+def _remember(run: Path, replicated: _Replicated) -> None:
+    write_atomically(run / REPLICATED, json.dumps(asdict(replicated)).encode())
+
+
+class _Batch:
+    """Lines of one journal, taken in by `add`, that `send` writes to a store.
+
+    Attributes:
+        parent: path of the parent run, relative to the run, if these lines name one.
+    """
+
+    def __init__(self, replicated: _Replicated) -> None:
+        self.replicated = replicated
+        self.parent: str | None = None
+        self.tags: dict[str, str] = {}
+        self._metrics: list[Metric] = []
+        self._params: list[tuple[str, str]] = []
+        self._datasets: list[DatasetInput] = []
+        self._artifacts: dict[str, bool] = {}  # path -> is a table
+        self._status: tuple[str, int] | None = None  # and its time, ms
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Takes in one line; one of an unknown kind says nothing to MLflow."""
+        time_ms = int(line["time"] * 1000)
+        match line["kind"]:
+            case "param":
+                self._params += line["values"].items()
+            case "metric":
+                self._add_metrics(line["values"], line["step"], time_ms)
+            case "tag":
+                self.tags |= line["values"]
+            case "dataset":
+                self._add_dataset(line)
+            case "artifact":
+                self._artifacts[line["path"]] = line["table"]
+            case "event":
+                self._add_event(line)
+            case "status":
+                self._status = line["status"], time_ms
+                if "reason" in line:
+                    self.tags["last_failure"] = line["reason"]
+
+    def _add_metrics(self, values: dict[str, Any], step: int, time_ms: int) -> None:
+        for name, value in values.items():
+            step_before, value_before = self.replicated.last_before.get(name, (-1, None))
+            if step < step_before or (step, value) == (step_before, value_before):
+                continue
+            self.replicated.last[name] = [step, value]
+            key, number = _key(name), float(value)
+            if math.isinf(number):
+                self.tags[f"non_finite.{key}"] = f"{value} at step {step}"
+                number = math.nan
+            self._metrics.append(Metric(key, number, time_ms, step))
+
+    def _add_dataset(self, line: dict[str, Any]) -> None:
+        dataset = Dataset(
+            name=line["name"][:MAX_DATASET_NAME_SIZE],
+            digest=line["digest"][:MAX_DATASET_DIGEST_SIZE],
+            source_type="local",
+            source=json.dumps({"uri": line["source"]})[:MAX_DATASET_SOURCE_SIZE],
+            profile=json.dumps({"digest": line["digest"], **line["counts"]}),
+        )
+        self._datasets.append(DatasetInput(dataset))
+
+    def _add_event(self, line: dict[str, Any]) -> None:
+        if line["name"] not in ("created", "resumed"):
+            facts = {key: line[key] for key in line.keys() - {"time", "kind", "name"}}
+            self.tags[f"event.{line['name']}"] = json.dumps(facts, sort_keys=True)
+            return
+        self.tags["mlflow.source.name"] = line["command"]
+        self.parent = line.get("parent", self.parent)
+        if line["name"] == "resumed":
+            self.replicated.n_resumed += 1
+            self.replicated.last_before = dict(self.replicated.last)
+            self.tags["resumed"] = str(self.replicated.n_resumed)
+
+    def send(self, client: MlflowClient, run: Path) -> None:
+        """Writes it all to the store, the status last; files are those of the run directory."""
+        run_id = self.replicated.run_id
+        params = self._settle(client, client.get_run(run_id))
+        client.log_batch(
+            run_id,
+            self._metrics,
+            [Param(key, value) for key, value in params.items()],
+            [
+                RunTag(_key(name), _fitting(client, run_id, name, text, MAX_TAG_VAL_LENGTH))
+                for name, text in self.tags.items()
+            ],
+        )
+        if self._datasets:
+            client.log_inputs(run_id, self._datasets)
+        for name in self._artifacts:
+            if (run / name).exists():
+                client.log_artifact(run_id, str(run / name), posixpath.dirname(name) or None)
+            else:
+                _log.warning("%s was recorded as an artifact but is gone.", run / name)
+        if self._status:
+            _set_status(client, self.replicated, *self._status)
+
+    def _settle(self, client: MlflowClient, known: Run) -> dict[str, str]:
+        """Parameters that are new; tags for what else depends on what the store has."""
+        params, tags = dict(known.data.params), known.data.tags
+        for name, text in self._params:
+            value = _fitting(client, known.info.run_id, name, text, MAX_PARAM_VAL_LENGTH)
+            changed = f"changed.{_key(name)}"
+            if params.setdefault(_key(name), value) != value or changed in tags | self.tags:
+                self.tags[changed] = value
+        if "git.commit" in self.tags:
+            self.tags["mlflow.source.git.commit"] = self.tags["git.commit"]
+        tables = json.loads(tags.get(_TABLES_TAG, "[]"))
+        new = [{"path": path, "type": "table"} for path, table in self._artifacts.items() if table]
+        tables += [table for table in new if table not in tables]
+        while len(json.dumps(tables)) > MAX_TAG_VAL_LENGTH:
+            del tables[0]
+        if tables:
+            self.tags[_TABLES_TAG] = json.dumps(tables)
+        return {key: value for key, value in params.items() if key not in known.data.params}
+
+
+def _set_status(client: MlflowClient, replicated: _Replicated, status: str, time_ms: int) -> None:
+    """RUNNING (again), or ended at a time."""
+    if status == "RUNNING":
+        client.update_run(replicated.run_id, status)
+    else:
+        client.set_terminated(replicated.run_id, status, time_ms)
+    replicated.status = status
+
+
+def _key(name: str) -> str:
+    """A name in the characters and the length that MLflow allows."""
+    allowed = posixpath.normpath(re.sub(r"[^\w\-./: ]", "_", name)).lstrip("./")
+    return allowed[:MAX_ENTITY_KEY_LENGTH] or "_"
+
+
+def _fitting(client: MlflowClient, run_id: str, name: str, text: str, limit: int) -> str:
+    """The text, or where it is too long, the name of an artifact that holds it."""
+    if len(text) <= limit:
+        return text
+    artifact = f"long/{_key(name)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
+    client.log_text(run_id, text, artifact)
+    return f"{len(text)} characters, in the artifact {artifact}"

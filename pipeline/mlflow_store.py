@@ -1,0 +1,93 @@
+"""Where MLflow keeps its records for a root of runs: the database, the artifacts, their making."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+REPLICATED = "mlflow.json"  # in a run directory: what a store has of the run
+_SQLITE = "sqlite:///"
+_ROOT_TAG = "gpt_pipeline.root"
+_BUSY_TIMEOUT_S = 20
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+)
+
+
+@functools.cache
+def open_store(root: Path, uri: str) -> MlflowClient:
+    """A client of the store; makes a database that isn't there.
+
+    Processes that come at once wait for each other. A database that was moved together with its
+    artifacts is told so, because MLflow writes down absolute places.
+    """
+    # it prints what it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if database := _database(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock"):
+            if not database.exists():
+                _create(database)
+            client = MlflowClient(uri)
+            _relocate(database)
+            return client
+    return MlflowClient(uri)
+
+
+def _database(uri: str) -> Path | None:
+    return Path(uri.removeprefix(_SQLITE)).resolve() if uri.startswith(_SQLITE) else None
+
+
+def _create(database: Path) -> None:
+    """Makes a database elsewhere and moves it: MLflow cannot go on with a half-made one."""
+    with tempfile.TemporaryDirectory(dir=database.parent, prefix=".mlflow-") as folder:
+        made = Path(folder) / database.name
+        MlflowClient(f"{_SQLITE}{made}")
+        made.replace(database)
+    for remembered in database.parent.glob(f"*/*/{REPLICATED}"):
+        remembered.unlink()  # what runs sent was to an earlier database
+
+
+def _relocate(database: Path) -> None:
+    """Rewrites the places of artifacts that were written down when the folder had another path."""
+    here = database.parent.as_uri()
+    with closing(sqlite3.connect(database, timeout=_BUSY_TIMEOUT_S)) as connection, connection:
+        query = "SELECT DISTINCT value FROM experiment_tags WHERE key = ? AND value != ?"
+        for (there,) in connection.execute(query, (_ROOT_TAG, here)).fetchall():
+            for table, column in _LOCATIONS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ?1 || substr({column}, length(?2) + 1) "
+                    f"WHERE substr({column}, 1, length(?2) + 1) = ?2 || '/'",
+                    (here, there),
+                )
+            update = "UPDATE experiment_tags SET value = ? WHERE key = ? AND value = ?"
+            connection.execute(update, (here, _ROOT_TAG, there))
+
+
+def experiment_id(client: MlflowClient, root: Path, uri: str, name: str) -> str:
+    """Id of an experiment, which is made, or restored where it was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = _database(uri)
+        tags = {_ROOT_TAG: root.as_uri()} if database and database.parent == root else {}
+        is_server = uri.startswith(("http", "databricks"))  # it has a place for artifacts
+        place = None if is_server else (root / "artifacts" / name).as_uri()
+        try:
+            return client.create_experiment(name, place, tags=tags)
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id

@@ -1,0 +1,123 @@
+"""From a checkpoint to a model that can be used: weights, tokenizer, what they were made with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from datamodules.tokenizer import Tokenizer
+from pipeline import lora
+from pipeline.checkpoint import (
+    ADAPTER_WEIGHTS,
+    WEIGHTS,
+    read_meta,
+    read_tensors,
+    tensors_digest,
+    verify_checkpoint,
+)
+from pipeline.classifier import GPTClassifier
+from pipeline.gpt import GPT, GPTConfig
+
+Model = GPT | GPTClassifier
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, plain (adapters merged), with its tokenizer and its checkpoint's meta.json."""
+
+    model: Model
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+    path: Path
+
+    @property
+    def gpt(self) -> GPT:
+        """The transformer, without a classifier's head."""
+        return self.model.gpt if isinstance(self.model, GPTClassifier) else self.model
+
+
+def load(source: str | Path) -> Loaded:
+    """Reads a checkpoint directory, verified; an adapter is merged into its base in float32.
+
+    Raises:
+        ValueError: where it is no whole checkpoint, or its base is gone or another one.
+    """
+    path = Path(source).expanduser().resolve()
+    if not path.is_dir():
+        raise ValueError(
+            f"{source} is no checkpoint directory; "
+            "give one such as mlruns/.../checkpoints/step-00000500."
+        )
+    verify_checkpoint(path)
+    meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
+    build = _build_adapted if meta["lora"] else _build_full
+    model = build(path, meta, tensors).eval()
+    return Loaded(model, Tokenizer.load(path), meta, path)
+
+
+def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+    config = GPTConfig(**meta["gpt"])
+    if meta["kind"] == "language_model":
+        return GPT.from_tensors(config, tensors)
+    in_gpt = _below("gpt", tensors)
+    if not config.tie_embeddings:  # the head that a classifier does not have, until it is dropped
+        in_gpt["head.weight"] = in_gpt["token_embedding.weight"]
+    return _with_head(GPT.from_tensors(config, in_gpt), tensors)
+
+
+def _build_adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+    base = load(find_base(path, meta["base"])).gpt.float()
+    digest = tensors_digest(base.tensors())
+    if digest != meta["base"]["digest"]:
+        raise ValueError(
+            f"{path} was trained on a base with digest {meta['base']['digest'][:12]}, but the one "
+            f"at {meta['base']['path']} has {digest[:12]}; put the original back."
+        )
+    model = base if meta["kind"] == "language_model" else _with_head(base, tensors)
+    lora.attach(model, lora.LoRAConfig(**meta["lora"]))
+    lora.load_adapter(model, read_tensors(path, ADAPTER_WEIGHTS))
+    lora.merge(model)
+    return model
+
+
+def _with_head(gpt: GPT, tensors: dict[str, Tensor]) -> GPTClassifier:
+    head = _below("classifier", tensors)
+    model = GPTClassifier(gpt, n_labels=len(head["bias"]))
+    model.classifier.load_state_dict(head)
+    return model
+
+
+def _below(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{module}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def describe_base(source: Path, checkpoint_folder: Path, model: GPT) -> dict[str, str]:
+    """How an adapter's checkpoint names its base: where it lies, and its digest.
+
+    Args:
+        source: the base's checkpoint.
+        checkpoint_folder: where the adapter's checkpoints will lie.
+        model: the base.
+    """
+    return {
+        "path": str(source),
+        "relative": os.path.relpath(source.resolve(), checkpoint_folder.resolve()),
+        "digest": tensors_digest(model.tensors()),
+    }
+
+
+def find_base(path: Path, base: dict[str, str]) -> Path:
+    """The base of an adapter's checkpoint, also after the whole project moved.
+
+    Raises:
+        ValueError: where it is gone.
+    """
+    for candidate in (path.parent / base["relative"], Path(base["path"])):
+        if candidate.is_dir():
+            return candidate
+    raise ValueError(f"{path} is an adapter; its base {base['path']} is gone. Put it back there.")

@@ -1,0 +1,160 @@
+"""Optimizers and schedules: which parameters decay, which go to Muon, how the rate moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+# Muon's update of a matrix is scaled to AdamW's usual size: both take one rate (Liu et al. 2025)
+MUON_LR_RULE = "match_rms_adamw"
+OptimizerName = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights are updated.
+
+    Args:
+        name: adamw for everything, or muon for the blocks' matrices and adamw for the rest.
+        lr: peak learning rate.
+        final_lr_fraction: what is left of it at the end of the cosine.
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: on matrices and embeddings; never on biases and norms.
+        betas: of AdamW.
+        max_grad_norm: gradients are scaled down to this Euclidean norm.
+    """
+
+    name: OptimizerName
+    lr: float
+    final_lr_fraction: float
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    max_grad_norm: float
+
+    def __post_init__(self) -> None:
+        for key, ok, wanted in (
+            ("name", self.name in get_args(OptimizerName), "adamw or muon"),
+            ("lr", self.lr > 0, "a positive number"),
+            ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "a fraction in [0, 1]"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            ("max_grad_norm", self.max_grad_norm > 0, "a positive number"),
+        ):
+            if not ok:
+                raise ValueError(f"model.optimizer.{key} is {getattr(self, key)}; give {wanted}.")
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Refuses a warm-up that would not end.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    if 0 <= total_steps <= warmup_steps:
+        raise ValueError(
+            f"model.optimizer.warmup_steps is {warmup_steps} but the run has only {total_steps} "
+            "steps (trainer.max_steps, trainer.max_epochs); lower it or train longer."
+        )
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, final: float) -> float:
+    """What the peak rate is multiplied with: linear warm-up, then a cosine down to `final`.
+
+    Args:
+        step: optimizer steps taken so far; step 0 already has a rate above 0.
+        warmup_steps: optimizer steps until the peak.
+        total_steps: of the run.
+        final: fraction of the peak that is left at the end.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW for all that is trainable, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Raises:
+        ValueError: where nothing is trainable, or nothing that Muon can take.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("nothing is trainable; check model.trainable and model.lora.")
+    if config.name == "adamw":
+        return _adamw(list(trainable.values()), config)
+    matrices = {n: p for n, p in trainable.items() if p.dim() == 2 and "blocks." in n}
+    if not matrices:
+        raise ValueError(
+            "model.optimizer.name is muon, but no matrix of a block is trainable; use adamw."
+        )
+    muon = torch.optim.Muon(
+        list(matrices.values()),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn=MUON_LR_RULE,
+    )
+    rest = [p for name, p in trainable.items() if name not in matrices]
+    return Chained([_adamw(rest, config), muon]) if rest else muon
+
+
+def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    decayed = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        # many times faster on a CPU; on CUDA it would leave gradients scaled when they are clipped
+        fused=all(p.device.type == "cpu" for p in parameters),
+    )
+
+
+class Chained(torch.optim.Optimizer):
+    """Several optimizers that step as one: one optimizer step stays one step for Lightning."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.defaults: dict = {}
+
+    @property
+    def param_groups(self) -> list[dict]:  # type: ignore[override]
+        """All groups of all optimizers; a rate set here is the rate there."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict:  # type: ignore[override]
+        """State of every parameter."""
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each, after the closure."""
+        loss = closure() if closure is not None else None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        """State dicts, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what `state_dict` gave."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)

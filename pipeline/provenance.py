@@ -1,0 +1,107 @@
+"""Facts that a result is traced back by: the command, code, versions, hardware. Never secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "peft",
+    "mlflow",
+    "torchmetrics",
+    "tiktoken",
+    "transformers",
+)
+_GIT_TIMEOUT_S = 10
+
+_SECRET = (
+    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(token|api_?key|password|passwd|secret|credentials?)"
+)
+_SECRET_KEY = re.compile(rf"{_SECRET}$", re.IGNORECASE)
+_SECRET_OPTION = re.compile(rf"(--\S*{_SECRET}[= ])('[^']*'|\S+)", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def redact(value: Any) -> Any:
+    """A copy with secrets masked: values of keys like `api_key`, `hf_token` or `password`.
+
+    In text, logins in URLs and options like `--judge.api_key KEY` are masked.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if item and _SECRET_KEY.search(str(key)) else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    if isinstance(value, str):
+        return _URL_LOGIN.sub("***@", _SECRET_OPTION.sub(r"\1***", value))
+    return value
+
+
+def environment() -> dict[str, str]:
+    """What the process runs: command line, code, versions and hardware, each left out if unknown.
+
+    A GPU is named only where torch is already imported.
+    """
+    facts = {
+        "command": redact(shlex.join(sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware.cpu": _cpu_model(),
+        "hardware.cores": str(psutil.cpu_count()),
+        "hardware.memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["hardware.gpu"] = ", ".join(names)
+    return facts | _git_facts(Path(__file__).parent) | _versions()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional one
+    return versions
+
+
+def _git_facts(folder: Path) -> dict[str, str]:
+    """Commit of the code, and whether it was changed since; empty where there is no commit."""
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
+    try:
+        status = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    commit = next(line.split()[-1] for line in status if line.startswith("# branch.oid"))
+    if commit == "(initial)":
+        return {}
+    return {
+        "git.commit": commit,
+        "git.dirty": str(any(not line.startswith("#") for line in status)),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,195 @@
+"""What a Lightning stage says when it ends: figures, baselines, the rows of the chain's table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from datamodules.baselines import text_baselines
+from datamodules.batching import StepDataModule
+from datamodules.pretraining import PretrainingDataModule
+from datamodules.text_baseline import tfidf_baseline
+from datamodules.text_classification import TextClassificationDataModule
+from pipeline.evaluation.classification import Labels, classification_statistics
+from pipeline.evaluation.metrics import Array, bootstrap, difference
+from pipeline.evaluation.responses import write_lines
+from pipeline.figures import confusion_figure, loss_curves
+from pipeline.journal import read_journal
+from pipeline.run_directory import Run
+
+Prediction = dict[str, Tensor]
+PREDICTIONS = "predictions.jsonl"
+BASELINE_BYTES = 8 * 2**20  # of training text that the compressors see
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a stage hands to the journal and to the chain's table.
+
+    Attributes:
+        metrics: the stage's result.
+        headline: rows {"metric", "before", "after"} of the chain's table.
+    """
+
+    metrics: dict[str, float]
+    headline: list[dict[str, Any]] = field(default_factory=list)
+
+
+def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Report:
+    """Loss curves; for pretraining, what a compressor and a 5-gram model reach on the same text.
+
+    Args:
+        run: whose journal holds the losses.
+        data: that was trained on.
+        metrics: of the best checkpoint.
+    """
+    history = metric_history(run)
+    tokens = history.get("train/tokens", {})
+    losses = [
+        (step, int(tokens[step]), loss)
+        for step, loss in history.get("train/loss", {}).items()
+        if step in tokens
+    ]
+    if losses:
+        val = list(history.get("val/loss", {}).items())
+        run.log_figure(loss_curves(losses, val), "figures/loss.png")
+    if not metrics:  # trained without validation
+        return Report({})
+    if not isinstance(data, PretrainingDataModule):
+        key = "val/accuracy" if "val/accuracy" in metrics else "val/loss"
+        return Report(metrics, [{"metric": key, "before": None, "after": metrics[key]}])
+    baselines = text_baselines(data.train_bytes(BASELINE_BYTES), data.heldout_bytes())
+    beside = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+    row = {
+        "metric": f"bits per byte, held-out ({beside})",
+        "before": None,
+        "after": metrics["val/bits_per_byte"],
+    }
+    named = {f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}
+    return Report({**metrics, **named}, [row])
+
+
+def metric_history(run: Run) -> dict[str, dict[int, float]]:
+    """Metric -> step -> value, from the journal; of a step taken again after a resume the last."""
+    history: dict[str, dict[int, float]] = {}
+    for line, _ in read_journal(run.path):
+        if line["kind"] == "metric":
+            for name, value in line["values"].items():
+                history.setdefault(name, {})[line["step"]] = float(value)
+    return {name: dict(sorted(values.items())) for name, values in history.items()}
+
+
+def report_test(
+    run: Run, data: StepDataModule, metrics: dict[str, float], predictions: Sequence[Prediction]
+) -> Report:
+    """Of a classifier: scores with 95 % intervals, a bag of words on the same texts beside them.
+
+    Args:
+        run: gets the confusion matrix and the predictions.
+        data: whose test set was predicted.
+        metrics: that the module logged itself.
+        predictions: micro-batches of a classifier's `predict_step`; empty for a language model.
+    """
+    if not isinstance(data, TextClassificationDataModule):
+        row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
+        return Report(metrics, [row])
+    labels = np.array(data.labels("test"))
+    ours = in_order(predictions, data)
+    theirs = tfidf_baseline(
+        data.texts("train"),
+        data.labels("train"),
+        data.texts("val"),
+        data.labels("val"),
+        data.texts("test"),
+    )
+    write_predictions(run, data, ours)
+    counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
+    np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
+    run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
+    scores = compare(labels, ours, theirs)
+    rows = [
+        {
+            "metric": f"test {name} (before: TF-IDF + logistic regression)",
+            "before": scores[f"baseline/tfidf_{name}"],
+            "after": scores[f"test/{name}"],
+        }
+        for name in ("accuracy", "f1")
+    ]
+    return Report({**metrics, **scores}, rows)
+
+
+def compare(labels: Labels, ours: Array, theirs: Array) -> dict[str, float]:
+    """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
+
+    Args:
+        labels: (N,) true classes.
+        ours: (N, K) probabilities.
+        theirs: (N, K) probabilities of the baseline.
+    """
+    positive = 1 if ours.shape[1] == 2 else None
+    mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
+    base = classification_statistics(labels, theirs.argmax(1), theirs, positive=positive)
+    scores: dict[str, float] = {}
+    for name in mine:
+        for key, statistic in (
+            (f"test/{name}", mine[name]),
+            (f"baseline/tfidf_{name}", base[name]),
+            (f"test/{name}_minus_tfidf", difference(base[name], mine[name])),
+        ):
+            estimate = bootstrap(statistic, len(labels), seed=BOOTSTRAP_SEED)
+            scores[key] = estimate.value
+            scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
+    return scores
+
+
+def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Lightning's predictions as one JSON object a sample, in the order of the samples' ids."""
+    rows = []
+    for prediction in (p for batch in outputs for p in batch):
+        if "probabilities" not in prediction:
+            rows.append(prediction)
+            continue
+        for i, probabilities in zip(
+            prediction["sample_ids"].tolist(), prediction["probabilities"].tolist(), strict=True
+        ):
+            named = dict(zip(data.label_names, (round(p, 6) for p in probabilities), strict=True))
+            rows.append(
+                {
+                    "sample_id": i,
+                    "predicted": max(named, key=named.__getitem__),
+                    "probabilities": named,
+                }
+            )
+    return sorted(rows, key=lambda row: row["sample_id"])
+
+
+def in_order(predictions: Sequence[Prediction], data: TextClassificationDataModule) -> Array:
+    """Probabilities (N, K) in the order of the test set; micro-batches are sorted by length."""
+    by_id = {
+        int(sample_id): row
+        for prediction in predictions
+        for sample_id, row in zip(
+            prediction["sample_ids"], prediction["probabilities"].cpu().numpy(), strict=True
+        )
+    }
+    return np.array([by_id[sample["sample_id"]] for sample in data.test_set.samples], np.float64)
+
+
+def write_predictions(run: Run, data: TextClassificationDataModule, probabilities: Array) -> None:
+    """One JSON line a test text: its row, label, predicted label and probabilities."""
+    rows = [
+        {
+            "row": sample["sample_id"],
+            "label": data.label_names[sample["label"]],
+            "predicted": data.label_names[int(p.argmax())],
+            "probabilities": dict(zip(data.label_names, p.round(6).tolist(), strict=True)),
+        }
+        for sample, p in zip(data.test_set.samples, probabilities, strict=True)
+    ]
+    write_lines(run.path / PREDICTIONS, rows)
+    run.log_artifact(PREDICTIONS)

@@ -1,0 +1,90 @@
+"""Whether a finished run may be used again: digests of its inputs, its data and the code."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.files import cache_dir, file_digests, sha256
+from datamodules.sources import PYTHON_DOCS, resolve
+from pipeline.run_directory import read_outcome
+from pipeline.stage_run import attempts, digest
+
+Outcome = Mapping[str, Any]
+
+
+def find_run(base: Path, holds: Callable[[Outcome], bool]) -> tuple[Path, Outcome | None]:
+    """The run whose outcome still holds; if there is none, the one to start or to go on with.
+
+    Args:
+        base: run directory of the first attempt; see `attempts`.
+        holds: whether an outcome may be used.
+    """
+    for path in attempts(base):
+        outcome = read_outcome(path)
+        if outcome is None or holds(outcome):
+            return path, outcome
+    raise AssertionError("attempts never end")
+
+
+def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the outputs are still there, and the data what they were.
+
+    Args:
+        outcome: of the run.
+        options: by dotted key; where `source` is a folder, a file that joined it is a change.
+    """
+    recorded = outcome["sources"]
+    sources = [
+        source
+        for flat in options
+        for key, value in flat.items()
+        if key.rpartition(".")[2] == "source"
+        for source in (value if isinstance(value, list) else [value])
+    ]
+    return (
+        all(Path(path).exists() for path in outcome["outputs"].values())
+        and all(_is_unchanged(name, recorded[name]) for name in recorded)
+        and not any(_has_grown(source, set(recorded)) for source in sources)
+    )
+
+
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder holds."""
+    if path.is_file():
+        return sha256(path)
+    if (path / "manifest.json").is_file():
+        return sha256(path / "manifest.json")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest([[file.relative_to(path).as_posix(), sha256(file)] for file in files])
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources of both packages."""
+    folder = Path(__file__).parents[1]
+    files = sorted(
+        file for name in ("datamodules", "pipeline") for file in folder.glob(f"{name}/**/*.py")
+    )
+    return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
+
+
+def _is_unchanged(name: str, recorded: str) -> bool:
+    if name.startswith(f"{PYTHON_DOCS}@"):
+        return name == f"{PYTHON_DOCS}@{platform.python_version()}"
+    path = Path(name)
+    if not path.is_file():
+        return path.is_relative_to(cache_dir())  # pinned, and fetched again where it is needed
+    return file_digests([path])[name] == recorded
+
+
+def _has_grown(source: str, recorded: set[str]) -> bool:
+    """Whether a folder has files besides those recorded; with none of these it was not read."""
+    if source.startswith(("bundled:", "download:")):
+        return False
+    try:
+        files = {str(path) for path in resolve(source)}
+    except OSError:
+        return False  # gone: seen where its files are compared
+    return 0 < len(files & recorded) < len(files)

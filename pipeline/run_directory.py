@@ -1,0 +1,272 @@
+"""Run directories: what a run leaves behind, on plain files, from its first second.
+
+`<root>/<experiment>/<run>/` holds `config.yaml`, `journal.jsonl`, `outcome.json` once the run is
+finished, and all that it makes. The journal is the truth, MLflow (`pipeline.tracking`) its replica.
+
+One process writes a run at a time (a file lock sees to that); its threads may share the `Run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from datamodules.files import replacing
+from pipeline.journal import Journal, dumps, read_journal
+from pipeline.provenance import redact
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OUTCOME, CONFIG, LOCK = "outcome.json", "config.yaml", "run.lock"
+_LOCK_TIMEOUT_S = 6  # data workers of a killed process may hold on for five seconds
+
+
+class AlreadyFinished(ValueError):
+    """The run has its outcome, and is not written any more.
+
+    Attributes:
+        path: the run directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"run {path} is finished; to run it again, give it another name.")
+        self.path = path
+
+
+class Run:
+    """One run, open for writing: made by `Run.open`, ended by `finish` or `fail`."""
+
+    def __init__(self, path: Path, lock: FileLock, parent: Path | None, command: str) -> None:
+        self.path, self._lock, self.command = path, lock, redact(command)
+        self._journal, self._opened = Journal(path), time.monotonic()
+        self.reattached = not self._journal.is_new
+        facts = {"command": self.command}
+        if parent is not None:
+            facts["parent"] = os.path.relpath(parent.resolve(), path)  # a project may move
+        if self.reattached:
+            self.event("resumed", **facts)
+        else:
+            self.event("created", run=uuid.uuid4().hex, **facts)
+        self._journal.append("status", status="RUNNING")
+
+    @classmethod
+    def open(cls, path: Path, *, parent: Path | None = None, command: str = "") -> Run:
+        """Creates the run directory, or reattaches to one that has not finished.
+
+        Of several processes (distributed training) only rank 0 may open the run. Looking into a
+        run takes `read_outcome` and `read_journal`, which change nothing.
+
+        Args:
+            path: `<root>/<experiment>/<run>`.
+            parent: directory of the run that this one is a part of.
+            command: the command line, for the record.
+
+        Raises:
+            AlreadyFinished: the run has an outcome.
+            ValueError: another process has the run open.
+        """
+        path = path.resolve()
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK, timeout=_LOCK_TIMEOUT_S, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"run {path} is open in another process; wait until it ends, or give another name."
+            ) from None
+        if (path / OUTCOME).exists():
+            lock.release()
+            raise AlreadyFinished(path)
+        return cls(path, lock, parent, command)
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def experiment(self) -> str:
+        """The name of the folder that the run directory lies in."""
+        return self.path.parent.name
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the run was at work, interrupted attempts included."""
+        return self._journal.active_s + time.monotonic() - self._opened
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Records parameters; nested ones as `a.b`, secrets masked."""
+        self._journal.append("param", values=_flat(redact(params)))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Records numbers (or tensors of one) at a step; NaN and infinities as they are."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self._journal.append("metric", step=int(step), values=values)
+
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Records facts of which the last value counts."""
+        self._journal.append("tag", values=_flat(redact(tags)))
+
+    def log_dataset(self, name: str, digest: str, counts: Mapping[str, Any], source: str) -> None:
+        """Records which data the run reads: its digest, how much of what, and where from."""
+        self._journal.append(
+            "dataset", name=name, digest=digest, counts=counts, source=redact(source)
+        )
+
+    def log_artifact(self, name: str, *, table: bool = False) -> Path:
+        """Records a file of the run directory, to be shown with the run.
+
+        Args:
+            name: its path, relative to the run directory.
+            table: it has the form that `log_table` writes.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it lies outside the run directory.
+        """
+        path = self._inside(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; write it before log_artifact.")
+        self._journal.append("artifact", path=path.relative_to(self.path).as_posix(), table=table)
+        return path
+
+    def log_text(self, text: str, name: str) -> Path:
+        """Writes a text file into the run directory and records it."""
+        write_atomically(self._inside(name), text.encode())
+        return self.log_artifact(name)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
+        """Writes rows as a table of the form that MLflow's UI shows; replaces one."""
+        if not name.endswith(".json"):
+            raise ValueError(f"table {name!r} must end in .json, the form that MLflow shows.")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
+        write_atomically(self._inside(name), dumps(table).encode())
+        return self.log_artifact(name, table=True)
+
+    def log_figure(self, figure: Figure, name: str) -> Path:
+        """Writes a figure as PNG, records it and closes it."""
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.close(figure)
+        write_atomically(self._inside(name), png.getvalue())
+        return self.log_artifact(name)
+
+    def config(self, config: Mapping[str, Any]) -> Path:
+        """Writes config.yaml, secrets masked; one that differs from it is kept under a number."""
+        path = self.path / CONFIG
+        text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
+        if path.exists() and path.read_text("utf-8") != text:
+            number = len(list(self.path.glob("config-*.yaml"))) + 1
+            self.log_artifact(path.replace(self.path / f"config-{number}.yaml").name)
+        return self.log_text(text, CONFIG)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Records something that happened."""
+        self._journal.append("event", name=name, **facts)
+
+    def metric_history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric by step; of a step that was taken again, its last value."""
+        history = {
+            line["step"]: float(line["values"][key])
+            for line, _ in read_journal(self.path)
+            if line["kind"] == "metric" and key in line["values"]
+        }
+        return sorted(history.items())
+
+    def finish(
+        self,
+        outputs: Mapping[str, str],
+        metrics: Mapping[str, float],
+        sources: Mapping[str, str],
+        headline: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Ends the run well: outcome.json, status FINISHED.
+
+        Args:
+            outputs: what later stages may use, name -> path.
+            metrics: its result.
+            sources: path -> SHA-256 of the files that it read.
+            headline: its rows of the chain's table.
+        """
+        outcome = {
+            "status": "FINISHED",
+            "command": self.command,
+            "outputs": outputs,
+            "metrics": {key: float(value) for key, value in metrics.items()},
+            "sources": sources,
+            "headline": headline,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+        self.log_tags({f"output.{name}": path for name, path in outputs.items()})
+        write_atomically(self.path / OUTCOME, dumps(outcome, indent=2).encode())
+        self._close(**outcome)
+
+    def fail(self, reason: BaseException | str) -> None:
+        """Ends the run as FAILED, or as KILLED where it was interrupted, unless it has ended."""
+        interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # so is SIGTERMException
+        text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
+        if not self._journal.closed:
+            self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What `finish` wrote, None before."""
+        return read_outcome(self.path)
+
+    def _inside(self, name: str) -> Path:
+        path = (self.path / name).resolve()
+        if not path.is_relative_to(self.path):
+            raise ValueError(f"{name!r} lies outside the run directory {self.path}.")
+        return path
+
+    def _close(self, **facts: Any) -> None:
+        self._journal.append("status", **facts)
+        self._journal.close()
+        self._lock.release()
+
+
+def is_open(path: Path) -> bool:
+    """Whether a living process has the run open."""
+    with contextlib.suppress(Timeout), FileLock(path / LOCK, timeout=0):
+        return False
+    return True
+
+
+def read_outcome(path: Path) -> dict[str, Any] | None:
+    """The outcome of a run directory, None where it has not finished."""
+    if not (path / OUTCOME).exists():
+        return None
+    outcome = json.loads((path / OUTCOME).read_text("utf-8"))
+    outcome["metrics"] = {key: float(value) for key, value in outcome["metrics"].items()}
+    return outcome
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is whole, or as it was before, whatever happens; makes its folder."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

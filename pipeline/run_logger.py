@@ -1,0 +1,53 @@
+"""RunLogger: Lightning's metrics into the run's journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from pipeline.run_directory import Run
+
+
+class RunLogger(Logger):
+    """Writes to a run directory; never to a server, so it never waits and never fails with one.
+
+    Args:
+        run: on the first rank the open run; on others nothing is written.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.trainer: pl.Trainer | None = (
+            None  # whose optimizer steps count; Lightning counts from 0
+        )
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Run:
+        """The run itself: figures, tables and texts go through it."""
+        return self.run
+
+    @property
+    def name(self) -> str:
+        """The experiment."""
+        return self.run.experiment
+
+    @property
+    def version(self) -> str:
+        """The run's name."""
+        return self.run.name
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends to the journal."""
+        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        if values:
+            self.run.log_metrics(values, self.trainer.global_step if self.trainer else step or 0)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved YAML is the parameters, and the command line logs it."""

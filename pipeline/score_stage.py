@@ -1,0 +1,214 @@
+"""`score`: a tuned checkpoint answers held-out instructions, the model before tuning too; both are scored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from datamodules.files import sha256
+from datamodules.instruction import InstructionDataModule, Item
+from datamodules.prompts import encode_prompt, reply_opening, surplus
+from pipeline.checkpoint import checkpoint_digest
+from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.responses import Response, read_responses
+from pipeline.evaluation.score import evaluate
+from pipeline.generate import generate
+from pipeline.inference import load_language_model, prompt_style, settings_for
+from pipeline.loss import next_token_losses
+from pipeline.models import Loaded
+from pipeline.run_directory import AlreadyFinished
+from pipeline.stage_run import digest, open_run
+
+BOOTSTRAP_SEED = 0
+FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
+
+
+def score_stage(
+    *,
+    ckpt: Path | None,
+    before: Path | None,
+    responses: Path | None,
+    data: dict[str, Any] | None,
+    split: str,
+    max_new_tokens: int,
+    batch_size: int,
+    judge: JudgeConfig | None,
+) -> None:
+    """Scores in a run directory; see `pipeline.commands.score`."""
+    source = ckpt or responses
+    assert source is not None
+    content = checkpoint_digest(ckpt) if ckpt else sha256(source)
+    options = {
+        "source": str(source),
+        "before": before and str(before),
+        "data": data,
+        "split": split,
+        "max_new_tokens": max_new_tokens,
+        "judge": judge and vars(judge),
+    }
+    try:
+        with open_run("score", f"score-{digest([options, content])[:8]}", options) as run:
+            if ckpt is None:
+                after, earlier, lineage = read_responses(source), None, {"responses": str(source)}
+                sources = {str(source): content}
+            else:
+                after, earlier, lineage, sources = answer(
+                    ckpt, before, data, split, max_new_tokens, batch_size
+                )
+            lineage = {**lineage, "digest": content, "split": split}
+            summary = evaluate(
+                after,
+                before=earlier,
+                judge=judge,
+                directory=run.path,
+                lineage=lineage,
+                seed=BOOTSTRAP_SEED,
+            )
+            run.log_metrics(summary.metrics(), step=0)
+            run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
+            for name in (*FILES, "summary.json", "report.html"):
+                if (run.path / name).exists():
+                    run.log_artifact(name)
+            run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
+            run.finish(
+                outputs={
+                    "responses": str(run.path / "responses.jsonl"),
+                    "scores": str(run.path / "scores.jsonl"),
+                    "report": str(run.path / "report.html"),
+                },
+                metrics=summary.metrics(),
+                sources=sources,
+                headline=headline(summary.metrics()),
+            )
+            print(f"report: {run.path / 'report.html'}", file=sys.stderr)
+    except AlreadyFinished as finished:
+        print(f"already finished: {finished.path}", file=sys.stderr)
+
+
+def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows of the chain's table."""
+    return [
+        {
+            "metric": measure,
+            "before": metrics.get(f"before/{measure}"),
+            "after": metrics[f"after/{measure}"],
+        }
+        for measure in ("judge", "chrf", "rouge_l", "exact_match", "perplexity")
+        if f"after/{measure}" in metrics
+    ]
+
+
+def answer(
+    ckpt: Path,
+    before: Path | None,
+    data: dict[str, Any] | None,
+    split: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
+    """Responses of the tuned model and of the one before; lineage; digests of the data."""
+    tuned = load_language_model(ckpt)
+    held_out = data_of(tuned, data)
+    held_out.setup("test")
+    after = respond(tuned, tuned, held_out, split, max_new_tokens, batch_size)
+    parent = tuned.meta["parent"]
+    origin = before or (Path(parent["path"]) if parent else None)
+    earlier = None
+    if origin is not None:
+        untuned = load_language_model(origin)
+        if untuned.tokenizer.digest != tuned.tokenizer.digest:
+            raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
+        earlier = respond(untuned, tuned, held_out, split, max_new_tokens, batch_size)
+    lineage = {
+        "checkpoint": str(ckpt),
+        "before": str(origin),
+        "data": held_out.fingerprint["digest"],
+        "max_new_tokens": str(max_new_tokens),
+    }
+    return after, earlier, lineage, held_out.fingerprint["sources"]
+
+
+def data_of(tuned: Loaded, data: dict[str, Any] | None) -> InstructionDataModule:
+    """The data that a checkpoint was tuned on, its own or as given, with the loss on responses."""
+    arguments = data or tuned.meta.get("data")
+    if not arguments:
+        raise ValueError(f"{tuned.path} does not say what it was tuned on; give --data.")
+    arguments = arguments.get("init_args", arguments)
+    known = {**arguments, "tokenizer": str(tuned.path), "supervise": "response"}
+    known["prompt_style"] = prompt_style(tuned)
+    return InstructionDataModule(**known)
+
+
+@torch.inference_mode()
+def respond(
+    loaded: Loaded,
+    tuned: Loaded,
+    data: InstructionDataModule,
+    split: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Response]:
+    """Greedy answers of a model, and how well it predicts the references.
+
+    Args:
+        loaded: the model that answers.
+        tuned: the one whose prompt style and stop tokens are used, also for the untuned model.
+        data: set up.
+        split: train, val or test.
+        max_new_tokens: at most; less where the context is full.
+        batch_size: prompts that are decoded together, of like length.
+    """
+    items = data.items(split)
+    prompts = [prompt_ids(data, item, max_new_tokens) for item in items]
+    settings = settings_for(tuned, max_new_tokens=max_new_tokens)
+    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))
+    starts = range(0, len(items), batch_size)
+    answers: dict[int, str] = {}
+    for start in track(starts, description=f"answering with {loaded.path.name}"):
+        chosen = by_length[start : start + batch_size]
+        new = generate(loaded.gpt, [prompts[i] for i in chosen], settings)
+        for i, ids in zip(chosen, new, strict=True):
+            known = [token for token in ids if token < loaded.tokenizer.n_vocab]
+            answers[i] = loaded.tokenizer.decode(known).strip()
+    nats = reference_nats(loaded, data, split)
+    return [
+        Response(
+            id=item["id"],
+            instruction=item["instruction"],
+            input=item["input"],
+            reference=item["reference"],
+            response=answers[i],
+            settings={"max_new_tokens": max_new_tokens, "temperature": 0.0},
+            reference_nats=nats[i][0],
+            reference_tokens=nats[i][1],
+        )
+        for i, item in enumerate(items)
+    ]
+
+
+def prompt_ids(data: InstructionDataModule, item: Item, max_new_tokens: int) -> list[int]:
+    """An item's prompt, its middle taken out where it would leave the answer no room."""
+    ids = encode_prompt(data.tokenizer, data.prompt_style, item["messages"])
+    opening = len(reply_opening(data.tokenizer, data.prompt_style))
+    room = max(opening + 1, data.max_length - max_new_tokens)
+    if len(ids) > room:
+        del ids[surplus(len(ids), room, opening)]
+    return ids
+
+
+def reference_nats(
+    loaded: Loaded, data: InstructionDataModule, split: str
+) -> list[tuple[float, int]]:
+    """Loss of every reference in nats, summed over its tokens, and how many those are."""
+    samples = getattr(data, f"{split}_set")
+    loaded.model.eval()
+    sums = []
+    for sample in (samples[i] for i in range(len(samples))):
+        hidden = loaded.gpt(sample["input_ids"][None])
+        losses = next_token_losses(hidden, loaded.gpt.head.weight, sample["labels"][None])
+        sums.append((float(losses.sum()), len(losses)))
+    return sums

@@ -1,0 +1,74 @@
+"""Where a command keeps its run: where the chain says, or else in a folder named by its options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from pipeline.provenance import environment
+from pipeline.run_directory import Run
+from pipeline.tracking import Replica
+
+RUN_VARIABLE, PARENT_VARIABLE = "GPT_PIPELINE_RUN", "GPT_PIPELINE_PARENT"
+HOME_VARIABLE = "GPT_PIPELINE_HOME"
+
+
+def mlruns_root() -> Path:
+    """Folder of all runs and of the tracking store: GPT_PIPELINE_HOME, else `mlruns` here."""
+    return Path(os.environ.get(HOME_VARIABLE) or "mlruns").expanduser().resolve()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value of primitives; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def attempts(base: Path) -> Iterator[Path]:
+    """Run directories for the same thing done again: `base`, `base-2`, `base-3`, ..."""
+    yield base
+    for number in count(2):
+        yield base.with_name(f"{base.name}-{number}")
+
+
+@contextmanager
+def open_run(experiment: str, name: str, config: Mapping[str, Any]) -> Iterator[Run]:
+    """The run of a command, its configuration and environment recorded; it fails with the block.
+
+    MLflow is kept up to date meanwhile; in a chain the chain does that.
+
+    Args:
+        experiment: folder below `mlruns_root()`, unless a chain gives the run directory.
+        name: of the run, likewise.
+        config: resolved options, primitives.
+
+    Raises:
+        AlreadyFinished: the run has an outcome.
+        ValueError: another process has the run open.
+    """
+    given, parent = os.environ.get(RUN_VARIABLE), os.environ.get(PARENT_VARIABLE)
+    run = Run.open(
+        Path(given) if given else mlruns_root() / experiment / name,
+        parent=Path(parent) if parent else None,
+        command=shlex.join(sys.argv[1:]),
+    )
+    replica = None if parent else Replica(run.path)
+    try:
+        run.config(config)
+        if not run.reattached:
+            run.log_params(config)
+        run.log_tags(environment())
+        yield run
+    except BaseException as error:
+        run.fail(error)
+        raise
+    finally:
+        if replica is not None:
+            replica.close()

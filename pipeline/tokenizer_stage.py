@@ -1,0 +1,100 @@
+"""`tokenizer train`: a vocabulary from text, with how well it compresses."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from datamodules.cleaning import cleaned
+from datamodules.corpus import documents
+from datamodules.sources import source_digests
+from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+from pipeline.run_directory import AlreadyFinished
+from pipeline.stage_run import digest, open_run
+
+T = TypeVar("T")
+
+MEASURED_BYTES = 4 << 20  # of text that compression is measured on
+
+
+def train_stage(
+    sources: Sequence[str],
+    *,
+    text_column: str,
+    vocab_size: int,
+    min_frequency: int,
+    output: Path | None,
+) -> None:
+    """Trains a vocabulary in a run directory; see `pipeline.commands.tokenizer_train`."""
+    config = {
+        "source": list(sources),
+        "text_column": text_column,
+        "vocab_size": vocab_size,
+        "min_frequency": min_frequency,
+    }
+    digests = source_digests(sources)
+    name = f"bpe-{vocab_size}-{digest([config, digests])[:8]}"
+    try:
+        with open_run("tokenizer", name, config) as run:
+            counts: Counter[str] = Counter()
+            texts = cleaned(documents(sources, text_column), near_duplicates=None, counts=counts)
+            tokenizer = interruptible(
+                partial(
+                    train_tokenizer, texts, vocab_size=vocab_size, min_frequency=min_frequency
+                )
+            )
+            if not counts["read"] - counts["empty"]:
+                raise ValueError(f"source {', '.join(sources)} holds no text; give some.")
+            path = run.path / FILE_NAME
+            tokenizer.save(path)
+            ratio = bytes_per_token(tokenizer, documents(sources, text_column))
+            metrics = {"n_vocab": float(tokenizer.n_vocab), "bytes_per_token": ratio}
+            run.log_dataset("tokenizer", digest(digests), counts, ", ".join(sources))
+            run.log_tags({"tokenizer.digest": tokenizer.digest})
+            run.log_metrics(metrics, step=0)
+            run.log_artifact(FILE_NAME)
+            run.finish(
+                outputs={"tokenizer": str(path)},
+                metrics=metrics,
+                sources=digests,
+                headline=[{"metric": "bytes per token", "before": 1.0, "after": ratio}],
+            )
+    except AlreadyFinished as finished:
+        path = finished.path / FILE_NAME
+        print(f"already finished: {finished.path}", file=sys.stderr)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, output)
+    print(output or path)
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """UTF-8 bytes a token, over the first MEASURED_BYTES of text."""
+    n_bytes = n_tokens = 0
+    for text in texts:
+        n_bytes += len(text.encode())
+        n_tokens += len(tokenizer.encode(text))
+        if n_bytes >= MEASURED_BYTES:
+            break
+    return n_bytes / n_tokens
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """Does work of native code in a thread: Ctrl-C ends the wait, though not the code, at once."""
+    future: Future[T] = Future()
+
+    def into_future() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=into_future, daemon=True).start()
+    return future.result()

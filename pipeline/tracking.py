@@ -1,0 +1,191 @@
+"""Tracking in MLflow that never costs a run: a replica of the journals, late where it must be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.journal import JOURNAL
+from pipeline.provenance import redact
+
+_log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # by default a server that is down blocks for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI if it is set, else the database in the root of the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def sync(run: Path, uri: str | None = None) -> int:
+    """Sends what the store lacks of a run's journal, its parent's first.
+
+    A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
+    left alone.
+
+    Args:
+        run: `<root>/<experiment>/<run>`.
+        uri: of the store; by default `tracking_uri` of the root.
+
+    Returns:
+        The number of lines sent.
+
+    Raises:
+        ValueError: the journal is damaged.
+        OSError: the store cannot be reached, or refuses.
+    """
+    _prepare_mlflow()
+    from pipeline.mlflow_replica import send_missing
+
+    run = run.resolve()
+    root = run.parent.parent
+    uri = uri or tracking_uri(root)
+    with _one_error(root, uri):
+        return send_missing(run, uri)
+
+
+class Replica:
+    """Keeps the store up to date while a run is written, from a thread; never waits, never fails.
+
+    Another thread fills in what the store lacks of earlier runs of the same root.
+
+    Args:
+        run: the run directory, in which the run is open.
+        uri: of the store; by default `tracking_uri` of the root.
+        interval_s: between looks at the journal.
+    """
+
+    def __init__(self, run: Path, uri: str | None = None, interval_s: float = 2.0) -> None:
+        self.run = run.resolve()
+        self.root = self.run.parent.parent
+        self.uri = uri or tracking_uri(self.root)
+        self.interval_s = interval_s
+        self._stop, self._warned = threading.Event(), False
+        self._follower = threading.Thread(target=self._follow, daemon=True)
+        self._follower.start()
+        threading.Thread(target=self._fill_in, daemon=True).start()
+
+    def close(self, timeout_s: float = 20.0) -> None:
+        """Sends what is left, within so many seconds; call it after the run has ended."""
+        self._stop.set()
+        self._follower.join(timeout_s)
+        if self._follower.is_alive():
+            self._warn(_unreachable(self.root, self.uri, f"not done within {timeout_s:g} s"))
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            self._try(sync, self.run)
+            self._stop.wait(self.interval_s)
+        self._try(sync, self.run)
+
+    def _fill_in(self) -> None:
+        self._try(sync_all, self.root)
+
+    def _try(self, send: Callable[[Path, str], Any], path: Path) -> None:
+        try:
+            send(path, self.uri)
+        except Exception as error:  # whatever it is, the run goes on
+            self._warn(str(error))
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s", message)
+
+
+def sync_all(root: Path, uri: str | None = None) -> dict[str, int]:
+    """Sends what the store lacks of any run below a root.
+
+    Returns:
+        How many `runs` there are, the `lines` sent, and how many journals are `damaged`,
+        each of which is warned about.
+
+    Raises:
+        OSError: the store cannot be reached.
+    """
+    root = root.resolve()
+    uri = uri or tracking_uri(root)
+    counts = {"runs": 0, "lines": 0, "damaged": 0}
+    _prepare_mlflow()
+    from pipeline.mlflow_store import open_store
+
+    with _one_error(root, uri):
+        open_store(root, uri)
+    for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
+        counts["runs"] += 1
+        try:
+            counts["lines"] += sync(journal.parent, uri)
+        except ValueError as error:
+            counts["damaged"] += 1
+            _log.warning("%s", error)
+    return counts
+
+
+def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
+    """Brings the store up to date and turns this process into MLflow's server on it.
+
+    Where the store is a server already, only its address is printed.
+
+    Raises:
+        ValueError: the port is taken.
+        OSError: the store cannot be reached.
+    """
+    root = root.resolve()
+    uri = tracking_uri(root)
+    sync_all(root, uri)
+    if uri.startswith("http"):
+        print(redact(uri))
+        return
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error}); give another --port."
+        ) from None
+    print(f"http://{host}:{port}", flush=True)
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": (root / "artifacts").as_uri(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    command = ["-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, *command])  # it gets this process's signals
+
+
+def _prepare_mlflow() -> None:
+    """Sets what MLflow reads when it is imported."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
+@contextmanager
+def _one_error(root: Path, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:  # about the run, not about the store
+        raise
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(_unreachable(root, uri, first_line)) from error
+
+
+def _unreachable(root: Path, uri: str, reason: str) -> str:
+    return (
+        f"MLflow store {redact(uri)} unreachable ({reason}); {root} holds everything; "
+        "run 'python -m pipeline ui --sync' or the next run fills it in."
+    )

@@ -1,0 +1,110 @@
+"""What every test stands on: no network but loopback, fixed threads, real data only where it is given."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# tiny models: threads that wait for one another cost fifty times the work on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Any:
+    """Connections to anything but this machine fail at once, with the address in the message."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            raise ConnectionRefusedError(f"a test tried to reach {address[0]}")
+        return connect(self, address)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, from GPT_PIPELINE_DATA."""
+    folder = os.environ.get("GPT_PIPELINE_DATA")
+    if not folder:
+        pytest.skip("GPT_PIPELINE_DATA is not set: it names the folder that holds the real data")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the tests are theirs alone, shared within a session."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(folder))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Writes a file below the test's folder and returns its path."""
+
+    def write_file(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_file
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """Makes a small GPTConfig of a family, gpt2 or llama (grouped-query), with fields changed."""
+    from pipeline.gpt import GPTConfig
+
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 96}
+    shape |= {"mlp_hidden": 64, "norm_eps": 1e-5, "rope_theta": 10000.0, "dropout": 0.0}
+    gpt2 = {"n_kv_head": 4, "norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
+    llama = {"n_kv_head": 2, "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
+    families = {"gpt2": gpt2, "llama": llama}
+
+    def make(family: str = "gpt2", **changes: Any) -> Any:
+        common = {**shape, "tie_embeddings": family == "gpt2", "causal": True}
+        return GPTConfig(**{**common, **families[family], **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a small GPT in eval mode, every parameter (biases and norms too) random but fixed."""
+    import torch
+
+    from pipeline.gpt import GPT
+
+    def make(family: str = "gpt2", *, seed: int = 0, **changes: Any) -> Any:
+        model = GPT(tiny_config(family, **changes)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in model.tensors().items():
+            tensor.normal_(float("norm.weight" in name), 0.15, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A whole journey on a tiny model, made once through the command line: see `tests.journey`."""
+    from tests.journey import Journey
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("journey")
+        patch.setenv("GPT_PIPELINE_HOME", str(folder / "mlruns"))
+        patch.setenv("GPT_PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return Journey.make(folder)

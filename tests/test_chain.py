@@ -1,0 +1,390 @@
+"""Chains: what runs, what is reused, what a broken one goes on with. Stages are real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.__main__ import main
+from pipeline.chain import RECORD, _finished, _plan, run_chain
+from pipeline.chain_config import load_chain
+from pipeline.journal import read_journal
+from pipeline.run_directory import read_outcome
+
+Write = Callable[[str, str | bytes], Path]
+WORDS = "the cat sat on the mat and the dog barked at the cat. "
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One tracking store for all: making a database takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "mlruns"
+
+
+@pytest.fixture
+def chain(write: Write) -> Path:
+    """Two vocabularies: `small` from a.txt, `big` from texts/."""
+    write("a.txt", WORDS * 50)
+    write("texts/b.txt", WORDS * 40)
+    write("configs/vocab.yaml", "source: a.txt\nvocab_size: 270\nmin_frequency: 2\n")
+    return write(
+        "configs/run/two.yaml",
+        """
+experiment: demo
+stages:
+  - {name: small, command: tokenizer train, config: ../vocab.yaml}
+  - name: big
+    command: tokenizer train
+    config: [../vocab.yaml]
+    set: {source: "${TEXTS:-texts}", vocab_size: 280}
+""",
+    )
+
+
+def runs(home: Path, name: str) -> list[Path]:
+    """Run directories of a stage or of a chain, oldest first."""
+    found = [
+        path for path in (home / "demo").iterdir() if re.match(rf"{name}-[0-9a-f]{{8}}", path.name)
+    ]
+    return sorted(found, key=lambda path: path.stat().st_ctime)
+
+
+def starts(run: Path) -> int:
+    """How often a run was opened."""
+    lines = [line for line, _ in read_journal(run)]
+    return sum(line["kind"] == "event" and line["name"] in ("created", "resumed") for line in lines)
+
+
+def status(run: Path) -> str:
+    """Of a run, by its journal."""
+    return [line["status"] for line, _ in read_journal(run) if line["kind"] == "status"][-1]
+
+
+def test_a_chain_from_start_to_table(
+    chain: Path, home: Path, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_chain(chain) == 0
+    captured = capfd.readouterr()
+    (small,), (big,), (parent,) = runs(home, "small"), runs(home, "big"), runs(home, "two")
+
+    outcomes = {path.name.split("-")[0]: read_outcome(path) for path in (small, big)}
+    metrics = {name: outcome["metrics"] for name, outcome in outcomes.items() if outcome}
+    assert metrics["small"]["n_vocab"] == 270
+    assert metrics["big"]["n_vocab"] == 280
+    assert str(small / "tokenizer.json") in captured.out  # the stage's own output streams through
+    row = next(line for line in captured.out.splitlines() if "big" in line and "bytes per" in line)
+    assert f"{metrics['big']['bytes_per_token']:.4g}" in row
+    assert captured.out.splitlines()[-1] == "next: python -m pipeline ui"
+    assert "[1/2] small: python -m pipeline tokenizer train" in captured.err
+
+    ended = read_outcome(parent)
+    assert ended is not None
+    assert ended["outputs"] == {"small": str(small), "big": str(big)}
+    assert ended["metrics"]["big/n_vocab"] == 280
+    events = [line for line, _ in read_journal(parent) if line.get("name") == "stage"]
+    assert [(e["stage"], e["state"]) for e in events] == [
+        (stage, state) for stage in ("small", "big") for state in ("started", "finished")
+    ]
+    record = json.loads((big / RECORD).read_text())
+    assert record["arguments"][-2:] == ["--source=texts", "--vocab_size=280"]
+
+    client = MlflowClient(store)
+    ids = {path: json.loads((path / "mlflow.json").read_text())["run_id"] for path in (parent, big)}
+    child = client.get_run(ids[big])
+    assert child.data.tags["mlflow.parentRunId"] == ids[parent]
+    assert child.info.status == client.get_run(ids[parent]).info.status == "FINISHED"
+    assert client.get_run(ids[parent]).data.metrics["big/n_vocab"] == 280
+
+
+def test_only_what_changed_runs_again(
+    chain: Path, home: Path, write: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_chain(chain) == 0
+    (big,) = runs(home, "big")
+    capfd.readouterr()
+
+    write("configs/vocab.yaml", "# a comment\nmin_frequency: 2\nvocab_size: 270\nsource: a.txt\n")
+    before = time.time()
+    assert run_chain(chain) == 0  # nothing that matters has changed
+    captured = capfd.readouterr()
+    assert "every stage is done already" in captured.err
+    assert "(earlier)" in captured.out
+    assert all(p.stat().st_mtime < before for p in home.rglob("journal.jsonl"))
+
+    write("a.txt", WORDS * 50 + "new words. ")
+    assert run_chain(chain) == 0
+    captured = capfd.readouterr()
+    assert len(runs(home, "small")) == 2
+    assert runs(home, "big") == [big]
+    assert starts(big) == 1
+    assert "done before" in captured.err
+    assert len(runs(home, "two")) == 2
+
+    write("a.txt", WORDS * 50)
+    assert run_chain(chain) == 0  # as it once was: what was made of it then still holds
+    assert "every stage is done already" in capfd.readouterr().err
+
+    write("texts/c.txt", "a file joins the folder. " * 40)
+    assert run_chain(chain) == 0
+    assert len(runs(home, "big")) == 2
+    assert len(runs(home, "small")) == 2
+
+
+def test_lost_output_and_other_options_run_again(
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_chain(chain) == 0
+    (big,) = runs(home, "big")
+    (big / "tokenizer.json").unlink()
+    assert run_chain(chain) == 0
+    assert len(runs(home, "big")) == 2
+
+    assert main(["run", "-c", str(chain), "--set", "big.vocab_size=275"]) == 0
+    outcome = read_outcome(runs(home, "big")[-1])
+    assert outcome is not None
+    assert outcome["metrics"]["n_vocab"] == 275
+    assert len(runs(home, "small")) == 1
+
+    record = runs(home, "small")[0] / RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "code": "older"}))
+    capfd.readouterr()
+    assert run_chain(chain) == 0
+    assert "warning: the code has changed since small ran" in capfd.readouterr().err
+    assert len(runs(home, "small")) == 1
+
+
+def test_a_broken_chain_goes_on_where_it_stopped(
+    chain: Path,
+    home: Path,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write("bad/latin.txt", b"caf\xe9 " * 100)
+    monkeypatch.setenv("TEXTS", "bad")
+    assert run_chain(chain) == 2
+    captured = capfd.readouterr()
+    assert "error: bad/latin.txt: byte 3 (0xe9) is not UTF-8" in captured.err
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("stage big failed with exit code 2; to go on: python -m pipeline run -c")
+    assert last.endswith(str(chain))
+    (parent,), (big,) = runs(home, "two"), runs(home, "big")
+    assert status(parent) == status(big) == "FAILED"
+    assert read_outcome(parent) is None
+
+    write("bad/latin.txt", "café " * 100)
+    assert run_chain(chain) == 0
+    assert starts(parent) == 2
+    assert starts(big) == 2
+    assert starts(runs(home, "small")[0]) == 1
+    assert status(parent) == "FINISHED"
+
+
+def test_inputs_are_what_earlier_stages_left(chain: Path, home: Path, write: Write) -> None:
+    document = yaml.safe_load(chain.read_text())
+    inputs = {"tokenizer": "small"}
+    document["stages"][1:] = [{"name": "pretrain", "command": "fit", "inputs": inputs}]
+    longer = write("configs/run/longer.yaml", yaml.safe_dump(document))
+    document["stages"].pop()
+    assert run_chain(write("configs/run/two.yaml", yaml.safe_dump(document))) == 0
+    vocab = runs(home, "small")[0] / "tokenizer.json"
+
+    def planned() -> Any:
+        todo = load_chain(longer)
+        return _plan(todo.stages[1], home / "demo", _finished(todo, home / "demo"))
+
+    pretrain = planned()
+    assert pretrain.outcome is None
+    assert pretrain.stage.arguments(pretrain.inputs) == ["fit", f"--data.tokenizer={vocab}"]
+    vocab.write_text(vocab.read_text() + "\n")
+    assert planned().path != pretrain.path  # another vocabulary: another run
+
+
+VOCAB = {"name": "vocab", "command": "tokenizer train", "config": "../vocab.yaml"}
+FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
+
+
+@pytest.mark.parametrize(
+    ("document", "parts"),
+    [
+        ({"stages": [VOCAB]}, ["experiment"]),
+        ({"experiment": "x", "stages": [VOCAB], "stage": 1}, ["stage"]),
+        ({"experiment": "x/y", "stages": [VOCAB]}, ["experiment: 'x/y' is no name"]),
+        ({"experiment": "x", "stages": []}, ["stages: is empty"]),
+        ({"experiment": "x", "stages": {"vocab": VOCAB}}, ["stages", "list"]),
+        ({"experiment": "x", "stages": [VOCAB, "fit"]}, ["stages", "fit"]),
+        ({"experiment": "x", "stages": [{"name": "a"}]}, ["stages[0]", "command"]),
+        ({"experiment": "x", "stages": [VOCAB | {"sett": {}}]}, ["stages[0]", "sett"]),
+        ({"experiment": "x", "stages": [VOCAB | {"name": "a b"}]}, ["stages[0].name: 'a b'"]),
+        ({"experiment": "x", "stages": [VOCAB, VOCAB]}, ["stages[1].name", "two stages 'vocab'"]),
+        ({"experiment": "x", "stages": [VOCAB | {"command": "train"}]}, ["stages[0].command"]),
+        (
+            {"experiment": "x", "stages": [VOCAB | {"config": "no.yaml"}]},
+            ["stages[0].config", "no"],
+        ),
+        ({"experiment": "x", "stages": [VOCAB | {"set": ["a"]}]}, ["stages[0].set"]),
+        ({"experiment": "x", "stages": [VOCAB | {"set": {"vocab_size": "x"}}]}, ["vocab_size: "]),
+        ({"experiment": "x", "stages": [VOCAB | {"set": {"vocabsize": 3}}]}, ["--vocabsize=3"]),
+        ({"experiment": "x", "stages": [VOCAB | {"config": []}]}, ["'vocab'", "source"]),
+        ({"experiment": "x", "stages": [FIT, VOCAB]}, ["stages[0].inputs.tokenizer", "no earlier"]),
+        (
+            {"experiment": "x", "stages": [VOCAB, FIT | {"inputs": {"token": "vocab"}}]},
+            ["stages[1].inputs.token", "init_from, tokenizer"],
+        ),
+        (
+            {"experiment": "x", "stages": [VOCAB, FIT | {"inputs": {"init_from": "vocab"}}]},
+            ["stages[1].inputs.init_from", "'vocab' (tokenizer train) has no output 'best'"],
+        ),
+        (
+            {
+                "experiment": "x",
+                "stages": [
+                    VOCAB,
+                    FIT,
+                    FIT | {"name": "b", "inputs": {"init_from": "pretrain.first"}},
+                ],
+            },
+            ["stages[2].inputs.init_from", "no output 'first'", "best, last"],
+        ),
+        (
+            {"experiment": "x", "stages": [VOCAB | {"set": {"source": "${NOWHERE_SET}/x"}}]},
+            ["chain.stages[0].set.source", "NOWHERE_SET"],
+        ),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    document: Any,
+    parts: list[str],
+    chain: Path,
+    home: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write("configs/run/bad.yaml", yaml.safe_dump(document))
+    assert main(["run", "-c", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ")
+    assert error.count("\n") == 1, error
+    for part in parts:
+        assert part in error
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("text", ["big", "big.vocab_size", "small=3", "huge.vocab_size=3"])
+def test_misspelt_overrides(text: str, chain: Path, home: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"--set {text}")):
+        run_chain(chain, [text])
+    assert not home.exists()
+
+
+def test_variables_and_references(
+    chain: Path, monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
+    assert load_chain(chain).stages[1].overrides["source"] == "texts"
+    monkeypatch.setenv("TEXTS", "elsewhere")
+    assert load_chain(chain).stages[1].overrides["source"] == "elsewhere"
+    assert load_chain(chain, ["big.source=[a.txt, texts]"]).stages[1].arguments({})[-2:] == [
+        '--source=["a.txt", "texts"]',
+        "--vocab_size=280",
+    ]
+    stages = [
+        VOCAB,
+        FIT,
+        FIT | {"name": "tune", "inputs": {"init_from": "pretrain.last", "tokenizer": "pretrain"}},
+    ]
+    path = write("configs/run/tune.yaml", yaml.safe_dump({"experiment": "x", "stages": stages}))
+    tune = load_chain(path).stages[2]
+    assert {key: (ref.stage, ref.output) for key, ref in tune.inputs.items()} == {
+        "init_from": ("pretrain", "last"),
+        "tokenizer": ("pretrain", "best"),  # a checkpoint holds its tokenizer
+    }
+
+
+def test_memory_and_speed_are_not_part_of_the_identity(chain: Path, write: Write) -> None:
+    def identity(**options: Any) -> Any:
+        stage = {"name": "a", "command": "fit", "set": {f"data.{k}": v for k, v in options.items()}}
+        path = write("one.yaml", yaml.safe_dump({"experiment": "x", "stages": [stage]}))
+        return load_chain(path).stages[0].identity()
+
+    assert identity(max_tokens=100, num_workers=2, batch_size=4) == identity(batch_size=4)
+    assert identity(batch_size=8) != identity(batch_size=4)
+    nested = write("c.yaml", "data: {class_path: X, init_args: {max_tokens: 3, batch_size: 4}}\n")
+    stage = {"name": "a", "command": "fit", "config": nested.name}
+    path = write("two.yaml", yaml.safe_dump({"experiment": "x", "stages": [stage]}))
+    assert load_chain(path).stages[0].identity()["config"] == [
+        {"data.class_path": "X", "data.batch_size": 4}
+    ]
+
+
+@pytest.fixture
+def slow_chain(write: Write) -> Path:
+    """A stage that reads for many seconds."""
+    rows = (json.dumps({"text": f"line {i} of a long text"}) for i in range(600_000))
+    write("long.jsonl", "\n".join(rows))
+    stage = {"name": "slow", "command": "tokenizer train"}
+    stage["set"] = {"source": "long.jsonl", "vocab_size": 300, "min_frequency": 2}
+    return write("waiting.yaml", yaml.safe_dump({"experiment": "demo", "stages": [stage]}))
+
+
+@pytest.fixture
+def started(slow_chain: Path, home: Path) -> Iterator[subprocess.Popen[str]]:
+    """The slow chain in a process of its own, its stage at work."""
+    command = [sys.executable, "-m", "pipeline", "run", "-c", str(slow_chain)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(home.glob("demo/slow-*/config.yaml")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "stage_status"),
+    [(signal.SIGINT, 130, "KILLED"), (signal.SIGTERM, 143, "RUNNING")],
+)
+def test_signals_reach_the_stage(
+    number: signal.Signals,
+    exit_code: int,
+    stage_status: str,
+    started: subprocess.Popen[str],
+    home: Path,
+) -> None:
+    started.send_signal(number)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == exit_code
+    assert "stage slow was interrupted; to go on: python -m pipeline run" in errors.splitlines()[-1]
+    (stage,), (parent,) = runs(home, "slow"), runs(home, "waiting")
+    assert status(parent) == "KILLED"
+    assert status(stage) == stage_status
+
+
+def test_two_of_the_same_chain_do_not_mix(
+    started: subprocess.Popen[str], slow_chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.run_directory._LOCK_TIMEOUT_S", 0.2)
+    assert main(["run", "-c", str(slow_chain)]) == 2
+    assert started.poll() is None
+    os.kill(started.pid, signal.SIGINT)
+    assert started.wait(60) == 130

@@ -1,0 +1,400 @@
+"""Checkpoints are whole or refused by name; what was saved is what is loaded, wherever it lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datamodules.tokenizer import Tokenizer, train_tokenizer
+from pipeline import checkpoint as files
+from pipeline import lora
+from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint, write_checkpoint
+from pipeline.classifier import GPTClassifier
+from pipeline.gpt import GPT
+from pipeline.lora import LoRAConfig
+from pipeline.models import describe_base, load
+
+MakeGPT = Callable[..., GPT]
+LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.0, targets=["q", "o"], rslora=False, dora=False)
+INPUT_IDS = torch.arange(20).reshape(2, 10)
+MERGED = 1e-5  # float32: adapters are merged into their base, which rounds differently
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["some text, some words"], vocab_size=270, min_frequency=1)
+
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path, tokenizer: Tokenizer) -> Save:
+    """Writes a checkpoint as a run does: weights, or the adapter and what is trained beside it."""
+
+    def save_checkpoint(
+        model: nn.Module, path: str, *, base: Any = None, config: LoRAConfig | None = None
+    ) -> Path:
+        named = dict(model.named_parameters())
+        if config is not None:
+            named = {n: p for n, p in named.items() if p.requires_grad and ".lora_" not in n}
+        gpt: Any = getattr(model, "gpt", model)
+        meta = {
+            "kind": "language_model" if gpt is model else "classifier",
+            "gpt": asdict(gpt.config),
+            "lora": asdict(config) if config else None,
+            "base": base,
+        }
+        writers = {
+            files.WEIGHTS: files.tensors_writer(named),
+            files.META: files.json_writer(meta),
+            files.TOKENIZER: tokenizer.save,
+            files.TRAINING: files.training_writer({"step": 5, "rng": torch.get_rng_state()}),
+        }
+        if config is not None:
+            writers[files.ADAPTER_WEIGHTS] = files.tensors_writer(lora.adapter_state(model))
+        write_checkpoint(tmp_path / path, writers)
+        return tmp_path / path
+
+    return save_checkpoint
+
+
+@torch.no_grad()
+def outputs(model: Any) -> Tensor:
+    hidden = model(INPUT_IDS)
+    return model.head(hidden) if hasattr(model, "head") else hidden
+
+
+def itself(gpt: GPT) -> GPT:
+    return gpt
+
+
+def classifier(gpt: GPT) -> GPTClassifier:
+    torch.manual_seed(1)
+    return GPTClassifier(gpt, n_labels=3).eval()
+
+
+def adapt(model: nn.Module) -> LoRAConfig:
+    """Attaches an adapter that does something; a classifier's head is trained beside it."""
+    config = lora.attach(model, LORA)
+    for tensor in lora.adapter_state(model).values():
+        nn.init.normal_(tensor, std=0.3)
+    if isinstance(model, GPTClassifier):
+        model.classifier.requires_grad_(True)
+    return config
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wrap", [itself, classifier], ids=["lm", "classifier"])
+def test_full_model(
+    tiny_gpt: MakeGPT, save: Save, tokenizer: Tokenizer, family: str, tied: bool, wrap: Any
+) -> None:
+    model = wrap(tiny_gpt(family, tie_embeddings=tied))
+    loaded = load(save(model, "step-00000005"))
+    assert type(loaded.model) is type(model)
+    assert not loaded.model.training
+    assert torch.equal(outputs(loaded.model), outputs(model))
+    assert loaded.model.tensors().keys() == model.tensors().keys()
+    assert loaded.tokenizer.digest == tokenizer.digest
+    assert loaded.gpt.config == getattr(model, "gpt", model).config
+    assert files.read_training(loaded.path)["step"] == 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("wrap_base", "wrap"),
+    [(itself, itself), (itself, classifier), (classifier, classifier)],
+    ids=["lm on lm", "classifier on lm", "classifier on classifier"],
+)
+def test_adapter(tiny_gpt: MakeGPT, save: Save, tied: bool, wrap_base: Any, wrap: Any) -> None:
+    base = save(wrap_base(tiny_gpt(tie_embeddings=tied)), "pretrain/checkpoints/step-00000100")
+    gpt = load(base).gpt
+    described = describe_base(base, base.parents[2] / "tune" / "checkpoints", gpt)
+    model = wrap(gpt)
+    config = adapt(model)
+    path = save(model, "tune/checkpoints/step-00000005", base=described, config=config)
+
+    loaded = load(path)
+    assert (outputs(loaded.model) - outputs(model)).abs().max() < MERGED
+    assert all(p.requires_grad for p in loaded.model.parameters()), "ready for the next stage"
+    beside = set(files.read_tensors(path))
+    assert beside == ({"classifier.weight", "classifier.bias"} if wrap is classifier else set())
+    assert all(".lora_" in name for name in files.read_tensors(path, files.ADAPTER_WEIGHTS))
+
+
+def test_an_adapter_on_an_adapter(tiny_gpt: MakeGPT, save: Save, tmp_path: Path) -> None:
+    path, folder = save(tiny_gpt(), "step-00000000"), tmp_path
+    for step in (1, 2):
+        model = load(path).gpt
+        described = describe_base(path, folder, model)
+        config = adapt(model)
+        path = save(model, f"step-0000000{step}", base=described, config=config)
+    assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
+
+
+@pytest.fixture
+def tuned(tiny_gpt: MakeGPT, save: Save) -> Path:
+    """An adapter's checkpoint, in a project of its own with its base."""
+    base = save(tiny_gpt(), "project/pretrain/checkpoints/step-00000100")
+    model = load(base).gpt
+    described = describe_base(base, base.parents[2] / "tune" / "checkpoints", model)
+    config = adapt(model)
+    return save(model, "project/tune/checkpoints/step-00000005", base=described, config=config)
+
+
+def test_a_project_that_moved_finds_its_base(tuned: Path, tmp_path: Path) -> None:
+    before = outputs(load(tuned).model)
+    (tmp_path / "project").rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "tune" / "checkpoints" / "step-00000005"
+    assert torch.equal(outputs(load(moved).model), before)
+
+
+def test_a_checkpoint_that_moved_alone_finds_its_base(tuned: Path, tmp_path: Path) -> None:
+    before = outputs(load(tuned).model)
+    moved = tuned.rename(tmp_path / "alone")
+    assert torch.equal(outputs(load(moved).model), before)
+
+
+def test_a_base_found_through_a_link_survives_a_move(
+    tiny_gpt: MakeGPT, save: Save, tmp_path: Path
+) -> None:
+    """The relative path is that of the real folders, however the run named them."""
+    (tmp_path / "disk" / "deep" / "runs").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "runs").symlink_to(tmp_path / "disk" / "deep" / "runs")
+    base = save(tiny_gpt(), "project/base")
+    model = load(base).gpt
+    described = describe_base(base, tmp_path / "project" / "runs", model) | {"path": "gone"}
+    config = adapt(model)
+    path = save(model, "project/runs/step-00000005", base=described, config=config)
+    assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
+
+
+def test_another_base_is_refused(tiny_gpt: MakeGPT, save: Save, tuned: Path) -> None:
+    save(tiny_gpt(seed=1), "project/pretrain/checkpoints/step-00000100")
+    with pytest.raises(ValueError, match="trained on a base with digest .* put the original back"):
+        load(tuned)
+
+
+def test_a_base_that_is_gone_is_named(tuned: Path) -> None:
+    base = tuned.parents[2] / "pretrain"
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match=rf"is an adapter; its base {base}.* is gone"):
+        load(tuned)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is no checkpoint directory; give one such as"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty is no whole checkpoint: its manifest\.json"):
+        load(tmp_path / "empty")
+
+
+# Damage
+
+
+def write_text(path: Path, **contents: str) -> Path:
+    writers: dict[str, Callable[[Path], object]] = {
+        name: lambda file, text=text: file.write_text(text) for name, text in contents.items()
+    }
+    write_checkpoint(path, writers)
+    return path
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "step-00000001", weights="0123456789" * 100, meta="{}")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["weights", "meta"])
+def test_damage_is_refused_by_name(whole: Path, damage: Callable[[Path], None], name: str) -> None:
+    verify_checkpoint(whole)
+    damage(whole / name)
+    with pytest.raises(CheckpointError, match=rf"{whole / name} is missing or damaged; take anoth"):
+        verify_checkpoint(whole)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "7", '{"files": {}}', b"\xff"])
+def test_a_manifest_that_says_nothing_is_refused(whole: Path, content: str | bytes | None) -> None:
+    manifest = whole / files.MANIFEST
+    manifest.unlink()
+    if content is not None:
+        manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        CheckpointError, match=r"no whole checkpoint: its manifest\.json is missing"
+    ):
+        verify_checkpoint(whole)
+
+
+def test_another_format_is_refused_but_not_damage(whole: Path) -> None:
+    manifest = json.loads((whole / files.MANIFEST).read_text())
+    (whole / files.MANIFEST).write_text(json.dumps({**manifest, "format": 2}))
+    for use in (verify_checkpoint, lambda path: newest_valid(path.parent)):
+        with pytest.raises(ValueError, match="has format 2, this version reads 1") as caught:
+            use(whole)
+        assert not isinstance(caught.value, CheckpointError)
+    assert whole.is_dir()
+
+
+def test_the_digest_covers_every_file(whole: Path, tmp_path: Path) -> None:
+    same = write_text(tmp_path / "step-00000002", weights="0123456789" * 100, meta="{}")
+    other = write_text(tmp_path / "step-00000003", weights="0123456789" * 100, meta="[]")
+    digests = [files.checkpoint_digest(path) for path in (whole, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_newest_valid_sets_the_damaged_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert newest_valid(tmp_path) is None
+    paths = [write_text(tmp_path / files.step_name(n), weights=f"{n}") for n in (9, 10, 200)]
+    assert newest_valid(tmp_path) == paths[2]
+    truncate(paths[2] / "weights")
+    (paths[1] / files.MANIFEST).unlink()
+    assert newest_valid(tmp_path) == paths[0]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.rpartition("-")[0] for name in names] == [
+        "damaged-step-00000010",
+        "damaged-step-00000200",
+        "step",
+    ]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert f"{paths[2] / 'weights'} is missing or damaged" in warnings[0]
+    assert f"Set aside as {names[1]}" in warnings[0]
+    assert newest_valid(tmp_path) == paths[0]
+    assert capsys.readouterr().err == ""
+
+
+# Writing
+
+
+def test_a_step_is_replaced(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "step-00000001", weights="old", extra="old")
+    write_text(path, weights="new")
+    verify_checkpoint(path)
+    assert (path / "weights").read_text() == "new"
+    assert sorted(p.name for p in path.iterdir()) == [files.MANIFEST, "weights"]
+    assert list(tmp_path.iterdir()) == [path], "nothing hidden is left"
+
+
+def test_a_writer_that_fails_leaves_what_was_there(whole: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(whole, {"weights": fail})
+    verify_checkpoint(whole)
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_remove(whole: Path) -> None:
+    files.remove_checkpoint(whole)
+    assert list(whole.parent.iterdir()) == []
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.checkpoint import write_checkpoint
+
+def stop(file):
+    file.write_text("half")
+    print(sorted(path.name for path in Path(sys.argv[1]).iterdir()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_checkpoint(Path(sys.argv[1]) / "step-00000002", {"a": lambda f: f.write_text("a"), "b": stop})
+"""
+
+
+def test_sigkill_while_writing_leaves_no_checkpoint(whole: Path) -> None:
+    folder = whole.parent
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_WRITING, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert ".step-00000002-" in killed.stdout, "it was killed while it wrote"
+    assert [path.name for path in folder.glob("step-*")] == ["step-00000001"]
+    assert newest_valid(folder) == whole
+    written = write_text(folder / "step-00000002", a="a", b="b")
+    assert sorted(folder.iterdir()) == [whole, written], "the half-written one is swept away"
+
+
+# Contents
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_pickles_are_not_executed(tmp_path: Path) -> None:
+    bomb = Bomb(tmp_path / "executed")
+    path = tmp_path / "step-00000001"
+    write_checkpoint(path, {files.TRAINING: files.training_writer({"step": bomb})})
+    verify_checkpoint(path)  # its digest is right
+    with pytest.raises(pickle.UnpicklingError):
+        files.read_training(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_training_state_comes_back(tmp_path: Path) -> None:
+    state = {"step": 3, "name": "Größe", "betas": (0.9, 0.95), "nested": [{"x": torch.ones(2)}]}
+    write_checkpoint(tmp_path / "c", {files.TRAINING: files.training_writer(state)})
+    back = files.read_training(tmp_path / "c")
+    assert torch.equal(back["nested"][0].pop("x"), state["nested"][0].pop("x"))  # type: ignore
+    assert back == state
+
+
+def test_meta_is_utf8_everywhere(tmp_path: Path) -> None:
+    meta = {"label_names": ["垃圾", "ham"]}
+    write_checkpoint(tmp_path / "c", {files.META: files.json_writer(meta)})
+    assert files.read_meta(tmp_path / "c") == meta
+    assert "垃圾".encode() in (tmp_path / "c" / files.META).read_bytes()
+
+
+def test_tensors_digest_is_of_values_and_names() -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+    digest = files.tensors_digest(tensors)
+    assert files.tensors_digest({name: tensors[name] for name in "ba"}) == digest
+    assert files.tensors_digest({n: t.bfloat16() for n, t in tensors.items()}) == digest  # exact
+    assert files.tensors_digest({**tensors, "a": tensors["a"].T.contiguous().T}) == digest
+    assert files.tensors_digest({**tensors, "a": tensors["a"].reshape(3, 2)}) != digest
+    assert files.tensors_digest({"a": tensors["a"], "c": tensors["b"]}) != digest
+    assert files.tensors_digest({**tensors, "b": torch.tensor([1.0, 1 + 2**-23])}) != digest

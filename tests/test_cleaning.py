@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from datamodules.cleaning import Duplicates, cleaned, repair_mojibake, strip_gutenberg
+
+WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "wizards", "mix", "jovial", "potions"]
+
+
+def prose(seed: int, n_words: int = 200) -> str:
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) + str(generator.randrange(50)) for _ in range(n_words))
+
+
+def edited(text: str, share: float) -> str:
+    words = text.split()
+    step = round(1 / share)
+    return " ".join("edited" if i % step == 0 else word for i, word in enumerate(words))
+
+
+BOOK = """The Project Gutenberg eBook of A Book
+
+*** START OF THE PROJECT GUTENBERG EBOOK A BOOK
+BY SOMEBODY ***
+
+Chapter 1. It began.
+
+*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***
+License: long.
+"""
+
+
+def clean(documents: list[str], near_duplicates: float | None = 0.8) -> tuple[list[str], Counter]:
+    counts: Counter[str] = Counter()
+    return list(cleaned(documents, near_duplicates=near_duplicates, counts=counts)), counts
+
+
+def test_what_is_dropped_and_repaired_is_counted() -> None:
+    original = prose(0)
+    documents = [original, " \n", original + "\n", edited(original, 0.01), BOOK, "naÃ¯ve"]
+    texts, counts = clean(documents)
+    assert texts == [original, "Chapter 1. It began.\n", "naïve"]
+    assert counts == {
+        "read": 6,
+        "empty": 1,
+        "exact_duplicates": 1,
+        "near_duplicates": 1,
+        "gutenberg_stripped": 1,
+        "mojibake_repaired": 1,
+    }
+
+
+def test_near_duplicates_are_kept_where_that_is_asked() -> None:
+    original = prose(0)
+    texts, counts = clean([original, edited(original, 0.01), original], near_duplicates=None)
+    assert len(texts) == 2
+    assert counts["exact_duplicates"] == 1
+
+
+def test_a_clean_text_is_left_as_it_is() -> None:
+    text = "  “Curly” quotes, ﬁ ligature, e\u0301, full-width Ａ, &amp; naïve 中文 👍\n\n\tEnd "
+    assert clean([text])[0] == [text]
+
+
+def test_line_endings_become_newlines() -> None:
+    assert clean(["a\r\nb\rc\n"])[0] == ["a\nb\nc\n"]
+
+
+def test_mojibake_is_repaired_in_its_line_alone() -> None:
+    assert repair_mojibake("中文\nâ€œquotedâ€\x9d\n") == "中文\n“quoted”\n"
+
+
+def test_gutenberg_is_stripped_only_from_an_ebook() -> None:
+    mention = "We read the line: End of Project Gutenberg's book. And went on.\n"
+    assert strip_gutenberg(mention) == mention
+    assert strip_gutenberg("*** END OF THE PROJECT GUTENBERG EBOOK ***\nx") == (
+        "*** END OF THE PROJECT GUTENBERG EBOOK ***\nx"
+    )
+    old = BOOK.replace(
+        "*** END OF THE PROJECT", "End of the Project Gutenberg EBook\n\n*** END OF THIS PROJECT"
+    )
+    assert strip_gutenberg(old) == "Chapter 1. It began.\n"
+
+
+@pytest.mark.parametrize("n_words", [60, 200, 5000])  # the last is longer than its sketch
+@pytest.mark.parametrize(("share", "kind"), [(0.005, "near_duplicates"), (0.25, None)])
+def test_similarity_decides(n_words: int, share: float, kind: str | None) -> None:
+    duplicates = Duplicates(0.8)
+    text = prose(1, n_words)
+    assert duplicates.kind(text) is None
+    assert duplicates.kind(edited(text, share)) == kind
+
+
+def test_case_and_white_space_do_not_make_a_text_new() -> None:
+    duplicates = Duplicates(0.95)
+    text = prose(2)
+    assert duplicates.kind(text) is None
+    assert duplicates.kind(text.upper().replace(" ", "\n")) == "near_duplicates"
+
+
+def test_scripts_without_spaces_are_compared_too() -> None:
+    duplicates = Duplicates(0.8)
+    text = "".join(chr(0x4E00 + random.Random(3).randrange(5000) + i) for i in range(300))
+    assert duplicates.kind(text) is None
+    assert duplicates.kind(text.replace(text[5], "新")) == "near_duplicates"
+    assert duplicates.kind(text[::-1]) is None
+
+
+def test_different_short_texts_are_no_duplicates() -> None:
+    duplicates = Duplicates(0.8)
+    assert [duplicates.kind(text) for text in ("a", "b", "", "yes", "a")] == [
+        None,
+        None,
+        None,
+        None,
+        "exact_duplicates",
+    ]

@@ -1,0 +1,204 @@
+"""The command line: help that is instant, mistakes that fit on one line, `tokenizer train`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datamodules.tokenizer import Tokenizer
+from pipeline.__main__ import COMMANDS, main
+from pipeline.arguments import one_line
+from pipeline.commands import FUNCTIONS
+
+HELP_SECONDS = 1.5  # the target is 1 s; tests share their cores
+HEAVY = {"torch", "lightning", "mlflow", "pandas", "matplotlib", "sklearn", "httpx", "numpy"}
+Write = Callable[[str, str | bytes], Path]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(tmp_path)
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["", "generate", "score", "tokenizer train"])
+def test_help_is_instant(command: str) -> None:
+    fastest = HELP_SECONDS
+    for _ in range(3):
+        started = time.monotonic()
+        ended = python("-m", "pipeline", *command.split(), "--help")
+        fastest = min(fastest, time.monotonic() - started)
+        assert ended.returncode == 0, ended.stderr
+        assert "usage:" in ended.stdout
+        if fastest < HELP_SECONDS:
+            return
+    pytest.fail(f"help took more than {HELP_SECONDS} s, three times")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from pipeline.__main__ import main
+for words in {[*map(str.split, FUNCTIONS), []]!r}:
+    assert main([*words, "--help"]) == 0
+sys.exit(", ".join({HEAVY!r} & set(sys.modules)) or 0)
+"""
+    ended = python("-c", code)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, summary in COMMANDS.items():
+        assert any(line.split() == [*name.split(), *summary.split()] for line in lines), name
+        assert summary.endswith("."), f"{name} needs a sentence"
+
+
+def test_half_a_command_lists_its_continuations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenizer", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "tokenizer train" in out
+    assert "generate" not in out
+    assert main(["tokenizer"]) == 2
+    assert "tokenizer train" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhost/v1")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("trian",), ["unknown command 'trian'"]),
+        (("generat", "--prompt", "x"), ["'generat'", "did you mean generate?"]),
+        (("tokenizer", "tran"), ["unknown command 'tokenizer'"]),
+        (("generate", "--ckpt", "x", "--promt", "y"), ["--promt"]),
+        (("generate", "--ckpt", "x"), ["required", "prompt"]),
+        (("generate", "--ckpt", "x", "--prompt", "y", "--top_k", "many"), ["top_k:", "many"]),
+        (("generate", "--ckpt", "x", "--prompt", "y", "--top_k", "5"), ["top_k 5", "temperature"]),
+        (("classify", "--ckpt", "x"), ["--text", "--file"]),
+        (("classify", "--ckpt", "x", "--file", "a.csv"), ["--output"]),
+        (("classify", "--ckpt", "x", "--text", "a", "--threshold", "2"), ["threshold is 2.0"]),
+        (("score",), ["--ckpt", "--responses"]),
+        (("score", "--responses", "r.jsonl", "--split", "all"), ["split:", "all"]),
+        ((*JUDGE, "--judge.model", "m", "--judge.max_tokens", "few"), ["judge.max_tokens:", "few"]),
+        ((*JUDGE, "--judge.modle", "m"), ["judge:", "modle"]),
+        (("ui", "--port", "0"), ["port is 0"]),
+        (("run",), ["required", "config"]),
+        (("run", "-c", "no.yaml"), ["no.yaml"]),
+        (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
+        (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
+        (("tokenizer", "train", "-c", "broken.yaml"), ["config"]),
+        (("tokenizer", "train", "-c", "good.yaml"), ["source 'nowhere.txt' does not exist"]),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: tuple[str, ...], parts: list[str], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("typo.yaml", "source: a.txt\nvocabsize: 300\nmin_frequency: 2\n")
+    write("broken.yaml", "source: [a.txt\nvocab_size: 300\n")
+    write("good.yaml", "source: nowhere.txt\nvocab_size: 300\nmin_frequency: 2\n")
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    for part in parts:
+        assert part in captured.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "score"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["score"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_interrupt_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        """Interrupted."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FUNCTIONS, "ui", interrupted)
+    monkeypatch.setattr("pipeline.arguments.parse", lambda *_: {})
+    assert main(["ui"]) == 130
+
+
+def test_a_closed_pipe_is_no_mistake() -> None:
+    command = f"{sys.executable} -m pipeline --help | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+
+
+def test_messages_of_jsonargparse_become_one_line() -> None:
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'x.A'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'x.A':
+        Parser key "lr":
+          Expected a <class 'float'>. Got value: fast
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+    assert one_line(message) == "model.lr: Expected a float. Got value: fast"
+    assert one_line("unrecognized arguments: --x") == "unrecognized arguments: --x"
+
+
+def test_tokenizer_train(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the cat sat on the mat. " * 50
+    write("texts/a.txt", text)
+    write("texts/b.txt", "a dog barked at the cat on the mat. " * 50)
+    words = ["tokenizer", "train", "--source", "texts", "--vocab_size", "280"]
+    words += ["--min_frequency", "2", "--output", "out/vocab.json"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out/vocab.json\n"
+    tokenizer = Tokenizer.load("out/vocab.json")
+    assert tokenizer.n_vocab == 280
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    (run,) = (tmp_path / "mlruns" / "tokenizer").iterdir()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert Tokenizer.load(outcome["outputs"]["tokenizer"]).digest == tokenizer.digest
+    assert set(outcome["sources"]) == {"texts/a.txt", "texts/b.txt"}
+    both = text + "a dog barked at the cat on the mat. " * 50
+    n_tokens = sum(len(tokenizer.encode(part.read_text())) for part in Path("texts").iterdir())
+    assert outcome["metrics"]["bytes_per_token"] == pytest.approx(len(both) / n_tokens)
+    assert outcome["headline"][0]["after"] == outcome["metrics"]["bytes_per_token"]
+
+    Path("out/vocab.json").unlink()
+    assert main(words) == 0  # the same command again: done already, and the copy is there again
+    assert "already finished" in capsys.readouterr().err
+    assert Tokenizer.load("out/vocab.json").digest == tokenizer.digest
+
+    write("texts/b.txt", "other words now. " * 50)
+    assert main(words) == 0
+    assert len(list((tmp_path / "mlruns" / "tokenizer").iterdir())) == 2
+
+
+def test_tokenizer_train_refuses_emptiness(
+    write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write("empty.txt", " \n")
+    words = ["tokenizer", "train", "--source", "empty.txt", "--vocab_size", "280"]
+    assert main([*words, "--min_frequency", "2"]) == 2
+    assert "empty.txt holds no text" in capsys.readouterr().err
+    (run,) = (tmp_path / "mlruns" / "tokenizer").iterdir()
+    assert not (run / "outcome.json").exists()
+    assert '"FAILED"' in (run / "journal.jsonl").read_text()

@@ -1,0 +1,81 @@
+"""Every YAML in configs/ parses, alone and with every overlay."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.chain_config import load_chain
+from pipeline.cli import COMMANDS, PipelineCLI
+from pipeline.lit_base import LitStep
+from datamodules.batching import StepDataModule
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if "trainer:" in path.read_text())
+OVERLAYS = sorted(CONFIGS.glob("model/*.yaml")) + sorted(CONFIGS.glob("trainer/*.yaml"))
+CHAINS = sorted(CONFIGS.glob("run/*.yaml"))
+
+
+class ParseOnly(PipelineCLI):
+    """Parses and stops there."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(*words: str) -> PipelineCLI:
+    return ParseOnly(
+        None,
+        model_class=LitStep,
+        datamodule_class=StepDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        parser_kwargs={command: {"exit_on_error": False} for command in COMMANDS},
+        args=list(words),
+    )
+
+
+def test_there_are_configs() -> None:
+    names = {path.stem for path in STAGES}
+    assert names == {"pretrain", "spam", "instruct"}
+    assert len(OVERLAYS) >= 5
+    assert {"quickstart", "book"} <= {path.stem for path in CHAINS}
+    everything = set(CONFIGS.rglob("*.yaml"))
+    plain = {CONFIGS / "tokenizer.yaml", CONFIGS / "score.yaml"}
+    assert everything == {*STAGES, *OVERLAYS, *CHAINS, *plain}, "a config that no test parses"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda path: path.stem)
+def test_a_stage_parses(stage: Path) -> None:
+    cli = parse("fit", "-c", str(stage))
+    assert cli.config.fit.run.name == stage.stem
+    assert len(stage.read_text().splitlines()) <= 70
+
+
+@pytest.mark.parametrize(
+    ("stage", "overlay"), product(STAGES, OVERLAYS), ids=lambda path: path.stem
+)
+def test_a_stage_parses_with_an_overlay(stage: Path, overlay: Path) -> None:
+    if overlay.parent.name == "model" and stage.stem != "pretrain":
+        pytest.skip("the size of a model is decided where it is pretrained")
+    cli = parse("fit", "-c", str(stage), "-c", str(overlay))
+    values = yaml.safe_load(overlay.read_text())
+    if "precision" in values:
+        assert cli.config.fit.precision == values["precision"]
+    else:
+        gpt = values["model"]["init_args"]["gpt"]
+        assert {key: getattr(cli.config.fit.model.init_args.gpt, key) for key in gpt} == gpt
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda path: path.stem)
+def test_a_chain_is_whole(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VERDICT", "INSTRUCTIONS"):
+        monkeypatch.setenv(name, "somewhere.txt")
+    loaded = load_chain(chain)
+    assert loaded.stages[-1].name == "score"

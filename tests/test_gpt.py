@@ -1,0 +1,208 @@
+"""What must hold of the model whatever its weights: causality, invariances, counts, refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache
+from pipeline.loss import next_token_loss
+
+MakeGPT = Callable[..., GPT]
+MakeConfig = Callable[..., GPTConfig]
+FAMILIES = ["gpt2", "llama"]
+ROUNDING = (
+    1e-5  # float32: another shape of a product is another order of its sums; values of size 1
+)
+
+
+def tokens(n_rows: int, n_tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(96, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def seen_from(model: GPT, position: int, n_tokens: int = 12) -> list[int]:
+    """Positions whose token embedding has a gradient from the hidden state at one position."""
+    input_ids = torch.arange(n_tokens)[None]  # every token once, so that rows are positions
+    model.zero_grad()
+    model(input_ids)[0, position].square().sum().backward()
+    gradient = model.token_embedding.weight.grad
+    assert gradient is not None
+    return gradient.abs().sum(dim=1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_position_sees_itself_and_what_is_before_it(tiny_gpt: MakeGPT, family: str) -> None:
+    assert seen_from(tiny_gpt(family), 5) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_causality_every_position_sees_all(tiny_gpt: MakeGPT, family: str) -> None:
+    assert seen_from(tiny_gpt(family, causal=False), 5) == list(range(12))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_editing_a_token_leaves_earlier_positions(tiny_gpt: MakeGPT, family: str) -> None:
+    model, input_ids = tiny_gpt(family), tokens(2, 30)
+    edited = input_ids.clone()
+    edited[:, 17] = (edited[:, 17] + 1) % 96
+    with torch.inference_mode():
+        before, after = model(input_ids), model(edited)
+    assert torch.equal(before[:, :17], after[:, :17])
+    assert ((before - after)[:, 17:].abs().amax(dim=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_and_neighbours_do_not_matter(tiny_gpt: MakeGPT, family: str, causal: bool) -> None:
+    model, lengths = tiny_gpt(family, causal=causal), [7, 30, 1, 12]
+    input_ids = tokens(4, 30)
+    mask = torch.arange(30) < torch.tensor(lengths)[:, None]
+    with torch.inference_mode():
+        batched = model(input_ids, mask)
+        reversed_ = model(input_ids.flip(0), mask.flip(0)).flip(0)
+        for row, length in enumerate(lengths):
+            alone = model(input_ids[row : row + 1, :length])[0]
+            assert (batched[row, :length] - alone).abs().max() < ROUNDING
+            assert (reversed_[row, :length] - alone).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_word_order_matters(tiny_gpt: MakeGPT, family: str) -> None:
+    model, input_ids = tiny_gpt(family, causal=False), tokens(1, 10)
+    with torch.inference_mode():
+        swapped = model(input_ids.flip(1)).flip(1)
+        assert (model(input_ids) - swapped).abs().amax(dim=-1).min() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_model_knows_nothing(tiny_config: MakeConfig, family: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(tiny_config(family, n_embd=128, vocab_size=512)).eval()
+    input_ids = torch.randint(512, (8, 64))
+    total, count = next_token_loss(model(input_ids), model.head.weight, input_ids)
+    # logits have a variance of 128 x 0.02^2, half of which is added to ln V: 0.03 nats
+    assert float(total.detach() / count) == pytest.approx(math.log(512), abs=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initialisation(tiny_config: MakeConfig, family: str) -> None:
+    torch.manual_seed(0)
+    model = GPT(tiny_config(family, n_layer=8, n_embd=128, mlp_hidden=256, vocab_size=512))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
+            std = INIT_STD / 4 if residual else INIT_STD  # sqrt(2 x 8 layers)
+            # 8,192 values or more: their standard deviation is known to 0.8 %
+            assert float(parameter.detach().std()) == pytest.approx(std, rel=0.05), name
+
+
+def test_dropout_acts_in_training_alone(tiny_gpt: MakeGPT) -> None:
+    model, input_ids = tiny_gpt(dropout=0.5), tokens(1, 8)
+    assert torch.equal(model(input_ids), model(input_ids))
+    assert not torch.equal(model.train()(input_ids), model(input_ids))
+
+
+def test_n_parameters(tiny_gpt: MakeGPT) -> None:
+    c = 32
+    gpt2 = tiny_gpt("gpt2")
+    block = 4 * (c * c + c) + (c * 64 + 64) + (64 * c + c) + 2 * (2 * c)
+    assert gpt2.n_parameters() == 96 * c + 64 * c + 2 * block + 2 * c
+    llama = tiny_gpt("llama")  # 2 of 4 heads for keys and values, untied
+    block = 2 * c * c + 2 * c * (c // 2) + 3 * c * 64 + 2 * c
+    assert llama.n_parameters() == 2 * 96 * c + 2 * block + c
+    llama.requires_grad_(False)
+    llama.head.requires_grad_(True)
+    assert llama.n_parameters(trainable_only=True) == 96 * c
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_flops_per_token(tiny_gpt: MakeGPT, family: str, training: bool) -> None:
+    """Without causality exactly torch's count; with it, half of attention's operations.
+
+    The unfused kernel is counted: the fused one computes the scores again in its backward pass,
+    and what is computed again is not counted here.
+    """
+    n_tokens = 48
+    model = tiny_gpt(family, causal=False)
+    unfused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with unfused, FlopCounterMode(display=False) as counter:
+        logits = model.head(model(tokens(2, n_tokens)))
+        if training:
+            logits.sum().backward()
+    counted = counter.get_total_flops() / (2 * n_tokens)
+    assert model.flops_per_token(n_tokens, training=training) == counted
+
+    causal = tiny_gpt(family, causal=True).flops_per_token(n_tokens, training=training)
+    attention = (3 if training else 1) * 2 * 2 * 2 * 32 * n_tokens  # 2 products, 2 layers
+    assert causal == counted - attention / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 0}, r"model\.gpt\.n_layer is 0; give at least 1"),
+        ({"n_head": 0}, r"model\.gpt\.n_head is 0"),
+        ({"n_kv_head": 0}, r"model\.gpt\.n_kv_head is 0"),
+        ({"n_embd": 0}, r"model\.gpt\.n_embd is 0"),
+        ({"block_size": -1}, r"model\.gpt\.block_size is -1"),
+        ({"mlp_hidden": 0}, r"model\.gpt\.mlp_hidden is 0"),
+        ({"vocab_size": 0}, r"model\.gpt\.vocab_size is 0"),
+        ({"norm_eps": 0.0}, r"model\.gpt\.norm_eps is 0\.0; give a positive number"),
+        ({"rope_theta": -1.0}, r"model\.gpt\.rope_theta is -1\.0"),
+        ({"dropout": 1.0}, r"model\.gpt\.dropout is 1\.0; give a probability in \[0, 1\)"),
+        ({"norm": "batchnorm"}, r"model\.gpt\.norm is batchnorm; give layernorm or rmsnorm"),
+        ({"position": "rotary"}, r"model\.gpt\.position is rotary; give learned or rope"),
+        ({"mlp": "relu"}, r"model\.gpt\.mlp is relu; give gelu or swiglu"),
+        ({"n_embd": 34}, r"n_embd is 34, which model\.gpt\.n_head \(4\) does not divide"),
+        ({"n_kv_head": 3}, r"n_head is 4, which model\.gpt\.n_kv_head \(3\) does not divide"),
+        ({"n_embd": 36, "position": "rope"}, r"even head size, but model\.gpt\.n_embd .* is 9"),
+    ],
+)
+def test_refused_configurations(
+    tiny_config: MakeConfig, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+def test_refused_uses(tiny_config: MakeConfig, tiny_gpt: MakeGPT) -> None:
+    with pytest.raises(ValueError, match=r"model\.gpt\.vocab_size is null"):
+        GPT(tiny_config(vocab_size=None))
+    with pytest.raises(ValueError, match=r"65 tokens do not fit in model\.gpt\.block_size 64"):
+        tiny_gpt()(tokens(1, 65))
+    with pytest.raises(ValueError, match=r"model\.gpt\.causal is false"):
+        KVCache(tiny_config(causal=False), 1, 8, like=torch.zeros(()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_there_and_back(tiny_gpt: MakeGPT, family: str, tied: bool) -> None:
+    model = tiny_gpt(family, tie_embeddings=tied)
+    copy = GPT.from_tensors(model.config, model.tensors()).eval()
+    assert ("head.weight" in model.tensors()) != tied
+    assert torch.equal(copy(tokens(2, 9)), model(tokens(2, 9)))
+    assert torch.equal(copy.head.weight, model.head.weight)
+    assert (copy.head.weight is copy.token_embedding.weight) == tied
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tiny_gpt: MakeGPT) -> None:
+    model = tiny_gpt()
+    missing, other = model.tensors(), model.tensors()
+    del missing["final_norm.bias"]
+    other["blocks.0.mlp.up.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"1 tensors are .* such as final_norm\.bias"):
+        GPT.from_tensors(model.config, missing)
+    with pytest.raises(ValueError, match=r"1 tensors are .* such as blocks\.0\.mlp\.up\.weight"):
+        GPT.from_tensors(model.config, other)
+    with pytest.raises(ValueError, match=r"such as head\.bias"):
+        GPT.from_tensors(model.config, model.tensors() | {"head.bias": torch.zeros(96)})

@@ -1,0 +1,321 @@
+"""From responses to scores, summary and report; the judge answers over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.report import before_and_after, render_report, score_histogram
+from pipeline.evaluation.responses import Response, read_responses, write_responses
+from pipeline.evaluation.score import evaluate, score_responses
+from pipeline.evaluation.summary import Score, Scored, summarize
+
+GOOD = {"id": 1, "instruction": "Name it.", "reference": "an owl", "response": "an owl"}
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Gives 100 to what is equal to the reference, no verdict on what says "odd", else 20."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        item = json.loads(body["messages"][1]["content"])
+        is_right = item["response"] == item["reference_answer"]
+        verdict = json.dumps({"rationale": "As I see it.", "score": 100 if is_right else 20})
+        content = "Hm <b>four</b>?" if "odd" in item["response"] else verdict
+        reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def judge() -> Iterator[JudgeConfig]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield JudgeConfig(base_url=f"http://127.0.0.1:{server.server_port}/v1", model="judge-1")
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def responses(*texts: str, **fields: object) -> list[Response]:
+    return [
+        Response(id=n, instruction=f"Do {n}.", reference=f"answer {n}", response=text, **fields)
+        for n, text in enumerate(texts)
+    ]
+
+
+def jsonl(*rows: dict[str, object] | str) -> str:
+    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+
+
+def test_responses_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "responses.jsonl"
+    items = [
+        Response(id=1, instruction="Übersetze.", reference="猫头鹰", response='a\u2028b\n"c"\x00'),
+        Response(
+            id="x",
+            instruction="",
+            input="in",
+            reference="r",
+            response="",
+            settings={"temperature": 0.0, "checkpoint": None},
+            reference_nats=3.5,
+            reference_tokens=2,
+        ),
+    ]
+    write_responses(path, items)
+    assert read_responses(path) == items
+    assert "猫头鹰" in path.read_text(encoding="utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["responses.jsonl"]
+
+
+def test_any_models_responses_can_be_read(write: Callable[[str, str | bytes], Path]) -> None:
+    content = "\ufeff" + jsonl(GOOD | {"gpt4_score": 3}, "", GOOD | {"id": "1", "input": "x"})
+    first, second = read_responses(write("r.jsonl", content.replace("\n", "\r\n")))
+    assert (first.id, first.input, second.id, second.input) == (1, "", "1", "x")
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        ('{"id": 2, "instruction"', r"r\.jsonl:2: "),
+        ("[1, 2]", r"r\.jsonl:2: expected a JSON object, got list"),
+        ({"id": 2}, r"r\.jsonl:2: missing 'instruction', 'reference', 'response'"),
+        (GOOD | {"response": None}, r"r\.jsonl:2: 'response' is None; it must be a string"),
+        (GOOD | {"id": True}, r"r\.jsonl:2: 'id' is True"),
+        (GOOD | {"id": 2.5}, r"r\.jsonl:2: 'id' is 2\.5"),
+        (GOOD, r"r\.jsonl:2: id 1 was already on line 1"),
+        (GOOD | {"reference": " "}, r"r\.jsonl:2: 'reference' is empty"),
+        (GOOD | {"response": "\ud800"}, r"r\.jsonl:2: 'response' is no valid Unicode"),
+        (GOOD | {"settings": []}, r"r\.jsonl:2: 'settings' is \[\]"),
+        (GOOD | {"reference_nats": 1.0}, r"r\.jsonl:2: 'reference_nats' and 'reference_tokens'"),
+        (GOOD | {"reference_nats": math.nan, "reference_tokens": 1}, r"'reference_nats' is nan"),
+        (GOOD | {"reference_nats": 1.0, "reference_tokens": 0}, r"over 0 'reference_tokens'"),
+        ("[" * 100_000, r"r\.jsonl:2: "),
+    ],
+)
+def test_a_bad_line_is_named(
+    write: Callable[[str, str | bytes], Path], second_line: dict[str, object] | str, message: str
+) -> None:
+    path = write("r.jsonl", jsonl(GOOD, second_line))
+    with pytest.raises(ValueError, match=message):
+        read_responses(path)
+
+
+def test_files_that_are_none(write: Callable[[str, str | bytes], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"latin\.jsonl:1: not UTF-8 \(byte 20 of the line\)"):
+        read_responses(write("latin.jsonl", '{"id": 1, "input": "é"}\n'.encode("latin-1")))
+    with pytest.raises(ValueError, match="holds no responses"):
+        read_responses(write("empty.jsonl", "\n\n"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_responses(tmp_path / "nowhere.jsonl")
+
+
+def test_scores_of_every_scorer(judge: JudgeConfig, tmp_path: Path) -> None:
+    items = responses("answer 0", "", "odd", "answer 4")
+    scores = score_responses(items, judge=judge, cache=tmp_path / "cache.jsonl")
+    table = {(score.scorer, score.id): score for score in scores}
+    assert len(table) == len(scores) == 4 * 4
+    assert [table["judge", n].score for n in range(4)] == [100.0, 0.0, None, 20.0]
+    assert [table["exact_match", n].score for n in range(4)] == [100.0, 0.0, 0.0, 0.0]
+    assert [table["chrf", n].score for n in range(3)] == [100.0, 0.0, 0.0]
+    assert table["rouge_l", 3].score == pytest.approx(50.0)
+    assert table["judge", 2].as_row() == {
+        "id": 2,
+        "scorer": "judge",
+        "score": None,
+        "status": "unscored",
+        "rationale": "unreadable, also when asked again: it is not one JSON object alone",
+        "raw": "Hm <b>four</b>?\n\n[asked again]\n\nHm <b>four</b>?",
+    }
+    assert table["chrf", 0].as_row()["status"] == "scored"
+
+
+def test_what_cannot_be_scored(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no responses to score"):
+        score_responses([], judge=None, cache=tmp_path / "cache.jsonl")
+    with pytest.raises(ValueError, match="id 0 occurs 2 times"):
+        score_responses(responses("a") * 2, judge=None, cache=tmp_path / "cache.jsonl")
+
+
+def judged(items: list[Response], scores: list[float | None]) -> Scored:
+    return Scored(items, [Score(i.id, "judge", s) for i, s in zip(items, scores, strict=True)])
+
+
+def test_unscored_items_are_counted_and_in_no_mean() -> None:
+    before = judged(responses("a", "b", "", "d"), [10, None, 0, 30])
+    after = judged(responses("a", "b", "c", "d"), [40, 50, None, 60])
+    summary = summarize(after, before=before, seed=0)
+    row = summary.rows[0]
+    assert row.measure == "judge"
+    assert row.before
+    assert row.before.estimate
+    assert row.after.estimate
+    assert row.difference
+    assert (row.before.n_scored, row.before.n_unscored, row.before.estimate.value) == (3, 1, 40 / 3)
+    assert (row.after.n_scored, row.after.n_unscored, row.after.estimate.value) == (3, 1, 50.0)
+    assert (row.n_paired, row.difference.value) == (2, 30.0)  # items 0 and 3
+    assert row.verdict == "better"
+    values = summary.metrics()
+    assert (values["before/empty"], values["after/empty"]) == (1, 0)
+    assert (values["before/judge_unscored"], values["difference/judge"]) == (1, 30.0)
+
+
+def test_a_judge_that_scored_nothing() -> None:
+    items = responses("a", "b")
+    chrf = [Score(item.id, "chrf", 10.0) for item in items]
+    scored = judged(items, [None, None])
+    summary = summarize(Scored(items, [*scored.scores, *chrf]), before=scored, seed=0)
+    row = summary.rows[0]
+    assert (row.after.estimate, row.difference, row.verdict) == (None, None, "unclear")
+    assert summary.headline == "chrf"
+    assert "2 unscored" in render_report(summarize(scored, before=None, seed=0), lineage={})
+
+
+def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
+    before = responses("a", "b", "c", reference_nats=8.0, reference_tokens=2)
+    after = [replace(r, reference_nats=float(1 + r.id), reference_tokens=2) for r in before]
+    summary = summarize(Scored(after, []), before=Scored(before, []), seed=0)
+    row = next(row for row in summary.rows if row.measure == "perplexity")
+    assert row.before
+    assert row.before.estimate
+    assert row.after.estimate
+    assert row.difference
+    assert row.before.estimate.value == pytest.approx(math.exp(4))
+    assert row.after.estimate.value == pytest.approx(math.exp(6 / 6))
+    assert row.difference.value == pytest.approx(math.exp(1) - math.exp(4))
+    assert row.verdict == "better"
+
+
+def test_pairs_are_found_by_id_and_must_be_the_same_items() -> None:
+    after = responses("a", "b", "c")
+    same = judged(list(reversed(after)), [3, 2, 1])
+    row = summarize(judged(after, [1, 2, 3]), before=same, seed=0).rows[0]
+    assert row.difference
+    assert (row.difference.low, row.difference.high) == (0.0, 0.0)
+    other = [*after[:2], replace(after[2], reference="another")]
+    for wrong in (other, after[:2], responses("a", "b", "c", "d")):
+        with pytest.raises(ValueError, match="the same items"):
+            summarize(Scored(after, []), before=Scored(wrong, []), seed=0)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>{{ 7 * 7 }}<img src=x onerror=alert(1)>"
+    before = responses("", "odd\x07", attack, "answer 3", "x" * 5000)
+    after = responses("answer 0", "answer 1", attack + "!", "odd one", "answer 4")
+    summary = evaluate(
+        after,
+        before=before,
+        judge=judge,
+        directory=tmp_path,
+        lineage={"checkpoint": "runs/a & b (sha256 1234)", "data": "<none>"},
+        seed=0,
+    )
+    files = {path.name for path in tmp_path.iterdir()}
+    sides = {f"{kind}{side}.jsonl" for kind in ("responses", "scores") for side in ("", "-before")}
+    assert files == sides | {"judge-cache.jsonl", "summary.json", "report.html"}
+    assert read_responses(tmp_path / "responses.jsonl") == after
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_bytes().splitlines()]
+    assert rows == [score.as_row() for score in summary.after.scores]
+    stored = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert stored["measures"]["judge"]["after"]["n_unscored"] == 1
+    assert stored["measures"]["judge"]["after"]["estimate"]["value"] == (100 + 100 + 20 + 100) / 4
+
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("svg") == 2
+    assert all(link.startswith("#") for link in page.links)
+    assert "url(http" not in html
+    for shown in (attack, "runs/a & b (sha256 1234)", "<none>", "Hm <b>four</b>?", "␇"):
+        assert shown in page.text
+    assert f"judge-1 at {judge.base_url}" in page.text
+    assert re.search(r"▲ better|unclear", page.text)
+    assert page.text.index("Best items") < page.text.index("Worst items")
+    assert "2 without a score" in page.text
+    assert "x" * 2001 not in html
+
+
+def test_a_report_of_one_model(tmp_path: Path) -> None:
+    items = responses("answer 0", "answer two", "no")
+    evaluate(items, before=None, judge=None, directory=tmp_path, lineage={}, seed=0)
+    assert not list(tmp_path.glob("*-before*"))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 1
+    assert "before" not in page.text
+    best, worst = page.text.split("Worst items")
+    assert "answer 0" in best.split("Best items")[1]
+    assert "Do 2." in worst
+
+
+def test_the_responses_survive_a_missing_judge(tmp_path: Path) -> None:
+    nobody = JudgeConfig(base_url="http://127.0.0.1:9/v1", model="m", max_attempts=1)
+    with pytest.raises(ValueError, match=r"judge\.base_url"):
+        evaluate(responses("a"), before=None, judge=nobody, directory=tmp_path, lineage={}, seed=0)
+    assert len(read_responses(tmp_path / "responses.jsonl")) == 1
+
+
+def test_figures_hold_every_scored_item() -> None:
+    before = judged(responses("a", "b", "c", "d"), [0, 10, None, 100])
+    after = judged(responses("a", "b", "c", "d"), [100, 10, 50, 0])
+    summary = summarize(after, before=before, seed=0)
+    (axes,) = before_and_after(summary).axes
+    assert axes.get_title() == "1 better, 1 worse, 1 equal"
+    heights = [patch.get_height() for patch in score_histogram(summary).axes[0].patches]
+    assert sum(heights) == 3 + 4
+    with pytest.raises(ValueError, match="needs both"):
+        before_and_after(summarize(after, before=None, seed=0))
+
+
+def test_real_responses(real_data: Path, tmp_path: Path) -> None:
+    """100 responses of another model, whose GPT-4 scores the text metrics ought to follow."""
+    path = real_data / "judge" / "gpt4-scored-responses.jsonl"
+    items = read_responses(path)
+    assert len(items) == 100
+    gpt4 = [json.loads(line)["gpt4_score"] for line in path.read_text("utf-8").splitlines()]
+    summary = evaluate(items, before=None, judge=None, directory=tmp_path, lineage={}, seed=0)
+    chrf = [score.score or 0.0 for score in summary.after.by("chrf")]
+    from scipy.stats import spearmanr
+
+    assert spearmanr(chrf, gpt4).statistic > 0.5
+    values = summary.metrics()
+    for measure in ("chrf", "rouge_l", "exact_match", "corpus_chrf", "corpus_bleu"):
+        low, value, high = (values[f"after/{measure}{end}"] for end in ("_low", "", "_high"))
+        assert 0 < low < value < high < 100
+        assert high - low < 40

@@ -1,0 +1,211 @@
+"""The stages through the command line, on a tiny model: what each leaves behind, and what uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.tokenizer import Tokenizer
+from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
+from pipeline.journal import read_journal
+from pipeline.models import load
+from tests.journey import CONFIGS, QUIET, SHORT, Journey, said
+
+
+def run_directory(journey: Journey, stage: str) -> Path:
+    return journey.best(stage).parents[1]
+
+
+def metrics_of(journey: Journey, stage: str) -> dict[str, list[int]]:
+    steps: dict[str, list[int]] = {}
+    for line, _ in read_journal(run_directory(journey, stage)):
+        if line["kind"] == "metric":
+            for name in line["values"]:
+                steps.setdefault(name, []).append(line["step"])
+    return steps
+
+
+def test_pretraining_reports_bits_per_byte_beside_baselines(tiny: Journey) -> None:
+    metrics = tiny.outcomes["pretrain"]["metrics"]
+    assert {"val/loss", "val/perplexity", "val/bits_per_byte"} <= metrics.keys()
+    assert {"baseline/xz_bits_per_byte", "baseline/5gram_bits_per_byte"} <= metrics.keys()
+    assert 0 < metrics["val/bits_per_byte"] < 8
+
+
+def test_metrics_are_logged_at_optimizer_steps(tiny: Journey) -> None:
+    steps = metrics_of(tiny, "pretrain")
+    assert steps["train/loss"] == [5]
+    assert steps["val/loss"] == [4, 8]
+    assert {"perf/tokens_per_s", "perf/model_flops_utilisation", "train/lr"} <= steps.keys()
+
+
+def test_samples_and_curves_are_kept(tiny: Journey) -> None:
+    folder = run_directory(tiny, "pretrain")
+    table = json.loads((folder / "samples/step-00000008.json").read_text())
+    assert table["columns"] == ["step", "prompt", "text"]
+    assert len(table["data"]) == 3
+    assert (folder / "figures/loss.png").stat().st_size > 5_000
+
+
+def test_a_checkpoint_is_self_contained(tiny: Journey) -> None:
+    path = tiny.best("pretrain")
+    verify_checkpoint(path)
+    loaded = load(path)
+    assert loaded.tokenizer.digest == Tokenizer.load(tiny.tokenizer).digest
+    assert loaded.meta["dataset"]["digest"]
+    assert loaded.meta["precision"] == "32-true" or "bf16" in loaded.meta["precision"]
+    assert loaded.gpt.config.vocab_size % 64 == 0
+
+
+def test_only_the_best_and_the_last_are_kept(tiny: Journey) -> None:
+    folder = tiny.best("pretrain").parent
+    kept = {path.name for path in folder.iterdir()}
+    outputs = tiny.outcomes["pretrain"]["outputs"]
+    assert kept == {Path(outputs["best"]).name, Path(outputs["last"]).name}
+
+
+def test_an_adapter_checkpoint_holds_nothing_of_the_base(tiny: Journey) -> None:
+    for stage, beside in (
+        ("instruct", set()),
+        ("spam", {"classifier.weight", "classifier.bias"}),
+    ):
+        path = tiny.best(stage)
+        assert set(read_tensors(path)) == beside
+        adapter = read_tensors(path, "adapter_model.safetensors")
+        assert adapter
+        assert all(".lora_" in name for name in adapter)
+        assert read_meta(path)["base"]["digest"]
+
+
+def test_a_tuned_model_knows_its_parent(tiny: Journey) -> None:
+    parent = read_meta(tiny.best("instruct"))["parent"]
+    assert parent["path"] == str(tiny.best("pretrain"))
+
+
+def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
+    metrics = tiny.outcomes["spam-test"]["metrics"]
+    for name in ("accuracy", "precision", "recall", "f1", "auroc"):
+        for key in (f"test/{name}", f"baseline/tfidf_{name}", f"test/{name}_minus_tfidf"):
+            assert metrics[f"{key}_low"] <= metrics[key] <= metrics[f"{key}_high"]
+    difference = metrics["test/accuracy"] - metrics["baseline/tfidf_accuracy"]
+    assert metrics["test/accuracy_minus_tfidf"] == pytest.approx(difference)
+
+
+def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
+    """Predictions of the test stage equal those of the loaded checkpoint, text by text."""
+    folder = next((tiny.folder / "mlruns/spam-test").glob("*/predictions.jsonl"))
+    rows = [json.loads(line) for line in folder.read_text().splitlines()]
+    _, out, _ = said("classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["row"]))
+    given = json.loads(out)
+    assert given["label"] == rows[0]["predicted"]
+    assert given["probabilities"]["spam"] == pytest.approx(
+        rows[0]["probabilities"]["spam"], abs=1e-4  # merged and unmerged differ by rounding
+    )
+
+
+def text_of(row: int) -> str:
+    lines = (CONFIGS.parent / "datamodules/samples/sms.tsv").read_text().splitlines()
+    return lines[1 + row].split("\t", 1)[1]
+
+
+def test_scores_compare_before_and_after(tiny: Journey) -> None:
+    outcome = tiny.outcomes["score"]
+    metrics = outcome["metrics"]
+    for measure in ("chrf", "rouge_l", "exact_match", "perplexity", "bleu"):
+        assert {f"before/{measure}", f"after/{measure}", f"difference/{measure}"} <= metrics.keys()
+    responses = Path(outcome["outputs"]["responses"]).read_text().splitlines()
+    scores = Path(outcome["outputs"]["scores"]).read_text().splitlines()
+    assert len(scores) == 3 * len(responses)
+    assert "<html" in Path(outcome["outputs"]["report"]).read_text()
+
+
+def test_responses_of_any_model_can_be_scored(tiny: Journey, tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    row = {"id": 1, "instruction": "Say hi.", "input": "", "reference": "Hi.", "response": "Hi."}
+    path.write_text(json.dumps(row) + "\n")
+    code, _, err = said("score", f"--responses={path}")
+    assert code == 0, err
+
+
+def test_generate_prints_the_continuation_alone(tiny: Journey) -> None:
+    words = ["generate", f"--ckpt={tiny.best('pretrain')}", "--prompt=The quick brown"]
+    code, out, err = said(*words, "--max_new_tokens=6")
+    assert code == 0, err
+    assert out
+    assert "The quick brown" not in out
+    again = said(*words, "--max_new_tokens=6")[1]
+    assert again == out
+    drawn = [said(*words, "--temperature=1.5", f"--seed={seed}")[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert said(*words, "--max_new_tokens=6", "--num_beams=3")[0] == 0
+
+
+def test_chat_wraps_the_prompt(tiny: Journey) -> None:
+    words = ["--prompt=Say hi.", "--max_new_tokens=3", "--chat"]
+    assert said("generate", f"--ckpt={tiny.best('instruct')}", *words)[0] == 0
+    code, _, err = said("generate", f"--ckpt={tiny.best('pretrain')}", *words)
+    assert code == 2
+    assert "not tuned to follow instructions" in err
+
+
+def test_classify_labels_a_column(tiny: Journey, tmp_path: Path) -> None:
+    table = tmp_path / "messages.csv"
+    table.write_text('id,text\n1,"Win, now"\n2,See you at eight\n')
+    out = tmp_path / "labelled.csv"
+    words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
+    assert said("classify", *words)[0] == 0
+    header, *rows = out.read_text().splitlines()
+    assert header == "id,text,predicted,probability_ham,probability_spam"
+    assert len(rows) == 2
+    assert said("classify", *words, "--threshold=0.000001")[0] == 0
+    assert all(",spam," in row for row in out.read_text().splitlines()[1:])
+
+
+def test_the_same_command_does_nothing_twice(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "mlruns"))
+    words = [
+        "fit",
+        f"--config={CONFIGS}/instruct.yaml",
+        *SHORT,
+        *QUIET,
+        f"--model.init_from={tiny.best('pretrain')}",
+        "--run.experiment=instruct",
+    ]
+    code, _, err = said(*words)
+    assert code == 0
+    assert "already finished" in err
+    assert len(list((tiny.folder / "mlruns/instruct").iterdir())) == 1
+
+
+def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "predictions"))
+    code, _, err = said(
+        "predict", f"--config={CONFIGS}/spam.yaml", *QUIET, f"--ckpt_path={tiny.best('spam')}"
+    )
+    assert code == 0, err
+    path = next((tiny.folder / "predictions").glob("*/*/predictions.jsonl"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["sample_id"] for row in rows] == sorted(row["sample_id"] for row in rows)
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "validations"))
+    code, _, err = said(
+        "validate", f"--config={CONFIGS}/spam.yaml", *QUIET, f"--ckpt_path={tiny.best('spam')}"
+    )
+    assert code == 0, err
+    outcome = json.loads(next((tiny.folder / "validations").glob("*/*/outcome.json")).read_text())
+    ours = tiny.outcomes["spam"]["metrics"]["val/loss"]
+    assert outcome["metrics"]["val/loss"] == pytest.approx(ours, abs=1e-5)  # merged adapters
+
+
+def test_base_bits_are_unchanged_by_adapters(tiny: Journey) -> None:
+    """The tuned model differs from its base, whose file on disk is as it was."""
+    base, tuned = load(tiny.best("pretrain")).gpt, load(tiny.best("instruct")).gpt
+    moved = [n for n, p in base.tensors().items() if not torch.equal(p, tuned.tensors()[n])]
+    assert moved
+    assert all(".attention." in name or ".mlp." in name for name in moved)

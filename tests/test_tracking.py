@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+from mlflow.entities import ViewType
+
+from pipeline.journal import JOURNAL
+from pipeline.run_directory import Run
+from pipeline.tracking import Replica, open_ui, sync, sync_all, tracking_uri
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from pipeline.run_directory import Run
+run = Run.open(Path(sys.argv[1]))
+for step in range(50):
+    run.log_metrics({"loss": 1 / (step + 1)}, step)
+print("written", flush=True)
+time.sleep(60)
+"""
+OPEN_UI = """
+import sys
+from pathlib import Path
+from pipeline.tracking import open_ui
+open_ui(Path(sys.argv[1]), port=int(sys.argv[2]))
+"""
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pipeline.mlflow_replica"])  # which takes seconds to import
+
+
+@pytest.fixture(autouse=True)
+def no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database, made once: it takes seconds."""
+    folder = tmp_path_factory.mktemp("database")
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_database: Path) -> Path:
+    root = tmp_path / "pro ject" / "mlruns"
+    root.mkdir(parents=True)
+    shutil.copy(empty_database, root / "mlflow.db")
+    return root
+
+
+def runs_in(root: Path, uri: str | None = None) -> dict[str, MlflowRun]:
+    client = MlflowClient(uri or tracking_uri(root))
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, run_view_type=ViewType.ALL)
+    by_name = {run.info.run_name: run for run in found}
+    assert len(by_name) == len(found), "a run is there twice"
+    return by_name
+
+
+def history(root: Path, run: str, key: str, uri: str | None = None) -> list[tuple[int, float]]:
+    run_id = runs_in(root, uri)[run].info.run_id
+    points = MlflowClient(uri or tracking_uri(root)).get_metric_history(run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
+def contents(root: Path) -> dict[str, list[Any]]:
+    """All that MLflow's tables say about runs."""
+    queries = {
+        "runs": "SELECT run_uuid, name, status, start_time, end_time FROM runs ORDER BY 1",
+        "metrics": "SELECT run_uuid, key, step, timestamp, value FROM metrics ORDER BY 1, 2, 3, 4",
+        "params": "SELECT run_uuid, key, value FROM params ORDER BY 1, 2",
+        "tags": "SELECT run_uuid, key, value FROM tags ORDER BY 1, 2",
+        "datasets": "SELECT name, digest, dataset_source, dataset_profile FROM datasets ORDER BY 1",
+        "inputs": "SELECT destination_id, source_id FROM inputs ORDER BY 1",
+    }
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        return {name: database.execute(query).fetchall() for name, query in queries.items()}
+
+
+def write_full_run(root: Path) -> Run:
+    parent = Run.open(root / "chains" / "all", command="run -c all.yaml")
+    parent.log_tags({"git.commit": "abc"})
+    run = Run.open(root / "spam" / "one", parent=parent.path, command="fit -c spam.yaml")
+    run.log_params({"lr": 0.1, "layers[0]": "q", "long": "x" * 7000})
+    run.config({"lr": 0.1})
+    run.log_dataset("sms", "ab" * 32, {"train": 3}, "bundled:sms")
+    for step in range(1200):
+        run.log_metrics({"train/loss": 1 / (step + 1)}, step)
+    run.log_metrics({"odd": math.nan}, 1)
+    run.log_metrics({"odd": -math.inf}, 2)
+    run.log_table([{"text": "中文"}], "samples/step-1.json")
+    run.log_text("report", "report.html")
+    run.event("skipped", step=3)
+    run.finish({"best": "checkpoints/step-1"}, {"val/loss": 0.5}, {})
+    parent.finish({}, {}, {})
+    return run
+
+
+def test_a_run_arrives_whole(root: Path) -> None:
+    run = write_full_run(root)
+    assert sync(run.path) > 1200
+    found = runs_in(root)["one"]
+    client = MlflowClient(tracking_uri(root))
+
+    tags = found.data.tags
+    assert found.info.status == "FINISHED"
+    assert found.info.end_time >= found.info.start_time
+    assert client.get_experiment(found.info.experiment_id).name == "spam"
+    assert tags["mlflow.parentRunId"] == runs_in(root)["all"].info.run_id
+    assert tags["mlflow.source.name"] == "fit -c spam.yaml"
+    assert tags["output.best"] == "checkpoints/step-1"
+    assert tags["event.skipped"] == '{"step": 3}'
+    assert runs_in(root)["all"].data.tags["mlflow.source.git.commit"] == "abc"
+
+    assert (found.data.params["lr"], found.data.params["layers_0_"]) == ("0.1", "q")
+    assert len(history(root, "one", "train/loss")) == 1200
+    points = client.get_metric_history(found.info.run_id, "odd")
+    assert [math.isnan(point.value) for point in points] == [True, True]
+    assert tags["non_finite.odd"] == "-inf at step 2"
+
+    (dataset,) = (used.dataset for used in found.inputs.dataset_inputs)
+    assert (dataset.name, dataset.digest) == ("sms", ("ab" * 32)[:36])
+    assert json.loads(dataset.profile) == {"digest": "ab" * 32, "train": 3}
+
+
+def test_artifacts_can_be_read_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(root))  # load_table reads it
+    run = write_full_run(root)
+    sync(run.path)
+    found = runs_in(root)["one"]
+    client = MlflowClient(tracking_uri(root))
+    names = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "report.html", "samples", "long"} <= names
+    table = client.load_table(found.info.experiment_id, "samples/step-1.json", [found.info.run_id])
+    assert table["text"].tolist() == ["中文"]
+    where = found.data.params["long"].removeprefix("7000 characters, in the artifact ")
+    long = client.download_artifacts(found.info.run_id, where)
+    assert Path(long).read_text() == "x" * 7000
+
+
+def test_sending_again_doubles_nothing(root: Path) -> None:
+    run = write_full_run(root)
+    half = (run.path / JOURNAL).read_bytes()
+    cut = half.index(b"\n", len(half) // 2) + 1
+    (run.path / JOURNAL).write_bytes(half[:cut])
+    sync(run.path)
+    midway = (run.path / "mlflow.json").read_bytes()
+    (run.path / JOURNAL).write_bytes(half)
+    sync(run.path)
+    before = contents(root)
+    assert sync(run.path) == 0
+
+    (run.path / "mlflow.json").write_bytes(midway)  # as if it had died after sending
+    assert sync(run.path) > 0
+    assert contents(root) == before
+    (run.path / "mlflow.json").unlink()
+    assert sync(run.path) > 1200
+    assert contents(root) == before
+
+
+def test_runs_that_were_purged_are_made_again(root: Path) -> None:
+    run = write_full_run(root)
+    sync_all(root)
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        for table in ("tags", "params", "metrics", "latest_metrics", "inputs", "runs"):
+            database.execute(f"DELETE FROM {table}")  # as `mlflow gc` does
+    (run.path / "mlflow.json").unlink()
+    sync_all(root)
+    runs = runs_in(root)
+    assert len(history(root, "one", "train/loss")) == 1200
+    assert runs["one"].data.tags["mlflow.parentRunId"] == runs["all"].info.run_id
+
+
+def test_a_killed_run_is_ended_and_goes_on_when_resumed(root: Path) -> None:
+    path = root / "spam" / "one"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    sync(path)
+    assert runs_in(root)["one"].info.status == "RUNNING"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert sync_all(root)["lines"] == 0
+    assert runs_in(root)["one"].info.status == "KILLED"
+
+    run = Run.open(path)
+    for step in range(40, 60):  # from the checkpoint of step 40 on
+        run.log_metrics({"loss": 1 / (step + 1)}, step)
+    sync(path)
+    assert runs_in(root)["one"].info.status == "RUNNING"
+    run.finish({}, {}, {})
+    sync(path)
+    found = runs_in(root)["one"]
+    assert (found.info.status, found.data.tags["resumed"]) == ("FINISHED", "1")
+    assert history(root, "one", "loss") == [(step, 1 / (step + 1)) for step in range(60)]
+
+
+def test_a_parameter_that_changed_is_a_tag(root: Path) -> None:
+    path = root / "spam" / "one"
+    for lr in ("0.1", "0.2", "0.1"):
+        run = Run.open(path)
+        run.log_params({"lr": lr, "seed": 1})
+        run.fail("stop")
+        sync(path)
+        found = runs_in(root)["one"]
+        assert found.data.params == {"lr": "0.1", "seed": "1"}
+        assert found.data.tags.get("changed.lr", "0.1") == lr
+    assert found.data.tags["last_failure"] == "stop"
+    assert "changed.seed" not in found.data.tags
+
+
+def test_what_the_user_deleted_stays_deleted(root: Path) -> None:
+    run = Run.open(root / "spam" / "one")
+    sync(run.path)
+    MlflowClient(tracking_uri(root)).delete_run(runs_in(root)["one"].info.run_id)
+    run.log_metrics({"loss": 1.0}, 0)
+    assert sync(run.path) == 0
+    (run.path / "mlflow.json").unlink()
+    assert sync(run.path) == 0
+    assert len(runs_in(root)) == 1
+
+
+def test_a_deleted_experiment_is_restored_for_a_new_run(root: Path) -> None:
+    sync(Run.open(root / "spam" / "one").path)
+    client = MlflowClient(tracking_uri(root))
+    client.delete_experiment(runs_in(root)["one"].info.experiment_id)
+    sync(Run.open(root / "spam" / "two").path)
+    assert runs_in(root)["two"].info.lifecycle_stage == "active"
+
+
+def test_a_damaged_journal_holds_up_no_other(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Run.open(root / "a" / "damaged").fail("stop")
+    with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
+        journal.write(b"\0\0\0\n")
+    Run.open(root / "b" / "good").fail("stop")
+    assert sync_all(root) == {"runs": 2, "lines": 3, "damaged": 1}
+    assert "is damaged at byte" in caplog.text
+    assert runs_in(root)["good"].info.status == "FAILED"
+
+
+def test_a_moved_project_keeps_its_artifacts(root: Path, tmp_path: Path) -> None:
+    run = write_full_run(root)
+    sync_all(root)
+    moved = tmp_path / "mo#v ed" / "mlruns"
+    moved.parent.mkdir()
+    root.rename(moved)
+    assert sync_all(moved)["lines"] == 0  # the store is known to be the same
+    two = Run.open(moved / "spam" / "two")
+    two.log_text("new", "new.txt")
+    sync(two.path)
+
+    client = MlflowClient(tracking_uri(moved))
+    for name, file in (("one", "report.html"), ("two", "new.txt")):
+        info = runs_in(moved)[name].info
+        assert info.artifact_uri.startswith(moved.as_uri())
+        assert Path(client.download_artifacts(info.run_id, file)).is_file()
+    assert not root.exists()
+    assert not run.path.exists()
+
+
+def test_a_lost_database_is_filled_anew_by_whoever_comes(root: Path) -> None:
+    for number in range(3):
+        run = Run.open(root / "spam" / f"run-{number}")
+        for step in range(300):
+            run.log_metrics({"loss": step}, step)
+        run.finish({}, {}, {})
+    sync_all(root)
+    root = root.rename(root.parent / "elsewhere")  # to which this process has no connection
+    (root / "mlflow.db").unlink()
+
+    killed = PROCESSES.Process(target=sync_all, args=(root,))
+    killed.start()
+    wait_for(lambda: bool(list(root.glob(".mlflow-*/mlflow.db"))), 60)
+    killed.kill()  # while it makes the database
+    killed.join()
+    assert not (root / "mlflow.db").exists()
+    both = [PROCESSES.Process(target=sync_all, args=(root,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(runs_in(root)) == 3
+    for number in range(3):
+        assert history(root, f"run-{number}", "loss") == [(s, float(s)) for s in range(300)]
+
+
+def test_a_replica_follows_and_fills_in(root: Path) -> None:
+    earlier = Run.open(root / "spam" / "earlier")
+    earlier.log_metrics({"loss": 1.0}, 0)
+    earlier.finish({}, {}, {})
+    run = Run.open(root / "spam" / "one")
+    replica = Replica(run.path, interval_s=0.05)
+    run.log_metrics({"loss": 2.0}, 0)
+    wait_for(lambda: {"one", "earlier"} <= runs_in(root).keys(), 20)
+    wait_for(lambda: history(root, "one", "loss") == [(0, 2.0)], 20)
+    wait_for(lambda: runs_in(root)["earlier"].info.status == "FINISHED", 20)
+    run.log_metrics({"loss": 1.0}, 1)
+    run.finish({}, {}, {})
+    replica.close()
+    assert history(root, "one", "loss") == [(0, 2.0), (1, 1.0)]
+    assert runs_in(root)["one"].info.status == "FINISHED"
+
+
+def test_a_server_that_hangs_holds_up_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
+        run = Run.open(root / "spam" / "one")
+        replica = Replica(run.path, uri)
+        run.finish({}, {}, {})
+        start = time.monotonic()
+        replica.close(timeout_s=0.5)
+        assert time.monotonic() - start < 2
+    assert "unreachable (not done within 0.5 s)" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_database: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of a server, and what starts it, through `open_ui`."""
+    root = tmp_path / "server"
+    root.mkdir()
+    shutil.copy(empty_database, root / "mlflow.db")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> None:
+        command = [sys.executable, "-c", OPEN_UI, str(root), str(port)]
+        own = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own))
+        assert started[0].stdout is not None
+        assert started[0].stdout.readline() == f"http://127.0.0.1:{port}\n"
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), 90)
+
+    yield f"http://127.0.0.1:{port}", start
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_server_that_is_down_is_filled_in_later(
+    root: Path,
+    server: tuple[str, Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uri, start_server = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    Run.open(root / "spam" / "earlier").fail("stop")
+    run = Run.open(root / "spam" / "one")
+    replica = Replica(run.path, interval_s=0.1)
+    for step in range(1500):
+        run.log_metrics({"loss": step, "odd": math.nan}, step)
+    run.log_params({"lr": 1, "empty": ""})
+    run.log_dataset("sms", "ab" * 32, {"train": 3}, "bundled:sms")
+    run.log_table([{"text": "中文"}], "samples/x.json")
+    run.finish({}, {}, {})
+    start = time.monotonic()
+    replica.close()
+    assert time.monotonic() - start < 20
+    (warning,) = (
+        r for r in caplog.records if r.levelno >= logging.WARNING and "pipeline" in r.name
+    )
+    assert "run 'python -m pipeline ui --sync' or the next run fills it in" in warning.message
+    with pytest.raises(OSError, match=r"MLflow store http.* unreachable"):
+        sync_all(root)
+
+    start_server()
+    assert sync_all(root)["lines"] > 1500
+    (run.path / "mlflow.json").unlink()
+    assert sync_all(root)["lines"] > 1500  # the same again
+    found = runs_in(root, uri)["one"]
+    assert history(root, "one", "loss", uri) == [(step, float(step)) for step in range(1500)]
+    assert len(history(root, "one", "odd", uri)) == 1500
+    assert (found.info.status, found.data.params["lr"]) == ("FINISHED", "1")
+    assert len(found.inputs.dataset_inputs) == 1
+    assert not (root / "artifacts").exists()
+    assert runs_in(root, uri)["earlier"].info.status == "FAILED"
+    shown = MlflowClient(uri).list_artifacts(found.info.run_id, "samples")
+    assert [file.path for file in shown] == ["samples/x.json"]
+
+
+def test_the_ui_says_that_its_port_is_taken(root: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{port} .* --port"):
+            open_ui(root, port=port)
+
+
+def test_the_ui_of_a_server_is_the_server(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@mlflow.example")
+    open_ui(root)
+    assert capsys.readouterr().out == "https://***@mlflow.example\n"
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)

@@ -13,7 +13,7 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from datamodules.cleaning import cleaned
-from datamodules.files import cache_dir, decode
-from datamodules.sources import PYTHON_DOCS, read_jsonl, resolve, source_digests
+from datamodules.documents import documents
+from datamodules.files import cache_dir
+from datamodules.sources import source_digests
 from datamodules.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -32,82 +33,9 @@ Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one pa
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
 _SCHEMA = 1  # raise it when the same sources and options give other tokens
-_DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
 _MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of the text is held out instead of documents
-_NO_TEXT = {".csv", ".tsv", ".json", ".gz", ".zip", ".zst"}
 
 _log = logging.getLogger(__name__)
-
-
-def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
-    """Documents of the sources, streamed: a text file, a line of JSONL or a row of Parquet each.
-
-    Args:
-        sources: see `datamodules.sources.resolve`.
-        text_column: field of JSONL or column of Parquet that holds the text.
-
-    Raises:
-        FileNotFoundError: for a source that is not there.
-        ValueError: naming the file and byte, line or row that is no text.
-    """
-    for source in sources:
-        column = "text" if source == PYTHON_DOCS else text_column
-        for path in resolve(source):
-            suffix = path.suffix.lower()
-            if suffix in _NO_TEXT:
-                raise ValueError(f"{path} is no plain text; give text, .jsonl or .parquet files.")
-            if suffix == ".jsonl":
-                yield from _jsonl_documents(path, column)
-            elif suffix == ".parquet":
-                yield from _parquet_documents(path, column)
-            else:
-                yield from _text_documents(path)
-
-
-def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
-    for number, row in read_jsonl(path):
-        if column not in row:
-            raise ValueError(_no_column(f"{path}:{number}", column, row))
-        yield _string(row[column], f"{path}:{number}", column)
-
-
-def _parquet_documents(path: Path, column: str) -> Iterator[str]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
-    with table:
-        if column not in table.schema_arrow.names:
-            raise ValueError(_no_column(str(path), column, table.schema_arrow.names))
-        number = 0
-        for batch in table.iter_batches(columns=[column], batch_size=1024):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _string(value, f"{path}, row {number}", column)
-
-
-def _no_column(place: str, column: str, names: Iterable[str]) -> str:
-    return f"{place} has no {column!r}, but {', '.join(names)}; correct data.text_column."
-
-
-def _string(value: Any, place: str, column: str) -> str:
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ValueError(f"{place}: {column!r} is {kind}, not text; correct data.text_column.")
-    return value
-
-
-def _text_documents(path: Path) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        while block := file.read(_DOCUMENT_BYTES):
-            block += file.readline(1 << 16)
-            while file.peek(1)[:1] and 0x80 <= file.peek(1)[0] < 0xC0:  # to the character's end
-                block += file.read(1)
-            yield decode(block, path, offset)
-            offset += len(block)
 
 
 @dataclass(frozen=True)
@@ -171,7 +99,7 @@ def prepare(
     folder = cache_dir() / "corpora" / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not _whole(folder):
+        if not _is_whole(folder):
             counts: Counter[str] = Counter()
             texts = cleaned(
                 documents(sources, text_column), near_duplicates=near_duplicates, counts=counts
@@ -189,8 +117,8 @@ def _content_digests(sources: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _whole(folder: Path) -> bool:
-    if not folder.is_dir():
+def _is_whole(folder: Path) -> bool:
+    if not (folder / "corpus.json").is_file():
         return False
     facts = json.loads((folder / "corpus.json").read_text())
     width = np.dtype(facts["dtype"]).itemsize
@@ -220,15 +148,14 @@ def _make(
             f"data.source holds no text: {counts['read']} documents, all empty; give some text."
         )
     tokens = np.memmap(whole, dtype, mode="r")
-    by_document = sum(held_out) >= _MIN_HELD_OUT_DOCUMENTS
-    ranges = (
-        _documents(ends, held_out) if by_document else _tail(tokens, ends, tokenizer, val_fraction)
-    )
+    facts: dict[str, Any] = {"dtype": dtype, "split": "document"}
+    ranges = _documents(ends, held_out)
+    if len(ranges["val"]) < _MIN_HELD_OUT_DOCUMENTS:
+        facts["split"], ranges = "tail", _tail(tokens, ends, tokenizer, val_fraction)
     written = {
         split: _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
         for split in SPLITS
     }
-    facts: dict[str, Any] = {"split": "document" if by_document else "tail", "dtype": dtype}
     for fact in ("documents", "tokens", "bytes", "sha256"):
         facts[fact] = {split: written[split][fact] for split in SPLITS}
     facts["documents"] = {"kept": len(ends), **counts, **facts["documents"]}

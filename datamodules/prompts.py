@@ -174,8 +174,7 @@ def _conversation(
     for position, message in enumerate(messages):
         role, content = message["role"], message["content"]
         is_reply = role == "assistant"
-        first = position == 0 and not style.preamble
-        yield from _opening(style, role, first=first)
+        yield from _opening(style, role, first=position == 0)
         yield Segment(content, supervised=is_reply)
         if role in style.ends:
             end = _reply_end(tokenizer, style) if is_reply else style.end

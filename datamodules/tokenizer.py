@@ -151,12 +151,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
     if min_frequency < 1:
         raise ValueError(f"min_frequency is {min_frequency}; give at least 1.")
     bpe = Trainable(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1 - len(CHAT_MARKERS),
         min_frequency=min_frequency,
@@ -164,7 +161,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    by_id = sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__)
+    ids = bpe.get_vocab()
+    by_id = sorted(ids, key=ids.__getitem__)
     return _trained([_to_bytes(token) for token in by_id if len(token) > 1])
 
 

@@ -170,7 +170,7 @@ def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) 
             f"give one of {', '.join(STAGE_COMMANDS)}."
         )
     names = [raw.config] if isinstance(raw.config, str) else raw.config
-    configs = tuple(path.parent / Path(name).expanduser() for name in names)
+    configs = [Path(os.path.normpath(path.parent / Path(name).expanduser())) for name in names]
     for config in configs:
         if not config.is_file():
             raise ValueError(
@@ -180,7 +180,7 @@ def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) 
         name: _reference(raw.command, name, value, f"{key}.inputs.{name}", earlier)
         for name, value in (raw.inputs or {}).items()
     }
-    return Stage(raw.name, raw.command, configs, raw.set or {}, inputs)
+    return Stage(raw.name, raw.command, tuple(configs), raw.set or {}, inputs)
 
 
 def _reference(

@@ -228,11 +228,11 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
     from pipeline.stage_run import mlruns_root
     from pipeline.tracking import open_ui, sync_all
 
-    root = mlruns_root()
-    if not sync:
-        open_ui(root, host, port)
-    counts = sync_all(root)
-    print(f"{counts['runs']} runs were behind, {counts['lines']} lines sent", file=sys.stderr)
+    if sync:
+        counts = sync_all(mlruns_root())
+        print(f"{counts['runs']} runs, {counts['lines']} lines sent", file=sys.stderr)
+    else:
+        open_ui(mlruns_root(), host, port)
 
 
 def _check_draws(temperature: float, top_k: int, top_p: float) -> None:

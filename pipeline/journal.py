@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,7 +38,7 @@ class Journal:
         end, self.active_s = _recover(run)
         os.truncate(path, end)
         self.is_new = end == 0
-        self._file, self._writing = path.open("ab"), threading.Lock()
+        self._file = path.open("ab")  # buffered writers lock themselves
 
     @property
     def closed(self) -> bool:
@@ -49,11 +48,10 @@ class Journal:
     def append(self, kind: str, **facts: Any) -> None:
         """Writes one line, past this process's death; past the machine's where it is a status."""
         line = dumps({"time": time.time(), "kind": kind, **facts}).encode() + b"\n"
-        with self._writing:
-            self._file.write(line)
-            self._file.flush()
-            if kind == "status":
-                os.fsync(self._file.fileno())
+        self._file.write(line)
+        self._file.flush()
+        if kind == "status":
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends writing."""

@@ -14,6 +14,7 @@ from datamodules.instruction import InstructionDataModule, Item
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.checkpoint import checkpoint_digest
 from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.generate import generate
@@ -41,6 +42,8 @@ def score_stage(
     """Scores in a run directory; see `pipeline.commands.score`."""
     source = ckpt or responses
     assert source is not None
+    if judge is not None:
+        judge.check()
     content = checkpoint_digest(ckpt) if ckpt else sha256(source)
     options = {
         "source": str(source),
@@ -73,6 +76,9 @@ def score_stage(
             for name in (*FILES, "summary.json", "report.html"):
                 if (run.path / name).exists():
                     run.log_artifact(name)
+            run.log_figure(score_histogram(summary), "figures/scores.png")
+            if earlier is not None:
+                run.log_figure(before_and_after(summary), "figures/before-and-after.png")
             run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
             run.finish(
                 outputs={

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from datamodules.cleaning import cleaned
-from datamodules.corpus import documents
+from datamodules.documents import documents
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
-from pipeline.run_directory import AlreadyFinished
+from pipeline.run_directory import AlreadyFinished, Run
 from pipeline.stage_run import digest, open_run
-
-T = TypeVar("T")
 
 MEASURED_BYTES = 4 << 20  # of text that compression is measured on
 
@@ -43,29 +37,7 @@ def train_stage(
     name = f"bpe-{vocab_size}-{digest([config, digests])[:8]}"
     try:
         with open_run("tokenizer", name, config) as run:
-            counts: Counter[str] = Counter()
-            texts = cleaned(documents(sources, text_column), near_duplicates=None, counts=counts)
-            tokenizer = interruptible(
-                partial(
-                    train_tokenizer, texts, vocab_size=vocab_size, min_frequency=min_frequency
-                )
-            )
-            if not counts["read"] - counts["empty"]:
-                raise ValueError(f"source {', '.join(sources)} holds no text; give some.")
-            path = run.path / FILE_NAME
-            tokenizer.save(path)
-            ratio = bytes_per_token(tokenizer, documents(sources, text_column))
-            metrics = {"n_vocab": float(tokenizer.n_vocab), "bytes_per_token": ratio}
-            run.log_dataset("tokenizer", digest(digests), counts, ", ".join(sources))
-            run.log_tags({"tokenizer.digest": tokenizer.digest})
-            run.log_metrics(metrics, step=0)
-            run.log_artifact(FILE_NAME)
-            run.finish(
-                outputs={"tokenizer": str(path)},
-                metrics=metrics,
-                sources=digests,
-                headline=[{"metric": "bytes per token", "before": 1.0, "after": ratio}],
-            )
+            path = _train(run, sources, digests, text_column, vocab_size, min_frequency)
     except AlreadyFinished as finished:
         path = finished.path / FILE_NAME
         print(f"already finished: {finished.path}", file=sys.stderr)
@@ -73,6 +45,36 @@ def train_stage(
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, output)
     print(output or path)
+
+
+def _train(
+    run: Run,
+    sources: Sequence[str],
+    digests: Mapping[str, str],
+    text_column: str,
+    vocab_size: int,
+    min_frequency: int,
+) -> Path:
+    counts: Counter[str] = Counter()
+    texts = cleaned(documents(sources, text_column), near_duplicates=None, counts=counts)
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size, min_frequency=min_frequency)
+    if counts["read"] == counts["empty"]:
+        raise ValueError(f"source {', '.join(sources)} holds no text; give some.")
+    path = run.path / FILE_NAME
+    tokenizer.save(path)
+    ratio = bytes_per_token(tokenizer, documents(sources, text_column))
+    metrics = {"n_vocab": float(tokenizer.n_vocab), "bytes_per_token": ratio}
+    run.log_dataset("tokenizer", digest(digests), counts, ", ".join(sources))
+    run.log_tags({"tokenizer.digest": tokenizer.digest})
+    run.log_metrics(metrics, step=0)
+    run.log_artifact(FILE_NAME)
+    run.finish(
+        outputs={"tokenizer": str(path)},
+        metrics=metrics,
+        sources=digests,
+        headline=[{"metric": "bytes per token", "before": 1.0, "after": ratio}],
+    )
+    return path
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
@@ -84,17 +86,3 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
         if n_bytes >= MEASURED_BYTES:
             break
     return n_bytes / n_tokens
-
-
-def interruptible(work: Callable[[], T]) -> T:
-    """Does work of native code in a thread: Ctrl-C ends the wait, though not the code, at once."""
-    future: Future[T] = Future()
-
-    def into_future() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=into_future, daemon=True).start()
-    return future.result()

@@ -189,7 +189,7 @@ def test_a_base_found_through_a_link_survives_a_move(
 
 def test_another_base_is_refused(tiny_gpt: MakeGPT, save: Save, tuned: Path) -> None:
     save(tiny_gpt(seed=1), "project/pretrain/checkpoints/step-00000100")
-    with pytest.raises(ValueError, match="trained on a base with digest .* put the original back"):
+    with pytest.raises(ValueError, match=r"trained on a base with digest .* put the original"):
         load(tuned)
 
 

@@ -166,7 +166,7 @@ def test_temperature_0_is_greedy(model: GPT) -> None:
 
 
 def likeliest(model: GPT, prompt: list[int], n_new: int, stops: frozenset[int]) -> list[int]:
-    """Of all texts, those that stop early and those that do not: the highest mean log-probability."""
+    """The text of the highest mean log-probability, of all that stop and all that do not."""
     vocabulary = range(model.head.out_features)
     best: tuple[float, list[int]] = (-math.inf, [])
     texts = [

@@ -247,10 +247,21 @@ def test_a_long_conversation_keeps_its_last_answer(make: Make) -> None:
 
 
 def test_a_response_that_cannot_fit_is_refused(make: Make) -> None:
-    data = [*entries(20), {"instruction": "Count.", "input": "", "output": "number " * 120}]
-    message = r"data.json: entry 20: the response and what opens it have \d+ tokens, .* is 120"
+    """The smallest length is the response, its end and what opens it; one less is an error."""
+    data = [{"instruction": "Count.", "input": str(i), "output": "number " * 60} for i in range(20)]
+    tokenizer = make(data).tokenizer
+    opening = reply_opening(tokenizer, "alpaca")
+    response = [*tokenizer.encode("number " * 60), tokenizer.eos_id]
+    smallest = len(opening) + len(response)
+    assert all_samples(ready(make(data, max_length=smallest)))[0]["input_ids"].tolist() == [
+        *opening,
+        *response,
+    ]
+    message = (
+        rf"data.json: entry 0: .* opens it have {smallest} tokens, .* is {smallest - 1}; raise"
+    )
     with pytest.raises(ValueError, match=message):
-        ready(make(data, max_length=120))
+        ready(make(data, max_length=smallest - 1))
 
 
 def test_special_token_text_is_ordinary_text(make: Make) -> None:

@@ -540,7 +540,7 @@ def test_an_evaluation_that_was_killed_goes_on(server: Server, tmp_path: Path) -
 )
 def test_a_config_that_makes_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        JudgeConfig(**({"base_url": "http://localhost:11434/v1", "model": "m"} | changes))
+        JudgeConfig(**({"base_url": "http://localhost:11434/v1", "model": "m"} | changes)).check()
     assert "hunter2" not in str(caught.value)
     assert KEY not in str(caught.value)
 
@@ -549,4 +549,4 @@ def test_a_config_that_makes_no_sense(changes: dict[str, Any], message: str) -> 
     "url", ["http://[::1]:8000/v1", "https://my-host.example.org", "http://gpu_box:80/v1/"]
 )
 def test_a_url_that_makes_sense(url: str) -> None:
-    assert JudgeConfig(base_url=url, model="m").base_url == url
+    JudgeConfig(base_url=url, model="m").check()

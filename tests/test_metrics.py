@@ -135,6 +135,8 @@ def test_bleu_by_hand_and_at_its_edges() -> None:
     assert value == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, abs=1e-6)
     shorter = corpus_bleu(["a b c d"], ["a b c d e"])
     assert shorter == pytest.approx(100 * math.exp(1 - 5 / 4), abs=1e-6)  # brevity alone
+    longer = corpus_bleu(["a b c d e"], ["a b c d"])  # no bonus for length
+    assert longer == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-6)
     assert corpus_bleu(["これはペンです"], ["これはペンです"]) == pytest.approx(100.0)
     assert corpus_bleu([""], ["a b c d"]) == corpus_bleu(["a b"], ["a b"]) == 0.0
 

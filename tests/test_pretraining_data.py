@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import torch
 
-from datamodules import corpus as corpus_module
-from datamodules.corpus import Corpus, documents, prepare
+from datamodules import documents as documents_module
+from datamodules.corpus import Corpus, prepare
+from datamodules.documents import documents
 from datamodules.files import cache_dir
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import PYTHON_DOCS
@@ -101,7 +102,7 @@ def test_python_docs_mix_with_other_sources(write: Write) -> None:
 
 
 def test_a_long_text_is_cut_at_line_ends(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(documents_module, "_DOCUMENT_BYTES", 100)
     text = story(1)
     parts = list(documents([str(write("a.txt", text))], "text"))
     assert "".join(parts) == text
@@ -112,7 +113,7 @@ def test_a_long_text_is_cut_at_line_ends(write: Write, monkeypatch: pytest.Monke
 def test_a_long_line_is_cut_between_characters(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(documents_module, "_DOCUMENT_BYTES", 100)
     text = "x" + "四" * 70_000
     parts = list(documents([str(write("a.txt", text))], "text"))
     assert "".join(parts) == text
@@ -133,7 +134,7 @@ def test_a_long_line_is_cut_between_characters(
 def test_a_source_that_is_no_text(
     name: str, content: bytes, message: str, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_DOCUMENT_BYTES", 50)
+    monkeypatch.setattr(documents_module, "_DOCUMENT_BYTES", 50)
     with pytest.raises(ValueError, match=message):
         list(documents([str(write(name, content))], "text"))
 

@@ -114,7 +114,7 @@ def text_of(row: int) -> str:
 def test_scores_compare_before_and_after(tiny: Journey) -> None:
     outcome = tiny.outcomes["score"]
     metrics = outcome["metrics"]
-    for measure in ("chrf", "rouge_l", "exact_match", "perplexity", "bleu"):
+    for measure in ("chrf", "rouge_l", "exact_match", "perplexity", "corpus_bleu"):
         assert {f"before/{measure}", f"after/{measure}", f"difference/{measure}"} <= metrics.keys()
     responses = Path(outcome["outputs"]["responses"]).read_text().splitlines()
     scores = Path(outcome["outputs"]["scores"]).read_text().splitlines()

@@ -64,6 +64,9 @@ def test_a_vocabulary_has_all_bytes_then_merges_then_specials() -> None:
     assert len(set(merged)) == len(merged)
     assert TOKENIZER.special_ids == {name: 273 + i for i, name in enumerate(specials)}
     assert TOKENIZER.eos_id == 273
+    for i, token in enumerate(merged):
+        parts = {bytes([byte]) for byte in range(256)} | set(merged[:i])
+        assert any({token[:cut], token[cut:]} <= parts for cut in range(1, len(token)))
     assert {b" low", b" the"} <= set(merged)
 
 

@@ -138,9 +138,10 @@ def test_a_run_arrives_whole(root: Path) -> None:
     assert [math.isnan(point.value) for point in points] == [True, True]
     assert tags["non_finite.odd"] == "-inf at step 2"
 
+    assert found.inputs is not None
     (dataset,) = (used.dataset for used in found.inputs.dataset_inputs)
     assert (dataset.name, dataset.digest) == ("sms", ("ab" * 32)[:36])
-    assert json.loads(dataset.profile) == {"digest": "ab" * 32, "train": 3}
+    assert json.loads(dataset.profile or "") == {"digest": "ab" * 32, "train": 3}
 
 
 def test_artifacts_can_be_read_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +397,7 @@ def test_a_server_that_is_down_is_filled_in_later(
     assert history(root, "one", "loss", uri) == [(step, float(step)) for step in range(1500)]
     assert len(history(root, "one", "odd", uri)) == 1500
     assert (found.info.status, found.data.params["lr"]) == ("FINISHED", "1")
+    assert found.inputs is not None
     assert len(found.inputs.dataset_inputs) == 1
     assert not (root / "artifacts").exists()
     assert runs_in(root, uri)["earlier"].info.status == "FAILED"

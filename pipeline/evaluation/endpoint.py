@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import threading
@@ -70,7 +69,7 @@ class Endpoint:
     def __init__(self, config: JudgeConfig, *, schema: dict[str, Any]) -> None:
         self.config = config
         self.stop = threading.Event()
-        self._key = _api_key(config)
+        self._key = config.api_key()
         self._structured: dict[str, Any] = {
             "response_format": {
                 "type": "json_schema",
@@ -198,18 +197,6 @@ class Endpoint:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
         text = text.encode(errors="replace").decode()
         return text.replace(self._key, "[key]") if self._key else text
-
-
-def _api_key(config: JudgeConfig) -> str:
-    if not config.api_key_env:
-        return ""
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not re.fullmatch(r"[!-~]+", key):
-        raise ValueError(
-            "the environment variable that judge.api_key_env names is not set or holds no key; "
-            "export it, or leave judge.api_key_env empty for a server without keys."
-        )
-    return key
 
 
 def _content(body: str) -> str:

@@ -44,9 +44,6 @@ class JudgeConfig:
         timeout_s: for one request, from connecting to the last byte.
         max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
         max_wait_s: between two attempts, whatever a Retry-After asks for.
-
-    Raises:
-        ValueError: naming the field that makes no sense.
     """
 
     base_url: str
@@ -58,16 +55,17 @@ class JudgeConfig:
     max_attempts: int = 5
     max_wait_s: float = 30.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Checks what can be checked without asking; worth doing before any long work.
+
+        Not done on construction: the command line would print the values beside the error.
+
+        Raises:
+            ValueError: naming the field that makes no sense, or if the key is not there.
+        """
         _check_url(self.base_url)
         if not self.model:
             raise ValueError("judge.model is empty; give the name by which the server knows it.")
-        if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", self.api_key_env):
-            # not echoed: it may be the key itself
-            raise ValueError(
-                "judge.api_key_env is no name of an environment variable; "
-                "export the key under some name and give that name here."
-            )
         for name in ("max_concurrency", "max_tokens", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1.")
@@ -76,6 +74,28 @@ class JudgeConfig:
                 f"judge.timeout_s is {self.timeout_s} and judge.max_wait_s {self.max_wait_s}; "
                 "a timeout must be positive and a wait not negative."
             )
+        self.api_key()
+
+    def api_key(self) -> str:
+        """The key, or nothing where none is needed; errors show neither it nor its name.
+
+        Raises:
+            ValueError: if the environment variable has no name, is not set, or holds no key.
+        """
+        if not self.api_key_env:
+            return ""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # the key itself?
+            raise ValueError(
+                "judge.api_key_env is no name of an environment variable; "
+                "export the key under some name and give that name here."
+            )
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ValueError(
+                "the environment variable that judge.api_key_env names is not set or holds no key; "
+                "export it, or leave judge.api_key_env empty for a server without keys."
+            )
+        return key
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,7 @@ def judge_responses(
     Raises:
         ValueError: if nothing could be asked: no connection, no key, or the first request refused.
     """
+    config.check()
     keys = [_key(config.model, response) for response in responses]
     known = VerdictCache(cache)
     asked = {

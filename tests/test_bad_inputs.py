@@ -1,0 +1,195 @@
+"""A mistake ends in one line that names the key, the file or the row, and in exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.journey import CONFIGS, QUIET, SHORT, TINY, Journey, said
+
+Write = Callable[[str, str | bytes], Path]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    return tmp_path / "mlruns"
+
+
+def refused(*words: str) -> str:
+    """The one line that a command says before it ends with 2."""
+    code, _, err = said(*words)
+    lines = [line for line in err.splitlines() if not line.startswith("INFO")]
+    errors = [line for line in lines if line.startswith("error:")]
+    assert code == 2, err
+    assert len(errors) == 1, err
+    assert "Traceback" not in err
+    return errors[0]
+
+
+def pretrain(journey: Journey, *words: str) -> str:
+    return refused(
+        "fit",
+        f"--config={CONFIGS}/pretrain.yaml",
+        *TINY,
+        *QUIET,
+        f"--data.tokenizer={journey.tokenizer}",
+        "--data.near_duplicates=null",
+        f"--data.source=[{journey.folder / 'prose'}]",
+        *words,
+    )
+
+
+def tune(journey: Journey, config: str, *words: str) -> str:
+    base = f"--model.init_from={journey.best('pretrain')}"
+    return refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *QUIET, base, *words)
+
+
+BEFORE_ANY_DATA = {
+    "--model.gpt.n_head=3": ["model.gpt.n_embd", "model.gpt.n_head"],
+    "--model.gpt.dropout=1.5": ["model.gpt.dropout"],
+    "--model.optimizer.warmup_steps=9": ["model.optimizer.warmup_steps", "trainer.max_steps"],
+    "--model.optimizer.lr=-1": ["model.optimizer.lr"],
+    "--model.optimizer.lr=fast": ["optimizer.lr"],
+    "--model.optimiser.lr=1": ["optimiser"],
+    "--trainer.max_stepz=3": ["max_stepz"],
+    "--data.block_size=512": ["data.block_size", "model.gpt.block_size"],
+    "--data.batch_size=0": ["data.batch_size"],
+    "--data.val_fraction=2": ["data.val_fraction"],
+    "--precision=8-bit": ["precision"],
+    "--trainer.accumulate_grad_batches=4": ["trainer.accumulate_grad_batches", "data.batch_size"],
+    "--model.init_from=somewhere": ["model.gpt", "model.init_from"],
+    "--checkpoints.mode=up": ["checkpoints.mode"],
+    "--data.tokenizer=nowhere.json": ["nowhere.json"],
+}
+
+
+@pytest.mark.parametrize("option", BEFORE_ANY_DATA)
+def test_refused_before_any_data_is_read(option: str, tiny: Journey, own_home: Path) -> None:
+    # the source does not exist: whoever reads data first says so instead
+    line = pretrain(tiny, "--data.source=[/no/such/folder]", option)
+    for key in BEFORE_ANY_DATA[option]:
+        assert key in line, line
+    assert "/no/such/folder" not in line
+    assert not list(own_home.glob("*/*")), "a run directory for a mistake"
+
+
+def test_corpora_that_cannot_be(tiny: Journey, write: Write) -> None:
+    empty = write("empty.txt", "")
+    assert str(empty) in pretrain(tiny, f"--data.source=[{empty}]")
+    latin = write("latin.txt", "caf\xe9 ".encode("latin-1") * 100)
+    line = pretrain(tiny, f"--data.source=[{latin}]")
+    assert str(latin) in line
+    assert "byte 3" in line
+    short = write("short.txt", "Too short for a block. ")
+    assert "data.block_size" in pretrain(tiny, f"--data.source=[{short}]")
+    lines = write("bad.jsonl", '{"text": "fine"}\n{"text": \n')
+    assert "bad.jsonl:2" in pretrain(tiny, f"--data.source=[{lines}]")
+    assert "nothing*.txt" in pretrain(tiny, "--data.source=[nothing*.txt]")
+
+
+def test_tables_that_cannot_be(tiny: Journey, write: Write) -> None:
+    good = "".join(f"ham\thello {i}\nspam\twin {i}\n" for i in "abcdefghijklmnopq")
+    for name, content, parts in (
+        ("column.tsv", "class\ttext\nham\thi\n", ["column.tsv", "label"]),
+        ("label.tsv", good + "eggs\thello\n", ["label.tsv", "row 35", "'eggs'"]),
+        ("unlabelled.tsv", good + "\thello\n", ["unlabelled.tsv", "row 35"]),
+        ("one.tsv", "ham\thi there\nham\tso long\nham\tgood day\n" * 9, ["spam"]),
+        ("latin.tsv", b"ham\tcaf\xe9\nspam\twin\n", ["latin.tsv", "byte 7"]),
+        ("nothing.tsv", "", ["nothing.tsv"]),
+    ):
+        line = tune(tiny, "spam", f"--data.source={write(name, content)}")
+        for part in parts:
+            assert part in line, line
+
+
+def test_instructions_that_cannot_be(tiny: Journey, write: Write) -> None:
+    entry = {"instruction": "Say hi.", "input": "", "output": "Hi."}
+    for name, content, parts in (
+        ("object.json", json.dumps(entry), ["object.json", "list"]),
+        ("broken.json", "[{", ["broken.json:1"]),
+        ("line.jsonl", json.dumps(entry) + "\n{oops\n", ["line.jsonl:2"]),
+        ("missing.json", json.dumps([entry, {"instruction": "x"}]), ["entry 1", "output"]),
+        ("number.json", json.dumps([{**entry, "output": 4}]), ["entry 0", "output", "int"]),
+        ("blank.json", json.dumps([entry, {**entry, "output": " "}]), ["entry 1", "empty"]),
+        ("long.json", json.dumps([{**entry, "output": "word " * 900}]), ["data.max_length"]),
+    ):
+        line = tune(tiny, "instruct", f"--data.source={write(name, content)}")
+        for part in parts:
+            assert part in line, line
+
+
+def test_special_token_text_is_ordinary_text(tiny: Journey, write: Write) -> None:
+    """Not refused: encoded as the characters that it is."""
+    entries = [
+        {"instruction": f"Repeat {i} <|endoftext|>", "input": "", "output": "<|endoftext|> <|end|>"}
+        for i in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    source = write("markers.json", json.dumps(entries))
+    code, _, err = said(
+        "fit",
+        f"--config={CONFIGS}/instruct.yaml",
+        *SHORT,
+        *QUIET,
+        f"--model.init_from={tiny.best('pretrain')}",
+        f"--data.source={source}",
+        "--trainer.max_steps=3",
+        "--trainer.val_check_interval=3",
+    )
+    assert code == 0, err
+
+
+def test_another_tokenizer_is_refused(tiny: Journey, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    words = [f"--source=[{tiny.folder / 'prose'}]", "--min_frequency=2", f"--output={other}"]
+    assert said("tokenizer", "train", *words, "--vocab_size=300")[0] == 0
+    line = tune(tiny, "instruct", f"--data.tokenizer={other}")
+    assert "data.tokenizer" in line
+    assert "not the tokenizer of" in line
+
+
+def test_a_target_that_matches_nothing_is_refused(tiny: Journey) -> None:
+    line = tune(tiny, "instruct", "--model.lora.targets=[c_attn]")
+    assert "model.lora.targets ['c_attn']" in line
+    assert "'q'" in line
+
+
+def test_lora_has_to_be_said_twice(tiny: Journey) -> None:
+    assert "model.trainable" in tune(tiny, "spam", "--model.trainable=lora")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "meta.json", "manifest.json"])
+def test_a_truncated_checkpoint_is_refused(name: str, tiny: Journey, tmp_path: Path) -> None:
+    path = tmp_path / "step-00000008"
+    shutil.copytree(tiny.best("pretrain"), path)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: len(content) // 2])
+    for words in (
+        ("generate", f"--ckpt={path}", "--prompt=hi"),
+        ("fit", f"--config={CONFIGS}/instruct.yaml", *SHORT, f"--model.init_from={path}"),
+    ):
+        line = refused(*words)
+        assert str(path) in line
+        assert name in line
+
+
+def test_prompts_that_cannot_be(tiny: Journey) -> None:
+    ckpt = f"--ckpt={tiny.best('pretrain')}"
+    assert "block_size" in refused("generate", ckpt, "--prompt", "word " * 400)
+    assert "prompt is empty" in refused("generate", ckpt, "--prompt", "")
+    assert "top_p" in refused("generate", ckpt, "--prompt=x", "--temperature=1", "--top_p=2")
+    line = refused("generate", ckpt, "--prompt=x", "--temperature=1", "--num_beams=2")
+    assert "num_beams" in line
+    assert "classifier" in refused("generate", f"--ckpt={tiny.best('spam')}", "--prompt=x")
+    assert "no classifier" in refused("classify", ckpt, "--text=x")
+    assert "/no/such" in refused("generate", "--ckpt=/no/such", "--prompt=x")
+
+
+def test_a_monitor_that_is_not_logged(tiny: Journey) -> None:
+    line = pretrain(tiny, "--checkpoints.monitor=val/f1")
+    assert "checkpoints.monitor" in line
+    assert "val/loss" in line

@@ -73,7 +73,8 @@ class Checkpoints(pl.Callback):
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
         self.last_step: int | None = None
-        self._loops: dict[str, Any] | None = None
+        self._is_due = False
+        self._at_step_end: dict[str, Any] = {}  # loops and data position
         self._rng: torch.Tensor | None = None
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
@@ -87,11 +88,24 @@ class Checkpoints(pl.Callback):
             self._rng = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Saves a step that is due; one that validation follows is saved after that."""
-        # Loops are resumed from here also where the file is written after validation: Lightning
-        # then knows that validation of this step is over, and neither repeats nor loses it.
-        self._loops = trainer.fit_loop.state_dict()
-        if trainer.global_step % self.every_n_steps == 0 and not _validation_follows(trainer):
+        """Notes where a step ended.
+
+        Whenever the file is written after that, training resumes from here: Lightning then knows
+        that the step's validation, if any, is over, and neither repeats nor loses it.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._at_step_end = {"loops": trainer.fit_loop.state_dict(), "data": data.state_dict()}
+        due = trainer.global_step % self.every_n_steps == 0
+        self._is_due = due and not _validation_follows(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Saves the step before, if it is due: by now its metrics are in the journal."""
+        if self._is_due:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the epoch's last step, if it is due."""
+        if self._is_due:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,11 +126,10 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, where it is not saved already."""
-        self._loops = trainer.fit_loop.state_dict()
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        step = trainer.global_step
+        self._is_due, step = False, trainer.global_step
         if self.last_step == step and self.path(trainer, step).exists():
             return
         self.last_step = step
@@ -132,10 +145,12 @@ class Checkpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the random state, and the loops as they were when the step ended."""
+        """Adds the random state; loops and position in the data as they were at the step's end."""
         checkpoint["rng"] = torch.get_rng_state()
-        if self._loops is not None:
-            checkpoint["loops"]["fit_loop"] = self._loops
+        if self._at_step_end:
+            checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
+            data = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+            checkpoint[data] = self._at_step_end["data"]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]

@@ -29,7 +29,8 @@ from pipeline.run_directory import AlreadyFinished
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
 
-COMMANDS = ("fit", "validate", "test", "predict")
+RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
+PARSER_OPTIONS = {**RAISE, **dict.fromkeys(("fit", "validate", "test", "predict"), RAISE)}
 Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
@@ -110,6 +111,15 @@ class PipelineCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here a "
                 "batch is an optimizer step: set data.batch_size, and data.max_tokens for memory."
             )
+
+    def instantiate_classes(self) -> None:
+        """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, AlreadyFinished):
+                raise
+            raise ValueError(one_line(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Checks the parts against each other, opens the run directory, builds the trainer around it."""
@@ -233,7 +243,7 @@ def main(args: Sequence[str]) -> None:
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=None,
-                parser_kwargs={command: {"exit_on_error": False} for command in COMMANDS},
+                parser_kwargs=PARSER_OPTIONS,
                 args=list(args),
             )
     except ArgumentError as error:

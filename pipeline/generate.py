@@ -161,7 +161,7 @@ def choose(logits: Tensor, settings: Sampling, generators: list[torch.Generator]
 
 def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
     """What tokens are drawn with, (B, V): temperature, then top-k, then top-p of logits (B, V)."""
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / settings.temperature
+    logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[1]:
         smallest = logits.topk(settings.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

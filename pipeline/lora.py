@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PEFT_PREFIX = "base_model.model."  # what PeftModel puts before every name in the standard files
+PEFT_PREFIX = "base_model.model."  # before every name in PEFT's standard files
 ADAPTER = "default"
 
 
@@ -69,7 +69,6 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
             f"choose from {sorted(linears)} or give [all-linear]."
         )
     resolved = replace(config, targets=sorted(targets))
-    model.requires_grad_(False)
     inject_adapter_in_model(peft_config(resolved), model, adapter_name=ADAPTER)
     return resolved
 

@@ -80,7 +80,7 @@ def test_refused_before_any_data_is_read(option: str, tiny: Journey, own_home: P
 
 def test_corpora_that_cannot_be(tiny: Journey, write: Write) -> None:
     empty = write("empty.txt", "")
-    assert str(empty) in pretrain(tiny, f"--data.source=[{empty}]")
+    assert "data.source holds no text" in pretrain(tiny, f"--data.source=[{empty}]")
     latin = write("latin.txt", "caf\xe9 ".encode("latin-1") * 100)
     line = pretrain(tiny, f"--data.source=[{latin}]")
     assert str(latin) in line
@@ -109,6 +109,8 @@ def test_tables_that_cannot_be(tiny: Journey, write: Write) -> None:
 
 def test_instructions_that_cannot_be(tiny: Journey, write: Write) -> None:
     entry = {"instruction": "Say hi.", "input": "", "output": "Hi."}
+    long = [{**entry, "instruction": f"Say {i}."} for i in "abcdefghijklmnopqrstuvwxyz"]
+    long[3]["output"] = "word " * 900
     for name, content, parts in (
         ("object.json", json.dumps(entry), ["object.json", "list"]),
         ("broken.json", "[{", ["broken.json:1"]),
@@ -116,7 +118,7 @@ def test_instructions_that_cannot_be(tiny: Journey, write: Write) -> None:
         ("missing.json", json.dumps([entry, {"instruction": "x"}]), ["entry 1", "output"]),
         ("number.json", json.dumps([{**entry, "output": 4}]), ["entry 0", "output", "int"]),
         ("blank.json", json.dumps([entry, {**entry, "output": " "}]), ["entry 1", "empty"]),
-        ("long.json", json.dumps([{**entry, "output": "word " * 900}]), ["data.max_length"]),
+        ("long.json", json.dumps(long), ["entry 3", "data.max_length"]),
     ):
         line = tune(tiny, "instruct", f"--data.source={write(name, content)}")
         for part in parts:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline.chain_config import load_chain
-from pipeline.cli import COMMANDS, PipelineCLI
+from pipeline.cli import PARSER_OPTIONS, PipelineCLI
 from pipeline.lit_base import LitStep
 from datamodules.batching import StepDataModule
 
@@ -19,6 +19,9 @@ CHAINS = sorted(CONFIGS.glob("run/*.yaml"))
 
 class ParseOnly(PipelineCLI):
     """Parses and stops there."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
 
     def instantiate_classes(self) -> None:
         pass
@@ -36,7 +39,7 @@ def parse(*words: str) -> PipelineCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=None,
-        parser_kwargs={command: {"exit_on_error": False} for command in COMMANDS},
+        parser_kwargs=PARSER_OPTIONS,
         args=list(words),
     )
 

@@ -48,12 +48,14 @@ def test_batched_equals_one_by_one_equals_no_cache(model: GPT) -> None:
 
 
 def test_draws_of_a_row_do_not_depend_on_its_neighbours(model: GPT) -> None:
-    batched = generate(model, PROMPTS, DRAWN)
+    stops = frozenset({generate(model, PROMPTS, DRAWN)[0][2]})  # row 0 leaves the others early
+    batched = generate(model, PROMPTS, replace(DRAWN, stop_ids=stops))
     alone = [
-        generate(model, [prompt], replace(DRAWN, seed=3 + row))[0]
+        generate(model, [prompt], replace(DRAWN, seed=3 + row, stop_ids=stops))[0]
         for row, prompt in enumerate(PROMPTS)
     ]
     assert batched == alone
+    assert len(batched[0]) < max(map(len, batched))
 
 
 def test_seeds(model: GPT) -> None:
@@ -169,33 +171,51 @@ def likeliest(model: GPT, prompt: list[int], n_new: int, stops: frozenset[int]) 
     """The text of the highest mean log-probability, of all that stop and all that do not."""
     vocabulary = range(model.head.out_features)
     best: tuple[float, list[int]] = (-math.inf, [])
-    texts = [
-        text
-        for length in range(1, n_new + 1)
-        for text in itertools.product(vocabulary, repeat=length)
-        if not stops & {*text[:-1]} and (text[-1] in stops or length == n_new)
-    ]
-    for text in texts:
-        ids = torch.tensor([[*prompt, *text]])
-        log_p = model.head(model(ids))[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
-        mean = float(log_p.gather(1, torch.tensor(text)[:, None]).mean())
-        best = max(best, (mean, [token for token in text if token not in stops]))
+    for length in range(1, n_new + 1):
+        texts = [
+            [*text]
+            for text in itertools.product(vocabulary, repeat=length)
+            if not stops & {*text[:-1]} and (text[-1] in stops or length == n_new)
+        ]
+        if texts:
+            means = mean_log_p(model, prompt, texts)
+            at = int(means.argmax())
+            best = max(
+                best, (float(means[at]), [token for token in texts[at] if token not in stops])
+            )
     return best[1]
 
 
-@pytest.mark.parametrize("stops", [(), (2,), (0, 3), (0, 1, 2, 3)])
 @torch.inference_mode()
+def mean_log_p(model: GPT, prompt: list[int], texts: list[list[int]]) -> Tensor:
+    """Mean log-probability a token of texts of one length, (B,)."""
+    hidden = model(torch.tensor([prompt + text for text in texts]))
+    log_p = model.head(hidden[:, len(prompt) - 1 : -1]).log_softmax(dim=-1)
+    return log_p.gather(2, torch.tensor(texts)[:, :, None]).mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "stops", "num_beams"),
+    [
+        (4, (), 64),
+        (4, (2,), 64),
+        (4, (0, 3), 64),
+        (4, (0, 1, 2, 3), 2),
+        (9, (0, 1, 2, 3, 4, 5, 6, 8), 2),  # one text goes on, whatever is likelier than it
+    ],
+)
 def test_enough_beams_find_the_likeliest_text_of_all(
-    tiny_gpt: MakeGPT, stops: tuple[int, ...]
+    tiny_gpt: MakeGPT, n_vocab: int, stops: tuple[int, ...], num_beams: int
 ) -> None:
-    found = []
-    for seed in range(4):
-        model = tiny_gpt("llama", vocab_size=4, seed=seed)
-        settings = Sampling(max_new_tokens=4, num_beams=64, stop_ids=frozenset(stops))
-        found.append(generate(model, [[1, 3, 0]], settings)[0])
-        assert found[-1] == likeliest(model, [1, 3, 0], 4, frozenset(stops))
-    if len(stops) == 1:
-        assert {len(text) < 4 for text in found} == {True, False}, "seeds that show both ends"
+    lengths = set()
+    for seed in range(12):
+        model = tiny_gpt("llama", vocab_size=n_vocab, seed=seed)
+        settings = Sampling(4, num_beams=num_beams, stop_ids=frozenset(stops))
+        (found,) = generate(model, [[1, 3, 0]], settings)
+        assert found == likeliest(model, [1, 3, 0], 4, frozenset(stops))
+        lengths.add(len(found))
+    if 0 < len(stops) < n_vocab:
+        assert len(lengths) > 1, "seeds that show early ends and late ones"
 
 
 def test_more_beams_find_likelier_texts(model: GPT) -> None:
@@ -205,7 +225,7 @@ def test_more_beams_find_likelier_texts(model: GPT) -> None:
         rows = generate(model, PROMPTS, settings)
         assert rows == [generate(model, [prompt], settings)[0] for prompt in PROMPTS]
         pairs = zip(PROMPTS, rows, strict=True)
-        means.append(sum(log_probability(model, prompt, row) for prompt, row in pairs))
+        means.append(sum(float(mean_log_p(model, prompt, [row])) for prompt, row in pairs))
     assert means[0] < means[1]
 
 
@@ -213,12 +233,6 @@ def test_few_beams_and_many_stops(model: GPT) -> None:
     settings = replace(GREEDY, num_beams=2, stop_ids=frozenset(range(90)))
     for row in generate(model, PROMPTS, settings):
         assert all(token >= 90 for token in row)
-
-
-@torch.inference_mode()
-def log_probability(model: GPT, prompt: list[int], text: list[int]) -> float:
-    log_p = model.head(model(torch.tensor([prompt + text])))[0, len(prompt) - 1 : -1]
-    return float(log_p.log_softmax(dim=-1).gather(1, torch.tensor(text)[:, None]).mean())
 
 
 @pytest.mark.parametrize(

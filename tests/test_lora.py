@@ -55,6 +55,8 @@ def test_life_of_an_adapter(tiny_gpt: MakeGPT, config: LoRAConfig, family: str) 
     model = tiny_gpt(family)
     base, before = {n: t.clone() for n, t in model.tensors().items()}, logits(model)
     lora.attach(model, config)
+    parts = {name.split(".lora_")[1].split(".")[0] for name in lora.adapter_state(model)}
+    assert parts == {"A", "B"} | ({"magnitude_vector"} if config.dora else set())
     # DoRA divides by the norm that it multiplies with
     assert (logits(model) - before).abs().max() <= (TOLERANCE if config.dora else 0)
 
@@ -75,6 +77,7 @@ def test_life_of_an_adapter(tiny_gpt: MakeGPT, config: LoRAConfig, family: str) 
     assert changed == (everything if config.targets == ["all-linear"] else {"q", "v"})
 
 
+@pytest.mark.filterwarnings("error")  # PEFT warns of what an earlier adapter left
 def test_a_merged_model_takes_the_next_adapter(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt()
     for config in (PLAIN, replace(PLAIN, rank=2, targets=["o"])):

@@ -394,6 +394,7 @@ def test_a_second_start_tokenises_nothing(
     second = make(moved)
     second.setup("fit")
     assert files_of(second) == files_of(first)
+    assert sorted(files_of(second)) == ["corpus.json", "train.bin", "val.bin"]
     assert second.fingerprint["digest"] == first.fingerprint["digest"]
     digest = hashlib.sha256(moved.read_bytes()).hexdigest()
     assert second.fingerprint["sources"] == {str(moved): digest}

@@ -121,7 +121,9 @@ class SampleTexts(pl.Callback):
         ids = [self._ids(tokenizer, style, prompt) for prompt in self.prompts]
         stops = stop_ids(tokenizer, style) if style else {tokenizer.eos_id}
         settings = Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=0.0, stop_ids=frozenset(stops)
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=frozenset(stops),
+            n_vocab=tokenizer.n_vocab,
         )
         texts = [tokenizer.decode(new) for new in generate(pl_module.model, ids, settings)]
         pl_module.train()

@@ -1,4 +1,4 @@
-"""Lightning's side of checkpoints: when they are written, which are kept, and how they become directories."""
+"""Lightning's side of checkpoints: when they are written, and which are kept."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 class Checkpoints(pl.Callback):
-    """Writes checkpoints by optimizer step, after validation where a step has one; keeps the last and the best.
+    """Writes checkpoints by optimizer step, after its validation if any; keeps last and best.
 
-    Also keeps the random state, so that a resumed run draws what the uninterrupted one would have drawn.
+    Keeps the random state too: a resumed run draws what the uninterrupted one would have drawn.
 
     Args:
         every_n_steps: optimizer steps between checkpoints; each validation makes one too.
@@ -110,12 +110,13 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the step that was validated."""
-        if trainer.sanity_checking or not trainer.state.fn == "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
+            logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise ValueError(
-                f"checkpoints.monitor is {self.monitor!r}, but validation logs "
-                f"{sorted(k for k in trainer.callback_metrics if k.startswith('val/'))}; name one of them."
+                f"checkpoints.monitor is {self.monitor!r}, but validation logs {logged}; "
+                "name one of them."
             )
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
@@ -171,7 +172,7 @@ class Checkpoints(pl.Callback):
         return self.best["metrics"] if self.best else {}
 
     def outputs(self, trainer: pl.Trainer) -> dict[str, str]:
-        """What a stage hands over: the last checkpoint, and the best one by the monitored metric."""
+        """What a stage hands over: the last checkpoint, and the best by the monitored metric."""
         best = self.best["step"] if self.best else trainer.global_step
         return {
             "last": str(self.path(trainer, trainer.global_step)),

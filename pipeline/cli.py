@@ -1,4 +1,4 @@
-"""PipelineCLI: `fit`, `validate`, `test` and `predict` on LightningCLI, each in a run directory of its own."""
+"""`fit`, `validate`, `test` and `predict`: LightningCLI, each run in a directory of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -22,6 +21,7 @@ from pipeline.callbacks import Throughput
 from pipeline.checkpoint import checkpoint_digest, newest_valid
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
+from pipeline.hardware import multiplies_bf16
 from pipeline.lit_base import CHECKPOINTS, LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
@@ -51,22 +51,14 @@ class RunConfig:
 
 
 def resolve_precision(precision: str) -> str:
-    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
-
-    CPUs without AVX-512-BF16 or AMX emulate bf16, which is slower than float32.
-    """
+    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
-    cpu = torch.cpu.get_capabilities()
-    return "bf16-mixed" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32-true"
+    return "bf16-mixed" if multiplies_bf16() else "32-true"
 
 
 class PipelineCLI(LightningCLI):
-    """LightningCLI with a run directory, checkpoints that resume by themselves, and one-line errors."""
+    """LightningCLI with a run directory, runs that resume by themselves, and one-line errors."""
 
     def __init__(self, stack: ExitStack, **options: Any) -> None:
         self.stack = stack  # ends the run, well or not
@@ -108,8 +100,8 @@ class PipelineCLI(LightningCLI):
             data.tokenizer = model.init_from
         if stage.trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here a "
-                "batch is an optimizer step: set data.batch_size, and data.max_tokens for memory."
+                f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here "
+                "a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
             )
 
     def instantiate_classes(self) -> None:
@@ -122,7 +114,7 @@ class PipelineCLI(LightningCLI):
             raise ValueError(one_line(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Checks the parts against each other, opens the run directory, builds the trainer around it."""
+        """Checks the parts against each other, opens the run, builds the trainer around it."""
         assert isinstance(self.model, LitStep)
         assert isinstance(self.datamodule, StepDataModule)
         if self.model.gpt_config is not None:
@@ -151,7 +143,7 @@ class PipelineCLI(LightningCLI):
         return trainer
 
     def _run_name(self) -> str:
-        """The same name for the same configuration, the content of the starting weights included."""
+        """The same for the same configuration, the content of the starting weights included."""
         deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         weights = self.config_dump["model"]["init_args"].get("init_from")
         weights_digest = checkpoint_digest(Path(weights)) if weights else None
@@ -168,8 +160,8 @@ class PipelineCLI(LightningCLI):
             newest = newest_valid(self.run.path / CHECKPOINTS)
             if newest is None and config.run.resume == "must":
                 raise ValueError(
-                    f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole checkpoint; "
-                    "give auto to start anew where there is none."
+                    f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole "
+                    "checkpoint; give auto to start anew where there is none."
                 )
             config.ckpt_path = newest and str(newest)
         if config.ckpt_path is not None:

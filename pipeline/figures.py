@@ -1,4 +1,4 @@
-"""Figures of training and classification; each function returns a matplotlib Figure and shows nothing."""
+"""Figures of training and classification; a function returns a Figure and shows nothing."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import torch
 from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, stop_ids
 from datamodules.sources import read_table
-from datamodules.tokenizer import Tokenizer
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate, stream
 from pipeline.models import Loaded, load
@@ -93,14 +92,14 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
     style = loaded.meta.get("prompt_style")
     eos = [loaded.tokenizer.eos_id]
     stops = stop_ids(loaded.tokenizer, style) if style else eos
-    return Sampling(stop_ids=frozenset(stops), **sampling)
+    return Sampling(stop_ids=frozenset(stops), n_vocab=loaded.tokenizer.n_vocab, **sampling)
 
 
 def pieces(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[str]:
     """Text as it is made; a character whose bytes span tokens waits until it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in _new_tokens(loaded, ids, settings):
-        yield decoder.decode(decode_token(loaded.tokenizer, token))
+        yield decoder.decode(loaded.tokenizer.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
 
 
@@ -111,11 +110,6 @@ def _new_tokens(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Itera
     for (token,) in stream(loaded.gpt, [ids], settings):
         if token is not None:
             yield token
-
-
-def decode_token(tokenizer: Tokenizer, token: int) -> bytes:
-    """Bytes of a token; rows that pad the embedding beyond the vocabulary stand for nothing."""
-    return tokenizer.decode_bytes([token]) if token < tokenizer.n_vocab else b""
 
 
 def print_label(path: Path, text: str, threshold: float | None) -> None:

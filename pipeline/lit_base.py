@@ -1,4 +1,4 @@
-"""What both LightningModules share: where weights come from, the exact optimizer step, what a checkpoint holds."""
+"""What both LightningModules share: starting weights, the exact optimizer step, checkpoints."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class LitStep(pl.LightningModule):
         super().__init__()
         if (gpt is None) == (init_from is None):
             raise ValueError(
-                "give either model.gpt (a new model) or model.init_from (weights to start from), not "
-                + ("both." if gpt else "neither.")
+                "give either model.gpt (a new model) or model.init_from (weights to start from); "
+                + ("there are both." if gpt else "there is neither.")
             )
         self.gpt_config, self.init_from = gpt, init_from
         self.lora_config, self.optimizer_config = lora, optimizer
@@ -120,14 +120,14 @@ class LitStep(pl.LightningModule):
         if loaded is not None and loaded.tokenizer.digest != self.data.tokenizer.digest:
             raise ValueError(
                 f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
-                f"{self.init_from} ({loaded.tokenizer.name}); leave data.tokenizer null to take that."
+                f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
             )
         check_context(self.data, config.block_size)
 
     # The optimizer step
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> Tensor:
-        """Backward over all micro-batches, then one optimizer step; returns the step's mean loss."""
+        """Backward over all micro-batches, then one optimizer step; returns the mean loss."""
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
@@ -156,7 +156,7 @@ class LitStep(pl.LightningModule):
         return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the (unscaled) gradients; without a finite norm the step is taken without them, and counted."""
+        """Clips the (unscaled) gradients; drops them and counts where their norm is not finite."""
         trained = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, self.optimizer_config.max_grad_norm)
         self.log("train/grad_norm", norm)
@@ -174,7 +174,10 @@ class LitStep(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
-        config, total_steps = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
+        config, n_steps = self.optimizer_config, self.trainer.estimated_stepping_batches
+        if n_steps == float("inf"):
+            raise ValueError("the run has no end; give trainer.max_steps or trainer.max_epochs.")
+        total_steps = int(n_steps)
         check_warmup(config.warmup_steps, total_steps)
         optimizer = make_optimizer(self.model, config)
         factor: Callable[[int], float] = partial(

@@ -44,6 +44,11 @@ class LitLanguageModel(LitStep):
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
         """The transformer itself."""
+        if loaded is not None and loaded.model is not gpt:
+            raise ValueError(
+                f"model.init_from ({loaded.path}) is a classifier, which predicts no tokens; "
+                "start from the language model that it was made from."
+            )
         return gpt
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:

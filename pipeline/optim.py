@@ -10,6 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from pipeline.hardware import multiplies_bf16
+from pipeline.muon import Float32Muon
+
 # Muon's update of a matrix is scaled to AdamW's usual size: both take one rate (Liu et al. 2025)
 MUON_LR_RULE = "match_rms_adamw"
 OptimizerName = Literal["adamw", "muon"]
@@ -95,7 +98,8 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         raise ValueError(
             "model.optimizer.name is muon, but no matrix of a block is trainable; use adamw."
         )
-    muon = torch.optim.Muon(
+    kind = torch.optim.Muon if multiplies_bf16() else Float32Muon
+    muon = kind(
         list(matrices.values()),
         lr=config.lr,
         weight_decay=config.weight_decay,

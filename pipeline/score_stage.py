@@ -1,4 +1,4 @@
-"""`score`: a tuned checkpoint answers held-out instructions, the model before tuning too; both are scored."""
+"""`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
 from __future__ import annotations
 
@@ -178,8 +178,7 @@ def respond(
         chosen = by_length[start : start + batch_size]
         new = generate(loaded.gpt, [prompts[i] for i in chosen], settings)
         for i, ids in zip(chosen, new, strict=True):
-            known = [token for token in ids if token < loaded.tokenizer.n_vocab]
-            answers[i] = loaded.tokenizer.decode(known).strip()
+            answers[i] = loaded.tokenizer.decode(ids).strip()
     nats = reference_nats(loaded, data, split)
     return [
         Response(

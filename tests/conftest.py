@@ -1,4 +1,4 @@
-"""What every test stands on: no network but loopback, fixed threads, real data only where it is given."""
+"""What every test stands on: no network but loopback, one thread, real data where it is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole journey on a tiny model through the command line, for the tests that need its checkpoints."""
+"""A whole journey on a tiny model through the command line, for tests that need checkpoints."""
 
 from __future__ import annotations
 

@@ -48,4 +48,3 @@ def test_the_model_needs_torch_alone(name: str) -> None:
     }
     allowed = {"torch", "math", "dataclasses", "typing", "collections", "__future__"}
     assert {module.split(".")[0] for module in third} <= allowed
-

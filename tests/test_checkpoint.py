@@ -149,6 +149,15 @@ def test_an_adapter_on_an_adapter(tiny_gpt: MakeGPT, save: Save, tmp_path: Path)
     assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
 
 
+def test_an_adapter_on_a_half_precision_base(tiny_gpt: MakeGPT, save: Save, tmp_path: Path) -> None:
+    base = save(tiny_gpt().bfloat16(), "step-00000000")
+    described = describe_base(base, tmp_path, load(base).gpt)
+    model = load(base).gpt.float()
+    config = adapt(model)
+    path = save(model, "step-00000001", base=described, config=config)
+    assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
+
+
 @pytest.fixture
 def tuned(tiny_gpt: MakeGPT, save: Save) -> Path:
     """An adapter's checkpoint, in a project of its own with its base."""

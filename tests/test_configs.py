@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.batching import StepDataModule
 from pipeline.chain_config import load_chain
 from pipeline.cli import PARSER_OPTIONS, PipelineCLI
 from pipeline.lit_base import LitStep
-from datamodules.batching import StepDataModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if "trainer:" in path.read_text())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT
+from pipeline.muon import Float32Muon
 from pipeline.optim import (
     Chained,
     OptimizerConfig,
@@ -200,3 +201,22 @@ def test_a_gradient_scaler_finds_every_gradient(tiny_gpt: MakeGPT) -> None:
 
 def changed(model: GPT, before: dict[str, Tensor]) -> set[str]:
     return {name for name, t in model.tensors().items() if not torch.equal(t, before[name])}
+
+
+def test_float32_muon_is_muon() -> None:
+    """Ten steps beside torch's, whose orthogonalisation rounds to bf16 (8 bits): updates to 3 %."""
+    torch.manual_seed(0)
+    start = [torch.randn(12, 20), torch.randn(20, 12), torch.randn(16, 16)]
+    target = [torch.randn_like(matrix) for matrix in start]
+    ended = []
+    for kind in (torch.optim.Muon, Float32Muon):
+        matrices = [matrix.clone().requires_grad_() for matrix in start]
+        optimizer = kind(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(10):
+            optimizer.zero_grad()
+            sum(((m - t) ** 2).sum() for m, t in zip(matrices, target, strict=True)).backward()
+            optimizer.step()
+        ended.append([m.detach() - s for m, s in zip(matrices, start, strict=True)])
+    for theirs, ours in zip(*ended, strict=True):
+        assert (theirs - ours).norm() < 0.03 * theirs.norm()
+        assert not torch.equal(theirs, ours)

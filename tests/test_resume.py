@@ -102,7 +102,9 @@ def test_other_data_is_refused(tiny: Journey, tmp_path: Path) -> None:
     fit(module, data, tmp_path, max_steps=2, limit_val_batches=0)
     path = newest_valid(tmp_path / "checkpoints")
     again = classifier()
-    with pytest.raises(ValueError, match="the checkpoint was made with batch_size 8, this run has 4"):
+    with pytest.raises(
+        ValueError, match="the checkpoint was made with batch_size 8, this run has 4"
+    ):
         fit(
             again,
             spam_data(tiny.tokenizer, batch_size=4),
@@ -131,7 +133,7 @@ def test_another_base_is_refused(tiny: Journey, tmp_path: Path) -> None:
 
 
 def test_killed_for_real_and_started_again(tiny: Journey, tmp_path: Path) -> None:
-    """SIGKILL in the middle of `fit`; the same command goes on by itself and ends with equal bits."""
+    """SIGKILL in the middle of `fit`; the same command goes on and ends with equal bits."""
     words = [
         "fit",
         f"--config={CONFIGS}/pretrain.yaml",

@@ -1,4 +1,4 @@
-"""The stages through the command line, on a tiny model: what each leaves behind, and what uses it."""
+"""The stages through the command line, on a tiny model: what each leaves, and what uses it."""
 
 from __future__ import annotations
 
@@ -98,11 +98,14 @@ def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
     """Predictions of the test stage equal those of the loaded checkpoint, text by text."""
     folder = next((tiny.folder / "mlruns/spam-test").glob("*/predictions.jsonl"))
     rows = [json.loads(line) for line in folder.read_text().splitlines()]
-    _, out, _ = said("classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["row"]))
+    _, out, _ = said(
+        "classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["row"])
+    )
     given = json.loads(out)
     assert given["label"] == rows[0]["predicted"]
     assert given["probabilities"]["spam"] == pytest.approx(
-        rows[0]["probabilities"]["spam"], abs=1e-4  # merged and unmerged differ by rounding
+        rows[0]["probabilities"]["spam"],
+        abs=1e-4,  # merged and unmerged differ by rounding
     )
 
 
@@ -164,7 +167,9 @@ def test_classify_labels_a_column(tiny: Journey, tmp_path: Path) -> None:
     assert all(",spam," in row for row in out.read_text().splitlines()[1:])
 
 
-def test_the_same_command_does_nothing_twice(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_does_nothing_twice(
+    tiny: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "mlruns"))
     words = [
         "fit",

@@ -113,9 +113,7 @@ class Spoil(pl.Callback):
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(torch.inf)
 
 
-def test_a_step_that_is_not_finite_never_reaches_the_weights(
-    tiny: Journey, tmp_path: Path
-) -> None:
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Journey, tmp_path: Path) -> None:
     module = language_model()
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
     trainer, _ = fit(

@@ -46,9 +46,7 @@ ADAMW = OptimizerConfig(
     betas=(0.9, 0.99),
     max_grad_norm=1.0,
 )
-LORA = LoRAConfig(
-    rank=4, alpha=8, dropout=0.1, targets=["all-linear"], rslora=False, dora=False
-)
+LORA = LoRAConfig(rank=4, alpha=8, dropout=0.1, targets=["all-linear"], rslora=False, dora=False)
 
 
 def spam_data(tokenizer: Path, **options: Any) -> SpamDataModule:
@@ -116,7 +114,9 @@ class Losses(pl.Callback):
         self.losses: list[float] = []
         self.sample_ids: list[list[int]] = []
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int
+    ) -> None:
         self.losses.append(float(outputs["loss"]))
         ids = torch.cat([micro_batch["sample_ids"] for micro_batch in batch])
         self.sample_ids.append(sorted(ids.tolist()))

@@ -169,7 +169,7 @@ class PipelineCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Figures, baselines, outcome."""
-        checkpoints = next(c for c in self.trainer.callbacks if isinstance(c, Checkpoints))
+        checkpoints = self._get(self.config_init, "checkpoints")
         report = report_fit(self.run, self.datamodule, checkpoints.best_metrics())
         self._finish(report, checkpoints.outputs(self.trainer))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-FIRST, SECOND, GRID = "#3b6ea8", "#d2691e", {"alpha": 0.25, "linewidth": 0.6}
+FIRST, SECOND = "#3b6ea8", "#d2691e"
 
 
 def loss_curves(
@@ -32,7 +32,7 @@ def loss_curves(
         "top", functions=(lambda step: step * per_step, lambda n: n / per_step)
     )
     over_tokens.set_xlabel("tokens seen")
-    axes.grid(**GRID)
+    axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False)
     return figure
 

@@ -152,7 +152,7 @@ class LitStep(pl.LightningModule):
         )
 
     def _synchronized(self, *, last: bool) -> AbstractContextManager:
-        model = self.trainer.strategy.model
+        model: Any = self.trainer.strategy.model
         return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -163,7 +163,8 @@ class LitStep(pl.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
         self._n_skipped = 0 if torch.isfinite(norm) else self._n_skipped + 1
-        self.log("train/skipped_steps", float(self._n_skipped > 0), reduce_fx="sum", on_epoch=True)
+        skipped = float(self._n_skipped > 0)
+        self.log("train/skipped_steps", skipped, reduce_fx="sum", on_step=False, on_epoch=True)
         if self._n_skipped:
             optimizer.zero_grad(set_to_none=True)
         if self._n_skipped >= MAX_SKIPPED_STEPS:

@@ -40,7 +40,7 @@ class LitLanguageModel(LitStep):
         lora: LoRAConfig | None = None,
     ) -> None:
         super().__init__(gpt=gpt, init_from=init_from, lora=lora, optimizer=optimizer)
-        self.loss_mean = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
         """The transformer itself."""
@@ -62,11 +62,11 @@ class LitLanguageModel(LitStep):
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """Adds to the validation loss, token by token."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, self.val_mean)
 
     def test_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """Adds to the test loss, token by token."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, self.test_mean)
 
     def predict_step(self, batch: list[MicroBatch], batch_idx: int) -> list[dict[str, Any]]:
         """Loss of every sample: nats in all, and over how many tokens."""
@@ -77,23 +77,22 @@ class LitLanguageModel(LitStep):
             if (n := self.n_targets(row))
         ]
 
-    def _evaluate(self, batch: list[MicroBatch], split: str) -> None:
+    def _evaluate(self, batch: list[MicroBatch], metric: MeanMetric) -> None:
         for micro_batch in batch:
             n_targets = self.n_targets(micro_batch)
             if n_targets:
                 mean = self.loss_sum(micro_batch) / n_targets
-                self.loss_mean[split].update(mean, n_targets)
+                metric.update(mean, n_targets)
 
     def on_validation_epoch_end(self) -> None:
         """Loss, perplexity, bits per byte."""
-        self._log_means("val")
+        self._log_means("val", self.val_mean)
 
     def on_test_epoch_end(self) -> None:
         """Loss, perplexity, bits per byte."""
-        self._log_means("test")
+        self._log_means("test", self.test_mean)
 
-    def _log_means(self, split: str) -> None:
-        metric = self.loss_mean[split]
+    def _log_means(self, split: str, metric: MeanMetric) -> None:
         nats = float(metric.compute())
         metric.reset()
         self.log(f"{split}/loss", nats, prog_bar=True)

@@ -177,7 +177,7 @@ def in_order(predictions: Sequence[Prediction], data: TextClassificationDataModu
             prediction["sample_ids"], prediction["probabilities"].cpu().numpy(), strict=True
         )
     }
-    return np.array([by_id[sample["sample_id"]] for sample in data.test_set.samples], np.float64)
+    return np.array([by_id[sample["sample_id"]] for sample in data.test_samples], np.float64)
 
 
 def write_predictions(run: Run, data: TextClassificationDataModule, probabilities: Array) -> None:
@@ -189,7 +189,7 @@ def write_predictions(run: Run, data: TextClassificationDataModule, probabilitie
             "predicted": data.label_names[int(p.argmax())],
             "probabilities": dict(zip(data.label_names, p.round(6).tolist(), strict=True)),
         }
-        for sample, p in zip(data.test_set.samples, probabilities, strict=True)
+        for sample, p in zip(data.test_samples, probabilities, strict=True)
     ]
     write_lines(run.path / PREDICTIONS, rows)
     run.log_artifact(PREDICTIONS)

@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Journey, tmp_
         module, data, tmp_path, max_steps=6, limit_val_batches=0, callbacks=[Spoil({2, 3})]
     )
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    assert float(trainer.callback_metrics["train/skipped_steps_epoch"]) == 2
+    assert float(trainer.callback_metrics["train/skipped_steps"]) == 2
 
 
 def test_many_such_steps_end_the_run(tiny: Journey, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for a user's mistake, in one line on stderr; `--debug` adds the traceback.
     """
+    # threads that spin at barriers halve the speed where another process wants a core
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     try:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
@@ -29,6 +30,7 @@ from pipeline.run_directory import AlreadyFinished
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
 
+EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
 PARSER_OPTIONS = {**RAISE, **dict.fromkeys(("fit", "validate", "test", "predict"), RAISE)}
 Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
@@ -240,5 +242,7 @@ def main(args: Sequence[str]) -> None:
             )
     except ArgumentError as error:
         raise ValueError(one_line(str(error))) from error
+    except SIGTERMException as error:  # without a code of its own it would exit with 0
+        raise SystemExit(EXIT_TERMINATED) from error
     except AlreadyFinished as finished:
         print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)

@@ -191,10 +191,19 @@ class PipelineCLI(LightningCLI):
         self.run.log_artifact(PREDICTIONS)
         self._finish(Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
 
+    def _log_lineage(self) -> None:
+        """Which data and which weights the run stands on, by digest."""
+        facts = self.datamodule.fingerprint
+        name, source = type(self.datamodule).__name__, ", ".join(facts["sources"])
+        self.run.log_dataset(name, facts["digest"], facts["counts"], source)
+        if self.model.parent is not None:
+            self.run.log_tags({"parent": self.model.parent})
+
     def _metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def _finish(self, report: Report, outputs: dict[str, str] | None = None) -> None:
+        self._log_lineage()
         self.run.finish(
             outputs=outputs or {},
             metrics=report.metrics,

@@ -85,6 +85,15 @@ def test_a_tuned_model_knows_its_parent(tiny: Journey) -> None:
     assert parent["path"] == str(tiny.best("pretrain"))
 
 
+def test_data_and_parent_are_in_the_journal(tiny: Journey) -> None:
+    lines = [line for line, _ in read_journal(run_directory(tiny, "instruct"))]
+    (dataset,) = (line for line in lines if line["kind"] == "dataset")
+    assert dataset["digest"] == read_meta(tiny.best("instruct"))["dataset"]["digest"]
+    tags = {k: v for line in lines if line["kind"] == "tag" for k, v in line["values"].items()}
+    assert tags["parent.path"] == str(tiny.best("pretrain"))
+    assert len(tags["parent.digest"]) == 64
+
+
 def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
     metrics = tiny.outcomes["spam-test"]["metrics"]
     for name in ("accuracy", "precision", "recall", "f1", "auroc"):

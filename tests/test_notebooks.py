@@ -88,6 +88,7 @@ def test_functions_are_short(name: str) -> None:
     assert {name: n for name, n in lines.items() if n > MAX_FUNCTION_LINES} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # it takes a minute, but on a busy machine several
 @each_notebook
 def test_notebook_runs(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

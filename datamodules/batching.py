@@ -10,6 +10,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -280,6 +282,12 @@ class StepDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # otherwise every iter() draws from the global generator
             **options,
         )
+
+
+@rank_zero_only
+def report(message: str) -> None:
+    """Tells the user, once over all ranks; Lightning's own logger is quiet on the command line."""
+    print(message, file=sys.stderr)
 
 
 def load_tokenizer(source: str | None) -> Tokenizer:

@@ -8,19 +8,25 @@ from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules import splits
-from datamodules.batching import Sample, SampleList, StepDataModule, digest_of, load_tokenizer
+from datamodules.batching import (
+    Sample,
+    SampleList,
+    StepDataModule,
+    digest_of,
+    load_tokenizer,
+    report,
+)
 from datamodules.prompts import (
     IGNORE,
     Message,
     Supervise,
     alpaca_messages,
     check_messages,
+    check_style,
     encode_conversation,
     encode_prompt,
-    find_style,
     reply_opening,
     stop_ids,
     surplus,
@@ -54,7 +60,7 @@ class InstructionDataModule(StepDataModule):
         source: what `sources.resolve` takes; every file a JSON list, or .jsonl with an object a
             line, of `instruction`, `input` (may be missing), `output`, or of `messages`.
         tokenizer: what `Tokenizer.load` takes.
-        prompt_style: alpaca, phi3 or chatml.
+        prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.
         train_fraction: share of entries to train on.
@@ -91,7 +97,7 @@ class InstructionDataModule(StepDataModule):
         super().__init__(
             batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
         )
-        find_style(prompt_style)
+        check_style(prompt_style)
         splits.check_fractions(train_fraction, val_fraction)
         if supervise not in get_args(Supervise):
             raise ValueError(f"data.supervise is {supervise!r}; choose response or all.")
@@ -102,6 +108,7 @@ class InstructionDataModule(StepDataModule):
         self.train_fraction, self.val_fraction = train_fraction, val_fraction
         self.shuffle_split, self.split_seed = shuffle_split, split_seed
         self.tokenizer = load_tokenizer(tokenizer)
+        check_style(prompt_style, self.tokenizer)
         self._items: list[Item] = []
 
     def prepare_data(self) -> None:
@@ -131,12 +138,12 @@ class InstructionDataModule(StepDataModule):
             "sources": file_digests(paths),
         }
         self._items = items
-        rank_zero_info(
+        report(
             f"{self.source}: {counts}; with a naive split {n_leaked_naive} test prompts would be "
             "in training too, here none is."
         )
         if n_cut:
-            rank_zero_info(
+            report(
                 f"{n_cut} of {len(items)} samples are longer than data.max_length "
                 f"{self.max_length}; the middle of their prompts is left out."
             )

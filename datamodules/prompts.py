@@ -5,26 +5,22 @@ BPE merge reaches across a border: the ids to generate from are an exact prefix 
 trained on. Only markers written here become special ids; whatever a user says is ordinary text.
 
 The alpaca wording is that of Taori et al. 2023 as shortened by Raschka, "Build a Large Language
-Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml OpenAI's ChatML.
+Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml OpenAI's ChatML. The
+style `template` is that of the tokenizer's makers: the Jinja source that they published with it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
-from datamodules.tokenizer import ENDOFTEXT, Tokenizer
+from datamodules.chat_template import Message, TemplateParts, split_by_template
+from datamodules.tokenizer import Tokenizer
 
 IGNORE = -100  # Hugging Face's label for "no loss here"
 Supervise = Literal["response", "all"]
-
-
-class Message(TypedDict):
-    """One turn of a conversation, as OpenAI's chat API writes it."""
-
-    role: str  # system, user or assistant
-    content: str
 
 
 class Segment(NamedTuple):
@@ -41,14 +37,14 @@ class PromptStyle:
 
     Attributes:
         opening: role -> (marker, text) before the content of a turn; the marker may be empty.
-        end: the marker after a turn.
+        end: the marker after a turn; null is the tokenizer's end of text.
         ends: the roles whose turns end with it.
         between: text between two turns.
         preamble: what stands for the system message where there is none.
     """
 
     opening: dict[str, tuple[str, str]]
-    end: str
+    end: str | None
     ends: tuple[str, ...]
     between: str = ""
     preamble: str = ""
@@ -62,7 +58,7 @@ STYLES = {
             "user": ("", "\n\n### Instruction:\n"),
             "assistant": ("", "\n\n### Response:\n"),
         },
-        end=ENDOFTEXT,
+        end=None,
         ends=("assistant",),
         preamble="Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.",
@@ -82,11 +78,20 @@ STYLES = {
 }
 
 
-def find_style(name: str) -> PromptStyle:
-    """The style of this name; ValueError names `data.prompt_style` where there is none."""
-    if name not in STYLES:
-        raise ValueError(f"data.prompt_style is {name!r}; choose one of {', '.join(STYLES)}.")
-    return STYLES[name]
+TEMPLATE = "template"  # the style that the tokenizer's makers published with it
+
+
+def check_style(name: str, tokenizer: Tokenizer | None = None) -> None:
+    """ValueError names `data.prompt_style` where there is no such style, or not in a tokenizer."""
+    if name not in (*STYLES, TEMPLATE):
+        raise ValueError(
+            f"data.prompt_style is {name!r}; choose one of {', '.join((*STYLES, TEMPLATE))}."
+        )
+    if name == TEMPLATE and tokenizer is not None and not tokenizer.vocabulary.chat_template:
+        raise ValueError(
+            f"data.prompt_style is template, but the tokenizer {tokenizer.name} has no chat "
+            f"template; choose one of {', '.join(STYLES)}."
+        )
 
 
 def alpaca_messages(instruction: str, input: str = "") -> list[Message]:
@@ -118,14 +123,18 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ValueError(f"a prompt ends with a message of role {role!r}; end it with a user's.")
-    ids, _ = _encode(tokenizer, _conversation(tokenizer, find_style(style), messages))
+    ids, _ = _encode(tokenizer, _segments(tokenizer, style, messages))
     return ids + reply_opening(tokenizer, style)
 
 
 def reply_opening(tokenizer: Tokenizer, style: str) -> list[int]:
     """Ids between the user's turn and the assistant's first word."""
-    ids, _ = _encode(tokenizer, _opening(find_style(style), "assistant", first=False))
-    return ids
+    check_style(style, tokenizer)
+    if style == TEMPLATE:
+        segments = _marked(tokenizer, _example(tokenizer).reply_opening)
+    else:
+        segments = _opening(STYLES[style], "assistant", first=False)
+    return _encode(tokenizer, segments)[0]
 
 
 def encode_conversation(
@@ -141,7 +150,7 @@ def encode_conversation(
         ValueError: `check_messages` refuses the conversation.
     """
     check_messages(messages)
-    ids, labels = _encode(tokenizer, _conversation(tokenizer, find_style(style), messages))
+    ids, labels = _encode(tokenizer, _segments(tokenizer, style, messages))
     return ids, labels if supervise == "response" else list(ids)
 
 
@@ -157,18 +166,34 @@ def surplus(n_prompt: int, room: int, n_opening: int) -> slice:
 
 def stop_ids(tokenizer: Tokenizer, style: str) -> list[int]:
     """Ids that end a response: the style's own end where the tokenizer declares it, and EOS."""
-    end = tokenizer.special_ids[_reply_end(tokenizer, find_style(style))]
-    return sorted({end, tokenizer.eos_id})
+    check_style(style, tokenizer)
+    if style == TEMPLATE:
+        after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
+        ends = [tokenizer.special_ids[text] for text, _, supervised in after_reply if supervised]
+    else:
+        ends = [tokenizer.special_ids[_reply_end(tokenizer, STYLES[style])]]
+    return sorted({*ends, tokenizer.eos_id})
 
 
 def _reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
     """One id has to end a response, so that decoding can stop: EOS where `end` isn't declared."""
-    return style.end if style.end in tokenizer.special_ids else ENDOFTEXT
+    is_declared = style.end in tokenizer.special_ids
+    return style.end if style.end and is_declared else tokenizer.vocabulary.eos
 
 
-def _conversation(
+def _segments(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> Iterator[Segment]:
+    """A whole conversation, in order."""
+    check_style(style, tokenizer)
+    if style == TEMPLATE:
+        return _by_template(tokenizer, messages)
+    return _in_style(tokenizer, STYLES[style], messages)
+
+
+def _in_style(
     tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]
 ) -> Iterator[Segment]:
+    if tokenizer.vocabulary.bos:
+        yield Segment(tokenizer.vocabulary.bos, marker=True)
     if style.preamble and messages[0]["role"] != "system":
         yield Segment(style.preamble)
     for position, message in enumerate(messages):
@@ -177,8 +202,33 @@ def _conversation(
         yield from _opening(style, role, first=position == 0)
         yield Segment(content, supervised=is_reply)
         if role in style.ends:
-            end = _reply_end(tokenizer, style) if is_reply else style.end
+            end = _reply_end(tokenizer, style) if is_reply else style.end or ""
             yield Segment(end, marker=True, supervised=is_reply)
+
+
+def _by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Segment]:
+    """Contents as ordinary text, what the template writes around them with its markers."""
+    parts = split_by_template(tokenizer, messages)
+    yield from _marked(tokenizer, parts.between[0])
+    for message, content, after in zip(messages, parts.contents, parts.between[1:], strict=True):
+        is_reply = message["role"] == "assistant"
+        yield Segment(content, supervised=is_reply)
+        yield from _marked(tokenizer, after, supervised=is_reply)
+
+
+def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> Iterator[Segment]:
+    """What a template writes: text, and markers; the first marker after a reply is learned."""
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)
+    for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
+        is_marker = piece in tokenizer.special_ids
+        yield Segment(piece, marker=is_marker, supervised=supervised and is_marker)
+        supervised = supervised and not is_marker
+
+
+def _example(tokenizer: Tokenizer) -> TemplateParts:
+    """A conversation of two turns, as the template writes it."""
+    user, reply = Message(role="user", content="?"), Message(role="assistant", content="!")
+    return split_by_template(tokenizer, [user, reply])
 
 
 def _opening(style: PromptStyle, role: str, *, first: bool) -> Iterator[Segment]:

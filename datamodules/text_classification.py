@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules import splits
-from datamodules.batching import Sample, SampleList, StepDataModule, digest_of, load_tokenizer
+from datamodules.batching import (
+    Sample,
+    SampleList,
+    StepDataModule,
+    digest_of,
+    load_tokenizer,
+    report,
+)
 from datamodules.sources import file_digests, read_table, resolve
 
 
@@ -106,12 +112,12 @@ class TextClassificationDataModule(StepDataModule):
             "counts": counts,
             "sources": file_digests(paths),
         }
-        rank_zero_info(
+        report(
             f"{self.source}: {counts}; with a naive split {counts['n_leaked_naive']} of "
             f"{len(naive[2])} test texts would be in training too, here none is."
         )
         if n_cut:
-            rank_zero_info(
+            report(
                 f"{n_cut} texts are longer than data.max_length {self.max_length}; "
                 "their ends are left out."
             )
@@ -192,7 +198,12 @@ class TextClassificationDataModule(StepDataModule):
         for split, rows in self._rows.items():
             samples = []
             for row in rows.tolist():
-                ids = self.tokenizer.encode(self._texts[row])
+                ids = self.tokenizer.bos_ids + self.tokenizer.encode(self._texts[row])
+                if not ids:
+                    raise ValueError(
+                        f"{self.source}: text {row} is {self._texts[row]!r}, which the tokenizer "
+                        f"{self.tokenizer.name} cannot spell; drop it."
+                    )
                 n_cut += len(ids) > self.max_length
                 ids_kept = torch.tensor(ids[: self.max_length])
                 samples.append(Sample(sample_id=row, input_ids=ids_kept, label=self._labels[row]))

@@ -33,11 +33,10 @@ CHAT_MARKERS = (
 FILE_NAME = "tokenizer.json"
 
 _FORMAT = "gpt-pipeline tokenizer 1"
-# GPT-4's split into words (tiktoken's cl100k_base), but combining marks stay in their word, and a
-# piece has at most two digits, which suits small vocabularies (nanochat). The regex engines of both
-# tiktoken and Hugging Face read it.
-_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,2}"
+# Qwen2's split into words: GPT-4's with one digit a piece, which suits small vocabularies.
+# tiktoken, Hugging Face and llama.cpp know it, so that what is trained here runs there.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # tiktoken's regex engine overflows its stack on a million blanks in a row: such runs are cut
@@ -45,36 +44,118 @@ _BLANKS = re.compile(r"\s{100000}")
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """A tiktoken encoding with a digest.
+class Vocabulary:
+    """Everything that decides ids, and how its makers write conversations.
 
     Attributes:
-        name: of the encoding; `bpe-<n_vocab>` where it was trained here.
-        digest: SHA-256 of its canonical file content; equal digests encode equally.
+        name: of the encoding; `bpe-<size>` where it was trained here.
+        pattern: regular expression of the pieces that merges stay within.
+        tokens: bytes of every id in the order of merges; empty for an id that no text has.
+        special_tokens: name -> id; never made from text.
+        eos: the special token that ends a text, or an answer.
+        bos: the special token that its makers put before every text, if any.
+        chat_template: Jinja source of its makers' conversations, if any.
     """
 
     name: str
+    pattern: str
+    tokens: list[bytes] = field(repr=False)
+    special_tokens: dict[str, int]
+    eos: str = ENDOFTEXT
+    bos: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ids, special ones included."""
+        return max(len(self.tokens), 1 + max(self.special_tokens.values()))
+
+    @property
+    def missing_bytes(self) -> list[bytes]:
+        """Bytes that have no token; vocabularies made elsewhere may leave out rare ones."""
+        known = set(self.tokens)
+        return [byte for byte in map(_byte, range(256)) if byte not in known]
+
+    def content(self) -> dict[str, Any]:
+        """As primitives; what is at its default is left out."""
+        optional = {"eos": self.eos, "bos": self.bos, "chat_template": self.chat_template}
+        defaults = {"eos": ENDOFTEXT, "bos": None, "chat_template": None}
+        return {
+            "format": _FORMAT,
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "tokens": [base64.b64encode(token).decode() for token in self.tokens],
+            **{key: value for key, value in optional.items() if value != defaults[key]},
+        }
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary that tiktoken runs, with a digest.
+
+    Attributes:
+        vocabulary: everything that decides ids.
+        digest: SHA-256 of its canonical file content; equal digests encode equally.
+    """
+
+    vocabulary: Vocabulary = field(repr=False, compare=False)
     digest: str
     encoding: tiktoken.Encoding = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Tokenizer:
+        """The tokenizer of a vocabulary.
+
+        Raises:
+            ValueError: where its end-of-text token is not among its special tokens.
+        """
+        if vocabulary.eos not in vocabulary.special_tokens:
+            raise ValueError(f"encoding {vocabulary.name!r} has no {vocabulary.eos}.")
+        # tiktoken needs an id for every byte: those without get ids beyond the vocabulary
+        ranks = {token: rank for rank, token in enumerate(vocabulary.tokens) if token}
+        missing = enumerate(vocabulary.missing_bytes, start=vocabulary.size)
+        encoding = tiktoken.Encoding(
+            vocabulary.name,
+            pat_str=vocabulary.pattern,
+            mergeable_ranks=ranks | {byte: rank for rank, byte in missing},
+            special_tokens=vocabulary.special_tokens,
+        )
+        return cls(vocabulary, _digest(vocabulary.content()), encoding)
+
+    @property
+    def name(self) -> str:
+        """Of the encoding."""
+        return self.vocabulary.name
 
     @property
     def n_vocab(self) -> int:
         """Number of ids, special ones included."""
-        return self.encoding.n_vocab
+        return self.vocabulary.size
 
     @property
     def special_ids(self) -> dict[str, int]:
         """Declared special tokens and their ids."""
-        return dict(self.encoding._special_tokens)
+        return self.vocabulary.special_tokens
 
     @property
     def eos_id(self) -> int:
-        """Id of `<|endoftext|>`."""
-        return self.special_ids[ENDOFTEXT]
+        """Id of the token that ends a text: `<|endoftext|>`, unless its makers chose another."""
+        return self.special_ids[self.vocabulary.eos]
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """What stands before every text: one id where the vocabulary's makers want it, or none."""
+        return [self.special_ids[self.vocabulary.bos]] if self.vocabulary.bos else []
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, all of it ordinary."""
-        return [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
+        """Ids of a text, all of it ordinary; bytes that the vocabulary cannot spell are left out.
+
+        Vocabularies made here spell every byte.
+        """
+        ids = [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
+        spells_all = self.encoding.n_vocab == self.n_vocab
+        return ids if spells_all else [i for i in ids if i < self.n_vocab]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD.
@@ -94,17 +175,15 @@ class Tokenizer:
 
     def lengths(self) -> list[int]:
         """Bytes of every id; none for a special token."""
-        lengths = [0] * self.n_vocab
-        for token, rank in self.encoding._mergeable_ranks.items():
-            lengths[rank] = len(token)
-        return lengths
+        lengths = list(map(len, self.vocabulary.tokens))
+        return lengths + [0] * (self.n_vocab - len(lengths))
 
     def save(self, path: Path) -> None:
         """Writes one self-contained file; in a directory it is called `tokenizer.json`."""
-        content = _content(self.encoding)
         path = path / FILE_NAME if path.is_dir() else path
+        content = {**self.vocabulary.content(), "digest": self.digest}
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({**content, "digest": _digest(content)}))
+            temporary.write_text(json.dumps(content))
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
@@ -151,7 +230,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
     if min_frequency < 1:
         raise ValueError(f"min_frequency is {min_frequency}; give at least 1.")
     bpe = Trainable(models.BPE())
-    words = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
     trainer = trainers.BpeTrainer(
@@ -163,22 +242,32 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
     bpe.train_from_iterator(texts, trainer)
     ids = bpe.get_vocab()
     by_id = sorted(ids, key=ids.__getitem__)
-    return _trained([_to_bytes(token) for token in by_id if len(token) > 1])
+    return _trained([token_bytes(token) for token in by_id if len(token) > 1])
 
 
 def _trained(merged: list[bytes]) -> Tokenizer:
-    tokens = [bytes([byte]) for byte in range(256)] + merged
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+    tokens = [*map(_byte, range(256)), *merged]
     specials = {name: len(tokens) + i for i, name in enumerate((ENDOFTEXT, *CHAT_MARKERS))}
-    name = f"bpe-{len(ranks) + len(specials)}"
-    return _wrap(
-        tiktoken.Encoding(name, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-    )
+    name = f"bpe-{len(tokens) + len(specials)}"
+    return Tokenizer.of(Vocabulary(name, PATTERN, tokens, specials))
 
 
-def _to_bytes(token: str) -> bytes:
-    """Undoes GPT-2's spelling of bytes: printable ones are themselves, others U+0100 onwards."""
+def _byte(value: int) -> bytes:
+    return bytes([value])
+
+
+def token_bytes(token: str) -> bytes:
+    """Undoes GPT-2's spelling of bytes: printable ones are themselves, others U+0100 onwards.
+
+    Raises:
+        KeyError: for a character that spells no byte.
+    """
     return bytes(_BYTE_OF[character] for character in token)
+
+
+def token_spelling(token: bytes) -> str:
+    """GPT-2's spelling of a token's bytes, as tokenizer.json and GGUF hold it."""
+    return "".join(_CHARACTER_OF[byte] for byte in token)
 
 
 def _spelling() -> dict[str, int]:
@@ -191,6 +280,7 @@ def _spelling() -> dict[str, int]:
 
 
 _BYTE_OF = _spelling()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def _cut_blanks(text: str) -> Iterator[str]:
@@ -210,27 +300,11 @@ def _named(name: str) -> Tokenizer:
             f"({type(error).__name__}); go online once, or set TIKTOKEN_CACHE_DIR to a folder "
             "that holds it."
         ) from error
-    if ENDOFTEXT not in encoding._special_tokens:
-        raise ValueError(f"encoding {name!r} has no {ENDOFTEXT}; give another tokenizer.")
-    return _wrap(encoding)
-
-
-def _wrap(encoding: tiktoken.Encoding) -> Tokenizer:
-    return Tokenizer(encoding.name, _digest(_content(encoding)), encoding)
-
-
-def _content(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """Everything that decides ids; a rank that no token has is an empty token."""
     tokens = [b""] * (max(encoding._mergeable_ranks.values()) + 1)
     for token, rank in encoding._mergeable_ranks.items():
         tokens[rank] = token
-    return {
-        "format": _FORMAT,
-        "name": encoding.name,
-        "pattern": encoding._pat_str,
-        "special_tokens": encoding._special_tokens,
-        "tokens": [base64.b64encode(token).decode() for token in tokens],
-    }
+    specials = dict(encoding._special_tokens)
+    return Tokenizer.of(Vocabulary(encoding.name, encoding._pat_str, tokens, specials))
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -246,11 +320,6 @@ def _read(path: Path) -> Tokenizer:
         raise ValueError(damaged) from error
     if content.get("format") != _FORMAT or stored != _digest(content):
         raise ValueError(damaged)
-    tokens = [base64.b64decode(token) for token in content["tokens"]]
-    encoding = tiktoken.Encoding(
-        content["name"],
-        pat_str=content["pattern"],
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens) if token},
-        special_tokens=content["special_tokens"],
-    )
-    return Tokenizer(encoding.name, stored, encoding)
+    del content["format"]
+    tokens = [base64.b64decode(token) for token in content.pop("tokens")]
+    return Tokenizer.of(Vocabulary(tokens=tokens, **content))

@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datamodules.files import file_digests
+
 FORMAT = 1
 MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safetensors", "training.pt"
 TOKENIZER = "tokenizer.json"
@@ -115,9 +117,16 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def checkpoint_digest(path: Path) -> str:
-    """SHA-256 of the manifest, and so of everything in the checkpoint."""
-    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder holds."""
+    if path.is_file():
+        return file_digests([path])[str(path)]
+    if (path / MANIFEST).is_file():
+        return file_digests([path / MANIFEST])[str(path / MANIFEST)]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [file.relative_to(path).as_posix() for file in files]
+    listed = json.dumps(list(zip(names, file_digests(files).values(), strict=True)))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.callbacks import Throughput
-from pipeline.checkpoint import checkpoint_digest, newest_valid
+from pipeline.checkpoint import newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
 from pipeline.hardware import multiplies_bf16
@@ -29,6 +29,8 @@ from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, r
 from pipeline.run_directory import AlreadyFinished
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
+from pipeline.weights.fetch import PACKAGED, locate
+from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
@@ -99,7 +101,9 @@ class PipelineCLI(LightningCLI):
                 raise ValueError(
                     "data.tokenizer is null and there is no model.init_from to take it from."
                 )
-            data.tokenizer = model.init_from
+            data.tokenizer = tokenizer_of(model.init_from)
+        elif data.tokenizer in PACKAGED or is_foreign(Path(data.tokenizer)):
+            data.tokenizer = tokenizer_of(data.tokenizer)
         if stage.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here "
@@ -148,7 +152,7 @@ class PipelineCLI(LightningCLI):
         """The same for the same configuration, the content of the starting weights included."""
         deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         weights = self.config_dump["model"]["init_args"].get("init_from")
-        weights_digest = checkpoint_digest(Path(weights)) if weights else None
+        weights_digest = path_digest(locate(weights)) if weights else None
         name = f"{self.stage.run.name}-{digest([self.subcommand, deciding, weights_digest])[:8]}"
         if self.stage.run.resume != "never":
             return name

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,25 @@ from torch import Tensor, nn
 
 INIT_STD = 0.02  # GPT-2
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies were stretched for a context longer than the model was made for.
+
+    Args:
+        kind: linear (every frequency divided by factor), or llama3 (only low ones, smoothly).
+        factor: of the stretch.
+        low_freq_factor: of llama3: waves longer than original_context / this are stretched fully.
+        high_freq_factor: of llama3: waves shorter than original_context / this are left alone.
+        original_context: of llama3: tokens of the context before.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,7 @@ class GPTConfig:
         tie_embeddings: the output head is the token embedding.
         dropout: probability, on embeddings, attention weights and both residual branches.
         causal: a token sees only itself and what is before it.
+        rope_scaling: how rotary frequencies are stretched; null where they are not.
     """
 
     n_layer: int
@@ -63,6 +83,7 @@ class GPTConfig:
     tie_embeddings: bool
     dropout: float
     causal: bool
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         counts = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "mlp_hidden")
@@ -88,6 +109,12 @@ class GPTConfig:
                 "rotary positions need an even head size, but model.gpt.n_embd / model.gpt.n_head "
                 f"is {self.head_size}; change one of them."
             )
+
+    @classmethod
+    def from_primitives(cls, values: dict[str, Any]) -> GPTConfig:
+        """Undoes `dataclasses.asdict`, as a checkpoint keeps it."""
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
     @property
     def head_size(self) -> int:
@@ -364,6 +391,23 @@ class GPT(nn.Module):
 def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, (block_size, D) float32 each."""
     exponents = torch.arange(0, config.head_size, 2) / config.head_size
-    angles = torch.outer(torch.arange(config.block_size), 1.0 / config.rope_theta**exponents)
+    frequencies = 1.0 / config.rope_theta**exponents  # (D / 2,)
+    if config.rope_scaling is not None:
+        frequencies = stretched(frequencies, config.rope_scaling)
+    angles = torch.outer(torch.arange(config.block_size), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies (D / 2,) for a longer context.
+
+    Sources: linear, Chen et al. 2023; llama3, Grattafiori et al. 2024 (parity with transformers in
+    tests/test_gpt_parity.py).
+    """
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    waves = scaling.original_context * frequencies / (2 * math.pi)  # that fit in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

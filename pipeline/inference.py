@@ -32,7 +32,7 @@ def print_continuation(path: Path, prompt: str, *, is_message: bool, **sampling:
         ValueError: for a checkpoint without the template, or a prompt that does not fit.
     """
     loaded = load_language_model(path)
-    ids = loaded.tokenizer.encode(prompt)
+    ids = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(prompt)
     if is_message:
         message = Message(role="user", content=prompt)
         ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), [message])
@@ -177,7 +177,8 @@ def label_probabilities(
     assert isinstance(loaded.model, GPTClassifier)
     samples: list[Sample] = []
     for i, text in enumerate(texts):
-        ids = loaded.tokenizer.encode(text)[: loaded.meta["max_length"]]
+        ids = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(text)
+        ids = ids[: loaded.meta["max_length"]]
         if not ids:
             raise ValueError(f"text {i} is empty; there is nothing to label.")
         samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
-from pipeline.checkpoint import checkpoint_digest
+from pipeline.checkpoint import path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
@@ -62,7 +62,7 @@ class LitStep(pl.LightningModule):
         self.gpt_config, self.init_from = gpt, init_from
         self.lora_config, self.optimizer_config = lora, optimizer
         self.model = None
-        self.base: dict[str, str] | None = None
+        self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
         self._n_skipped = 0
 
@@ -95,10 +95,10 @@ class LitStep(pl.LightningModule):
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
         if loaded is not None:
-            self.parent = {"path": str(loaded.path), "digest": checkpoint_digest(loaded.path)}
+            self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
         if loaded is not None and self.lora_config is not None:
             folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
-            self.base = describe_base(loaded.path, folder, gpt)
+            self.base = describe_base(loaded, folder)
         self.model = self.wrap(gpt, loaded)
         if self.lora_config is not None:
             self.lora_config = lora.attach(self.model, self.lora_config)

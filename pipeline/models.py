@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Tokenizer
 from pipeline import lora
 from pipeline.checkpoint import (
@@ -21,18 +23,27 @@ from pipeline.checkpoint import (
 )
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT, GPTConfig
+from pipeline.weights.fetch import locate
+from pipeline.weights.reading import is_foreign, open_foreign, read_model
 
 Model = GPT | GPTClassifier
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, plain (adapters merged), with its tokenizer and its checkpoint's meta.json."""
+    """A model, plain (adapters merged), with its tokenizer.
+
+    Attributes:
+        meta: meta.json of its checkpoint; of weights of others the same keys, where they apply.
+        path: where it was read from.
+        name: that it was fetched by, where it was not asked for by its path.
+    """
 
     model: Model
     tokenizer: Tokenizer
     meta: dict[str, Any]
     path: Path
+    name: str | None = None
 
     @property
     def gpt(self) -> GPT:
@@ -40,27 +51,38 @@ class Loaded:
         return self.model.gpt if isinstance(self.model, GPTClassifier) else self.model
 
 
-def load(source: str | Path) -> Loaded:
-    """Reads a checkpoint directory, verified; an adapter is merged into its base in float32.
+def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
+    """Reads whatever holds a model; an adapter is merged into its base in float32.
+
+    Args:
+        source: a checkpoint directory, verified; or what `weights.fetch.locate` takes.
+        dtype: of the weights.
 
     Raises:
-        ValueError: where it is no whole checkpoint, or its base is gone or another one.
+        ValueError: where it is no whole model, or an adapter's base is gone or another one.
     """
-    path = Path(source).expanduser().resolve()
-    if not path.is_dir():
-        raise ValueError(
-            f"{source} is no checkpoint directory; "
-            "give one such as mlruns/.../checkpoints/step-00000500."
-        )
+    path = locate(source)
+    if not is_foreign(path):
+        return _load_checkpoint(path, dtype)
+    foreign = open_foreign(path)
+    model = read_model(foreign, path, dtype).eval()
+    meta = {"kind": "language_model", "gpt": asdict(foreign.config), "lora": None, "parent": None}
+    if foreign.tokenizer.vocabulary.chat_template:
+        meta["prompt_style"] = TEMPLATE
+    name = None if Path(source).expanduser().exists() else str(source)
+    return Loaded(model, foreign.tokenizer, meta, path, name)
+
+
+def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     verify_checkpoint(path)
     meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
     build = _build_adapted if meta["lora"] else _build_full
-    model = build(path, meta, tensors).eval()
+    model = build(path, meta, tensors).to(dtype).eval()
     return Loaded(model, Tokenizer.load(path), meta, path)
 
 
 def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
-    config = GPTConfig(**meta["gpt"])
+    config = GPTConfig.from_primitives(meta["gpt"])
     if meta["kind"] == "language_model":
         return GPT.from_tensors(config, tensors)
     in_gpt = _below("gpt", tensors)
@@ -96,28 +118,30 @@ def _below(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def describe_base(source: Path, checkpoint_folder: Path, model: GPT) -> dict[str, str]:
-    """How an adapter's checkpoint names its base: where it lies, and its digest.
+def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
+    """How an adapter's checkpoint names its base: where it comes from, and its digest.
 
     Args:
-        source: the base's checkpoint.
+        loaded: the base, in float32.
         checkpoint_folder: where the adapter's checkpoints will lie.
-        model: the base.
     """
     return {
-        "path": str(source),
-        "relative": os.path.relpath(source.resolve(), checkpoint_folder.resolve()),
-        "digest": tensors_digest(model.tensors()),
+        "name": loaded.name,
+        "path": str(loaded.path),
+        "relative": os.path.relpath(loaded.path, checkpoint_folder.resolve()),
+        "digest": tensors_digest(loaded.gpt.tensors()),
     }
 
 
-def find_base(path: Path, base: dict[str, str]) -> Path:
+def find_base(path: Path, base: dict[str, Any]) -> Path:
     """The base of an adapter's checkpoint, also after the whole project moved.
 
     Raises:
         ValueError: where it is gone.
     """
     for candidate in (path.parent / base["relative"], Path(base["path"])):
-        if candidate.is_dir():
+        if candidate.exists():
             return candidate
+    if base.get("name"):
+        return locate(base["name"])
     raise ValueError(f"{path} is an adapter; its base {base['path']} is gone. Put it back there.")

@@ -51,16 +51,6 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-def path_digest(path: Path) -> str:
-    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder holds."""
-    if path.is_file():
-        return sha256(path)
-    if (path / "manifest.json").is_file():
-        return sha256(path / "manifest.json")
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest([[file.relative_to(path).as_posix(), sha256(file)] for file in files])
-
-
 def code_digest() -> str:
     """SHA-256 of the sources of both packages."""
     folder = Path(__file__).parents[1]

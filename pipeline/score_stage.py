@@ -12,7 +12,7 @@ from rich.progress import track
 from datamodules.files import sha256
 from datamodules.instruction import InstructionDataModule, Item
 from datamodules.prompts import encode_prompt, reply_opening, surplus
-from pipeline.checkpoint import checkpoint_digest
+from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
@@ -44,7 +44,7 @@ def score_stage(
     assert source is not None
     if judge is not None:
         judge.check()
-    content = checkpoint_digest(ckpt) if ckpt else sha256(source)
+    content = path_digest(ckpt) if ckpt else sha256(source)
     options = {
         "source": str(source),
         "before": before and str(before),

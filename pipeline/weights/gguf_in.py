@@ -1,0 +1,165 @@
+"""GGUF files: hyperparameters, tokenizer and (dequantised) tensors of llama and gpt2 models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.tokenizer import Tokenizer
+from pipeline.gpt import GPTConfig, RopeScaling, stretched
+from pipeline.weights.foreign import Foreign
+from pipeline.weights.names import entries
+from pipeline.weights.vocabulary import make_tokenizer
+
+MAGIC = b"GGUF"
+ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
+_NORMAL, _CONTROL = 1, 3  # kinds of tokens
+_LLAMA3_SCALINGS = [
+    RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    for factor in (8.0, 32.0)  # Llama 3.1; 3.2
+]
+
+
+def open_gguf(path: Path) -> Foreign:
+    """A GGUF file, its metadata read and checked.
+
+    Raises:
+        ValueError: where it is no whole GGUF file, or of a kind that is not supported.
+    """
+    import gguf
+
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError("it does not begin as a GGUF file does.")
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"it is no whole GGUF file ({_first_line(error)}).") from error
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"its tensor {name} is {tensor.tensor_type.name}, which cannot be dequantised "
+                "here; convert it to Q8_0 or F16."
+            ) from error
+        return torch.from_numpy(values.copy()).view(shapes[name])
+
+    metadata = _Metadata(fields)
+    factors = read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
+    is_tied = "output.weight" not in tensors
+    vocab_size = shapes.get("token_embd.weight", (0,))[0]
+    config = _config(metadata, vocab_size, is_tied, factors)
+    del_factors = {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}
+    return Foreign(config, _tokenizer(metadata), entries(config, "gguf"), del_factors, read)
+
+
+class _Metadata:
+    """Fields by name, with an error that names the one that is missing."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+        self.architecture = self["general.architecture"]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.fields:
+            raise ValueError(f"its metadata lacks {key}.")
+        return self.fields[key]
+
+    def of_model(self, key: str, default: Any = None) -> Any:
+        """A field of the architecture's own."""
+        name = f"{self.architecture}.{key}"
+        return self[name] if default is None else self.fields.get(name, default)
+
+
+def _config(
+    metadata: _Metadata, vocab_size: int, is_tied: bool, factors: Tensor | None
+) -> GPTConfig:
+    if metadata.architecture not in ("llama", "gpt2"):
+        raise ValueError(f"its architecture is {metadata.architecture}; there are llama and gpt2.")
+    is_llama = metadata.architecture == "llama"
+    n_head = metadata.of_model("attention.head_count")
+    n_embd = metadata.of_model("embedding_length")
+    eps = "layer_norm_rms_epsilon" if is_llama else "layer_norm_epsilon"
+    rope_theta = float(metadata.of_model("rope.freq_base", 10000.0))
+    if is_llama and metadata.of_model("rope.dimension_count", n_embd // n_head) * n_head != n_embd:
+        raise ValueError("its heads are not embedding_length / head_count wide.")
+    if metadata.of_model("expert_count", 0):
+        raise ValueError("it is a mixture of experts, which is not supported.")
+    return GPTConfig(
+        n_layer=metadata.of_model("block_count"),
+        n_head=n_head,
+        n_kv_head=metadata.of_model("attention.head_count_kv", n_head),
+        n_embd=n_embd,
+        block_size=metadata.of_model("context_length"),
+        vocab_size=vocab_size,
+        norm="rmsnorm" if is_llama else "layernorm",
+        norm_eps=_shortest(metadata.of_model(f"attention.{eps}")),
+        position="rope" if is_llama else "learned",
+        rope_theta=rope_theta,
+        mlp="swiglu" if is_llama else "gelu",
+        mlp_hidden=metadata.of_model("feed_forward_length"),
+        bias=not is_llama,
+        tie_embeddings=is_tied,
+        dropout=0.0,
+        causal=True,
+        rope_scaling=_rope_scaling(metadata, rope_theta, n_embd // n_head, factors),
+    )
+
+
+def _rope_scaling(
+    metadata: _Metadata, rope_theta: float, head_size: int, factors: Tensor | None
+) -> RopeScaling | None:
+    """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
+    if factors is not None:
+        frequencies = rope_theta ** -(torch.arange(0, head_size, 2) / head_size)
+        for scaling in _LLAMA3_SCALINGS:
+            if torch.allclose(frequencies / stretched(frequencies, scaling), factors, rtol=1e-3):
+                return scaling
+        raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
+    kind = metadata.of_model("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind != "linear":
+        raise ValueError(f"its rope scaling is {kind}; there are linear and Llama 3's.")
+    return RopeScaling("linear", float(metadata.of_model("rope.scaling.factor")))
+
+
+def _shortest(value: float) -> float:
+    """A float32 of the file as the number that was meant: 1e-5, not 9.999999747378752e-06."""
+    return float(f"{value:.6g}")
+
+
+def _tokenizer(metadata: _Metadata) -> Tokenizer:
+    kind = metadata["tokenizer.ggml.model"]
+    if kind != "gpt2":
+        raise ValueError(f"its tokenizer is {kind!r}, not byte-level BPE ('gpt2').")
+    names: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    other = sorted(set(types) - {_NORMAL, _CONTROL})
+    if other or len(types) != len(names):
+        raise ValueError(f"its tokens are of kinds that are not supported ({other}).")
+    special = {names[i]: i for i, kind in enumerate(types) if kind == _CONTROL}
+    eos, bos = (metadata.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
+    adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", False)
+    return make_tokenizer(
+        tokens={name: i for i, name in enumerate(names)},
+        merges=metadata["tokenizer.ggml.merges"],
+        special_tokens=special,
+        pre=metadata["tokenizer.ggml.pre"],
+        eos=None if eos is None else names[eos],
+        bos=names[bos] if adds_bos and bos is not None else None,
+        chat_template=metadata.fields.get("tokenizer.chat_template"),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,169 @@
+"""What tensors are called elsewhere, and how they lie there: one table, read in both directions.
+
+Shapes: C n_embd, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.gpt import GPTConfig
+
+Format = Literal["huggingface", "gguf"]
+Family = Literal["llama", "gpt2"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, and the parameters that it holds.
+
+    Attributes:
+        theirs: its name in the file.
+        ours: the parameters, one behind the other along the output dimension.
+        transposed: stored as (in, out), as GPT-2's Conv1D does.
+        rotary_heads: heads whose halves are interleaved, as llama.cpp wants queries and keys.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+    rotary_heads: int | None = None
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Parameters by our names, from the file's tensor."""
+        if self.transposed:
+            tensor = tensor.T
+        if self.rotary_heads:
+            tensor = _unleave(tensor, self.rotary_heads)
+        return dict(zip(self.ours, tensor.chunk(len(self.ours)), strict=True))
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The file's tensor, from parameters by our names."""
+        parts = [tensors[name] for name in self.ours]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.rotary_heads:
+            tensor = _interleave(tensor, self.rotary_heads)
+        return (tensor.T if self.transposed else tensor).contiguous()
+
+
+def _interleave(tensor: Tensor, n_heads: int) -> Tensor:
+    """Rows (H D, ...) with the two halves of each head interleaved."""
+    return tensor.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _unleave(tensor: Tensor, n_heads: int) -> Tensor:
+    return tensor.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def family_of(config: GPTConfig) -> Family:
+    """Which published architecture a configuration is.
+
+    Raises:
+        ValueError: where it is a mixture that no other tool knows.
+    """
+    traits = (config.norm, config.position, config.mlp, config.bias)
+    if traits == ("rmsnorm", "rope", "swiglu", False) and config.causal:
+        return "llama"
+    is_gpt2 = traits == ("layernorm", "learned", "gelu", True)
+    if is_gpt2 and config.causal and config.n_kv_head == config.n_head:
+        return "gpt2"
+    raise ValueError(
+        "only two architectures are known elsewhere: llama (rmsnorm, rope, swiglu, no bias) and "
+        "gpt2 (layernorm, learned, gelu, bias, as many key/value heads as heads), both causal; "
+        f"model.gpt here is norm {config.norm}, position {config.position}, mlp {config.mlp}, "
+        f"bias {config.bias}."
+    )
+
+
+def entries(config: GPTConfig, form: Format) -> list[Entry]:
+    """Every tensor of a model in a file of that form, tied ones once."""
+    return list(_TABLES[family_of(config), form](config))
+
+
+def _huggingface_llama(config: GPTConfig) -> Iterator[Entry]:
+    yield Entry("model.embed_tokens.weight", ("token_embedding.weight",))
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield Entry(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
+        for part in "qkvo":
+            yield Entry(
+                f"{theirs}.self_attn.{part}_proj.weight", (f"{ours}.attention.{part}.weight",)
+            )
+        yield Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",))
+        for part in ("gate", "up", "down"):
+            yield Entry(f"{theirs}.mlp.{part}_proj.weight", (f"{ours}.mlp.{part}.weight",))
+    yield Entry("model.norm.weight", ("final_norm.weight",))
+    if not config.tie_embeddings:
+        yield Entry("lm_head.weight", ("head.weight",))
+
+
+def _huggingface_gpt2(config: GPTConfig) -> Iterator[Entry]:
+    yield Entry("transformer.wte.weight", ("token_embedding.weight",))
+    yield Entry("transformer.wpe.weight", ("position_embedding.weight",))
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+        for kind in ("weight", "bias"):
+            is_matrix = kind == "weight"
+            qkv = tuple(f"{ours}.attention.{part}.{kind}" for part in "qkv")
+            yield Entry(f"{theirs}.ln_1.{kind}", (f"{ours}.attention_norm.{kind}",))
+            yield Entry(f"{theirs}.attn.c_attn.{kind}", qkv, is_matrix)
+            yield Entry(f"{theirs}.attn.c_proj.{kind}", (f"{ours}.attention.o.{kind}",), is_matrix)
+            yield Entry(f"{theirs}.ln_2.{kind}", (f"{ours}.mlp_norm.{kind}",))
+            yield Entry(f"{theirs}.mlp.c_fc.{kind}", (f"{ours}.mlp.up.{kind}",), is_matrix)
+            yield Entry(f"{theirs}.mlp.c_proj.{kind}", (f"{ours}.mlp.down.{kind}",), is_matrix)
+    for kind in ("weight", "bias"):
+        yield Entry(f"transformer.ln_f.{kind}", (f"final_norm.{kind}",))
+    if not config.tie_embeddings:
+        yield Entry("lm_head.weight", ("head.weight",))
+
+
+def _gguf_llama(config: GPTConfig) -> Iterator[Entry]:
+    heads = {"q": config.n_head, "k": config.n_kv_head}
+    yield Entry("token_embd.weight", ("token_embedding.weight",))
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"blk.{i}"
+        yield Entry(f"{theirs}.attn_norm.weight", (f"{ours}.attention_norm.weight",))
+        for part, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):
+            yield Entry(
+                f"{theirs}.attn_{name}.weight",
+                (f"{ours}.attention.{part}.weight",),
+                rotary_heads=heads.get(part),
+            )
+        yield Entry(f"{theirs}.ffn_norm.weight", (f"{ours}.mlp_norm.weight",))
+        for part in ("gate", "up", "down"):
+            yield Entry(f"{theirs}.ffn_{part}.weight", (f"{ours}.mlp.{part}.weight",))
+    yield Entry("output_norm.weight", ("final_norm.weight",))
+    if not config.tie_embeddings:
+        yield Entry("output.weight", ("head.weight",))
+
+
+def _gguf_gpt2(config: GPTConfig) -> Iterator[Entry]:
+    yield Entry("token_embd.weight", ("token_embedding.weight",))
+    yield Entry("position_embd.weight", ("position_embedding.weight",))
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"blk.{i}"
+        for kind in ("weight", "bias"):
+            qkv = tuple(f"{ours}.attention.{part}.{kind}" for part in "qkv")
+            yield Entry(f"{theirs}.attn_norm.{kind}", (f"{ours}.attention_norm.{kind}",))
+            yield Entry(f"{theirs}.attn_qkv.{kind}", qkv)
+            yield Entry(f"{theirs}.attn_output.{kind}", (f"{ours}.attention.o.{kind}",))
+            yield Entry(f"{theirs}.ffn_norm.{kind}", (f"{ours}.mlp_norm.{kind}",))
+            yield Entry(f"{theirs}.ffn_up.{kind}", (f"{ours}.mlp.up.{kind}",))
+            yield Entry(f"{theirs}.ffn_down.{kind}", (f"{ours}.mlp.down.{kind}",))
+    for kind in ("weight", "bias"):
+        yield Entry(f"output_norm.{kind}", (f"final_norm.{kind}",))
+    if not config.tie_embeddings:
+        yield Entry("output.weight", ("head.weight",))
+
+
+_TABLES = {
+    ("llama", "huggingface"): _huggingface_llama,
+    ("gpt2", "huggingface"): _huggingface_gpt2,
+    ("llama", "gguf"): _gguf_llama,
+    ("gpt2", "gguf"): _gguf_gpt2,
+}

@@ -1,0 +1,67 @@
+"""One door to weights of others: a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from datamodules.files import cache_dir
+from datamodules.tokenizer import FILE_NAME, Tokenizer
+from pipeline.gpt import GPT
+from pipeline.weights.fetch import locate
+from pipeline.weights.foreign import Foreign, build
+from pipeline.weights.gguf_in import open_gguf
+from pipeline.weights.huggingface_in import CONFIG, open_huggingface
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path holds weights in somebody else's form."""
+    return path.suffix == ".gguf" if path.is_file() else (path / CONFIG).is_file()
+
+
+def open_foreign(path: Path) -> Foreign:
+    """Opens weights of others; reads their metadata alone.
+
+    Raises:
+        ValueError: in one line that names the path and what is wrong there.
+    """
+    if not is_foreign(path):
+        raise ValueError(
+            f"{path} holds no model: it is no .gguf file, and no directory with a {CONFIG}."
+        )
+    try:
+        return open_huggingface(path) if path.is_dir() else open_gguf(path)
+    except KeyError as error:
+        raise ValueError(f"{path} cannot be used: it lacks {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
+    """Reads the tensors of opened weights.
+
+    Raises:
+        ValueError: in one line that names the path and what is wrong there.
+    """
+    try:
+        return build(foreign, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def tokenizer_of(source: str) -> str:
+    """Where `Tokenizer.load` finds the tokenizer of a checkpoint or of weights of others.
+
+    Args:
+        source: what `fetch.locate` takes.
+    """
+    path = locate(source)
+    return str(_own_copy(open_foreign(path).tokenizer)) if is_foreign(path) else str(source)
+
+
+def _own_copy(tokenizer: Tokenizer) -> Path:
+    file = cache_dir() / "tokenizers" / tokenizer.digest[:16] / FILE_NAME
+    if not file.is_file():
+        tokenizer.save(file)
+    return file

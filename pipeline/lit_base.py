@@ -102,6 +102,8 @@ class LitStep(pl.LightningModule):
         self.model = self.wrap(gpt, loaded)
         if self.lora_config is not None:
             self.lora_config = lora.attach(self.model, self.lora_config)
+            if str(self.trainer.precision) == "bf16-mixed":
+                lora.hold_base(self.model, torch.bfloat16)
         self.train()
 
     def _new_gpt(self) -> GPT:

@@ -73,6 +73,22 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     return resolved
 
 
+def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Holds what is frozen in the dtype that autocast computes in, once, not cast at every step.
+
+    Adapters stay in float32. PEFT would cast their input to float32 too, only for autocast to cast
+    it back.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
 def peft_config(config: LoRAConfig) -> Any:
     """The same as PEFT's LoraConfig."""
     from peft import LoraConfig

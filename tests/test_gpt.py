@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache
+from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache, causal_products
 from pipeline.loss import next_token_loss
 
 MakeGPT = Callable[..., GPT]
@@ -69,6 +70,28 @@ def test_padding_and_neighbours_do_not_matter(tiny_gpt: MakeGPT, family: str, ca
             alone = model(input_ids[row : row + 1, :length])[0]
             assert (batched[row, :length] - alone).abs().max() < ROUNDING
             assert (reversed_[row, :length] - alone).abs().max() < ROUNDING
+
+
+def test_padding_costs_nothing_outside_attention(tiny_gpt: MakeGPT) -> None:
+    """Linear layers see real tokens alone: 50 of the 120 places."""
+    model, mask = tiny_gpt(), torch.arange(30) < torch.tensor([7, 30, 1, 12])[:, None]
+    seen = []
+    model.blocks[0].mlp.up.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    model(tokens(4, 30), mask)
+    assert seen == [(1, 50, model.config.n_embd)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_by_products_is_attention(groups: int) -> None:
+    torch.manual_seed(0)
+    heads = (4, groups, groups)
+    q, k, v = (torch.randn(3, n, 9, 8, dtype=torch.float64, requires_grad=True) for n in heads)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ours = causal_products(q, k, v, dropout=0.0)
+    assert (ours - fused).abs().max() < 1e-12  # float64: the same sums in another order
+    weights = torch.randn_like(fused)
+    gradients = [torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, fused)]
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -217,6 +217,23 @@ def test_refused_configurations(changes: dict[str, Any], message: str) -> None:
         replace(PLAIN, **changes)
 
 
+def test_a_base_held_in_bf16_is_what_autocast_computes_with(tiny_gpt: MakeGPT) -> None:
+    """The weights are cast once instead of at every step; adapters stay as they are."""
+    model, input_ids = tiny_gpt("llama"), torch.randint(96, (2, 9))
+    lora.attach(model, VARIANTS["all-linear"])
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids).float()
+        lora.hold_base(model, torch.bfloat16)
+        after = model(input_ids)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert after.dtype == torch.bfloat16
+    # the residual stream is bf16 now, of 8 significant bits, in values up to 4
+    assert (after.float() - before).abs().max() < 0.1
+    after.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_merging_in_half_precision_is_refused(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt().bfloat16()
     lora.attach(model, PLAIN)

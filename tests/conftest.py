@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bits, and tiny models are faster so
+# equal bits; and on a busy machine, threads that wait for one another cost fifty times the work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# tiny models: threads that wait for one another cost fifty times the work on a busy machine
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.journey import CONFIGS, QUIET, SHORT, TINY, Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -36,7 +36,7 @@ def pretrain(journey: Journey, *words: str) -> str:
         "fit",
         f"--config={CONFIGS}/pretrain.yaml",
         *TINY,
-        *QUIET,
+        *PLAIN,
         f"--data.tokenizer={journey.tokenizer}",
         "--data.near_duplicates=null",
         f"--data.source=[{journey.folder / 'prose'}]",
@@ -46,7 +46,7 @@ def pretrain(journey: Journey, *words: str) -> str:
 
 def tune(journey: Journey, config: str, *words: str) -> str:
     base = f"--model.init_from={journey.best('pretrain')}"
-    return refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *QUIET, base, *words)
+    return refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *PLAIN, base, *words)
 
 
 BEFORE_ANY_DATA = {
@@ -136,7 +136,7 @@ def test_special_token_text_is_ordinary_text(tiny: Journey, write: Write) -> Non
         "fit",
         f"--config={CONFIGS}/instruct.yaml",
         *SHORT,
-        *QUIET,
+        *PLAIN,
         f"--model.init_from={tiny.best('pretrain')}",
         f"--data.source={source}",
         "--trainer.max_steps=3",

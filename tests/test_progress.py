@@ -10,7 +10,7 @@ import pytest
 from torch.utils import _pytree
 
 from pipeline.cli import quiet_libraries
-from tests.journey import CONFIGS, QUIET, TINY, Journey, outcome_of, said
+from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 
 WIDTH = 80
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -72,7 +72,7 @@ def test_in_a_terminal_it_moves(tiny: Journey, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_it_can_be_turned_off(tiny: Journey) -> None:
-    _, err = pretrain(tiny, *QUIET)
+    _, err = pretrain(tiny, *PLAIN)
     assert "train" not in re.sub(r"pretrain", "", err)
 
 

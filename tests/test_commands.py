@@ -157,7 +157,8 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     - Expected a <class 'NoneType'>
   Given value type: <class 'dict'>"""
     assert one_line(message) == "model.lr: Expected a float. Got value: fast"
-    assert one_line("unrecognized arguments: --x") == "unrecognized arguments: --x"
+    unknown = "unrecognized arguments: --x; --help lists the options."
+    assert one_line("unrecognized arguments: --x") == unknown
 
 
 def test_tokenizer_train(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

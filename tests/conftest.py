@@ -44,10 +44,12 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches of the tests are theirs alone, shared within a session."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(folder))
+def own_folders(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a test are its own; caches are those of the session."""
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_samples_and_curves_are_kept(tiny: Journey) -> None:
     assert table["columns"] == ["step", "prompt", "text"]
     assert len(table["data"]) == 3
     assert (folder / "figures/loss.png").stat().st_size > 5_000
+
+
+def test_a_run_names_its_command_and_what_ran_it(tiny: Journey) -> None:
+    assert tiny.outcomes["pretrain"]["command"].startswith(f"fit --config={CONFIGS}/pretrain.yaml")
+    lines = [line for line, _ in read_journal(run_directory(tiny, "pretrain"))]
+    tags = {k: v for line in lines if line["kind"] == "tag" for k, v in line["values"].items()}
+    assert tags["command"].startswith("python -m pipeline fit --config=")
+    assert tags["version.tiktoken"] == version("tiktoken"), "taken for a secret"
 
 
 def test_a_checkpoint_is_self_contained(tiny: Journey) -> None:

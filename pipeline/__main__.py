@@ -35,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # threads that spin at barriers halve the speed where another process wants a core
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if args is None else args)
+    sys.argv[1:] = words  # what a run records as its command, and what launchers start again
     debug = "--debug" in words
     try:
         return _dispatch([word for word in words if word != "--debug"]) or 0

@@ -20,6 +20,8 @@ _NOISE = re.compile(
     r"|Problem with given class_path|.*(Namespace|NestedArg)\("
 )
 
+_UNKNOWN_KEY = re.compile("unrecognized arguments|is not accepted|does not accept option")
+
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:
     """Checked keyword arguments for a function, its dataclasses built.
@@ -71,8 +73,9 @@ def one_line(message: str) -> str:
         if match := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
             keys.append(match[1])
             line = match[2]
-        facts.append(re.sub(r"<class '(\w+)'>", r"\1", line))
-    return ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
+        facts.append(re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of "))
+    text = ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
+    return f"{text}; --help lists the options." if _UNKNOWN_KEY.search(text) else text
 
 
 def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:

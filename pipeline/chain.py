@@ -175,7 +175,6 @@ def _run_stages(chain: Chain, folder: Path, parent: Run, child: Child) -> dict[s
         news = {f"{stage.name}/{key}": value for key, value in run.result["metrics"].items()}
         metrics |= news
         parent.log_metrics(news, step=0)
-        parent.log_tags({f"stage.{stage.name}": str(run.path)})
     parent.finish(outputs=_outputs(done), metrics=metrics, sources={})
     return done
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
-from pipeline.callbacks import Throughput
+from pipeline.callbacks import ProgressDisplay, Throughput
 from pipeline.checkpoint import newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
@@ -26,7 +27,7 @@ from pipeline.hardware import multiplies_bf16
 from pipeline.lit_base import CHECKPOINTS, LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
-from pipeline.run_directory import AlreadyFinished
+from pipeline.run_directory import AlreadyFinished, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
@@ -52,6 +53,11 @@ class RunConfig:
     experiment: str
     name: str
     resume: Literal["auto", "must", "never"] = "auto"
+
+
+def as_list(value: Any) -> list[Any]:
+    """One, several or none, as Lightning takes plugins and callbacks."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def resolve_precision(precision: str) -> str:
@@ -135,12 +141,16 @@ class PipelineCLI(LightningCLI):
         self.run.log_tags(resolved)
         self.datamodule.config = self.config_dump["data"]
         logger = RunLogger(self.run)
-        plugins = self._get(self.config_init, "trainer").plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        options = self._get(self.config_init, "trainer")
+        callbacks = as_list(options.callbacks)
+        has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if options.enable_progress_bar is not False and not has_display:
+            callbacks = [*callbacks, ProgressDisplay()]
         trainer = super().instantiate_trainer(
             logger=logger,
             default_root_dir=str(self.run.path),
-            plugins=[*plugins, DirectoryCheckpointIO()],
+            callbacks=callbacks,
+            plugins=[*as_list(options.plugins), DirectoryCheckpointIO()],
             enable_checkpointing=False,
             use_distributed_sampler=False,
             **kwargs,
@@ -217,15 +227,25 @@ class PipelineCLI(LightningCLI):
         for row in report.headline:
             print(f"{row['metric']}: {row['after']:.4f}", file=sys.stderr)
         print(f"finished: {self.run.path}", file=sys.stderr)
+        hand_over(self.run.path)
+
+
+def hand_over(path: Path) -> None:
+    """Says on stdout what the next command takes from a finished run: its best checkpoint."""
+    outcome = read_outcome(path)
+    for name in ("best", "predictions"):
+        if outcome and name in outcome["outputs"]:
+            print(outcome["outputs"][name])
 
 
 def quiet_libraries() -> None:
-    """Leaves out what Lightning says that is of no use here: tips, hints at more workers."""
+    """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*is not resumable.*",
         ".*logging interval.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -259,3 +279,4 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(EXIT_TERMINATED) from error
     except AlreadyFinished as finished:
         print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)
+        hand_over(finished.path)

@@ -5,8 +5,9 @@ died in between, lines are sent again: metrics keep the journal's time, by which
 those that it has; all else replaces itself. A run is found again by its id, in a tag.
 
 In MLflow, unlike in the journal, an infinite metric is NaN (its 1.8e308 would spoil every chart),
-with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out; a parameter
-that changed is a tag `changed.<parameter>`; a text that is too long is an artifact.
+with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out, and so are
+parameters that are None; one that changed is a tag `changed.<parameter>`; a text that is too long
+is an artifact.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class _Batch:
         time_ms = int(line["time"] * 1000)
         match line["kind"]:
             case "param":
-                self._params += line["values"].items()
+                self._params += [(k, v) for k, v in line["values"].items() if v != "None"]
             case "metric":
                 self._add_metrics(line["values"], line["step"], time_ms)
             case "tag":
@@ -219,11 +220,13 @@ class _Batch:
         self._datasets.append(DatasetInput(dataset))
 
     def _add_event(self, line: dict[str, Any]) -> None:
+        if line["name"] == "stage":  # child runs say it
+            return
         if line["name"] not in ("created", "resumed"):
             facts = {key: line[key] for key in line.keys() - {"time", "kind", "name"}}
             self.tags[f"event.{line['name']}"] = json.dumps(facts, sort_keys=True)
             return
-        self.tags["mlflow.source.name"] = line["command"]
+        self.tags["mlflow.source.name"] = line["command"].split(" -")[0]  # a path's end is shown
         self.parent = line.get("parent", self.parent)
         if line["name"] == "resumed":
             self.replicated.n_resumed += 1

@@ -25,9 +25,8 @@ PACKAGES = (
 )
 _GIT_TIMEOUT_S = 10
 
-_SECRET = (
-    r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(token|api_?key|password|passwd|secret|credentials?)"
-)
+_NO_SECRET = r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!tik)"  # before "token"
+_SECRET = rf"{_NO_SECRET}(token|api_?key|password|passwd|secret|credentials?)"
 _SECRET_KEY = re.compile(rf"{_SECRET}$", re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"(--\S*{_SECRET}[= ])('[^']*'|\S+)", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -56,7 +55,7 @@ def environment() -> dict[str, str]:
     A GPU is named only where torch is already imported.
     """
     facts = {
-        "command": redact(shlex.join(sys.argv)),
+        "command": redact(f"python -m pipeline {shlex.join(sys.argv[1:])}"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hardware.cpu": _cpu_model(),

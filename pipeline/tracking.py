@@ -157,6 +157,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
             f"cannot listen on {host}:{port} ({error}); give another --port."
         ) from None
     print(f"http://{host}:{port}", flush=True)
+    print("runs are under 'Model training', at the top left", file=sys.stderr, flush=True)
     os.environ |= {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_BACKEND_STORE_URI": uri,

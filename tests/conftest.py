@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bits, and tiny models are faster so
+# equal bits; and on a busy machine, threads that wait for one another cost fifty times the work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# tiny models: threads that wait for one another cost fifty times the work on a busy machine
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
 
@@ -45,10 +44,12 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches of the tests are theirs alone, shared within a session."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(folder))
+def own_folders(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a test are its own; caches are those of the session."""
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

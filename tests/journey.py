@@ -22,8 +22,10 @@ TINY = [
     "--trainer.max_steps=8",
     "--trainer.val_check_interval=4",
 ]
-# float32 on every machine, whatever its hardware multiplies: tolerances are for that
-QUIET = ["--trainer.enable_progress_bar=false", "--precision=32-true"]
+PLAIN = [  # no bar, and the same numbers on all hardware
+    "--trainer.enable_progress_bar=false",
+    "--precision=32-true",
+]
 SHORT = [
     "--model.optimizer.warmup_steps=2",
     "--trainer.max_steps=4",
@@ -98,7 +100,7 @@ class Journey:
             "fit",
             "pretrain",
             *TINY,
-            *QUIET,
+            *PLAIN,
             f"--data.source=[{corpus}]",
             f"--data.tokenizer={tokenizer}",
             "--data.near_duplicates=null",
@@ -110,14 +112,14 @@ class Journey:
             "fit",
             "spam",
             *SHORT,
-            *QUIET,
+            *PLAIN,
             f"--model.init_from={base}",
             "--model.trainable=lora",
             f"--model.lora={lora}",
         )
         spam = outcomes["spam"]["outputs"]["best"]
-        stage("spam-test", "test", "spam", *QUIET, f"--ckpt_path={spam}")
-        stage("instruct", "fit", "instruct", *SHORT, *QUIET, f"--model.init_from={base}")
+        stage("spam-test", "test", "spam", *PLAIN, f"--ckpt_path={spam}")
+        stage("instruct", "fit", "instruct", *SHORT, *PLAIN, f"--model.init_from={base}")
         tuned = outcomes["instruct"]["outputs"]["best"]
         stage("score", "score", "score", f"--ckpt={tuned}", "--max_new_tokens=4")
         return cls(folder, tokenizer, outcomes)

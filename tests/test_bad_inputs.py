@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.journey import CONFIGS, QUIET, SHORT, TINY, Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -36,7 +36,7 @@ def pretrain(journey: Journey, *words: str) -> str:
         "fit",
         f"--config={CONFIGS}/pretrain.yaml",
         *TINY,
-        *QUIET,
+        *PLAIN,
         f"--data.tokenizer={journey.tokenizer}",
         "--data.near_duplicates=null",
         f"--data.source=[{journey.folder / 'prose'}]",
@@ -46,7 +46,7 @@ def pretrain(journey: Journey, *words: str) -> str:
 
 def tune(journey: Journey, config: str, *words: str) -> str:
     base = f"--model.init_from={journey.best('pretrain')}"
-    return refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *QUIET, base, *words)
+    return refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *PLAIN, base, *words)
 
 
 BEFORE_ANY_DATA = {
@@ -55,12 +55,13 @@ BEFORE_ANY_DATA = {
     "--model.optimizer.warmup_steps=9": ["model.optimizer.warmup_steps", "trainer.max_steps"],
     "--model.optimizer.lr=-1": ["model.optimizer.lr"],
     "--model.optimizer.lr=fast": ["optimizer.lr"],
-    "--model.optimiser.lr=1": ["optimiser"],
-    "--trainer.max_stepz=3": ["max_stepz"],
+    "--model.optimiser.lr=1": ["optimiser", "--help lists"],
+    "--trainer.max_stepz=3": ["max_stepz", "--help lists"],
+    "--data.sorce=x": ["data", "sorce", "--help lists"],
     "--data.block_size=512": ["data.block_size", "model.gpt.block_size"],
     "--data.batch_size=0": ["data.batch_size"],
     "--data.val_fraction=2": ["data.val_fraction"],
-    "--precision=8-bit": ["precision"],
+    "--precision=8-bit": ["precision", "one of ['auto', '32-true', "],
     "--trainer.accumulate_grad_batches=4": ["trainer.accumulate_grad_batches", "data.batch_size"],
     "--model.init_from=somewhere": ["model.gpt", "model.init_from"],
     "--checkpoints.mode=up": ["checkpoints.mode"],
@@ -78,29 +79,64 @@ def test_refused_before_any_data_is_read(option: str, tiny: Journey, own_home: P
     assert not list(own_home.glob("*/*")), "a run directory for a mistake"
 
 
+@pytest.mark.parametrize(
+    ("yaml", "key"),
+    [
+        ("trainer: {max_stepz: 3}", "trainer.max_stepz"),
+        ("model: {init_args: {optimizer: {learning_rate: 3}}}", "learning_rate"),
+        ("data: {init_args: {sorce: x}}", "sorce"),
+    ],
+)
+def test_a_misspelt_key_in_a_file_is_named(
+    yaml: str, key: str, tiny: Journey, write: Write
+) -> None:
+    line = pretrain(tiny, f"--config={write('typo.yaml', yaml)}")
+    assert f"'{key}'" in line
+    assert "--help lists" in line
+
+
 def test_corpora_that_cannot_be(tiny: Journey, write: Write) -> None:
     empty = write("empty.txt", "")
-    assert "data.source holds no text" in pretrain(tiny, f"--data.source=[{empty}]")
+    assert "data.source holds no text" in (line := pretrain(tiny, f"--data.source=[{empty}]"))
+    assert "give some text" in line
     latin = write("latin.txt", "caf\xe9 ".encode("latin-1") * 100)
     line = pretrain(tiny, f"--data.source=[{latin}]")
     assert str(latin) in line
     assert "byte 3" in line
+    assert "iconv" in line
     short = write("short.txt", "Too short for a block. ")
-    assert "data.block_size" in pretrain(tiny, f"--data.source=[{short}]")
+    line = pretrain(tiny, f"--data.source=[{short}]")
+    assert "lower data.block_size or give more text" in line
     lines = write("bad.jsonl", '{"text": "fine"}\n{"text": \n')
-    assert "bad.jsonl:2" in pretrain(tiny, f"--data.source=[{lines}]")
-    assert "nothing*.txt" in pretrain(tiny, "--data.source=[nothing*.txt]")
+    line = pretrain(tiny, f"--data.source=[{lines}]")
+    assert "bad.jsonl:2" in line
+    assert "fix the line" in line
+    column = write("column.jsonl", '{"text": "fine"}\n{"body": "no text"}\n')
+    line = pretrain(tiny, f"--data.source=[{column}]")
+    assert "column.jsonl:2" in line
+    assert "data.text_column" in line
+    line = pretrain(tiny, "--data.source=[nothing*.txt]")
+    assert "nothing*.txt" in line
+    assert "correct the pattern" in line
 
 
 def test_tables_that_cannot_be(tiny: Journey, write: Write) -> None:
     good = "".join(f"ham\thello {i}\nspam\twin {i}\n" for i in "abcdefghijklmnopq")
     for name, content, parts in (
-        ("column.tsv", "class\ttext\nham\thi\n", ["column.tsv", "label"]),
-        ("label.tsv", good + "eggs\thello\n", ["label.tsv", "row 35", "'eggs'"]),
-        ("unlabelled.tsv", good + "\thello\n", ["unlabelled.tsv", "row 35"]),
-        ("one.tsv", "ham\thi there\nham\tso long\nham\tgood day\n" * 9, ["spam"]),
-        ("latin.tsv", b"ham\tcaf\xe9\nspam\twin\n", ["latin.tsv", "byte 7"]),
-        ("nothing.tsv", "", ["nothing.tsv"]),
+        (
+            "column.tsv",
+            "class\ttext\nham\thi\n",
+            ["column.tsv", "'label'", "set data.label_column"],
+        ),
+        ("label.tsv", good + "eggs\thello\n", ["label.tsv", "row 35", "'eggs'", "correct the row"]),
+        ("unlabelled.tsv", good + "\thello\n", ["unlabelled.tsv", "row 35", "drop it"]),
+        (
+            "one.tsv",
+            "ham\thi there\nham\tso long\nham\tgood day\n" * 9,
+            ["one.tsv", "'spam'", "add such rows"],
+        ),
+        ("latin.tsv", b"ham\tcaf\xe9\nspam\twin\n", ["latin.tsv", "byte 7", "iconv"]),
+        ("nothing.tsv", "", ["nothing.tsv", "fill it"]),
     ):
         line = tune(tiny, "spam", f"--data.source={write(name, content)}")
         for part in parts:
@@ -112,13 +148,30 @@ def test_instructions_that_cannot_be(tiny: Journey, write: Write) -> None:
     long = [{**entry, "instruction": f"Say {i}."} for i in "abcdefghijklmnopqrstuvwxyz"]
     long[3]["output"] = "word " * 900
     for name, content, parts in (
-        ("object.json", json.dumps(entry), ["object.json", "list"]),
-        ("broken.json", "[{", ["broken.json:1"]),
-        ("line.jsonl", json.dumps(entry) + "\n{oops\n", ["line.jsonl:2"]),
-        ("missing.json", json.dumps([entry, {"instruction": "x"}]), ["entry 1", "output"]),
-        ("number.json", json.dumps([{**entry, "output": 4}]), ["entry 0", "output", "int"]),
-        ("blank.json", json.dumps([entry, {**entry, "output": " "}]), ["entry 1", "empty"]),
-        ("long.json", json.dumps(long), ["entry 3", "data.max_length"]),
+        (
+            "object.json",
+            json.dumps(entry),
+            ["object.json", "not a list", "put the entries into [...]"],
+        ),
+        ("broken.json", "[{", ["broken.json:1", "correct the JSON"]),
+        ("line.jsonl", json.dumps(entry) + "\n{oops\n", ["line.jsonl:2", "fix the line"]),
+        (
+            "missing.json",
+            json.dumps([entry, {"instruction": "x"}]),
+            ["missing.json", "entry 1", "'output'", "add it"],
+        ),
+        (
+            "number.json",
+            json.dumps([{**entry, "output": 4}]),
+            ["number.json", "entry 0", "'output'", "correct or drop"],
+        ),
+        (
+            "blank.json",
+            json.dumps([entry, {**entry, "output": " "}]),
+            ["blank.json", "entry 1", "empty", "complete"],
+        ),
+        ("latin.json", b'[{"instruction": "caf\xe9"}]', ["latin.json", "byte 21", "iconv"]),
+        ("long.json", json.dumps(long), ["long.json", "entry 3", "data.max_length", "raise it"]),
     ):
         line = tune(tiny, "instruct", f"--data.source={write(name, content)}")
         for part in parts:
@@ -136,7 +189,7 @@ def test_special_token_text_is_ordinary_text(tiny: Journey, write: Write) -> Non
         "fit",
         f"--config={CONFIGS}/instruct.yaml",
         *SHORT,
-        *QUIET,
+        *PLAIN,
         f"--model.init_from={tiny.best('pretrain')}",
         f"--data.source={source}",
         "--trainer.max_steps=3",
@@ -152,11 +205,13 @@ def test_another_tokenizer_is_refused(tiny: Journey, tmp_path: Path) -> None:
     line = tune(tiny, "instruct", f"--data.tokenizer={other}")
     assert "data.tokenizer" in line
     assert "not the tokenizer of" in line
+    assert "leave it null" in line
 
 
 def test_a_target_that_matches_nothing_is_refused(tiny: Journey) -> None:
     line = tune(tiny, "instruct", "--model.lora.targets=[c_attn]")
     assert "model.lora.targets ['c_attn']" in line
+    assert "choose from" in line
     assert "'q'" in line
 
 
@@ -177,6 +232,7 @@ def test_a_truncated_checkpoint_is_refused(name: str, tiny: Journey, tmp_path: P
         line = refused(*words)
         assert str(path) in line
         assert name in line
+        assert "take another checkpoint" in line
 
 
 def test_prompts_that_cannot_be(tiny: Journey) -> None:

@@ -68,13 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.headers.append(self.headers)
             step = self.server.script.pop(0) if self.server.script else chat(verdict(50))
-            self.server.n_open += 1
-            self.server.most_open = max(self.server.most_open, self.server.n_open)
-        try:
-            step(self) if self.path == "/v1/chat/completions" else reply(404, "no such page")(self)
-        finally:
-            with self.server.lock:
-                self.server.n_open -= 1
+        step(self) if self.path == "/v1/chat/completions" else reply(404, "no such page")(self)
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -130,7 +124,13 @@ def flood(handler: Handler) -> None:
 
 def slow(score: int) -> Answer:
     def send(handler: Handler) -> None:
+        server = handler.server
+        with server.lock:
+            server.n_open += 1
+            server.most_open = max(server.most_open, server.n_open)
         time.sleep(0.1)
+        with server.lock:  # before the answer, after which the client may ask again at once
+            server.n_open -= 1
         chat(verdict(score))(handler)
 
     return send

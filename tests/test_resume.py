@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from pipeline.checkpoint import newest_valid, read_tensors
 from pipeline.checkpointing import Checkpoints
 from pipeline.journal import read_journal
-from tests.journey import CONFIGS, QUIET, TINY, Journey
+from tests.journey import CONFIGS, PLAIN, TINY, Journey, run
 from tests.training import LORA, classifier, fit, language_model, pretraining_data, spam_data
 
 STEPS = 12
@@ -132,13 +131,15 @@ def test_another_base_is_refused(tiny: Journey, tmp_path: Path) -> None:
         )
 
 
-def test_killed_for_real_and_started_again(tiny: Journey, tmp_path: Path) -> None:
+def test_killed_for_real_and_started_again(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL in the middle of `fit`; the same command goes on and ends with equal bits."""
     words = [
         "fit",
         f"--config={CONFIGS}/pretrain.yaml",
         *TINY,
-        *QUIET,
+        *PLAIN,
         f"--data.source=[{tiny.folder / 'prose'}]",
         f"--data.tokenizer={tiny.tokenizer}",
         "--data.near_duplicates=null",
@@ -147,8 +148,10 @@ def test_killed_for_real_and_started_again(tiny: Journey, tmp_path: Path) -> Non
         "--checkpoints.every_n_steps=5",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(words, whole).wait() == 0
-    process = start(words, killed)
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(whole))
+    assert run(*words) == 0
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(killed))
+    process = subprocess.Popen([sys.executable, "-m", "pipeline", *words])
     while not list(killed.glob("default/*/checkpoints/step-*")):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
@@ -157,7 +160,7 @@ def test_killed_for_real_and_started_again(tiny: Journey, tmp_path: Path) -> Non
     stopped = newest_valid(next(killed.glob("default/*/checkpoints")))
     assert stopped is not None
     assert not list(killed.glob("default/*/outcome.json")), "it ended before it was killed"
-    assert start(words, killed).wait() == 0
+    assert run(*words) == 0
     last = "default/*/checkpoints/step-00000060"
     (ours,), (theirs,) = whole.glob(last), killed.glob(last)
     tensors, others = read_tensors(ours), read_tensors(theirs)
@@ -165,14 +168,9 @@ def test_killed_for_real_and_started_again(tiny: Journey, tmp_path: Path) -> Non
     assert losses_of(theirs.parents[1]) == losses_of(ours.parents[1])
 
 
-def start(words: list[str], home: Path) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "GPT_PIPELINE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "pipeline", *words], env=env)
-
-
-def losses_of(run: Path) -> dict[int, float]:
+def losses_of(path: Path) -> dict[int, float]:
     return {
         line["step"]: line["values"]["train/loss"]
-        for line, _ in read_journal(run)
+        for line, _ in read_journal(path)
         if line["kind"] == "metric" and "train/loss" in line["values"]
     }

@@ -267,7 +267,7 @@ def test_files_that_cannot_be_recorded(path: Path) -> None:
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pipeline", "score", "--judge.api_key", "sk-1"])
     facts = environment()
-    assert facts["command"] == "pipeline score --judge.api_key ***"
+    assert facts["command"] == "python -m pipeline score --judge.api_key ***"
     assert {"python", "platform", "version.torch", "version.mlflow"} <= facts.keys()
     assert all(facts[f"hardware.{key}"] for key in ("cpu", "cores", "memory_gib"))
     monkeypatch.setenv("PATH", str(tmp_path))

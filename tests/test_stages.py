@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.journal import read_journal
 from pipeline.models import load
-from tests.journey import CONFIGS, QUIET, SHORT, Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 
 
 def run_directory(journey: Journey, stage: str) -> Path:
@@ -50,13 +51,21 @@ def test_samples_and_curves_are_kept(tiny: Journey) -> None:
     assert (folder / "figures/loss.png").stat().st_size > 5_000
 
 
+def test_a_run_names_its_command_and_what_ran_it(tiny: Journey) -> None:
+    assert tiny.outcomes["pretrain"]["command"].startswith(f"fit --config={CONFIGS}/pretrain.yaml")
+    lines = [line for line, _ in read_journal(run_directory(tiny, "pretrain"))]
+    tags = {k: v for line in lines if line["kind"] == "tag" for k, v in line["values"].items()}
+    assert tags["command"].startswith("python -m pipeline fit --config=")
+    assert tags["version.tiktoken"] == version("tiktoken"), "taken for a secret"
+
+
 def test_a_checkpoint_is_self_contained(tiny: Journey) -> None:
     path = tiny.best("pretrain")
     verify_checkpoint(path)
     loaded = load(path)
     assert loaded.tokenizer.digest == Tokenizer.load(tiny.tokenizer).digest
     assert loaded.meta["dataset"]["digest"]
-    assert loaded.meta["precision"] == "32-true" or "bf16" in loaded.meta["precision"]
+    assert loaded.meta["precision"] == "32-true"
     assert loaded.gpt.config.vocab_size % 64 == 0
 
 
@@ -184,7 +193,7 @@ def test_the_same_command_does_nothing_twice(
         "fit",
         f"--config={CONFIGS}/instruct.yaml",
         *SHORT,
-        *QUIET,
+        *PLAIN,
         f"--model.init_from={tiny.best('pretrain')}",
         "--run.experiment=instruct",
     ]
@@ -197,7 +206,7 @@ def test_the_same_command_does_nothing_twice(
 def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "predictions"))
     code, _, err = said(
-        "predict", f"--config={CONFIGS}/spam.yaml", *QUIET, f"--ckpt_path={tiny.best('spam')}"
+        "predict", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--ckpt_path={tiny.best('spam')}"
     )
     assert code == 0, err
     path = next((tiny.folder / "predictions").glob("*/*/predictions.jsonl"))
@@ -209,7 +218,7 @@ def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.Monke
 def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "validations"))
     code, _, err = said(
-        "validate", f"--config={CONFIGS}/spam.yaml", *QUIET, f"--ckpt_path={tiny.best('spam')}"
+        "validate", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--ckpt_path={tiny.best('spam')}"
     )
     assert code == 0, err
     outcome = json.loads(next((tiny.folder / "validations").glob("*/*/outcome.json")).read_text())

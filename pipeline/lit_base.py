@@ -102,9 +102,12 @@ class LitStep(pl.LightningModule):
         self.model = self.wrap(gpt, loaded)
         if self.lora_config is not None:
             self.lora_config = lora.attach(self.model, self.lora_config)
-            if str(self.trainer.precision) == "bf16-mixed":
-                lora.hold_base(self.model, torch.bfloat16)
         self.train()
+
+    def on_fit_start(self) -> None:
+        """Under autocast, holds the frozen base of adapters in the dtype that it computes in."""
+        if self.lora_config is not None and str(self.trainer.precision) == "bf16-mixed":
+            lora.hold_base(self.model, torch.bfloat16)
 
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None

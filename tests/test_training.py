@@ -170,6 +170,16 @@ def test_bf16_mixed_trains_close_to_float32(tiny: Journey, tmp_path: Path) -> No
     assert runs[1] != runs[0]
 
 
+def test_under_autocast_only_the_frozen_base_is_bf16(tiny: Journey, tmp_path: Path) -> None:
+    """Adapters and the new head are trained, and saved, in float32."""
+    module = classifier(gpt=None, init_from=str(tiny.best("pretrain")), lora=LORA, trainable="lora")
+    data = spam_data(tiny.tokenizer)
+    fit(module, data, tmp_path, max_steps=2, limit_val_batches=0, precision="bf16-mixed")
+    kinds = {(p.requires_grad, p.dtype) for p in module.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert module.model.classifier.weight.requires_grad
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_golden_losses(name: str, tiny: Journey, tmp_path: Path) -> None:
     """20 tiny steps give the losses that are on record, to 1e-3: another CPU adds in another order.

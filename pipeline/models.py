@@ -108,7 +108,9 @@ def _build_adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor])
 
 def _with_head(gpt: GPT, tensors: dict[str, Tensor]) -> GPTClassifier:
     head = _below("classifier", tensors)
-    model = GPTClassifier(gpt, n_labels=len(head["bias"]))
+    model = GPTClassifier(gpt, n_labels=len(head["weight"]))
+    if head.keys() != model.classifier.state_dict().keys():
+        raise ValueError("its classifier has a bias that the model has no place for; train it anew.")
     model.classifier.load_state_dict(head)
     return model
 

@@ -110,7 +110,9 @@ def _with_head(gpt: GPT, tensors: dict[str, Tensor]) -> GPTClassifier:
     head = _below("classifier", tensors)
     model = GPTClassifier(gpt, n_labels=len(head["weight"]))
     if head.keys() != model.classifier.state_dict().keys():
-        raise ValueError("its classifier has a bias that the model has no place for; train it anew.")
+        raise ValueError(
+            "its classifier has a bias that the model has no place for; train it anew."
+        )
     model.classifier.load_state_dict(head)
     return model
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig, stretched
 from pipeline.models import Loaded
 from pipeline.weights.gguf_in import ROPE_FACTORS
-from pipeline.weights.huggingface_out import Writers, chat_template
+from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
 from pipeline.weights.templates import default_system, go, stop_words
 from pipeline.weights.vocabulary import merges_of, pre_tokenizer_of, spelled

@@ -7,8 +7,7 @@ lost. Logits, decisions and ids are compared with transformers' in tests/test_ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.tokenizer import Vocabulary
-from pipeline.checkpoint import json_writer
+from pipeline.checkpoint import Writers, json_writer
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
@@ -36,8 +35,6 @@ _CLASSES = {"llama": ("LlamaForCausalLM", "LlamaForSequenceClassification")}
 _CLASSES["gpt2"] = ("GPT2LMHeadModel", "GPT2ForSequenceClassification")
 _NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts no text
 
-Writers = Mapping[str, Callable[[Path], object]]
-
 
 def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
     """A writer for every file.
@@ -50,16 +47,20 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
         ValueError: where the architecture or the tokenizer has no counterpart there.
     """
     tensors = {name: t.to(dtype) for name, t in huggingface_tensors(loaded).items()}
-    writers = {
+    return {
         CONFIG: json_writer(_config(loaded, dtype)),
         WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
         TOKENIZER: json_writer(tokenizer_json(loaded.tokenizer.vocabulary)),
         TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
+        **({} if isinstance(loaded.model, GPTClassifier) else _writing(loaded)),
     }
-    if not isinstance(loaded.model, GPTClassifier):
-        writers[GENERATION_CONFIG] = json_writer(_generation_config(loaded))
-        if template := chat_template(loaded):
-            writers[TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
+
+
+def _writing(loaded: Loaded) -> Writers:
+    """What a model that writes text has beside."""
+    writers = {GENERATION_CONFIG: json_writer(_generation_config(loaded))}
+    if template := chat_template(loaded):
+        writers[TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
     return writers
 
 

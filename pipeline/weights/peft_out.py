@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from pipeline import lora
 from pipeline.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    WEIGHTS,
+    Writers,
     json_writer,
     read_tensors,
 )
 from pipeline.classifier import GPTClassifier
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
-from pipeline.weights.huggingface_out import Writers, shifted_bias
+from pipeline.weights.huggingface_out import shifted_bias
 from pipeline.weights.names import Entry, entries, family_of
 
 _SCORE, _NORM = "score", "transformer.ln_f"

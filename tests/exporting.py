@@ -8,17 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from datamodules.files import cache_dir
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
-from pipeline.models import Loaded
+from pipeline.models import Loaded, load
 from pipeline.weights.vocabulary import PRE_TOKENIZERS
 
 MakeGPT = Callable[..., GPT]
+SMOLLM2 = "smollm2-135m-instruct"
 N_ROWS = 384  # of the embedding: more than the vocabulary has
 PROSE = (
     "The 3 quick brown foxes, 1024 of them, jumped over 27 dogs.\n\n### Instruction:\nIt's what "
@@ -75,6 +78,15 @@ def classifier(gpt: GPT) -> GPTClassifier:
     if model.classifier.bias is not None:
         torch.nn.init.normal_(model.classifier.bias, std=3.0)
     return model
+
+
+def smollm2() -> Loaded:
+    """The real thing, from the user's cache; the test is skipped where it is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GPT_PIPELINE_CACHE", raising=False)
+        if not any((cache_dir() / "weights" / SMOLLM2).glob("*.gguf")):
+            pytest.skip(f"{SMOLLM2} is not in the cache; `import --source {SMOLLM2}` fetches it")
+        return load(SMOLLM2)
 
 
 def rows(n_rows: int = 3, n_tokens: int = 40, n_vocab: int = 300) -> Tensor:

@@ -10,10 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from datamodules.prompts import Message, encode_prompt
 from pipeline.gpt import GPT, RopeScaling
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign, read_model
-from tests.exporting import N_ROWS, MakeGPT, classifier, loaded, rows, strings, vocabulary, write
+from tests.exporting import (
+    N_ROWS,
+    MakeGPT,
+    classifier,
+    loaded,
+    rows,
+    smollm2,
+    strings,
+    vocabulary,
+    write,
+)
 
 LOGITS_TOLERANCE = 1e-5  # float32, logits of size 1: the same products, summed in another order
 LLAMA3 = RopeScaling("llama3", 8.0, original_context=8)
@@ -123,3 +134,29 @@ def test_generation_stops_where_answers_end(
     assert (path / "chat_template.jinja").exists() == bool(style)
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_smollm2(tmp_path: Path) -> None:
+    """The real thing: logits, ids of 10,000 texts, its chat template, and the same bits back."""
+    real = smollm2()
+    path = write(huggingface_writers(real, torch.float32), tmp_path / "out")
+    theirs, reads = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    texts = strings(10_000)
+    ids = [real.tokenizer.encode(text) for text in texts]
+    found = reads(texts).input_ids
+    wrong = [text for text, a, b in zip(texts, ids, found, strict=True) if a != b]
+    assert not wrong, f"{len(wrong)} texts have other ids, such as {wrong[:3]}"
+
+    messages = [Message(role="user", content="What is the capital of France?")]
+    prompt = encode_prompt(real.tokenizer, "template", messages)
+    rendered = reads.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert rendered == prompt
+    row = torch.tensor([prompt])
+    difference = float((theirs(row).logits - real.gpt.head(real.gpt(row))).abs().max())
+    print(f"logits differ by up to {difference:.2g}")
+    assert difference < 1e-3  # float32, logits of size 40, 30 layers
+
+    again = read_model(open_foreign(path), path, torch.float32).tensors()
+    assert all(torch.equal(again[name], t) for name, t in real.gpt.tensors().items())

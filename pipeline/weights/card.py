@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datamodules.prompts import TEMPLATE
 from pipeline.classifier import GPTClassifier
 from pipeline.models import Loaded
 from pipeline.weights.names import family_of
@@ -35,8 +36,8 @@ base = {auto_class}.from_pretrained("BASE"{labels})
 model = PeftModel.from_pretrained(base, "{name}")
 ```""",
     "gguf": """```sh
-llama-cli -m model.gguf                                    # llama.cpp
-ollama create {name} -f Modelfile && ollama run {name}     # Ollama
+llama-cli -m model.gguf    # llama.cpp
+ollama create {name} -f Modelfile && ollama run {name}    # Ollama
 ```""",
 }
 
@@ -94,8 +95,10 @@ def _what(loaded: Loaded, form: str) -> str:
         text += f" Labels: {', '.join(meta['label_names'])}; texts of up to {meta['max_length']} "
         text += "tokens."
     elif "prompt_style" in meta:
-        text += f" It answers prompts in the style {meta['prompt_style']}; the chat template "
-        text += "writes them."
+        style = meta["prompt_style"]
+        text += " It answers prompts in the style "
+        text += "of its tokenizer's makers" if style == TEMPLATE else style
+        text += ", which its chat template writes."
     return text
 
 
@@ -125,7 +128,7 @@ def _training_data(step: dict[str, Any]) -> list[str]:
 
 def _metrics(step: dict[str, Any]) -> list[str]:
     metrics = step.get("metrics")
-    if not metrics:
+    if not metrics or not step.get("data"):
         return []
     rows = [[key, f"{value:.4g}"] for key, value in metrics.items()]
     return ["## Metrics of the run", _table(["metric", ""], rows)]

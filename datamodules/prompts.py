@@ -1,8 +1,10 @@
 """The one place where a conversation becomes token ids: training, scoring, chat and the notebooks.
 
-A conversation is written turn by turn as segments. Each segment is encoded on its own, so that no
-BPE merge reaches across a border: the ids to generate from are an exact prefix of the ids that were
-trained on. Only markers written here become special ids; whatever a user says is ordinary text.
+A conversation is written turn by turn as segments. What stands between two markers is encoded as
+one text, as every tool does that renders a chat template first; only what the assistant says is
+encoded on its own, so that no BPE merge reaches across that border: the ids to generate from are an
+exact prefix of the ids that were trained on. Only markers written here become special ids; whatever
+a user says is ordinary text.
 
 The alpaca wording is that of Taori et al. 2023 as shortened by Raschka, "Build a Large Language
 Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml OpenAI's ChatML. The
@@ -14,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Literal, NamedTuple
 
 from datamodules.chat_template import Message, TemplateParts, split_by_template
@@ -24,7 +27,7 @@ Supervise = Literal["response", "all"]
 
 
 class Segment(NamedTuple):
-    """A piece of a conversation that is encoded on its own."""
+    """A piece of a conversation."""
 
     text: str
     marker: bool = False  # one special id where the tokenizer declares the text
@@ -123,18 +126,13 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ValueError(f"a prompt ends with a message of role {role!r}; end it with a user's.")
-    ids, _ = _encode(tokenizer, _segments(tokenizer, style, messages))
-    return ids + reply_opening(tokenizer, style)
+    conversation = _segments(tokenizer, style, messages)
+    return _encode(tokenizer, chain(conversation, _reply_opening(tokenizer, style)))[0]
 
 
 def reply_opening(tokenizer: Tokenizer, style: str) -> list[int]:
     """Ids between the user's turn and the assistant's first word."""
-    check_style(style, tokenizer)
-    if style == TEMPLATE:
-        segments = _marked(tokenizer, _example(tokenizer).reply_opening)
-    else:
-        segments = _opening(STYLES[style], "assistant", first=False)
-    return _encode(tokenizer, segments)[0]
+    return _encode(tokenizer, _reply_opening(tokenizer, style))[0]
 
 
 def encode_conversation(
@@ -171,11 +169,11 @@ def stop_ids(tokenizer: Tokenizer, style: str) -> list[int]:
         after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
         ends = [tokenizer.special_ids[text] for text, _, supervised in after_reply if supervised]
     else:
-        ends = [tokenizer.special_ids[_reply_end(tokenizer, STYLES[style])]]
+        ends = [tokenizer.special_ids[reply_end(tokenizer, STYLES[style])]]
     return sorted({*ends, tokenizer.eos_id})
 
 
-def _reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
+def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
     """One id has to end a response, so that decoding can stop: EOS where `end` isn't declared."""
     is_declared = style.end in tokenizer.special_ids
     return style.end if style.end and is_declared else tokenizer.vocabulary.eos
@@ -202,7 +200,7 @@ def _in_style(
         yield from _opening(style, role, first=position == 0)
         yield Segment(content, supervised=is_reply)
         if role in style.ends:
-            end = _reply_end(tokenizer, style) if is_reply else style.end or ""
+            end = reply_end(tokenizer, style) if is_reply else style.end or ""
             yield Segment(end, marker=True, supervised=is_reply)
 
 
@@ -231,6 +229,13 @@ def _example(tokenizer: Tokenizer) -> TemplateParts:
     return split_by_template(tokenizer, [user, reply])
 
 
+def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterator[Segment]:
+    check_style(style, tokenizer)
+    if style == TEMPLATE:
+        return _marked(tokenizer, _example(tokenizer).reply_opening)
+    return _opening(STYLES[style], "assistant", first=False)
+
+
 def _opening(style: PromptStyle, role: str, *, first: bool) -> Iterator[Segment]:
     marker, text = style.opening[role]
     yield Segment("" if first else style.between)
@@ -241,9 +246,15 @@ def _opening(style: PromptStyle, role: str, *, first: bool) -> Iterator[Segment]
 def _encode(tokenizer: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
-    for text, marker, supervised in segments:
-        special = tokenizer.special_ids.get(text) if marker else None
-        piece = tokenizer.encode(text) if special is None else [special]
+
+    def kind(segment: Segment) -> tuple[int | None, bool]:
+        special = tokenizer.special_ids.get(segment.text) if segment.marker else None
+        return special, segment.supervised
+
+    for (special, supervised), pieces in groupby(segments, kind):
+        together = list(pieces)
+        text = "".join(segment.text for segment in together)
+        piece = tokenizer.encode(text) if special is None else [special] * len(together)
         ids += piece
         labels += piece if supervised else [IGNORE] * len(piece)
     return ids, labels

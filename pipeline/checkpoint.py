@@ -11,13 +11,15 @@ manifest.json          size and SHA-256 of each file, written last
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ from datamodules.files import file_digests
 FORMAT = 1
 MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safetensors", "training.pt"
 TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
+Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
 
 class CheckpointError(ValueError):
@@ -43,28 +47,25 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_checkpoint(path: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes a directory of files that is there whole or not at all, even if the machine stops.
+@contextmanager
+def writing_directory(path: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `path` when the block ends well, flushed to disk.
 
-    Each file is written and flushed to disk in a hidden folder beside the target, the manifest
-    last, and the folder renamed into place. A checkpoint that stands there already is replaced.
-    What an earlier process left half-written in the same folder is removed: one writes at a time.
+    So the directory is there whole or not at all, even if the machine stops. One that stands there
+    already is replaced. What an earlier process left half-written of it is removed.
 
     Args:
-        path: the checkpoint's directory.
-        writers: file name -> function that writes that file.
+        path: the directory to be.
     """
-    for leftover in path.parent.glob(f".*{DRAFT}"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*{DRAFT}"):
         shutil.rmtree(leftover)
     draft = _hidden(path)
-    draft.mkdir(parents=True)
+    draft.mkdir()
     try:
-        for name, write in writers.items():
-            write(draft / name)
-        files = {name: _facts(draft / name) for name in sorted(writers)}
-        (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        for name in (*files, MANIFEST, "."):
-            _flush(draft / name)
+        yield draft
+        for file in (*draft.iterdir(), draft):
+            _flush(file)
         replaced = path.rename(_hidden(path)) if path.exists() else None
         draft.rename(path)
         _flush(path.parent)
@@ -72,6 +73,40 @@ def write_checkpoint(path: Path, writers: Mapping[str, Callable[[Path], object]]
         shutil.rmtree(draft, ignore_errors=True)
     if replaced:
         shutil.rmtree(replaced)
+
+
+def write_checkpoint(path: Path, writers: Writers) -> None:
+    """Writes a directory of files, whole or not at all, its manifest last.
+
+    What an earlier process left half-written of other steps is removed: one writes at a time.
+
+    Args:
+        path: the checkpoint's directory.
+        writers: of its files.
+    """
+    for leftover in path.parent.glob(f".step-*{DRAFT}"):
+        shutil.rmtree(leftover)
+    with writing_directory(path) as draft:
+        files = write_files(draft, writers)
+        (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+
+
+def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
+    """Writes files into a folder; size and SHA-256 of each by its name."""
+    for name, write in writers.items():
+        write(folder / name)
+    return {name: _facts(folder / name) for name in sorted(writers)}
+
+
+def check_output(path: Path, marker: str) -> None:
+    """ValueError where a directory to be written is there already, and nothing made here.
+
+    Args:
+        path: the directory.
+        marker: file that tells what was made here.
+    """
+    if path.exists() and not (path / marker).is_file() and not _is_empty(path):
+        raise ValueError(f"output {path} exists and was not written by this command; give another.")
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -168,6 +203,10 @@ def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
 def read_training(path: Path) -> dict[str, Any]:
     """Training state; tensors and primitives only."""
     return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _hidden(path: Path) -> Path:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pipeline import checkpoint as files
-from pipeline.lit_base import CHECKPOINTS
 
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
@@ -79,7 +78,7 @@ class Checkpoints(pl.Callback):
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return Path(trainer.default_root_dir) / CHECKPOINTS / files.step_name(step)
+        return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the random state, now that every iterator exists."""

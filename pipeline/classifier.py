@@ -14,6 +14,9 @@ from pipeline.gpt import GPT, INIT_STD
 class GPTClassifier(nn.Module):
     """The last real token has seen the whole text, so its hidden state is what the head reads.
 
+    The head has a bias where the model's other linear layers have one. Llama's have none, and no
+    other tool could hold it there; GPT-2's last norm can take it in.
+
     Args:
         gpt: taken over; its language-model head is dropped, where it still has one.
         n_labels: K.
@@ -24,9 +27,10 @@ class GPTClassifier(nn.Module):
         self.gpt = gpt
         if hasattr(gpt, "head"):
             del gpt.head
-        self.classifier = nn.Linear(gpt.config.n_embd, n_labels)
+        self.classifier = nn.Linear(gpt.config.n_embd, n_labels, bias=gpt.config.bias)
         nn.init.normal_(self.classifier.weight, std=INIT_STD)
-        nn.init.zeros_(self.classifier.bias)
+        if gpt.config.bias:
+            nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, K) of rows (B, T) that are padded on the right.

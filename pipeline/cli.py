@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.callbacks import ProgressDisplay, Throughput
-from pipeline.checkpoint import newest_valid, path_digest
+from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
 from pipeline.hardware import multiplies_bf16
-from pipeline.lit_base import CHECKPOINTS, LitStep, check_context
+from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
 from pipeline.run_directory import AlreadyFinished, read_outcome

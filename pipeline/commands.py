@@ -215,6 +215,60 @@ def score(
     )
 
 
+def import_(*, source: str, output: str | None = None) -> None:
+    """Make a checkpoint of published weights: a Hugging Face directory or name, a .gguf file.
+
+    Its path is printed; how many tensors were read, and which left out, goes to stderr.
+
+    Args:
+        source: a directory, a .gguf file, a repository of the hub (owner/name or
+            owner/name@revision), or smollm2-135m-instruct, which comes with pip.
+        output: directory of the checkpoint; by default it stays with its run.
+    """
+    from pipeline.import_stage import import_stage
+
+    import_stage(source, output=Path(output) if output else None)
+
+
+def export(
+    *,
+    ckpt: str,
+    format: Literal["huggingface", "peft", "gguf"],
+    dtype: Literal["float32", "bfloat16", "f32", "f16", "q8_0"] | None = None,
+    output: str | None = None,
+) -> None:
+    """Write a model for transformers, vLLM, PEFT, llama.cpp or Ollama, with a model card.
+
+    The path of the directory is printed. A directory that was exported before is replaced.
+
+    Args:
+        ckpt: checkpoint directory, or what `import` takes as a source.
+        format: huggingface (adapters merged), peft (the adapter alone, for the exported base), or
+            gguf (with a Modelfile for Ollama).
+        dtype: of the weights: float32 or bfloat16; of gguf f32, f16 or q8_0; by default the first.
+        output: the directory; by default it stays with its run.
+    """
+    from pipeline.export_stage import export_stage
+
+    export_stage(ckpt, form=format, dtype=dtype, output=Path(output) if output else None)
+
+
+def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None = None) -> None:
+    """Merge an adapter into its base, with a certificate that the model stayed what it was.
+
+    The path of the merged checkpoint is printed. Where logits, greedy texts or decisions on the
+    test set differ, nothing is written.
+
+    Args:
+        ckpt: checkpoint directory of a LoRA run.
+        data: arguments of its data module to change, where the data lies elsewhere by now.
+        output: directory of the merged checkpoint; by default it stays with its run.
+    """
+    from pipeline.merge_stage import merge_stage
+
+    merge_stage(Path(ckpt), data=data, output=Path(output) if output else None)
+
+
 def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None:
     """Open MLflow's UI on the store of the runs, brought up to date first.
 
@@ -250,5 +304,8 @@ FUNCTIONS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
     "chat": chat,
     "classify": classify,
+    "import": import_,
+    "export": export,
+    "merge": merge,
     "ui": ui,
 }

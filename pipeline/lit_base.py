@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
-from pipeline.checkpoint import path_digest
+from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
 
-CHECKPOINTS = "checkpoints"  # folder of a run directory
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 MAX_SKIPPED_STEPS = 5  # in a row
 

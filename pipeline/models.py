@@ -24,6 +24,7 @@ from pipeline.checkpoint import (
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.weights.fetch import locate
+from pipeline.weights.foreign import Foreign
 from pipeline.weights.reading import is_foreign, open_foreign, read_model
 
 Model = GPT | GPTClassifier
@@ -66,17 +67,41 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
         return _load_checkpoint(path, dtype)
     foreign = open_foreign(path)
     model = read_model(foreign, path, dtype).eval()
-    meta = {"kind": "language_model", "gpt": asdict(foreign.config), "lora": None, "parent": None}
-    if foreign.tokenizer.vocabulary.chat_template:
-        meta["prompt_style"] = TEMPLATE
     name = None if Path(source).expanduser().exists() else str(source)
-    return Loaded(model, foreign.tokenizer, meta, path, name)
+    return Loaded(model, foreign.tokenizer, foreign_meta(foreign), path, name)
+
+
+def foreign_meta(foreign: Foreign) -> dict[str, Any]:
+    """What a checkpoint would say of weights of others."""
+    meta = {
+        "kind": "language_model",
+        "gpt": asdict(foreign.config),
+        "lora": None,
+        "base": None,
+        "parent": None,
+    }
+    has_template = foreign.tokenizer.vocabulary.chat_template
+    return {**meta, "prompt_style": TEMPLATE} if has_template else meta
+
+
+def load_adapted(path: Path) -> Loaded:
+    """A LoRA checkpoint in float32, its adapter live on its base instead of merged.
+
+    Raises:
+        ValueError: for another checkpoint, or where its base is gone or another one.
+    """
+    verify_checkpoint(path)
+    meta = read_meta(path)
+    if not meta["lora"]:
+        raise ValueError(f"{path} has no adapter; there is nothing to merge.")
+    model = _adapted(path, meta, read_tensors(path)).eval()
+    return Loaded(model, Tokenizer.load(path), meta, path)
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     verify_checkpoint(path)
     meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
-    build = _build_adapted if meta["lora"] else _build_full
+    build = _build_merged if meta["lora"] else _build_full
     model = build(path, meta, tensors).to(dtype).eval()
     return Loaded(model, Tokenizer.load(path), meta, path)
 
@@ -91,7 +116,13 @@ def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) ->
     return _with_head(GPT.from_tensors(config, in_gpt), tensors)
 
 
-def _build_adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+def _build_merged(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+    model = _adapted(path, meta, tensors)
+    lora.merge(model)
+    return model
+
+
+def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     base = load(find_base(path, meta["base"])).gpt.float()
     digest = tensors_digest(base.tensors())
     if digest != meta["base"]["digest"]:
@@ -102,13 +133,16 @@ def _build_adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor])
     model = base if meta["kind"] == "language_model" else _with_head(base, tensors)
     lora.attach(model, lora.LoRAConfig(**meta["lora"]))
     lora.load_adapter(model, read_tensors(path, ADAPTER_WEIGHTS))
-    lora.merge(model)
     return model
 
 
 def _with_head(gpt: GPT, tensors: dict[str, Tensor]) -> GPTClassifier:
     head = _below("classifier", tensors)
-    model = GPTClassifier(gpt, n_labels=len(head["bias"]))
+    model = GPTClassifier(gpt, n_labels=len(head["weight"]))
+    if head.keys() != model.classifier.state_dict().keys():
+        raise ValueError(
+            "its classifier has a bias that the model has no place for; train it anew."
+        )
     model.classifier.load_state_dict(head)
     return model
 

@@ -7,14 +7,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pipeline.provenance import environment
-from pipeline.run_directory import Run
+from pipeline.run_directory import AlreadyFinished, Run, read_outcome
 from pipeline.tracking import Replica
 
 RUN_VARIABLE, PARENT_VARIABLE = "GPT_PIPELINE_RUN", "GPT_PIPELINE_PARENT"
@@ -36,6 +36,36 @@ def attempts(base: Path) -> Iterator[Path]:
     yield base
     for number in count(2):
         yield base.with_name(f"{base.name}-{number}")
+
+
+def keep(
+    experiment: str, name: str, config: Mapping[str, Any], make: Callable[[Run], None], output: str
+) -> None:
+    """Makes something in a run of its own, unless that was done and is still there; prints where.
+
+    Args:
+        experiment: folder below `mlruns_root()`; as for `open_run`.
+        name: of the run.
+        config: resolved options, primitives.
+        make: finishes the run.
+        output: key of what it makes among the outputs of the run.
+    """
+    base = mlruns_root() / experiment / name
+    attempt = next(path for path in attempts(base) if not _is_gone(path, output))
+    try:
+        with open_run(experiment, attempt.name, config) as run:
+            make(run)
+        path = run.path
+    except AlreadyFinished as finished:
+        path = finished.path
+        print(f"already finished: {path}", file=sys.stderr)
+    print((read_outcome(path) or {})["outputs"][output])
+
+
+def _is_gone(path: Path, output: str) -> bool:
+    """Whether a run is finished, but what it made is no more."""
+    outcome = read_outcome(path)
+    return outcome is not None and not Path(outcome["outputs"][output]).exists()
 
 
 @contextmanager

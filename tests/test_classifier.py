@@ -45,10 +45,12 @@ def test_the_last_real_token_decides(classifier: GPTClassifier) -> None:
     assert (classifier(last, mask) - before).abs().max() > 1e-2
 
 
-def test_it_has_no_language_model_head(tiny_gpt: MakeGPT) -> None:
-    gpt = tiny_gpt("llama")
+@pytest.mark.parametrize(("family", "n_biases"), [("gpt2", 2), ("llama", 0)])
+def test_it_has_no_language_model_head(tiny_gpt: MakeGPT, family: str, n_biases: int) -> None:
+    gpt = tiny_gpt(family, tie_embeddings=False)
     without_head = gpt.n_parameters() - gpt.head.weight.numel()
     model = GPTClassifier(gpt, n_labels=2)
-    assert sum(t.numel() for t in model.tensors().values()) == without_head + 2 * 32 + 2
+    n_parameters = sum(t.numel() for t in model.tensors().values())
+    assert n_parameters == without_head + 2 * 32 + n_biases
     again = GPTClassifier(model.gpt, n_labels=5)
     assert again(torch.arange(4)[None]).shape == (1, 5)

@@ -77,10 +77,7 @@ def test_only_the_best_and_the_last_are_kept(tiny: Journey) -> None:
 
 
 def test_an_adapter_checkpoint_holds_nothing_of_the_base(tiny: Journey) -> None:
-    for stage, beside in (
-        ("instruct", set()),
-        ("spam", {"classifier.weight", "classifier.bias"}),
-    ):
+    for stage, beside in (("instruct", set()), ("spam", {"classifier.weight"})):
         path = tiny.best(stage)
         assert set(read_tensors(path)) == beside
         adapter = read_tensors(path, "adapter_model.safetensors")

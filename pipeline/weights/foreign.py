@@ -24,6 +24,7 @@ class Foreign:
         shapes: of the tensors that it has, by name.
         read: a tensor by name, read from the file when it is asked for.
         skipped: tensors that carry nothing (masks that old files kept).
+        license: of the weights, where the file says.
     """
 
     config: GPTConfig
@@ -32,6 +33,7 @@ class Foreign:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     skipped: Iterable[str] = ()
+    license: str | None = None
 
 
 def build(foreign: Foreign, dtype: torch.dtype) -> GPT:

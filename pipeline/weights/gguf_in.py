@@ -16,7 +16,7 @@ from pipeline.weights.vocabulary import make_tokenizer
 
 MAGIC = b"GGUF"
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
-_NORMAL, _CONTROL = 1, 3  # kinds of tokens
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
 _LLAMA3_SCALINGS = [
     RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     for factor in (8.0, 32.0)  # Llama 3.1; 3.2
@@ -59,7 +59,14 @@ def open_gguf(path: Path) -> Foreign:
     vocab_size = shapes.get("token_embd.weight", (0,))[0]
     config = _config(metadata, vocab_size, is_tied, factors)
     del_factors = {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}
-    return Foreign(config, _tokenizer(metadata), entries(config, "gguf"), del_factors, read)
+    return Foreign(
+        config,
+        _tokenizer(metadata),
+        entries(config, "gguf"),
+        del_factors,
+        read,
+        license=fields.get("general.license"),
+    )
 
 
 class _Metadata:
@@ -144,14 +151,14 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
         raise ValueError(f"its tokenizer is {kind!r}, not byte-level BPE ('gpt2').")
     names: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
-    other = sorted(set(types) - {_NORMAL, _CONTROL})
+    other = sorted(set(types) - {_NORMAL, _CONTROL, _UNUSED})
     if other or len(types) != len(names):
         raise ValueError(f"its tokens are of kinds that are not supported ({other}).")
     special = {names[i]: i for i, kind in enumerate(types) if kind == _CONTROL}
     eos, bos = (metadata.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
     adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", False)
     return make_tokenizer(
-        tokens={name: i for i, name in enumerate(names)},
+        tokens={name: i for i, name in enumerate(names) if types[i] != _UNUSED},
         merges=metadata["tokenizer.ggml.merges"],
         special_tokens=special,
         pre=metadata["tokenizer.ggml.pre"],

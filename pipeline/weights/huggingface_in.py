@@ -19,7 +19,7 @@ from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, CARD = "chat_template.jinja", "README.md"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
 # masks that old GPT-2 files kept among their weights
 _MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -51,7 +51,15 @@ def open_huggingface(path: Path) -> Foreign:
         return tensor
 
     tokenizer = _tokenizer(path, settings)
-    return Foreign(config, tokenizer, entries(config, "huggingface"), wanted, read, skipped)
+    return Foreign(
+        config,
+        tokenizer,
+        entries(config, "huggingface"),
+        wanted,
+        read,
+        skipped,
+        license=_license(path),
+    )
 
 
 def _with_prefix(name: str, prefix: str) -> str:
@@ -231,6 +239,16 @@ def _chat_template(path: Path, options: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     return template
+
+
+def _license(path: Path) -> str | None:
+    """What the head of its model card says, where it has one."""
+    if not (path / CARD).is_file():
+        return None
+    text = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    head = text.partition("\n---")[0] if text.startswith("---") else ""
+    found = re.search(r"^license:[ \t]*(\S+)", head, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

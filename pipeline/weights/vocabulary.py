@@ -2,16 +2,20 @@
 
 tiktoken merges by rank, others by a list of merges: where the list makes tokens in the order of
 their ids both give the same ids, and where it does not the vocabulary is refused. Equality with
-`tokenizers` is shown in tests/test_weights_tokenizers.py.
+`tokenizers` is shown in tests/test_weights_tokenizers.py; of the way out, where the list is made
+from the ranks, in tests/test_export_tokenizers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary, token_bytes
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary, token_bytes, token_spelling
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # as GPT-2's, but digits are cut out first: so blanks before a digit stay together, unlike before
@@ -50,6 +54,54 @@ PRE_TOKENIZERS = {
     "llama-bpe": PreTokenizer(_LLAMA3, _split(_LLAMA3)),
     "qwen2": PreTokenizer(PATTERN, _split(PATTERN)),
 }
+_BY_PATTERN = {known.pattern: name for name, known in PRE_TOKENIZERS.items()}
+_BY_PATTERN[r50k_pat_str] = "gpt-2"  # tiktoken's own way of writing it
+
+
+def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
+    """llama.cpp's name of a vocabulary's pre-tokenizer.
+
+    Raises:
+        ValueError: where it is one that only tiktoken can run.
+    """
+    if vocabulary.pattern not in _BY_PATTERN:
+        raise ValueError(
+            f"the tokenizer {vocabulary.name} splits text as none of {', '.join(PRE_TOKENIZERS)} "
+            "does, so no other tool could be given it; export a model with one of these."
+        )
+    return _BY_PATTERN[vocabulary.pattern]
+
+
+def spelled(vocabulary: Vocabulary) -> dict[str, int]:
+    """Id of every token that has one, special ones included, in GPT-2's spelling of bytes."""
+    ordinary = {token_spelling(token): i for i, token in enumerate(vocabulary.tokens) if token}
+    return ordinary | vocabulary.special_tokens
+
+
+def merges_of(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """The merges that make each token, in order: what is left of it without its own rank.
+
+    Raises:
+        ValueError: for a token that merges cannot make.
+    """
+    ranks = {token: rank for rank, token in enumerate(vocabulary.tokens) if token}
+    merges = []
+    for token, rank in ranks.items():
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            lowest = min(pairs)
+            if lowest >= rank:
+                raise ValueError(
+                    f"the tokenizer {vocabulary.name} has a token {token!r} that no merge makes, "
+                    "so other tools would give other ids."
+                )
+            i = pairs.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((token_spelling(parts[0]), token_spelling(parts[1])))
+    return merges
 
 
 def name_of_steps(pre_tokenizer: Any) -> str:

@@ -1,0 +1,79 @@
+"""`export`: a model in the form of other tools, with a card and its lineage."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from pipeline.checkpoint import (
+    CHECKPOINTS,
+    Writers,
+    check_output,
+    path_digest,
+    write_files,
+    writing_directory,
+)
+from pipeline.models import Loaded, load
+from pipeline.run_directory import Run
+from pipeline.stage_run import digest, keep
+from pipeline.weights.card import CARD, card, license_of
+from pipeline.weights.fetch import locate
+from pipeline.weights.gguf_out import GGUFType, gguf_writers
+from pipeline.weights.huggingface_out import huggingface_writers
+from pipeline.weights.lineage import lineage
+from pipeline.weights.peft_out import peft_writers
+
+EXPORT = "export.json"  # digests of an export's files, and its lineage
+Form = Literal["huggingface", "peft", "gguf"]
+DTYPES = {"huggingface": ("float32", "bfloat16"), "peft": ("float32",), "gguf": get_args(GGUFType)}
+
+
+def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | None) -> None:
+    """Exports in a run directory; see `pipeline.commands.export`."""
+    kind = dtype or DTYPES[form][0]
+    if kind not in DTYPES[form]:
+        raise ValueError(f"dtype is {dtype}; for {form} give {' or '.join(DTYPES[form])}.")
+    path = locate(ckpt)
+    if output is not None:
+        check_output(output, EXPORT)
+    options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
+    name = f"{form}-{digest([options, path_digest(path)])[:8]}"
+    make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)
+    keep("export", name, options, make, "exported")
+
+
+def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> None:
+    loaded = load(ckpt)
+    steps = lineage(loaded)
+    target = output or run.path / "exported"
+    name = output.name if output else _name(loaded)
+    text = card(loaded, steps, name=name, form=form)
+    writers = {
+        **_writers(loaded, form, kind, name, license_of(steps)),
+        CARD: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    with writing_directory(target) as draft:
+        files = write_files(draft, writers)
+        facts = {"format": form, "dtype": kind, "files": files, "lineage": steps}
+        (draft / EXPORT).write_text(json.dumps(facts, indent=1))
+    run.log_tags({"lineage": steps[0]})
+    run.finish(outputs={"exported": str(target)}, metrics={}, sources={})
+
+
+def _writers(loaded: Loaded, form: Form, kind: str, name: str, license: str | None) -> Writers:
+    if form == "peft":
+        return peft_writers(loaded)
+    if form == "huggingface":
+        return huggingface_writers(loaded, getattr(torch, kind))
+    return gguf_writers(loaded, kind, name=name, license=license)  # type: ignore[arg-type]
+
+
+def _name(loaded: Loaded) -> str:
+    """Of the run that made a checkpoint; of another path its own."""
+    path = loaded.path
+    is_of_run = path.parent.name == CHECKPOINTS
+    return loaded.name or (path.parents[1].name if is_of_run else path.stem)

@@ -1,0 +1,184 @@
+"""A language model as a GGUF file that llama.cpp loads, and a Modelfile for Ollama beside it.
+
+What is written is read back in tests/test_export_gguf.py; llama.cpp itself reads it in
+tests/test_export_llama_cpp.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Writers
+from pipeline.classifier import GPTClassifier
+from pipeline.gpt import GPTConfig, stretched
+from pipeline.models import Loaded
+from pipeline.weights.gguf_in import ROPE_FACTORS
+from pipeline.weights.huggingface_out import chat_template
+from pipeline.weights.names import entries, family_of
+from pipeline.weights.templates import default_system, go, stop_words
+from pipeline.weights.vocabulary import merges_of, pre_tokenizer_of, spelled
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+GGUFType = Literal["f32", "f16", "q8_0"]
+MODEL, MODELFILE = "model.gguf", "Modelfile"
+_IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to what it has in float32
+_LARGEST_F16 = 65504
+
+
+def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | None) -> Writers:
+    """A writer for each of the two files.
+
+    Args:
+        loaded: a language model, plain.
+        kind: of the matrices; norms and biases stay in float32.
+        name: of the model.
+        license: of the weights, as an SPDX identifier, if known.
+
+    Raises:
+        ValueError: where llama.cpp has no such model, or cannot run its tokenizer.
+    """
+    if isinstance(loaded.model, GPTClassifier):
+        raise ValueError(
+            f"{loaded.path} is a classifier, which llama.cpp cannot run; "
+            "export it with --format huggingface."
+        )
+    merges = [" ".join(pair) for pair in merges_of(loaded.tokenizer.vocabulary)]
+    family = family_of(loaded.gpt.config)
+    pre = pre_tokenizer_of(loaded.tokenizer.vocabulary)
+
+    def write(path: Path) -> None:
+        from gguf import GGUFWriter
+
+        writer = GGUFWriter(path, family)
+        writer.add_name(name)
+        if license is not None:
+            writer.add_license(license)
+        _add_config(writer, loaded.gpt.config)
+        _add_tokenizer(writer, loaded, pre, merges)
+        _add_tensors(writer, loaded, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    text = modelfile(loaded)
+    return {MODEL: write, MODELFILE: lambda path: path.write_text(text, encoding="utf-8")}
+
+
+def modelfile(loaded: Loaded) -> str:
+    """What `ollama create NAME -f Modelfile` reads."""
+    tokenizer, style = loaded.tokenizer, loaded.meta.get("prompt_style")
+    lines = [f"FROM ./{MODEL}"]
+    if style is None:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif template := go(tokenizer, style):
+        lines.append(f'TEMPLATE """{template}"""')
+        if style == "template" and (system := default_system(tokenizer)):
+            lines.append(f'SYSTEM """{system}"""')
+    else:
+        lines.append(f"# no TEMPLATE: Ollama compares the one in {MODEL} with those that it knows")
+    stops = stop_words(tokenizer, style)
+    return "\n".join([*lines, *(f'PARAMETER stop "{word}"' for word in stops)]) + "\n"
+
+
+def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
+    from gguf import RopeScalingType
+
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.mlp_hidden)
+    writer.add_head_count(config.n_head)
+    if config.position == "learned":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    assert config.vocab_size is not None
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_size)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def _add_tokenizer(writer: GGUFWriter, loaded: Loaded, pre: str, merges: list[str]) -> None:
+    from gguf import TokenType
+
+    tokenizer, n_rows = loaded.tokenizer, loaded.gpt.config.vocab_size
+    assert n_rows is not None
+    tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding that no text has
+    kinds = [TokenType.UNUSED] * n_rows
+    for name, i in spelled(tokenizer.vocabulary).items():
+        is_special = name in tokenizer.special_ids
+        tokens[i], kinds[i] = name, TokenType.CONTROL if is_special else TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.eos_id)
+    for stop in stop_words(tokenizer, loaded.meta.get("prompt_style")):
+        if stop != tokenizer.vocabulary.eos:
+            writer.add_eot_token_id(tokenizer.special_ids[stop])
+    writer.add_add_bos_token(bool(tokenizer.bos_ids))
+    if tokenizer.bos_ids:
+        writer.add_bos_token_id(tokenizer.bos_ids[0])
+    if template := chat_template(loaded):
+        writer.add_chat_template(template)
+
+
+def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
+    from gguf import GGMLQuantizationType, LlamaFileType, quants
+
+    file_types = {
+        "f32": LlamaFileType.ALL_F32,
+        "f16": LlamaFileType.MOSTLY_F16,
+        "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    }
+    writer.add_file_type(file_types[kind])
+    config, tensors = loaded.gpt.config, loaded.gpt.tensors()
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        writer.add_tensor(ROPE_FACTORS, rope_factors(config).numpy())
+    kept = []
+    for entry in entries(config, "gguf"):
+        tensor = entry.join(tensors).float()
+        stored = _stored_as(entry.theirs, tensor, kind)
+        if kind == "q8_0" and stored == "f16":
+            kept.append(entry.theirs)
+        quantised = GGMLQuantizationType[stored.upper()]
+        writer.add_tensor(
+            entry.theirs, quants.quantize(tensor.numpy(), quantised), raw_dtype=quantised
+        )
+    if kept:
+        print(
+            f"{len(kept)} tensors stay f16, for q8_0 wants rows of a multiple of 32 numbers: "
+            f"{', '.join(kept)}",
+            file=sys.stderr,
+        )
+
+
+def _stored_as(name: str, tensor: Tensor, kind: GGUFType) -> GGUFType:
+    if tensor.dim() == 1 or name in _IN_FLOAT32:
+        return "f32"
+    stored: GGUFType = "f16" if kind == "q8_0" and tensor.shape[-1] % 32 else kind
+    if stored == "f16" and float(tensor.abs().max()) > _LARGEST_F16:
+        raise ValueError(f"{name} has numbers beyond {_LARGEST_F16}, the largest f16; give f32.")
+    return stored
+
+
+def rope_factors(config: GPTConfig) -> Tensor:
+    """What llama.cpp divides rotary frequencies by, (D / 2,) float32."""
+    assert config.rope_scaling is not None
+    exponents = torch.arange(0, config.head_size, 2) / config.head_size
+    frequencies = config.rope_theta**-exponents
+    return frequencies / stretched(frequencies, config.rope_scaling)

@@ -1,0 +1,255 @@
+"""A model as a Hugging Face directory, which transformers, vLLM and others load.
+
+A classifier becomes a ...ForSequenceClassification. Theirs has a head without a bias: ours has one
+only with GPT-2, where W (h + d) = W h + b for a shift d of the last norm's own bias, so nothing is
+lost. Logits, decisions and ids are compared with transformers' in tests/test_export_huggingface.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datamodules.tokenizer import Vocabulary
+from pipeline.checkpoint import Writers, json_writer
+from pipeline.classifier import GPTClassifier
+from pipeline.gpt import GPTConfig
+from pipeline.models import Loaded
+from pipeline.weights.huggingface_in import (
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+)
+from pipeline.weights.names import entries, family_of
+from pipeline.weights.templates import jinja, stop_words
+from pipeline.weights.vocabulary import PRE_TOKENIZERS, merges_of, pre_tokenizer_of, spelled
+
+GENERATION_CONFIG = "generation_config.json"
+_CLASSES = {"llama": ("LlamaForCausalLM", "LlamaForSequenceClassification")}
+_CLASSES["gpt2"] = ("GPT2LMHeadModel", "GPT2ForSequenceClassification")
+_NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts no text
+
+
+def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
+    """A writer for every file.
+
+    Args:
+        loaded: the model, plain.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: where the architecture or the tokenizer has no counterpart there.
+    """
+    tensors = {name: t.to(dtype) for name, t in huggingface_tensors(loaded).items()}
+    return {
+        CONFIG: json_writer(_config(loaded, dtype)),
+        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        TOKENIZER: json_writer(tokenizer_json(loaded.tokenizer.vocabulary)),
+        TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
+        **({} if isinstance(loaded.model, GPTClassifier) else _writing(loaded)),
+    }
+
+
+def _writing(loaded: Loaded) -> Writers:
+    """What a model that writes text has beside."""
+    writers = {GENERATION_CONFIG: json_writer(_generation_config(loaded))}
+    if template := chat_template(loaded):
+        writers[TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
+    return writers
+
+
+def huggingface_tensors(loaded: Loaded) -> dict[str, Tensor]:
+    """Every tensor by transformers' name, in its layout."""
+    model, config = loaded.model, loaded.gpt.config
+    tensors, head = loaded.gpt.tensors(), {}
+    if isinstance(model, GPTClassifier):
+        head["score.weight"] = model.classifier.weight.detach()
+        if model.classifier.bias is not None:
+            tensors["final_norm.bias"] = shifted_bias(model)
+    table = [entry for entry in entries(config, "huggingface") if set(entry.ours) <= set(tensors)]
+    return {entry.theirs: entry.join(tensors) for entry in table} | head
+
+
+@torch.no_grad()
+def shifted_bias(model: GPTClassifier) -> Tensor:
+    """The last norm's bias (C,), so shifted that the head needs no bias of its own.
+
+    Raises:
+        ValueError: where the head's rows are not independent, and no shift is exact.
+    """
+    head, norm = model.classifier, model.gpt.final_norm
+    weight, bias = head.weight.double(), head.bias.double()
+    shift = torch.linalg.pinv(weight) @ bias
+    if not torch.allclose(weight @ shift, bias, rtol=1e-6, atol=1e-9):
+        raise ValueError(
+            "the rows of the classifier's head depend on one another, so its bias cannot be "
+            "written without one; train it further."
+        )
+    assert isinstance(norm.bias, Tensor)
+    return (norm.bias.double() + shift).to(norm.bias.dtype)
+
+
+def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The file of the `tokenizers` library.
+
+    It finds special tokens in the text that it is given, which the tokenizer here never does.
+
+    Raises:
+        ValueError: for a vocabulary that it cannot run with the same ids.
+    """
+    steps = [
+        {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
+        for step in PRE_TOKENIZERS[pre_tokenizer_of(vocabulary)].steps
+    ]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": name, **flags, "special": True}
+            for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps[1:] else steps[0],
+        "post_processor": _leading(vocabulary.bos, vocabulary.special_tokens),
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": spelled(vocabulary),
+            "merges": merges_of(vocabulary),
+        },
+    }
+
+
+def _leading(bos: str | None, special_tokens: Mapping[str, int]) -> dict[str, Any] | None:
+    """A post-processor that puts BOS before a text."""
+    if bos is None:
+        return None
+
+    def part(kind: str, name: str, segment: int) -> dict[str, Any]:
+        return {kind: {"id": name, "type_id": segment}}
+
+    first = [part("SpecialToken", bos, 0), part("Sequence", "A", 0)]
+    second = [part("SpecialToken", bos, 1), part("Sequence", "B", 1)]
+    known = {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": first + second,
+        "special_tokens": known,
+    }
+
+
+def _tokenizer_config(loaded: Loaded) -> dict[str, Any]:
+    vocabulary = loaded.tokenizer.vocabulary
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": vocabulary.eos,
+        "pad_token": vocabulary.eos,  # never made from text, so it marks nothing real as padding
+        **({"bos_token": vocabulary.bos} if vocabulary.bos else {}),
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": loaded.meta.get("max_length", _NEVER_SHORTENS),
+    }
+
+
+def _generation_config(loaded: Loaded) -> dict[str, Any]:
+    special = loaded.tokenizer.special_ids
+    stops = stop_words(loaded.tokenizer, loaded.meta.get("prompt_style"))
+    return {**_token_ids(loaded), "eos_token_id": [special[name] for name in stops]}
+
+
+def _token_ids(loaded: Loaded) -> dict[str, Any]:
+    eos_id, bos_ids = loaded.tokenizer.eos_id, loaded.tokenizer.bos_ids
+    bos_id = bos_ids[0] if bos_ids else None
+    return {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+
+
+def chat_template(loaded: Loaded) -> str | None:
+    """Jinja source of the style that it was tuned with, or that its makers published."""
+    style = loaded.meta.get("prompt_style")
+    return jinja(loaded.tokenizer, style) if style else loaded.tokenizer.vocabulary.chat_template
+
+
+def _config(loaded: Loaded, dtype: torch.dtype) -> dict[str, Any]:
+    config, is_classifier = loaded.gpt.config, isinstance(loaded.model, GPTClassifier)
+    family = family_of(config)
+    values = {
+        "architectures": [_CLASSES[family][is_classifier]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **_token_ids(loaded),
+        **(_llama_config(config) if family == "llama" else _gpt2_config(config)),
+    }
+    if is_classifier:
+        names: list[str] = loaded.meta["label_names"]
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+        values["problem_type"] = "single_label_classification"
+    return values
+
+
+def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "n_inner": config.mlp_hidden,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+    }
+
+
+def _llama_config(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.mlp_hidden,
+        "max_position_embeddings": config.block_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling(config),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+    }
+
+
+def _rope_scaling(config: GPTConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    values: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        values["low_freq_factor"] = scaling.low_freq_factor
+        values["high_freq_factor"] = scaling.high_freq_factor
+        values["original_max_position_embeddings"] = scaling.original_context
+    return values

@@ -1,0 +1,66 @@
+"""What a model was made from, up to the weights that somebody else published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import CHECKPOINTS, META, path_digest, read_meta
+from pipeline.models import Loaded
+from pipeline.run_directory import read_outcome
+from pipeline.weights.reading import is_foreign, open_foreign
+
+
+def lineage(loaded: Loaded) -> list[dict[str, Any]]:
+    """The model and its ancestors, the youngest first; primitives, and no path of this machine.
+
+    Each has a `name` and a `digest`; a checkpoint its `kind`, `data` and `metrics` too; what was
+    published its `license`, where that is known.
+    """
+    path = loaded.path
+    steps: list[dict[str, Any]] = [
+        {"name": loaded.name or short_name(path), "digest": path_digest(path)}
+    ]
+    while (path / META).is_file():
+        meta = read_meta(path)
+        steps[-1] |= _facts(path, meta)
+        if source := meta.get("source"):
+            return [*steps, source]
+        parent = meta.get("adapter") or meta.get("parent")
+        if parent is None:
+            return steps
+        path = Path(parent["path"])
+        steps.append({"name": short_name(path), "digest": parent["digest"]})
+        if not path.exists() or path_digest(path) != parent["digest"]:
+            return steps  # gone, or another one by now
+    if is_foreign(path):
+        steps[-1]["license"] = open_foreign(path).license
+    return steps
+
+
+def short_name(path: Path) -> str:
+    """`<experiment>/<run>/checkpoints/<step>` of a checkpoint, the last part of another path."""
+    return "/".join(path.parts[-4:]) if path.parent.name == CHECKPOINTS else path.name
+
+
+def _sources(source: str | list[str]) -> str:
+    """Names of the sources of data, without the folders that they lie in here."""
+    return ", ".join(Path(one).name for one in ([source] if isinstance(source, str) else source))
+
+
+def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    dataset = meta.get("dataset") or {}
+    options = (meta.get("data") or {}).get("init_args", {})
+    outcome = read_outcome(path.parents[1]) if path.parent.name == CHECKPOINTS else None
+    return {
+        "kind": meta["kind"],
+        "step": meta.get("step"),
+        "lora": meta["lora"],
+        "data": dataset
+        and {
+            "source": _sources(options.get("source") or []),
+            "digest": dataset["digest"],
+            "counts": dataset["counts"],
+        },
+        "metrics": (outcome or {}).get("metrics", {}),
+    }

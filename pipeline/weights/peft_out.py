@@ -1,0 +1,133 @@
+"""A LoRA checkpoint as a PEFT adapter on the exported base, with Hugging Face's module names.
+
+GPT-2's queries, keys and values are one matrix there. Adapters on some of them become one on it,
+block-diagonal: the rows of A are stacked, B sends each part to its own outputs, and the rank adds
+up. The same logits are shown in tests/test_export_peft.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline import lora
+from pipeline.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Writers,
+    json_writer,
+    read_tensors,
+)
+from pipeline.classifier import GPTClassifier
+from pipeline.lora import LoRAConfig
+from pipeline.models import Loaded
+from pipeline.weights.huggingface_out import shifted_bias
+from pipeline.weights.names import Entry, entries, family_of
+
+_SCORE, _NORM = "score", "transformer.ln_f"
+
+
+def peft_writers(loaded: Loaded) -> Writers:
+    """A writer for each of PEFT's two files.
+
+    Args:
+        loaded: of a LoRA checkpoint.
+
+    Raises:
+        ValueError: for another checkpoint, or DoRA on a part of GPT-2's joined matrix.
+    """
+    if not loaded.meta["lora"]:
+        raise ValueError(
+            f"{loaded.path} holds no adapter; export it with --format huggingface, or give a "
+            "checkpoint of a LoRA run."
+        )
+    config = LoRAConfig(**loaded.meta["lora"])
+    given = read_tensors(loaded.path, ADAPTER_WEIGHTS)
+    inner = "gpt." if isinstance(loaded.model, GPTClassifier) else ""
+    prefix = f"{lora.PEFT_PREFIX}{inner}"
+    adapters = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, int] = {}  # their module -> how many of our adapters are in it
+    for entry in entries(loaded.gpt.config, "huggingface"):
+        modules = [name.removesuffix(".weight") for name in entry.ours]
+        adapted = [m for m in modules if f"{m}.lora_A.weight" in adapters]
+        if adapted and entry.theirs.endswith(".weight"):
+            theirs = entry.theirs.removesuffix(".weight")
+            joined = _joined(entry, adapters, config)
+            tensors |= {f"{theirs}.{name}": tensor for name, tensor in joined.items()}
+            parts[theirs] = len(adapted)
+    assert sum(parts.values()) == sum(name.endswith(".lora_A.weight") for name in adapters)
+    saved = _beside(loaded)
+    values = _config(loaded, config, parts, sorted({n.rpartition(".")[0] for n in saved}))
+    named = {f"{lora.PEFT_PREFIX}{name}": t.contiguous() for name, t in (tensors | saved).items()}
+    return {
+        ADAPTER_WEIGHTS: lambda path: save_file(named, path, metadata={"format": "pt"}),
+        ADAPTER_CONFIG: json_writer(values),
+    }
+
+
+def _joined(entry: Entry, adapters: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
+    """Adapters of the parts of one of their matrices, as one."""
+    modules = [name.removesuffix(".weight") for name in entry.ours]
+    if len(modules) == 1:
+        prefix = f"{modules[0]}."
+        return {n.removeprefix(prefix): t for n, t in adapters.items() if n.startswith(prefix)}
+    if config.dora:
+        raise ValueError(
+            f"DoRA on {', '.join(modules)} cannot be an adapter on {entry.theirs}, where they are "
+            "joined: it normalises each alone. Use merge, and export the result."
+        )
+    adapted = [m for m in modules if f"{m}.lora_A.weight" in adapters]
+    widen: list[Tensor] = []
+    for module in modules:  # as wide as one another: GPT-2 has as many key heads as heads
+        if module in adapted:
+            widen.append(adapters[f"{module}.lora_B.weight"])  # (C, rank)
+        else:
+            widen.append(adapters[f"{adapted[0]}.lora_B.weight"][:, :0])
+    return {
+        "lora_A.weight": torch.cat([adapters[f"{m}.lora_A.weight"] for m in adapted]),
+        "lora_B.weight": torch.block_diag(*widen),  # (3 C, ranks)
+    }
+
+
+def _beside(loaded: Loaded) -> dict[str, Tensor]:
+    """What is trained beside the adapter: a classifier's head, and the norm that holds its bias."""
+    if not isinstance(loaded.model, GPTClassifier):
+        return {}
+    tensors = {f"{_SCORE}.weight": loaded.model.classifier.weight.detach()}
+    if loaded.model.classifier.bias is not None:
+        norm = loaded.gpt.final_norm.weight
+        assert isinstance(norm, Tensor)
+        tensors[f"{_NORM}.weight"] = norm.detach()
+        tensors[f"{_NORM}.bias"] = shifted_bias(loaded.model)
+    return tensors
+
+
+def _config(
+    loaded: Loaded, config: LoRAConfig, parts: Mapping[str, int], saved: list[str]
+) -> dict[str, Any]:
+    """adapter_config.json; a joined adapter's scale stays that of its parts."""
+    values = json.loads(lora.adapter_config_json(config))
+    values["target_modules"] = sorted({_suffix(theirs) for theirs in parts})
+    for theirs, n_parts in parts.items():
+        if n_parts > 1:
+            grown = math.sqrt(n_parts) if config.rslora else n_parts
+            values["rank_pattern"][_suffix(theirs)] = config.rank * n_parts
+            values["alpha_pattern"][_suffix(theirs)] = config.alpha * grown
+    values["modules_to_save"] = [name.rpartition(".")[2] for name in saved] or None
+    values["fan_in_fan_out"] = family_of(loaded.gpt.config) == "gpt2"  # its Conv1D is (in, out)
+    values["task_type"] = "SEQ_CLS" if saved else "CAUSAL_LM"
+    values["base_model_name_or_path"] = (loaded.meta["base"] or {}).get("name")
+    values["inference_mode"] = True
+    return values
+
+
+def _suffix(module: str) -> str:
+    """What tells a module from others: `attn.c_proj`, since GPT-2's MLP has a c_proj too."""
+    return ".".join(module.split(".")[-2:])

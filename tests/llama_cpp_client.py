@@ -1,0 +1,52 @@
+"""Run by a Python that has llama-cpp-python: what llama.cpp makes of a GGUF file, as JSON.
+
+stdin: {"model", "prompts": [[id]], "n_new", "rows": [[id]], "texts": [str], "messages", "logits"}
+stdout: {"greedy": [[id]], "ids": [[id]], "chat": {...}}; logits of the rows go to the .npy named.
+"""
+
+import json
+import sys
+
+import numpy as np
+from llama_cpp import Llama
+
+asked = json.load(sys.stdin)
+IN_FLOAT32 = 0  # keys and values, which llama.cpp would otherwise keep in float16
+llama = Llama(
+    asked["model"],
+    n_ctx=512,
+    n_threads=1,
+    type_k=IN_FLOAT32,
+    type_v=IN_FLOAT32,
+    logits_all=True,
+    verbose=False,
+)
+greedy = []
+for prompt in asked["prompts"]:
+    llama.reset()
+    new: list[int] = []
+    for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        new.append(int(token))
+        if len(new) == asked["n_new"]:
+            break
+    greedy.append(new)
+rows = []
+for row in asked["rows"]:
+    llama.reset()
+    llama.eval(row)
+    rows.append(np.array(llama.scores[: len(row)], dtype=np.float32))
+np.save(asked["logits"], np.concatenate(rows))
+ids = [llama.tokenize(t.encode(), add_bos=False, special=False) for t in asked["texts"]]
+chat = None
+if asked.get("messages"):
+    llama.reset()
+    answer = llama.create_chat_completion(
+        asked["messages"], temperature=0.0, repeat_penalty=1.0, max_tokens=200
+    )
+    choice = answer["choices"][0]
+    chat = {
+        "text": choice["message"]["content"],
+        "finish": choice["finish_reason"],
+        "n_prompt": answer["usage"]["prompt_tokens"],
+    }
+json.dump({"greedy": greedy, "ids": ids, "chat": chat}, sys.stdout)

@@ -1,0 +1,270 @@
+"""`import` and `export` through the command line: what they make, keep, print and refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from datamodules.prompts import Message, encode_prompt
+from pipeline.checkpoint import verify_checkpoint
+from pipeline.inference import label_probabilities
+from pipeline.models import load
+from pipeline.weights.huggingface_out import huggingface_writers
+from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
+from tests.exporting import write as write_all
+from tests.journey import Journey, outcome_of, said
+
+IDS = torch.arange(24).reshape(2, 12)
+SMS = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def export(ckpt: Path, *words: str) -> Path:
+    """Runs the command; the path that it prints."""
+    code, out, err = said("export", f"--ckpt={ckpt}", *words)
+    assert code == 0, err
+    return Path(out.strip())
+
+
+def check_files(path: Path) -> None:
+    """export.json has the digest of every file beside it."""
+    stated = json.loads((path / "export.json").read_text())["files"]
+    assert set(stated) == {file.name for file in path.iterdir()} - {"export.json"}
+    for name, facts in stated.items():
+        content = (path / name).read_bytes()
+        expected = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert facts == expected
+
+
+@torch.inference_mode()
+def test_instructions_to_huggingface_and_back(tiny: Journey, tmp_path: Path) -> None:
+    """Adapters are merged; the prompt template goes along, and comes back with an import."""
+    ckpt = tiny.best("instruct")
+    path = export(ckpt, "--format=huggingface", f"--output={tmp_path / 'my model'}")
+    assert path == tmp_path / "my model"
+    check_files(path)
+    ours, theirs = load(ckpt), AutoModelForCausalLM.from_pretrained(path)
+    assert (theirs(IDS).logits - ours.gpt.head(ours.gpt(IDS))).abs().max() < 1e-4
+    messages = [Message(role="user", content="Name a colour.")]
+    rendered = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+    prompt = encode_prompt(ours.tokenizer, ours.meta["prompt_style"], messages)
+    assert rendered["input_ids"] == prompt
+
+    code, out, err = said("import", f"--source={path}")
+    assert code == 0, err
+    assert "parameters in float32, each tensor used once" in err
+    imported = Path(out.strip())
+    verify_checkpoint(imported)
+    again = load(imported)
+    assert again.meta["prompt_style"] == "template"
+    assert encode_prompt(again.tokenizer, "template", messages) == prompt
+    assert again.gpt.config == ours.gpt.config
+    for name, tensor in ours.gpt.tensors().items():
+        assert torch.equal(again.gpt.tensors()[name], tensor)
+    outcome = outcome_of(tmp_path / "mlruns" / "import")
+    assert outcome["outputs"] == {"best": str(imported)}
+    assert outcome["metrics"]["n_parameters"] == ours.gpt.n_parameters()
+
+    assert said("import", f"--source={path}")[1:] == (f"{imported}\n", _already(imported))
+    code, _, err = said("import", f"--source={imported}")
+    assert code == 2
+    assert "is a checkpoint of ours already" in err
+
+
+def _already(checkpoint: Path) -> str:
+    return f"already finished: {checkpoint.parents[1]}\n"
+
+
+def test_a_classifier(tiny: Journey) -> None:
+    ckpt = tiny.best("spam")
+    path = export(ckpt, "--format=huggingface")
+    check_files(path)
+    assert path.parts[-3] == "export"
+    theirs, reads = (
+        kind.from_pretrained(path) for kind in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    batch = reads(SMS, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = theirs(**batch).logits.softmax(-1)
+    wanted = torch.tensor(label_probabilities(load(ckpt), SMS))
+    assert (found - wanted).abs().max() < 1e-5
+    assert theirs.config.id2label == {0: "ham", 1: "spam"}
+
+
+def test_an_adapter(tiny: Journey, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    ckpt = tiny.best("spam")
+    base = export(tiny.best("pretrain"), "--format=huggingface", f"--output={tmp_path / 'base'}")
+    path = export(ckpt, "--format=peft", f"--output={tmp_path / 'adapter'}")
+    check_files(path)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    theirs, ours = PeftModel.from_pretrained(plain, path).eval(), load(ckpt).model
+    with torch.inference_mode():
+        assert (theirs(IDS).logits - ours(IDS)).abs().max() < 1e-4
+    card = (path / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card
+    assert "num_labels=2" in card
+
+
+def test_gguf(tiny: Journey, tmp_path: Path) -> None:
+    path = export(tiny.best("instruct"), "--format=gguf", "--dtype=q8_0")
+    check_files(path)
+    assert {file.name for file in path.iterdir()} == {
+        "model.gguf",
+        "Modelfile",
+        "README.md",
+        "export.json",
+    }
+    assert load(path / "model.gguf").gpt.config == load(tiny.best("instruct")).gpt.config
+
+
+def test_a_card_says_what_it_was_made_from(tiny: Journey, tmp_path: Path) -> None:
+    path = export(tiny.best("spam"), "--format=huggingface", f"--output={tmp_path / 'spam-model'}")
+    card = (path / "README.md").read_text()
+    outcome = tiny.outcomes["spam"]
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification")
+    assert "# spam-model\n" in card
+    assert "Labels: ham, spam" in card
+    for stage in ("spam", "pretrain"):
+        assert "/".join(tiny.best(stage).parts[-4:]) in card
+    assert "bundled:sms" in card
+    assert "| train/spam |" in card
+    for name, value in outcome["metrics"].items():
+        assert f"| {name} | {value:.4g} |" in card
+    assert str(tiny.folder) not in (path / "export.json").read_text(), "no path of this machine"
+    steps = json.loads((path / "export.json").read_text())["lineage"]
+    assert [step["kind"] for step in steps] == ["classifier", "language_model"]
+
+
+def test_a_license_goes_along(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    source = loaded(tiny_gpt("gpt2", vocab_size=N_ROWS), vocabulary())
+    path = write_all(huggingface_writers(source, torch.float32), tmp_path / "published")
+    (path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
+    code, out, err = said("import", f"--source={path}", f"--output={tmp_path / 'imported'}")
+    assert code == 0, err
+    assert out == f"{tmp_path / 'imported'}\n"
+    exported = export(tmp_path / "imported", "--format=gguf")
+    assert "license: mit" in (exported / "README.md").read_text()
+    steps = json.loads((exported / "export.json").read_text())["lineage"]
+    assert [step["name"] for step in steps] == ["imported", "published"]
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "dtype": (("--format=gguf", "--dtype=bfloat16"), "dtype is bfloat16; for gguf give f32 or"),
+    "peft": (("--format=peft",), "holds no adapter; export it with --format huggingface"),
+    "output": (("--format=huggingface", "--output=mine"), "output mine exists and was not written"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals(
+    tiny: Journey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    code, out, err = said("export", f"--ckpt={tiny.best('pretrain')}", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def test_an_export_is_replaced_whole(tiny: Journey, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export(tiny.best("instruct"), "--format=gguf", f"--output={output}")
+    export(tiny.best("instruct"), "--format=huggingface", f"--output={output}")
+    check_files(output)
+    assert not (output / "model.gguf").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlruns", "out"]
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.weights.huggingface_out as out
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(out, "save_file", full)
+    words = ("--format=huggingface", f"--output={tmp_path / 'out'}")
+    code, _, err = said("export", f"--ckpt={tiny.best('pretrain')}", *words)
+    assert code == 2
+    assert "No space left" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mlruns"]
+    monkeypatch.undo()
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    check_files(export(tiny.best("pretrain"), *words))
+
+
+KILLED = """
+import os, signal, sys
+import pipeline.checkpoint as files
+from pipeline.__main__ import main
+facts = files._facts
+def killed(path):
+    if path.name == "config.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return facts(path)
+files._facts = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_in_the_middle_it_is_absent(tiny: Journey, tmp_path: Path) -> None:
+    words = ["--format=huggingface", f"--output={tmp_path / 'out'}"]
+    command = [sys.executable, "-c", KILLED, "export", f"--ckpt={tiny.best('pretrain')}", *words]
+    ended = subprocess.run(command, env={**os.environ}, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out-*")), "it was on its way"
+    check_files(export(tiny.best("pretrain"), *words))
+    assert not list(tmp_path.glob(".out-*"))
+
+
+def test_in_a_chain(tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]) -> None:
+    """Import, then export what was imported; the second time there is nothing to do."""
+    published = export(
+        tiny.best("pretrain"), "--format=huggingface", f"--output={tmp_path / 'published'}"
+    )
+    chain = write(
+        "chain.yaml",
+        f"""experiment: passing-on
+stages:
+  - name: base
+    command: import
+    set: {{source: {published}}}
+  - name: out
+    command: export
+    set: {{format: gguf}}
+    inputs: {{ckpt: base}}
+""",
+    )
+    for _ in range(2):
+        code, _, err = said("run", f"--config={chain}")
+        assert code == 0, err
+    (exported,) = tmp_path.glob("mlruns/passing-on/*/exported/model.gguf")
+    assert load(exported).gpt.config == load(tiny.best("pretrain")).gpt.config

@@ -1,0 +1,152 @@
+"""Exported tokenizers and chat templates: the same ids in transformers as here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from datamodules.prompts import ROLES, STYLES, Message, encode_prompt
+from datamodules.tokenizer import ENDOFTEXT, Tokenizer
+from pipeline.weights.huggingface_in import open_huggingface
+from pipeline.weights.huggingface_out import huggingface_writers, tokenizer_json
+from pipeline.weights.templates import default_system, go, jinja, known_style
+from pipeline.weights.vocabulary import PRE_TOKENIZERS
+from tests.exporting import N_ROWS, MakeGPT, loaded, strings, vocabulary, write
+
+N_STRINGS = 3000
+TEXTS = strings(N_STRINGS)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role']"
+    " + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def export(tiny_gpt: MakeGPT, tokenizer: Tokenizer, folder: Path, **meta: Any) -> Any:
+    model = tiny_gpt("llama", vocab_size=max(N_ROWS, tokenizer.n_vocab))
+    write(huggingface_writers(loaded(model, tokenizer, **meta), torch.float32), folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("bos", [None, ENDOFTEXT])
+def test_same_ids(tiny_gpt: MakeGPT, tmp_path: Path, pre: str, bos: str | None) -> None:
+    tokenizer = vocabulary(pre, bos=bos)
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out")
+    ours = [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in TEXTS]
+    assert theirs(TEXTS).input_ids == ours
+    assert sum(map(len, ours)) < 0.85 * sum(len(text.encode()) for text in TEXTS), "merges at work"
+    assert theirs.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+    again = open_huggingface(tmp_path / "out").tokenizer.vocabulary
+    assert again == replace(tokenizer.vocabulary, name=again.name)
+
+
+def test_every_pre_tokenizer_splits_otherwise() -> None:
+    """What the test above stands on: the texts tell the four apart."""
+    tokenizers = {pre: vocabulary(pre) for pre in PRE_TOKENIZERS}
+    ids = {pre: [t.encode(text) for text in TEXTS] for pre, t in tokenizers.items()}
+    assert all(ids[a] != ids[b] for a in ids for b in ids if a < b)
+
+
+def test_special_tokens_anywhere(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    """First, as SmolLM2's are, with ids between that no text has."""
+    trained = vocabulary().vocabulary
+    tokens = [b""] * 12 + trained.tokens
+    specials = {name: i for i, name in enumerate(trained.special_tokens)}
+    tokenizer = Tokenizer.of(replace(trained, tokens=tokens, special_tokens=specials))
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out")
+    assert theirs(TEXTS[:500]).input_ids == [tokenizer.encode(text) for text in TEXTS[:500]]
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == specials["<|im_end|>"]
+
+
+def test_gpt2_by_name(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiktoken writes GPT-2's pattern in its own way; the ids of `tokenizers` are the same."""
+    from tokenizers import Tokenizer as Theirs
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real_data / "tiktoken_cache"))
+    gpt2 = Tokenizer.load("gpt2")
+    content = tokenizer_json(gpt2.vocabulary)
+    assert content["model"]["merges"][:2] == [("Ġ", "t"), ("Ġ", "a")]
+    assert len(content["model"]["merges"]) == 50_000
+    theirs = Theirs.from_str(json.dumps(content))
+    found = theirs.encode_batch(TEXTS, add_special_tokens=False)
+    assert [encoded.ids for encoded in found] == [gpt2.encode(text) for text in TEXTS]
+
+
+def test_a_pattern_of_its_own_is_refused() -> None:
+    odd = replace(vocabulary().vocabulary, name="odd", pattern=r"\S+|\s+")
+    with pytest.raises(ValueError, match="tokenizer odd splits text as none of gpt-2, smollm"):
+        tokenizer_json(odd)
+
+
+def test_a_token_that_no_merge_makes_is_refused() -> None:
+    known = vocabulary().vocabulary
+    odd = replace(known, name="odd", tokens=[*known.tokens, b"zqx"])
+    with pytest.raises(ValueError, match="token b'zqx' that no merge makes"):
+        tokenizer_json(odd)
+
+
+def chat(*contents: str, system: str | None = None) -> list[Message]:
+    messages = [Message(role="system", content=system)] if system is not None else []
+    return messages + [
+        Message(role=ROLES[1 + i % 2], content=content) for i, content in enumerate(contents)
+    ]
+
+
+CHATS = [
+    chat("What is 2 + 2?"),
+    chat("Fix it.\n\n### Input:\nHe go.", system="Be brief."),
+    chat("Hi", "Hello there.", "And now?"),
+    *(chat(text) for text in TEXTS[:60]),
+    *(chat(text, system=other) for text, other in zip(TEXTS[:20], TEXTS[20:40], strict=True)),
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("pre", ["qwen2", "smollm"])
+@pytest.mark.parametrize("specials", ["all", "one"])
+def test_prompts(tiny_gpt: MakeGPT, tmp_path: Path, style: str, pre: str, specials: str) -> None:
+    """Also where the tokenizer has no such markers, and they are ordinary text."""
+    tokenizer = vocabulary(pre, bos=ENDOFTEXT if specials == "one" else None)
+    if specials == "one":
+        only = {ENDOFTEXT: tokenizer.eos_id}
+        tokenizer = Tokenizer.of(replace(tokenizer.vocabulary, special_tokens=only))
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out", prompt_style=style)
+    for messages in CHATS:
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert found == encode_prompt(tokenizer, style, messages), messages
+
+
+def test_a_template_of_its_own_is_kept(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.of(replace(vocabulary().vocabulary, chat_template=SMOLLM2))
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out", prompt_style="template")
+    assert theirs.chat_template == SMOLLM2
+    for messages in CHATS:
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert found == encode_prompt(tokenizer, "template", messages), messages
+
+
+def test_ollamas_templates() -> None:
+    tokenizer = vocabulary()
+    assert go(tokenizer, "chatml") == (
+        "{{ range $i, $message := .Messages }}{{ if $i }}\n{{ end }}"
+        '{{ if eq $message.Role "system" }}<|im_start|>system\n{{ $message.Content }}<|im_end|>'
+        '{{ else if eq $message.Role "user" }}<|im_start|>user\n{{ $message.Content }}<|im_end|>'
+        '{{ else if eq $message.Role "assistant" }}<|im_start|>assistant\n{{ $message.Content }}'
+        "<|im_end|>{{ end }}{{ end }}\n<|im_start|>assistant\n"
+    )
+    own = Tokenizer.of(replace(tokenizer.vocabulary, chat_template=SMOLLM2))
+    assert known_style(own) == "chatml"
+    assert default_system(own) == "Be kind."
+    assert go(own, "template") == go(tokenizer, "chatml")
+    odd = jinja(tokenizer, "chatml").replace("im_start", "start")
+    other = Tokenizer.of(replace(tokenizer.vocabulary, chat_template=odd))
+    assert go(other, "template") is None

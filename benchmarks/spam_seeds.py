@@ -1,0 +1,69 @@
+"""Spam accuracy over seeds: split and training drawn anew, hyperparameters as the chain has them.
+
+    python benchmarks/spam_seeds.py 5
+
+Runs the spam stages of configs/run/smollm2.yaml once a seed (what is done already is reused) and
+prints every seed, the mean, and its 95 % interval by Student's t.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+CHAIN = ROOT / "configs" / "run" / "smollm2.yaml"
+MEASURES = ("test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfidf")
+
+
+def spam_chain(folder: Path) -> Path:
+    """The chain without its instruction stages."""
+    chain = yaml.safe_load(CHAIN.read_text())
+    stages = [stage for stage in chain["stages"] if stage["name"].startswith("spam")]
+    for stage in stages:
+        stage["config"] = str(ROOT / "configs" / Path(stage["config"]).name)
+    path = folder / "smollm2-spam.yaml"
+    path.write_text(yaml.safe_dump({"experiment": chain["experiment"], "stages": stages}))
+    return path
+
+
+def overrides(chain: Path, seed: int) -> Iterator[str]:
+    """Options that draw the split, the order and the adapters' initial values anew."""
+    for stage in yaml.safe_load(chain.read_text())["stages"]:
+        for key in ("data.split_seed", "data.seed", "seed_everything"):
+            yield f"--set={stage['name']}.{key}={seed}"
+
+
+def scores(chain: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Metrics of each test stage, by its name."""
+    words = ["run", "-c", str(chain), *overrides(chain, seed)]
+    subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, cwd=ROOT)
+    journals = sorted((ROOT / "mlruns" / "smollm2").glob("smollm2-spam-*/outcome.json"))
+    newest = json.loads(max(journals, key=lambda path: path.stat().st_mtime).read_text())
+    runs = {name: Path(path) for name, path in newest["outputs"].items() if "test" in name}
+    return {n: json.loads((p / "outcome.json").read_text())["metrics"] for n, p in runs.items()}
+
+
+def main(n_seeds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        chain = spam_chain(Path(folder))
+        by_seed = {seed: scores(chain, seed) for seed in range(1, n_seeds + 1)}
+    for stage in by_seed[1]:
+        for measure in MEASURES:
+            values = [100 * by_seed[seed][stage][measure] for seed in by_seed]
+            mean = sum(values) / len(values)
+            half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+            each = " ".join(f"{value:.2f}" for value in values)
+            interval = f"[{mean - half:.2f}, {mean + half:.2f}]"
+            print(f"{stage:14} {measure:28} {mean:6.2f} {interval}  {each}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

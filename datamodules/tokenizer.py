@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 import tiktoken
 
 from datamodules.files import replacing
@@ -154,8 +155,16 @@ class Tokenizer:
         Vocabularies made here spell every byte.
         """
         ids = [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
-        spells_all = self.encoding.n_vocab == self.n_vocab
-        return ids if spells_all else [i for i in ids if i < self.n_vocab]
+        spells_all = max(ids, default=0) < self.n_vocab
+        return ids if spells_all else self._encode_spelled(text)
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """As `tokenizers`: what stood around a byte left out may be merged, within its piece."""
+        missing = b"".join(self.vocabulary.missing_bytes)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        pieces = regex.findall(self.vocabulary.pattern, text)
+        spelled = (piece.encode().translate(None, missing) for piece in pieces)
+        return [i for piece in spelled if piece for i in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD.

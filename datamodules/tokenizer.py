@@ -8,6 +8,7 @@ as the characters that it is.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import regex
 import tiktoken
 
 from datamodules.files import replacing
@@ -162,8 +162,8 @@ class Tokenizer:
         """As `tokenizers`: what stood around a byte left out may be merged, within its piece."""
         missing = b"".join(self.vocabulary.missing_bytes)
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
-        pieces = regex.findall(self.vocabulary.pattern, text)
-        spelled = (piece.encode().translate(None, missing) for piece in pieces)
+        pieces = _splitter(self.vocabulary.pattern).pre_tokenize_str(text)
+        spelled = (piece.encode().translate(None, missing) for piece, _ in pieces)
         return [i for piece in spelled if piece for i in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -290,6 +290,13 @@ def _spelling() -> dict[str, int]:
 
 _BYTE_OF = _spelling()
 _CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+@functools.cache
+def _splitter(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
 def _cut_blanks(text: str) -> Iterator[str]:

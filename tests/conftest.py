@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from datamodules.files import cache_dir
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal bits, and tiny models are faster so
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # tiny models: threads that wait for one another cost fifty times the work on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+USERS_CACHE = cache_dir()  # before the tests get one of their own
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
 
 
@@ -42,6 +45,19 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("GPT_PIPELINE_DATA is not set: it names the folder that holds the real data")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in the user's own cache, where any use of its name puts it."""
+    from pipeline.weights.fetch import packaged_path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_PIPELINE_CACHE", str(USERS_CACHE))
+        path = packaged_path("smollm2-135m-instruct")
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; `generate --ckpt smollm2-135m-instruct` fetches it")
+    return path
 
 
 @pytest.fixture(autouse=True)

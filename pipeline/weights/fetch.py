@@ -67,8 +67,13 @@ def locate(source: str | Path) -> Path:
     return _from_hub(named["repository"], named["revision"])
 
 
+def packaged_path(name: str) -> Path:
+    """Where a name of `PACKAGED` is kept once it was fetched."""
+    return cache_dir() / "weights" / name / Path(PACKAGED[name].member).name
+
+
 def _packaged(name: str, item: Packaged) -> Path:
-    path = cache_dir() / "weights" / name / Path(item.member).name
+    path = packaged_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / "fetch.lock"):
         if not path.is_file() or file_digests([path])[str(path)] != item.sha256:

@@ -93,6 +93,12 @@ def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
 def _check_sizes(foreign: Foreign) -> None:
     if foreign.config.block_size > _MAX_CONTEXT:
         raise ValueError(f"its context of {foreign.config.block_size} tokens cannot be meant.")
+    longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
+    for key in ("vocab_size", "n_embd", "mlp_hidden"):
+        if getattr(foreign.config, key) > longest:
+            raise ValueError(
+                f"its {key} is {getattr(foreign.config, key)}, more than any of its tensors has."
+            )
     n_vocab, n_rows = foreign.tokenizer.n_vocab, foreign.config.vocab_size
     if n_rows is None or n_vocab > n_rows:
         raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -144,3 +147,115 @@ def random_model(family: str, vocab_size: int, **changes: Any) -> Any:
     for name, tensor in model.named_parameters():
         tensor.data.normal_(float("norm" in name or "ln_" in name), 0.15, generator=generator)
     return model.eval()
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    bpe: Tokenizer,
+    *,
+    pre: str = "smollm",
+    kind: str = "F32",
+    change: Any = None,
+    chat_template: str | None = CHATML,
+) -> Any:
+    """A model as llama.cpp's convert_hf_to_gguf writes it; transformers' with the same numbers.
+
+    Args:
+        path: of the file.
+        model: of transformers.
+        bpe: its tokenizer.
+        pre: llama.cpp's name of the pre-tokenizer.
+        kind: how matrices are stored.
+        change: called with the writer before the file is written.
+        chat_template: Jinja source, if any.
+    """
+    config, is_llama = model.config, model.config.model_type == "llama"
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(4 * config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if is_llama:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    _add_tokenizer(writer, bpe, pre, chat_template)
+    if change:
+        change(writer)
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values, back = _as_llama_cpp(name, tensor.float().numpy(), config)
+        how = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
+        is_k_quant = how.name.endswith("_K")
+        raw = _random_blocks(values.shape, how) if is_k_quant else gguf.quantize(values, how)
+        writer.add_tensor(_gguf_name(name), raw, raw_dtype=how)
+        stored[name] = torch.from_numpy(back(gguf.dequantize(raw, how)).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.load_state_dict(stored, strict=False)
+    return model
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, bpe: Tokenizer, pre: str, template: str | None) -> None:
+    special = {token.content for token in bpe.get_added_tokens_decoder().values()}
+    names = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(names)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if name in special else gguf.TokenType.NORMAL for name in names]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(names.index(EOS))
+    writer.add_bos_token_id(names.index(START))
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(template)
+
+
+def _as_llama_cpp(name: str, values: Any, config: Any) -> tuple[Any, Any]:
+    """A tensor as it lies in the file, and how it is laid back."""
+    heads = {"q_proj": config.num_attention_heads}
+    heads["k_proj"] = getattr(config, "num_key_value_heads", 0)
+    part = name.split(".")[-2]
+    if part in heads:
+        halves, pairs = (heads[part], 2, -1), (heads[part], -1, 2)
+        rows, width = values.shape
+
+        def swap(matrix: Any, halves: tuple[int, int, int]) -> Any:
+            return matrix.reshape(*halves, width).swapaxes(1, 2).reshape(rows, width)
+
+        return swap(values, halves), lambda matrix: swap(matrix, pairs)
+    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return values.T.copy(), lambda matrix: matrix.T
+    return values, lambda matrix: matrix
+
+
+def _gguf_name(name: str) -> str:
+    kind = {"model.": gguf.MODEL_ARCH.LLAMA}.get(name[:6], gguf.MODEL_ARCH.GPT2)
+    found = gguf.get_tensor_name_map(kind, 8).get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found, name
+    return found
+
+
+def _random_blocks(shape: tuple[int, ...], how: gguf.GGMLQuantizationType) -> Any:
+    """Blocks of K-quants, which gguf cannot make of numbers: any bits, with scales of any size."""
+    n_values, n_bytes = gguf.GGML_QUANT_SIZES[how]
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(256, size=(*shape[:-1], shape[-1] // n_values, n_bytes), dtype=np.uint8)
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    for place in places[how.name]:
+        scales = rng.uniform(1e-4, 1e-3, blocks.shape[:-1]).astype(np.float16)
+        blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(*shape[:-1], -1)

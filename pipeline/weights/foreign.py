@@ -25,7 +25,7 @@ class Foreign:
         config: of the model.
         tokenizer: its own.
         shapes: of the tensors that it has, by name.
-        read: rows of a tensor, by its name, read from the file when they are asked for.
+        read: rows of a matrix, or a whole vector, read from the file when they are asked for.
         form: of the file.
         skipped: tensors that carry nothing (masks that old files kept).
     """
@@ -79,7 +79,7 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
 
 def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
     n_rows, *row = foreign.shapes[entry.theirs]
-    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows else n_rows
+    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows and row else n_rows
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
         for name, part in entry.split(foreign.read(entry.theirs, rows)).items():

@@ -69,12 +69,13 @@ class StoredTensor:
         return math.prod(self.shape[:-1])
 
     def read(self, path: Path, rows: slice) -> Tensor:
-        """Rows of the tensor in float32, dequantised.
+        """Rows of a matrix, or a whole vector, in float32, dequantised.
 
         Raises:
             ValueError: where numbers of that kind cannot be dequantised.
         """
-        stored = np.memmap(path, mode="r", offset=self.offset, shape=(self.n_rows, self.row_bytes))
+        place = {"offset": self.offset, "shape": (self.n_rows, self.row_bytes)}
+        stored = np.memmap(path, mode="c", **place)  # torch warns of what cannot be written
         try:
             values = dequantize(stored[rows], self.kind)
         except NotImplementedError as error:

@@ -106,7 +106,8 @@ def _rope_scaling(
     if factors is not None:
         frequencies = rope_theta ** -(torch.arange(0, head_size, 2) / head_size)
         for scaling in _LLAMA3_SCALINGS:
-            if torch.allclose(frequencies / stretched(frequencies, scaling), factors, rtol=1e-3):
+            expected = frequencies / stretched(frequencies, scaling)
+            if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
                 return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
     kind = metadata.of_model("rope.scaling.type", "none")
@@ -130,6 +131,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
     names: list[str] = metadata["tokenizer.ggml.tokens"]
     kinds: list[int] = metadata["tokenizer.ggml.token_type"]
+    if len(names) != len(kinds):
+        raise ValueError(f"it has {len(names)} tokens, but kinds of {len(kinds)}.")
     odd = [name for name, kind in zip(names, kinds, strict=True) if kind not in _KINDS]
     if odd:
         raise ValueError(f"its token {odd[0]!r} is of a kind that is not supported.")

@@ -52,7 +52,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        said = " ".join(str(error).split())  # names in a file may hold anything
+        raise ValueError(f"{path} cannot be used: {said}") from error
     except KeyError as error:
         raise ValueError(f"{path} cannot be used: it lacks {error}.") from error
     except (LookupError, ArithmeticError, TypeError, AttributeError) as error:

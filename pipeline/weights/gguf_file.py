@@ -74,8 +74,9 @@ class StoredTensor:
         Raises:
             ValueError: where numbers of that kind cannot be dequantised.
         """
-        place = {"offset": self.offset, "shape": (self.n_rows, self.row_bytes)}
-        stored = np.memmap(path, mode="c", **place)  # torch warns of what cannot be written
+        shape = (self.n_rows, self.row_bytes)
+        # torch warns of arrays that cannot be written; nothing is
+        stored = np.memmap(path, mode="c", offset=self.offset, shape=shape)
         try:
             values = dequantize(stored[rows], self.kind)
         except NotImplementedError as error:

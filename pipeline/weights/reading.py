@@ -60,7 +60,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be used: its metadata is damaged ({error}).") from error
 
 
-def tokenizer_of(source: str) -> str:
+def tokenizer_of(source: str | Path) -> str:
     """Where `Tokenizer.load` finds the tokenizer of a checkpoint or of weights of others.
 
     Args:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
-from jinja2 import Template, TemplateError
-from jinja2.exceptions import SecurityError
+from jinja2 import Template, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from datamodules.tokenizer import Tokenizer
+
+_MAX_ROUNDS = 100_000  # of all loops together, for a conversation
 
 
 class Message(TypedDict):
@@ -55,13 +57,17 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
     """
     vocabulary = tokenizer.vocabulary
     try:
-        text: str = _compiled(vocabulary.chat_template or "").render(
+        template = _compiled(vocabulary.chat_template or "")
+        template.environment.rounds_left = _MAX_ROUNDS  # type: ignore[attr-defined]
+        text: str = template.render(
             messages=list(messages),
             add_generation_prompt=opening,
             bos_token=vocabulary.bos or "",
             eos_token=vocabulary.eos,
+            tools=None,
+            documents=None,
         )
-    except (TemplateError, SecurityError, TypeError) as error:
+    except Exception as error:  # strangers' code may raise anything
         raise ValueError(
             f"the chat template of {tokenizer.name} refuses the conversation: {error}"
         ) from error
@@ -103,15 +109,42 @@ def _joined(between: Sequence[str], contents: Sequence[str]) -> str:
 
 @functools.cache
 def _compiled(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    return environment.from_string(source)
+    return _Sandbox().from_string(source)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """What transformers gives a template; and its loops end."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self.filters |= {"tojson": _to_json, "counted": self._counted}
+        self.rounds_left = 0
+
+    def _parse(self, *args: Any) -> nodes.Template:
+        tree = super()._parse(*args)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.rounds_left -= 1
+            if self.rounds_left < 0:
+                raise TemplateError(f"it loops more than {_MAX_ROUNDS} times.")
+            yield item
 
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _now(form: str) -> Any:
+def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As it is; Jinja's own escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -8,6 +8,7 @@ as the characters that it is.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -154,8 +155,16 @@ class Tokenizer:
         Vocabularies made here spell every byte.
         """
         ids = [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
-        spells_all = self.encoding.n_vocab == self.n_vocab
-        return ids if spells_all else [i for i in ids if i < self.n_vocab]
+        spells_all = max(ids, default=0) < self.n_vocab
+        return ids if spells_all else self._encode_spelled(text)
+
+    def _encode_spelled(self, text: str) -> list[int]:
+        """As `tokenizers`: what stood around a byte left out may be merged, within its piece."""
+        missing = b"".join(self.vocabulary.missing_bytes)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        pieces = _splitter(self.vocabulary.pattern).pre_tokenize_str(text)
+        spelled = (piece.encode().translate(None, missing) for piece, _ in pieces)
+        return [i for piece in spelled if piece for i in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD.
@@ -281,6 +290,13 @@ def _spelling() -> dict[str, int]:
 
 _BYTE_OF = _spelling()
 _CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+@functools.cache
+def _splitter(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
 def _cut_blanks(text: str) -> Iterator[str]:

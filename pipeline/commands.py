@@ -73,7 +73,8 @@ def generate(
     """Continue a text; the continuation alone goes to stdout, as it is made.
 
     Args:
-        ckpt: checkpoint directory.
+        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
+            file, smollm2-135m-instruct.
         prompt: the text, as it stands; - reads it from stdin.
         max_new_tokens: at most.
         temperature: 0 takes the likeliest token.
@@ -87,7 +88,7 @@ def generate(
     from pipeline.inference import print_continuation
 
     print_continuation(
-        Path(ckpt),
+        ckpt,
         sys.stdin.read() if prompt == "-" else prompt,
         is_message=chat,
         max_new_tokens=max_new_tokens,
@@ -112,7 +113,8 @@ def chat(
     """Talk with an instruction-tuned checkpoint; an empty line or Ctrl-D ends it.
 
     Args:
-        ckpt: checkpoint directory.
+        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
+            file, smollm2-135m-instruct.
         system: what the model is told before the conversation.
         max_new_tokens: of each answer, at most.
         temperature: 0 takes the likeliest token.
@@ -124,7 +126,7 @@ def chat(
     from pipeline.inference import converse
 
     converse(
-        Path(ckpt),
+        ckpt,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -166,9 +168,9 @@ def classify(
     from pipeline.inference import classify_table, print_label
 
     if file is not None and output is not None:
-        classify_table(Path(ckpt), Path(file), column, Path(output), threshold, batch_size)
+        classify_table(ckpt, Path(file), column, Path(output), threshold, batch_size)
     else:
-        print_label(Path(ckpt), sys.stdin.read() if text == "-" else str(text), threshold)
+        print_label(ckpt, sys.stdin.read() if text == "-" else str(text), threshold)
 
 
 def score(
@@ -185,8 +187,8 @@ def score(
     """Score a checkpoint's responses to held-out instructions, or the responses of any model.
 
     Args:
-        ckpt: checkpoint directory of the tuned model.
-        before: checkpoint to compare with; by default the one that ckpt was tuned from.
+        ckpt: checkpoint directory of the tuned model, or published weights (with --data).
+        before: what to compare with, likewise; by default what ckpt was tuned from.
         responses: a responses.jsonl to score instead of a checkpoint's.
         data: arguments of InstructionDataModule; by default those that ckpt was tuned with.
         split: of the data, that is answered.
@@ -204,8 +206,8 @@ def score(
     from pipeline.score_stage import score_stage
 
     score_stage(
-        ckpt=Path(ckpt) if ckpt else None,
-        before=Path(before) if before else None,
+        ckpt=ckpt,
+        before=before,
         responses=Path(responses) if responses else None,
         data=data,
         split=split,

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 INIT_STD = 0.02  # GPT-2
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
@@ -300,6 +301,18 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out initial values; drawing them for meta tensors loads torch._dynamo (3 s, 60 MB)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 class GPT(nn.Module):
     """Token ids to hidden states; `head` turns those into logits.
 
@@ -331,6 +344,12 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     @classmethod
+    def skeleton(cls, config: GPTConfig) -> GPT:
+        """A model whose parameters have shapes but no memory."""
+        with torch.device("meta"), _WithoutInit():
+            return cls(config)
+
+    @classmethod
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
         """A model around given weights, which are taken as they are, not copied.
 
@@ -341,8 +360,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: naming missing and unexpected tensors, or one of another shape.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.skeleton(config)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
@@ -354,7 +372,6 @@ class GPT(nn.Module):
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_embeddings:
             model.head.weight = model.token_embedding.weight
-        model.cos, model.sin = rotary_table(config)
         return model
 
     def tensors(self) -> dict[str, Tensor]:
@@ -450,12 +467,12 @@ class GPT(nn.Module):
 
 
 def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (block_size, D) float32 each."""
-    exponents = torch.arange(0, config.head_size, 2) / config.head_size
+    """Cosines and sines of every position, (block_size, D) float32 each, on the CPU in any case."""
+    exponents = torch.arange(0, config.head_size, 2, device="cpu") / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents  # (D / 2,)
     if config.rope_scaling is not None:
         frequencies = stretched(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(config.block_size), frequencies)
+    angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

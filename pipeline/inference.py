@@ -19,11 +19,11 @@ from pipeline.generate import Sampling, generate, stream
 from pipeline.models import Loaded, load
 
 
-def print_continuation(path: Path, prompt: str, *, is_message: bool, **sampling: Any) -> None:
+def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling: Any) -> None:
     """Writes the continuation of a prompt to stdout as it is made, and nothing else.
 
     Args:
-        path: of the checkpoint.
+        source: a checkpoint, or what `weights.fetch.locate` takes.
         prompt: the text, as it stands.
         is_message: wrap it in the checkpoint's template as what a user says.
         **sampling: fields of `Sampling`.
@@ -31,7 +31,7 @@ def print_continuation(path: Path, prompt: str, *, is_message: bool, **sampling:
     Raises:
         ValueError: for a checkpoint without the template, or a prompt that does not fit.
     """
-    loaded = load_language_model(path)
+    loaded = load_language_model(source)
     ids = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(prompt)
     if is_message:
         message = Message(role="user", content=prompt)
@@ -41,9 +41,9 @@ def print_continuation(path: Path, prompt: str, *, is_message: bool, **sampling:
     print()
 
 
-def converse(path: Path, *, system: str, **sampling: Any) -> None:
+def converse(source: str, *, system: str, **sampling: Any) -> None:
     """A conversation on stdin and stdout; an empty line or the end of stdin ends it."""
-    loaded = load_language_model(path)
+    loaded = load_language_model(source)
     style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
     messages = [Message(role="system", content=system)] if system else []
     while True:
@@ -61,15 +61,15 @@ def converse(path: Path, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="assistant", content=answer))
 
 
-def load_language_model(path: Path) -> Loaded:
+def load_language_model(source: str | Path) -> Loaded:
     """A checkpoint that continues text.
 
     Raises:
         ValueError: for a classifier.
     """
-    loaded = load(path)
+    loaded = load(source)
     if isinstance(loaded.model, GPTClassifier):
-        raise ValueError(f"{path} is a classifier and writes no text; use the command classify.")
+        raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
     return loaded
 
 
@@ -112,9 +112,9 @@ def _new_tokens(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Itera
             yield token
 
 
-def print_label(path: Path, text: str, threshold: float | None) -> None:
+def print_label(source: str, text: str, threshold: float | None) -> None:
     """Writes label and probabilities of a text to stdout, as JSON."""
-    loaded = load_classifier(path)
+    loaded = load_classifier(source)
     probabilities = label_probabilities(loaded, [text])[0]
     names = loaded.meta["label_names"]
     row = {
@@ -125,7 +125,7 @@ def print_label(path: Path, text: str, threshold: float | None) -> None:
 
 
 def classify_table(
-    path: Path, file: Path, column: str, output: Path, threshold: float | None, batch_size: int
+    source: str, file: Path, column: str, output: Path, threshold: float | None, batch_size: int
 ) -> None:
     """Copies a table with a label and a probability a class for the texts of a column.
 
@@ -142,7 +142,7 @@ def classify_table(
     for row, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{file}: row {row} has no text in {column!r}; complete or drop it.")
-    loaded = load_classifier(path)
+    loaded = load_classifier(source)
     names = loaded.meta["label_names"]
     probabilities = label_probabilities(loaded, texts, batch_size)
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
@@ -157,15 +157,15 @@ def classify_table(
     print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
 
 
-def load_classifier(path: Path) -> Loaded:
+def load_classifier(source: str) -> Loaded:
     """A checkpoint that labels texts.
 
     Raises:
         ValueError: for a language model.
     """
-    loaded = load(path)
+    loaded = load(source)
     if not isinstance(loaded.model, GPTClassifier):
-        raise ValueError(f"{path} is no classifier; tune one with configs/spam.yaml.")
+        raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
     return loaded
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
@@ -67,6 +68,8 @@ class LitClassifier(LitStep):
                     f"{loaded.meta['label_names']}; they must be the same, in the same order."
                 )
             model = loaded.model
+        elif loaded is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError(f"{self.init_from} is no classifier; tune one with fit first.")
         else:
             model = GPTClassifier(gpt, n_labels=len(names))
         self.metrics = make_metrics(len(names))

@@ -23,6 +23,8 @@ from pipeline.loss import next_token_losses
 from pipeline.models import Loaded
 from pipeline.run_directory import AlreadyFinished
 from pipeline.stage_run import digest, open_run
+from pipeline.weights.fetch import locate
+from pipeline.weights.reading import tokenizer_of
 
 BOOTSTRAP_SEED = 0
 FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
@@ -30,8 +32,8 @@ FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-be
 
 def score_stage(
     *,
-    ckpt: Path | None,
-    before: Path | None,
+    ckpt: str | None,
+    before: str | None,
     responses: Path | None,
     data: dict[str, Any] | None,
     split: str,
@@ -40,14 +42,13 @@ def score_stage(
     judge: JudgeConfig | None,
 ) -> None:
     """Scores in a run directory; see `pipeline.commands.score`."""
-    source = ckpt or responses
-    assert source is not None
     if judge is not None:
         judge.check()
-    content = path_digest(ckpt) if ckpt else sha256(source)
+    source = str(ckpt or responses)
+    content = path_digest(locate(ckpt)) if ckpt else sha256(Path(source))
     options = {
-        "source": str(source),
-        "before": before and str(before),
+        "source": source,
+        "before": before,
         "data": data,
         "split": split,
         "max_new_tokens": max_new_tokens,
@@ -56,8 +57,8 @@ def score_stage(
     try:
         with open_run("score", f"score-{digest([options, content])[:8]}", options) as run:
             if ckpt is None:
-                after, earlier, lineage = read_responses(source), None, {"responses": str(source)}
-                sources = {str(source): content}
+                after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
+                sources = {source: content}
             else:
                 after, earlier, lineage, sources = answer(
                     ckpt, before, data, split, max_new_tokens, batch_size
@@ -109,8 +110,8 @@ def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def answer(
-    ckpt: Path,
-    before: Path | None,
+    ckpt: str,
+    before: str | None,
     data: dict[str, Any] | None,
     split: str,
     max_new_tokens: int,
@@ -122,7 +123,7 @@ def answer(
     held_out.setup("test")
     after = respond(tuned, tuned, held_out, split, max_new_tokens, batch_size)
     parent = tuned.meta["parent"]
-    origin = before or (Path(parent["path"]) if parent else None)
+    origin = before or (parent["path"] if parent else None)
     earlier = None
     if origin is not None:
         untuned = load_language_model(origin)
@@ -130,7 +131,7 @@ def answer(
             raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
         earlier = respond(untuned, tuned, held_out, split, max_new_tokens, batch_size)
     lineage = {
-        "checkpoint": str(ckpt),
+        "checkpoint": ckpt,
         "before": str(origin),
         "data": held_out.fingerprint["digest"],
         "max_new_tokens": str(max_new_tokens),
@@ -144,7 +145,7 @@ def data_of(tuned: Loaded, data: dict[str, Any] | None) -> InstructionDataModule
     if not arguments:
         raise ValueError(f"{tuned.path} does not say what it was tuned on; give --data.")
     arguments = arguments.get("init_args", arguments)
-    known = {**arguments, "tokenizer": str(tuned.path), "supervise": "response"}
+    known = {**arguments, "tokenizer": tokenizer_of(tuned.path), "supervise": "response"}
     known["prompt_style"] = prompt_style(tuned)
     return InstructionDataModule(**known)
 

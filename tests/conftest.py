@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from datamodules.files import cache_dir
+
 # equal bits; and on a busy machine, threads that wait for one another cost fifty times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+USERS_CACHE = cache_dir()  # before the tests get one of their own
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
 
 
@@ -41,6 +44,19 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("GPT_PIPELINE_DATA is not set: it names the folder that holds the real data")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in the user's own cache, where any use of its name puts it."""
+    from pipeline.weights.fetch import packaged_path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_PIPELINE_CACHE", str(USERS_CACHE))
+        path = packaged_path("smollm2-135m-instruct")
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; `generate --ckpt smollm2-135m-instruct` fetches it")
+    return path
 
 
 @pytest.fixture(autouse=True)

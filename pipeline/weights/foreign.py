@@ -1,7 +1,8 @@
-"""Reading a model of others: every tensor used once, shapes checked, one at a time."""
+"""Reading a model of others: every tensor used once, shapes checked, a few rows at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.weights.names import Entry
+from pipeline.weights.names import Entry, Format, entries
+
+_CHUNK_VALUES = 1 << 18  # read at a time, where rows stay rows
+_MAX_CONTEXT = 1 << 20  # a table of rotations this long takes a GiB; no model is made for more
 
 
 @dataclass(frozen=True)
@@ -20,44 +24,89 @@ class Foreign:
     Attributes:
         config: of the model.
         tokenizer: its own.
-        entries: the tensors that it must have.
         shapes: of the tensors that it has, by name.
-        read: a tensor by name, read from the file when it is asked for.
+        read: rows of a matrix, or a whole vector, read from the file when they are asked for.
+        form: of the file.
         skipped: tensors that carry nothing (masks that old files kept).
         license: of the weights, where the file says.
     """
 
     config: GPTConfig
     tokenizer: Tokenizer
-    entries: list[Entry]
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
+    read: Callable[[str, slice], Tensor]
+    form: Format
     skipped: Iterable[str] = ()
     license: str | None = None
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors that it must have.
+
+        Raises:
+            ValueError: for more layers than it has tensors.
+        """
+        if self.config.n_layer > len(self.shapes):
+            raise ValueError(
+                f"its configuration has {self.config.n_layer} layers, but there are only "
+                f"{len(self.shapes)} tensors."
+            )
+        return entries(self.config, self.form)
+
 
 def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
-    """The model, its tensors read one by one into that dtype.
+    """The model, read straight into that dtype.
 
     Raises:
         ValueError: naming a tensor that is missing, unknown, of another shape, or not finite.
     """
+    _check_sizes(foreign)
     _check_names({entry.theirs for entry in foreign.entries}, set(foreign.shapes))
-    with torch.device("meta"):
-        wanted = {n: tuple(p.shape) for n, p in GPT(foreign.config).named_parameters()}
+    parameters = dict(GPT.skeleton(foreign.config).named_parameters())
+    for entry in foreign.entries:
+        wanted, found = tuple(entry.join(parameters).shape), foreign.shapes[entry.theirs]
+        if wanted != found:
+            raise ValueError(
+                f"its tensor {entry.theirs} has the shape {found}, but its configuration asks for "
+                f"{wanted}."
+            )
     tensors: dict[str, Tensor] = {}
     for entry in foreign.entries:
-        for name, part in entry.split(foreign.read(entry.theirs)).items():
-            if tuple(part.shape) != wanted[name]:
-                raise ValueError(
-                    f"its tensor {entry.theirs} gives {name} the shape {tuple(part.shape)}, but "
-                    f"its configuration asks for {wanted[name]}."
-                )
-            tensors[name] = torch.empty(part.shape, dtype=dtype).copy_(part)
-            if not bool(torch.isfinite(tensors[name]).all()):
-                raise ValueError(f"its tensor {entry.theirs} holds values that are not finite.")
-    _check_vocabulary(foreign)
+        # made before anything is read: what is freed then lies behind, and leaves no holes
+        ours = {name: torch.empty(parameters[name].shape, dtype=dtype) for name in entry.ours}
+        _fill(ours, entry, foreign)
+        tensors |= ours
     return GPT.from_tensors(foreign.config, tensors)
+
+
+def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
+    n_rows, *row = foreign.shapes[entry.theirs]
+    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows and row else n_rows
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        for name, part in entry.split(foreign.read(entry.theirs, rows)).items():
+            place = ours[name][rows] if entry.keeps_rows else ours[name]
+            place.copy_(part)
+            # by the extremes, which need no memory of the tensor's size
+            if not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
+                raise ValueError(f"its tensor {entry.theirs} holds values that are not finite.")
+
+
+def _check_sizes(foreign: Foreign) -> None:
+    if foreign.config.block_size > _MAX_CONTEXT:
+        raise ValueError(f"its context of {foreign.config.block_size} tokens cannot be meant.")
+    longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
+    for key in ("vocab_size", "n_embd", "mlp_hidden"):
+        if getattr(foreign.config, key) > longest:
+            raise ValueError(
+                f"its {key} is {getattr(foreign.config, key)}, more than any of its tensors has."
+            )
+    n_vocab, n_rows = foreign.tokenizer.n_vocab, foreign.config.vocab_size
+    if n_rows is None or n_vocab > n_rows:
+        raise ValueError(
+            f"its tokenizer has {n_vocab} tokens but its embedding only {n_rows} rows; "
+            "the two do not belong together."
+        )
 
 
 def _check_names(wanted: set[str], found: set[str]) -> None:
@@ -68,12 +117,3 @@ def _check_names(wanted: set[str], found: set[str]) -> None:
         )
     if unknown:
         raise ValueError(f"{len(unknown)} of its tensors are not known, such as {unknown[0]}.")
-
-
-def _check_vocabulary(foreign: Foreign) -> None:
-    n_vocab, n_rows = foreign.tokenizer.n_vocab, foreign.config.vocab_size
-    if n_rows is None or n_vocab > n_rows:
-        raise ValueError(
-            f"its tokenizer has {n_vocab} tokens but its embedding only {n_rows} rows; "
-            "the two do not belong together."
-        )

@@ -11,12 +11,11 @@ from torch import Tensor
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig, RopeScaling, stretched
 from pipeline.weights.foreign import Foreign
-from pipeline.weights.names import entries
+from pipeline.weights.gguf_file import read_header
 from pipeline.weights.vocabulary import make_tokenizer
 
-MAGIC = b"GGUF"
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
+_KINDS = _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # of tokens
 _LLAMA3_SCALINGS = [
     RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     for factor in (8.0, 32.0)  # Llama 3.1; 3.2
@@ -29,43 +28,23 @@ def open_gguf(path: Path) -> Foreign:
     Raises:
         ValueError: where it is no whole GGUF file, or of a kind that is not supported.
     """
-    import gguf
+    fields, tensors = read_header(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError("it does not begin as a GGUF file does.")
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
-        raise ValueError(f"it is no whole GGUF file ({_first_line(error)}).") from error
-
-    def read(name: str) -> Tensor:
-        tensor = tensors[name]
+    def read(name: str, rows: slice) -> Tensor:
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"its tensor {name} is {tensor.tensor_type.name}, which cannot be dequantised "
-                "here; convert it to Q8_0 or F16."
-            ) from error
-        return torch.from_numpy(values.copy()).view(shapes[name])
+            return tensors[name].read(path, rows)
+        except ValueError as error:
+            raise ValueError(f"its tensor {name}: {error}") from error
 
     metadata = _Metadata(fields)
-    factors = read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
+    factors = read(ROPE_FACTORS, slice(None)) if ROPE_FACTORS in tensors else None
     is_tied = "output.weight" not in tensors
     vocab_size = shapes.get("token_embd.weight", (0,))[0]
     config = _config(metadata, vocab_size, is_tied, factors)
-    del_factors = {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}
+    weights = {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}
     return Foreign(
-        config,
-        _tokenizer(metadata),
-        entries(config, "gguf"),
-        del_factors,
-        read,
-        license=fields.get("general.license"),
+        config, _tokenizer(metadata), weights, read, "gguf", license=fields.get("general.license")
     )
 
 
@@ -129,7 +108,8 @@ def _rope_scaling(
     if factors is not None:
         frequencies = rope_theta ** -(torch.arange(0, head_size, 2) / head_size)
         for scaling in _LLAMA3_SCALINGS:
-            if torch.allclose(frequencies / stretched(frequencies, scaling), factors, rtol=1e-3):
+            expected = frequencies / stretched(frequencies, scaling)
+            if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
                 return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
     kind = metadata.of_model("rope.scaling.type", "none")
@@ -149,24 +129,28 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     kind = metadata["tokenizer.ggml.model"]
     if kind != "gpt2":
         raise ValueError(f"its tokenizer is {kind!r}, not byte-level BPE ('gpt2').")
+    pre = metadata["tokenizer.ggml.pre"]
+    is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
     names: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata["tokenizer.ggml.token_type"]
-    other = sorted(set(types) - {_NORMAL, _CONTROL, _UNUSED})
-    if other or len(types) != len(names):
-        raise ValueError(f"its tokens are of kinds that are not supported ({other}).")
-    special = {names[i]: i for i, kind in enumerate(types) if kind == _CONTROL}
+    kinds: list[int] = metadata["tokenizer.ggml.token_type"]
+    if len(names) != len(kinds):
+        raise ValueError(f"it has {len(names)} tokens, but kinds of {len(kinds)}.")
+    odd = [name for name, kind in zip(names, kinds, strict=True) if kind not in _KINDS]
+    if odd:
+        raise ValueError(f"its token {odd[0]!r} is of a kind that is not supported.")
+    used = [i for i, kind in enumerate(kinds) if kind != _UNUSED]
+    tokens = {names[i]: i for i in used}
+    if len(tokens) < len(used):
+        raise ValueError("its tokenizer has a token twice.")
     eos, bos = (metadata.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
-    adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", False)
+    adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", is_llama3)
     return make_tokenizer(
-        tokens={name: i for i, name in enumerate(names) if types[i] != _UNUSED},
+        tokens=tokens,
         merges=metadata["tokenizer.ggml.merges"],
-        special_tokens=special,
-        pre=metadata["tokenizer.ggml.pre"],
+        special_tokens={names[i]: i for i in used if kinds[i] == _CONTROL},
+        pre=pre,
         eos=None if eos is None else names[eos],
         bos=names[bos] if adds_bos and bos is not None else None,
         chat_template=metadata.fields.get("tokenizer.chat_template"),
+        whole_pieces=is_llama3,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

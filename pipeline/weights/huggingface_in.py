@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,15 +13,17 @@ from torch import Tensor
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig, RopeScaling
 from pipeline.weights.foreign import Foreign
-from pipeline.weights.names import entries
 from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
-# masks that old GPT-2 files kept among their weights
-_MASKS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+# what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
+_DERIVED = re.compile(
+    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
 
 
 def open_huggingface(path: Path) -> Foreign:
@@ -34,32 +35,28 @@ def open_huggingface(path: Path) -> Foreign:
     """
     settings = _read_json(path / CONFIG)
     config = _config(settings)
-    files = _tensor_files(path)
     own_prefix = "transformer." if settings["model_type"] == "gpt2" else ""
+    files = _tensor_files(path)
     # the first GPT-2 files name their tensors without the prefix
-    names = {_with_prefix(name, own_prefix): (name, file) for name, file in files.items()}
-    shapes = {name: _shape(file, given) for name, (given, file) in names.items()}
-    skipped = [name for name in shapes if _MASKS.fullmatch(name)]
+    stored = {_with_prefix(name, own_prefix): name for name in files}
+    if len(stored) < len(files):
+        raise ValueError(f"it has a tensor twice, with and without {own_prefix} before its name.")
+    shapes = {name: files[given].shape for name, given in stored.items()}
+    skipped = [name for name in shapes if _DERIVED.fullmatch(name)]
     if config.tie_embeddings and "lm_head.weight" in shapes:
         skipped.append("lm_head.weight")  # the embedding again
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
 
-    def read(name: str) -> Tensor:
-        given, file = names[name]
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(given)
+    def read(name: str, rows: slice) -> Tensor:
+        given = stored[name]
+        with safe_open(files[given].file, framework="pt") as opened:
+            tensor: Tensor = opened.get_slice(given)[rows]
+        if not tensor.is_floating_point():
+            raise ValueError(f"its tensor {name} is {tensor.dtype}; only plain weights are read.")
         return tensor
 
     tokenizer = _tokenizer(path, settings)
-    return Foreign(
-        config,
-        tokenizer,
-        entries(config, "huggingface"),
-        wanted,
-        read,
-        skipped,
-        license=_license(path),
-    )
+    return Foreign(config, tokenizer, wanted, read, "huggingface", skipped, license=_license(path))
 
 
 def _with_prefix(name: str, prefix: str) -> str:
@@ -153,18 +150,25 @@ def _expect(settings: dict[str, Any], key: str, value: Any) -> None:
         raise ValueError(f"its {CONFIG} has {key} {found}; only {value} is supported.")
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """File of every tensor, by its name there."""
+class _Stored(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+
+
+def _tensor_files(path: Path) -> dict[str, _Stored]:
+    """Where every tensor is, by its name there."""
     if (path / INDEX).is_file():
         places = _read_json(path / INDEX)["weight_map"]
         outside = [file for file in places.values() if Path(file).name != file]
         if outside:
             raise ValueError(f"its {INDEX} names a file in another folder, {outside[0]!r}.")
-        found = {name for file in set(places.values()) for name in _names(path / file)}
-        if found != set(places):
-            odd = min(found ^ set(places))
-            raise ValueError(f"its {INDEX} and its files differ: {odd} is only in one of them.")
-        return {name: path / file for name, file in places.items()}
+        found: dict[str, _Stored] = {}
+        for file in sorted(set(places.values())):
+            found |= _stored_in(path / file)
+        odd = places.items() ^ {(name, stored.file.name) for name, stored in found.items()}
+        if odd:
+            raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
+        return found
     if not (path / WEIGHTS).is_file():
         pickles = sorted(file.name for file in path.glob("*.bin"))
         remedy = (
@@ -174,35 +178,29 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             else "give a directory that has one."
         )
         raise ValueError(f"it has no {WEIGHTS}; {remedy}")
-    return dict.fromkeys(_names(path / WEIGHTS), path / WEIGHTS)
+    return _stored_in(path / WEIGHTS)
 
 
-def _names(file: Path) -> Iterable[str]:
+def _stored_in(file: Path) -> dict[str, _Stored]:
     try:
         with safe_open(file, framework="pt") as opened:
-            names: list[str] = opened.keys()
-            return names
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: _Stored(file, tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"its {file.name} is missing or damaged ({error}).") from error
-
-
-def _shape(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, framework="pt") as opened:
-        return tuple(opened.get_slice(name).get_shape())
 
 
 def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     content, options = _read_json(path / TOKENIZER), _read_json(path / TOKENIZER_CONFIG, {})
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece-like BPE" if model.get("byte_fallback") else model.get("type")
-        raise ValueError(f"its tokenizer is {kind}, not byte-level BPE.")
-    if content.get("normalizer"):
-        raise ValueError(f"its tokenizer normalises text ({content['normalizer']['type']}).")
+    _check_algorithm(content, model)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
-    plain = [name for name, token in added.items() if not token["special"]]
-    if plain:
-        raise ValueError(f"its tokenizer has {plain[0]!r}, a token that is added but not special.")
+    odd = [name for name, token in added.items() if not token["special"]]
+    odd += [name for name, token in added.items() if token.get("lstrip") or token.get("rstrip")]
+    if odd:
+        raise ValueError(
+            f"its tokenizer has {odd[0]!r}, added but not special, or stripping blanks."
+        )
     special = {name: token["id"] for name, token in added.items()}
     by_id = {i: name for name, i in special.items()}
     eos_id = settings.get("eos_token_id")
@@ -213,23 +211,46 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         special_tokens=special,
         pre=name_of_steps(content.get("pre_tokenizer")),
         eos=_name(options.get("eos_token")) or by_id.get(eos_id),
-        bos=_leading_token(content.get("post_processor"), special),
+        bos=_leading_token(content.get("post_processor")),
         chat_template=_chat_template(path, options),
+        whole_pieces=model.get("ignore_merges", False),
     )
+
+
+def _check_algorithm(content: dict[str, Any], model: dict[str, Any]) -> None:
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        kind = "SentencePiece-like BPE" if model.get("byte_fallback") else model["type"]
+        raise ValueError(f"its tokenizer is {kind}, not byte-level BPE.")
+    if content.get("normalizer"):
+        raise ValueError(f"its tokenizer normalises text ({content['normalizer']['type']}).")
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"its tokenizer has {key} {model[key]!r}, which is not supported.")
 
 
 def _name(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _leading_token(processor: Any, special: dict[str, int]) -> str | None:
+def _leading_token(processor: Any) -> str | None:
     """The special token that a post-processor puts before every text."""
-    for step in (processor or {}).get("processors", [processor or {}]):
-        first: dict[str, Any] = next(iter(step.get("single", [])), {})
-        if "SpecialToken" in first and first["SpecialToken"]["id"] in special:
-            name: str = first["SpecialToken"]["id"]
-            return name
-    return None
+    given = processor or {"type": "ByteLevel"}
+    steps = given["processors"] if given["type"] == "Sequence" else [given]
+    leading: str | None = None
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                pass
+            case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                pass
+            case {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": token}, {"Sequence": _}],
+            }:
+                leading = token["id"]
+            case _:
+                raise ValueError(f"its post-processor {step['type']} adds more than a first token.")
+    return leading
 
 
 def _chat_template(path: Path, options: dict[str, Any]) -> str | None:
@@ -258,7 +279,7 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"it has no {path.name}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its {path.name} is no JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"its {path.name} holds no JSON object.")

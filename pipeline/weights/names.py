@@ -34,6 +34,11 @@ class Entry:
     transposed: bool = False
     rotary_heads: int | None = None
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether any rows of the tensor are the same rows of one parameter."""
+        return len(self.ours) == 1 and not self.transposed and not self.rotary_heads
+
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Parameters by our names, from the file's tensor."""
         if self.transposed:

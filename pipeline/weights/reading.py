@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,12 +32,8 @@ def open_foreign(path: Path) -> Foreign:
         raise ValueError(
             f"{path} holds no model: it is no .gguf file, and no directory with a {CONFIG}."
         )
-    try:
+    with _naming(path):
         return open_huggingface(path) if path.is_dir() else open_gguf(path)
-    except KeyError as error:
-        raise ValueError(f"{path} cannot be used: it lacks {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
@@ -44,13 +42,25 @@ def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
     Raises:
         ValueError: in one line that names the path and what is wrong there.
     """
-    try:
+    with _naming(path):
         return build(foreign, dtype)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the path; what is of the wrong type in a file is an error like any other."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        said = " ".join(str(error).split())  # names in a file may hold anything
+        raise ValueError(f"{path} cannot be used: {said}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} cannot be used: it lacks {error}.") from error
+    except (LookupError, ArithmeticError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be used: its metadata is damaged ({error}).") from error
 
 
-def tokenizer_of(source: str) -> str:
+def tokenizer_of(source: str | Path) -> str:
     """Where `Tokenizer.load` finds the tokenizer of a checkpoint or of weights of others.
 
     Args:

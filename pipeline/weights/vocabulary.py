@@ -17,6 +17,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary, token_bytes, token_spelling
 
+_MAX_IDS = 1 << 20  # a list of all ids is made
+
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # as GPT-2's, but digits are cut out first: so blanks before a digit stay together, unlike before
 # a word, which takes the last of them
@@ -130,12 +132,13 @@ def name_of_steps(pre_tokenizer: Any) -> str:
 def make_tokenizer(
     *,
     tokens: Mapping[str, int],
-    merges: Sequence[str] | Sequence[Sequence[str]],
+    merges: Sequence[str | Sequence[str]],
     special_tokens: Mapping[str, int],
     pre: str,
     eos: str | None,
     bos: str | None,
     chat_template: str | None,
+    whole_pieces: bool = False,
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json and GGUF both have.
 
@@ -147,6 +150,7 @@ def make_tokenizer(
         eos: special token that ends a text.
         bos: special token that stands before every text, if any.
         chat_template: Jinja source.
+        whole_pieces: a piece that is a token is not merged; tokens may be made by no merge.
 
     Raises:
         ValueError: for a vocabulary that tiktoken cannot run with the same ids.
@@ -161,8 +165,9 @@ def make_tokenizer(
     if eos is None:
         raise ValueError("it names no token that ends a text (eos_token).")
     ordinary = {token: i for token, i in tokens.items() if token not in special_tokens}
-    _check_merges(ordinary, merges)
-    by_id = [b""] * (1 + max(ordinary.values()))
+    _check_ids([*ordinary.values(), *special_tokens.values()])
+    _check_merges(ordinary, merges, whole_pieces=whole_pieces)
+    by_id = [b""] * (1 + max(ordinary.values(), default=-1))
     for token, i in ordinary.items():
         try:
             by_id[i] = token_bytes(token)
@@ -170,7 +175,7 @@ def make_tokenizer(
             raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
     return Tokenizer.of(
         Vocabulary(
-            name=f"{pre}-{1 + max(tokens.values())}",
+            name=f"{pre}-{1 + max(tokens.values(), default=-1)}",
             pattern=PRE_TOKENIZERS[pre].pattern,
             tokens=by_id,
             special_tokens=dict(sorted(special_tokens.items(), key=lambda item: item[1])),
@@ -181,21 +186,70 @@ def make_tokenizer(
     )
 
 
+def _check_ids(ids: Sequence[int]) -> None:
+    if len(set(ids)) < len(ids):
+        raise ValueError("its tokenizer gives an id to two tokens.")
+    if ids and not 0 <= min(ids) <= max(ids) < _MAX_IDS:
+        raise ValueError(f"its tokenizer has ids from {min(ids)} to {max(ids)}.")
+
+
 def _check_merges(
-    tokens: Mapping[str, int], merges: Sequence[str] | Sequence[Sequence[str]]
+    tokens: Mapping[str, int], merges: Sequence[str | Sequence[str]], *, whole_pieces: bool
 ) -> None:
-    """ValueError unless the merges make every token of more than a byte, in the order of ids."""
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    made = ["".join(pair) for pair in pairs]
-    known = [tokens[token] for token in made if token in tokens]
-    if len(known) < len(made):
-        unknown = next(token for token in made if token not in tokens)
-        raise ValueError(f"its merges make {unknown!r}, which has no id.")
-    if known != sorted(set(known)):
-        raise ValueError("its merges are not in the order of its ids, so tiktoken cannot run it.")
-    unmade = {token for token in tokens if len(token) > 1} - set(made)
-    if unmade:
-        raise ValueError(
-            f"{len(unmade)} of its tokens, such as {min(unmade)!r}, are made by no merge, so "
-            "tiktoken would give other ids."
-        )
+    """ValueError unless tiktoken's merges, of any neighbours that make a token, are the list's.
+
+    They are where ids rise along the list, and every token is what the list makes of its text: the
+    neighbours that tiktoken would merge to a token then are the pair that the list names for it.
+    """
+    made: dict[tuple[int, int], int] = {}
+    halves: dict[int, tuple[int, int]] = {}  # of every token that the list makes of its text
+    last = -1
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not {left, right, left + right} <= tokens.keys():
+            raise ValueError(f"its merge of {left!r} and {right!r} has parts without an id.")
+        pair, token = (tokens[left], tokens[right]), tokens[left + right]
+        if token < last:
+            raise ValueError("its merges are not in the order of its ids; tiktoken needs that.")
+        last = made[pair] = token
+        if token not in halves and _meet(*pair, token, made, halves):
+            halves[token] = pair
+    for text, i in tokens.items():
+        is_made = len(text) == 1 or i in halves
+        if not is_made and not (whole_pieces and _is_split(text, tokens, made)):
+            raise ValueError(
+                f"its token {text!r} is not what its merges make of that text, so tiktoken would "
+                "give other ids."
+            )
+
+
+def _meet(
+    left: int,
+    right: int,
+    limit: int,
+    made: Mapping[tuple[int, int], int],
+    halves: Mapping[int, tuple[int, int]],
+) -> bool:
+    """Whether two tokens come to stand side by side: no merge before `limit` reaches across.
+
+    The merges that made both are undone, the latest first, as in github.com/github/rust-gems, bpe.
+    """
+    while True:
+        if made.get((left, right), limit) < limit:
+            return False
+        if left not in halves and right not in halves:
+            return True
+        if right not in halves or (left in halves and left > right):
+            left, limit = halves[left][1], left
+        else:  # of two equal tokens the left one is made first
+            right, limit = halves[right][0], right + 1
+
+
+def _is_split(token: str, tokens: Mapping[str, int], made: Mapping[tuple[int, int], int]) -> bool:
+    """Whether any two tokens that spell a token are a pair of the list, so that none is special."""
+    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return all(
+        (tokens[left], tokens[right]) in made
+        for left, right in cuts
+        if left in tokens and right in tokens
+    )

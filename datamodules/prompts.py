@@ -130,6 +130,25 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
     return _encode(tokenizer, chain(conversation, _reply_opening(tokenizer, style)))[0]
 
 
+def encode_text(
+    tokenizer: Tokenizer, text: str, suffix: str, max_length: int
+) -> tuple[list[int], bool]:
+    """Ids of a text to classify, its suffix always at the end; whether the text was cut.
+
+    Raises:
+        ValueError: for a text that has no ids, or a suffix that leaves it no room.
+    """
+    ids, end = tokenizer.bos_ids + tokenizer.encode(text), tokenizer.encode(suffix)
+    room = max_length - len(end)
+    if room < 1:
+        raise ValueError(
+            f"data.suffix has {len(end)} tokens, data.max_length is {max_length}; raise it."
+        )
+    if len(ids) == len(tokenizer.bos_ids):
+        raise ValueError(f"{text!r} has no token in the vocabulary; drop it.")
+    return ids[:room] + end, len(ids) > room
+
+
 def reply_opening(tokenizer: Tokenizer, style: str) -> list[int]:
     """Ids between the user's turn and the assistant's first word."""
     return _encode(tokenizer, _reply_opening(tokenizer, style))[0]

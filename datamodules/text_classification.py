@@ -20,6 +20,7 @@ from datamodules.batching import (
     load_tokenizer,
     report,
 )
+from datamodules.prompts import encode_text
 from datamodules.sources import file_digests, read_table, resolve
 
 
@@ -36,6 +37,8 @@ class TextClassificationDataModule(StepDataModule):
         label_names: the labels as they stand in the table; their order gives the class indices.
         tokenizer: what `Tokenizer.load` takes.
         max_length: tokens of a text that are kept; at most the model's block_size.
+        suffix: what every text ends with; a head on the last token reads better from a token that
+            is always the same, such as a line end.
         train_fraction: share of rows to train on.
         val_fraction: share of rows to validate on.
         balance: in each split, keep as many rows of every class as the rarest one has.
@@ -59,6 +62,7 @@ class TextClassificationDataModule(StepDataModule):
         label_names: list[str],
         tokenizer: str | None,
         max_length: int,
+        suffix: str,
         train_fraction: float,
         val_fraction: float,
         balance: bool,
@@ -76,7 +80,7 @@ class TextClassificationDataModule(StepDataModule):
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
         if len(label_names) < 2 or len(set(label_names)) < len(label_names):
             raise ValueError(f"data.label_names is {label_names}; give two or more, all different.")
-        self.source, self.max_length = source, max_length
+        self.source, self.max_length, self.suffix = source, max_length, suffix
         self.text_column, self.label_column = text_column, label_column
         self.label_names = list(label_names)
         self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
@@ -138,7 +142,11 @@ class TextClassificationDataModule(StepDataModule):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to classify: names of the classes, tokens kept of a text."""
-        return {"label_names": self.label_names, "max_length": self.max_length}
+        return {
+            "label_names": self.label_names,
+            "max_length": self.max_length,
+            "suffix": self.suffix,
+        }
 
     def read_frame(self, path: Path) -> pd.DataFrame:
         """The table in a file; a preset overrides it where a file has no header."""
@@ -198,15 +206,16 @@ class TextClassificationDataModule(StepDataModule):
         for split, rows in self._rows.items():
             samples = []
             for row in rows.tolist():
-                ids = self.tokenizer.bos_ids + self.tokenizer.encode(self._texts[row])
-                if not ids:
-                    raise ValueError(
-                        f"{self.source}: text {row} is {self._texts[row]!r}, which the tokenizer "
-                        f"{self.tokenizer.name} cannot spell; drop it."
+                try:
+                    ids, is_cut = encode_text(
+                        self.tokenizer, self._texts[row], self.suffix, self.max_length
                     )
-                n_cut += len(ids) > self.max_length
-                ids_kept = torch.tensor(ids[: self.max_length])
-                samples.append(Sample(sample_id=row, input_ids=ids_kept, label=self._labels[row]))
+                except ValueError as error:
+                    raise ValueError(f"{self.source}: text {row}: {error}") from error
+                n_cut += is_cut
+                samples.append(
+                    Sample(sample_id=row, input_ids=torch.tensor(ids), label=self._labels[row])
+                )
             sets[split] = SampleList(samples)
         return sets, n_cut
 
@@ -242,6 +251,7 @@ class SpamDataModule(TextClassificationDataModule):
         source: str,
         tokenizer: str | None,
         max_length: int,
+        suffix: str,
         train_fraction: float,
         val_fraction: float,
         balance: bool,
@@ -258,6 +268,7 @@ class SpamDataModule(TextClassificationDataModule):
             label_names=["ham", "spam"],
             tokenizer=tokenizer,
             max_length=max_length,
+            suffix=suffix,
             train_fraction=train_fraction,
             val_fraction=val_fraction,
             balance=balance,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from datamodules.batching import Sample, pad
-from datamodules.prompts import Message, encode_prompt, stop_ids
+from datamodules.prompts import Message, encode_prompt, encode_text, stop_ids
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate, stream
@@ -176,11 +176,11 @@ def label_probabilities(
     """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with."""
     assert isinstance(loaded.model, GPTClassifier)
     samples: list[Sample] = []
+    meta = loaded.meta
     for i, text in enumerate(texts):
-        ids = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(text)
-        ids = ids[: loaded.meta["max_length"]]
-        if not ids:
+        if not text:
             raise ValueError(f"text {i} is empty; there is nothing to label.")
+        ids, _ = encode_text(loaded.tokenizer, text, meta.get("suffix", ""), meta["max_length"])
         samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
     samples.sort(key=lambda sample: len(sample["input_ids"]))
     rows: dict[int, list[float]] = {}

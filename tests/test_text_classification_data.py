@@ -46,6 +46,7 @@ OPTIONS = {
     "label_column": "topic",
     "label_names": LABELS,
     "max_length": 64,
+    "suffix": "",
     "train_fraction": 0.6,
     "val_fraction": 0.2,
     "balance": False,
@@ -88,7 +89,7 @@ def test_samples_by_hand(write: Write, make: Any, tokenizer_file: Path) -> None:
             assert module.texts(split)[i] == text
             assert module.labels(split)[i] == sample["label"]
     assert sorted(all_ids(module)) == list(range(40))
-    assert module.meta() == {"label_names": LABELS, "max_length": 64}
+    assert module.meta() == {"label_names": LABELS, "max_length": 64, "suffix": ""}
 
 
 def test_counts_say_what_is_where(write: Write, make: Any) -> None:
@@ -176,6 +177,23 @@ def test_balancing_is_within_each_split(write: Write, make: Any) -> None:
     for split, n in (("train", 15), ("val", 5), ("test", 5)):
         assert np.bincount(module.labels(split)).tolist() == [n, n, n]
         assert set(module.texts(split)) <= set(natural.texts(split))
+
+
+def test_every_text_ends_with_the_suffix(write: Write, make: Any, tokenizer_file: Path) -> None:
+    """Also one that is cut; a suffix that leaves no room is refused."""
+    long, tokenizer = ("law", "sun sea tea " * 50), Tokenizer.load(tokenizer_file)
+    path, end = write("t.tsv", table([*rows(40), long])), tokenizer.encode("\n--")
+    module = make(path, max_length=20, suffix="\n--")
+    module.setup("fit")
+    samples = [s for d in (module.train_set, module.val_set, module.test_set) for s in d]
+    assert len(samples) == 41
+    assert all(sample["input_ids"].tolist()[-len(end) :] == end for sample in samples)
+    cut = next(sample for sample in samples if sample["sample_id"] == 40)["input_ids"].tolist()
+    assert cut == tokenizer.encode(long[1])[: 20 - len(end)] + end
+    with pytest.raises(
+        ValueError, match=r"data\.suffix has .* tokens, data\.max_length is 1; raise"
+    ):
+        make(path, max_length=1, suffix="\n--").setup("fit")
 
 
 def test_a_long_text_loses_its_end_and_is_counted(

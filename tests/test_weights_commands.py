@@ -16,7 +16,7 @@ from datamodules.files import cache_dir
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged
-from tests.journey import CONFIGS, QUIET, SHORT, outcome_of, said
+from tests.journey import CONFIGS, PLAIN, SHORT, outcome_of, said
 from tests.published import random_model, save_tokenizer, train, write_gguf
 
 LORA = "{rank: 4, alpha: 8, dropout: 0.0, targets: [q, v], rslora: false, dora: false}"
@@ -93,7 +93,7 @@ def refused(*words: str) -> str:
 def fit(config: str, source: str, home: Path, *words: str) -> str:
     """The best checkpoint of a short fit."""
     where = [f"--model.init_from={source}", f"--run.experiment={config}"]
-    works("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *QUIET, *where, *words)
+    works("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *PLAIN, *where, *words)
     best: str = outcome_of(home / config)["outputs"]["best"]
     return best
 
@@ -123,7 +123,7 @@ def test_weights_as_they_are(
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_measured_as_they_are(command: str, source: str, instructions: str, home: Path) -> None:
-    where = [*QUIET, f"--ckpt_path={source}", "--run.experiment=plain"]
+    where = [*PLAIN, f"--ckpt_path={source}", "--run.experiment=plain"]
     if command == "predict":
         assert "is no classifier" in refused(command, f"--config={CONFIGS}/spam.yaml", *where)
         return
@@ -153,7 +153,7 @@ def test_a_classifier_on_top(trainable: str, published: Path, home: Path, tmp_pa
     words = [f"--model.trainable={trainable}", f"--model.lora={adapter}"]
     best = fit("spam", str(base), home, *words)
     spam = f"--config={CONFIGS}/spam.yaml"
-    works("test", spam, *QUIET, f"--ckpt_path={best}", "--run.experiment=tested")
+    works("test", spam, *PLAIN, f"--ckpt_path={best}", "--run.experiment=tested")
     assert 0 <= outcome_of(home / "tested")["metrics"]["test/accuracy"] <= 1
     label = json.loads(works("classify", f"--ckpt={best}", "--text=win a prize now"))
     assert label["label"] in ("ham", "spam")
@@ -177,7 +177,7 @@ def test_what_cannot_be(published: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes((published / "a model.gguf").read_bytes()[:1000])
     assert "damaged.gguf cannot be used: it is truncated" in refused(*generate, f"--ckpt={damaged}")
-    spam = [f"--config={CONFIGS}/spam.yaml", *SHORT, *QUIET, "--model.trainable=all"]
+    spam = [f"--config={CONFIGS}/spam.yaml", *SHORT, *PLAIN, "--model.trainable=all"]
     assert "damaged.gguf" in refused("fit", *spam, f"--model.init_from={damaged}")
     tokenizer = f"--data.tokenizer={published / 'a model.gguf'}"
     long = "--data.max_length=300"

@@ -53,6 +53,7 @@ def spam_data(tokenizer: Path, **options: Any) -> SpamDataModule:
     defaults: dict[str, Any] = {
         "source": "bundled:sms",
         "max_length": 64,
+        "suffix": "",
         "train_fraction": 0.2,
         "val_fraction": 0.05,
         "balance": False,

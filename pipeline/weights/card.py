@@ -93,7 +93,8 @@ def _what(loaded: Loaded, form: str) -> str:
     )
     if _is_classifier(loaded):
         text += f" Labels: {', '.join(meta['label_names'])}; texts of up to {meta['max_length']} "
-        text += "tokens."
+        text += "tokens"
+        text += f", each followed by {meta['suffix']!r}." if meta.get("suffix") else "."
     elif "prompt_style" in meta:
         style = meta["prompt_style"]
         text += " It answers prompts in the style "

@@ -182,6 +182,7 @@ def score(
     split: Literal["train", "val", "test"] = "test",
     max_new_tokens: int = 256,
     batch_size: int = 32,
+    precision: Literal["auto", "32-true", "bf16-true"] = "auto",
     judge: JudgeConfig | None = None,
 ) -> None:
     """Score a checkpoint's responses to held-out instructions, or the responses of any model.
@@ -194,6 +195,7 @@ def score(
         split: of the data, that is answered.
         max_new_tokens: of each response, at most.
         batch_size: responses at a time.
+        precision: of the models; auto is bf16 where the hardware multiplies it, else float32.
         judge: a language model that grades from 0 to 100; null for text metrics alone.
     """
     if (ckpt is None) == (responses is None):
@@ -203,16 +205,14 @@ def score(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
-    from pipeline.score_stage import score_stage
+    from pipeline.score_stage import Answering, score_stage
 
     score_stage(
         ckpt=ckpt,
         before=before,
         responses=Path(responses) if responses else None,
         data=data,
-        split=split,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        answering=Answering(split, max_new_tokens, batch_size, precision),
         judge=judge,
     )
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
+
+
+def inference_dtype(precision: Precision) -> torch.dtype:
+    """Of the weights: bf16 where it is asked for, or `auto` and the hardware multiplies it."""
+    is_half = precision == "bf16-true" or (precision == "auto" and multiplies_bf16())
+    return torch.bfloat16 if is_half else torch.float32
 
 
 def multiplies_bf16() -> bool:

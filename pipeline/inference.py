@@ -61,13 +61,13 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="assistant", content=answer))
 
 
-def load_language_model(source: str | Path) -> Loaded:
-    """A checkpoint that continues text.
+def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A checkpoint that continues text, its weights in that dtype.
 
     Raises:
         ValueError: for a classifier.
     """
-    loaded = load(source)
+    loaded = load(source, dtype)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
     return loaded

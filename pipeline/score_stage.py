@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.generate import generate
+from pipeline.hardware import Precision, inference_dtype
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded
@@ -30,15 +32,35 @@ BOOTSTRAP_SEED = 0
 FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How responses are made.
+
+    Attributes:
+        split: of the data, that is answered: train, val or test.
+        max_new_tokens: at most; less where the context is full.
+        batch_size: prompts that are decoded together, of like length.
+        precision: of the models.
+    """
+
+    split: str
+    max_new_tokens: int
+    batch_size: int
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the models' weights."""
+        return inference_dtype(self.precision)
+
+
 def score_stage(
     *,
     ckpt: str | None,
     before: str | None,
     responses: Path | None,
     data: dict[str, Any] | None,
-    split: str,
-    max_new_tokens: int,
-    batch_size: int,
+    answering: Answering,
     judge: JudgeConfig | None,
 ) -> None:
     """Scores in a run directory; see `pipeline.commands.score`."""
@@ -50,8 +72,9 @@ def score_stage(
         "source": source,
         "before": before,
         "data": data,
-        "split": split,
-        "max_new_tokens": max_new_tokens,
+        "split": answering.split,
+        "max_new_tokens": answering.max_new_tokens,
+        "dtype": str(answering.dtype),
         "judge": judge and vars(judge),
     }
     try:
@@ -60,10 +83,8 @@ def score_stage(
                 after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
                 sources = {source: content}
             else:
-                after, earlier, lineage, sources = answer(
-                    ckpt, before, data, split, max_new_tokens, batch_size
-                )
-            lineage = {**lineage, "digest": content, "split": split}
+                after, earlier, lineage, sources = answer(ckpt, before, data, answering)
+            lineage = {**lineage, "digest": content, "split": answering.split}
             summary = evaluate(
                 after,
                 before=earlier,
@@ -110,31 +131,27 @@ def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def answer(
-    ckpt: str,
-    before: str | None,
-    data: dict[str, Any] | None,
-    split: str,
-    max_new_tokens: int,
-    batch_size: int,
+    ckpt: str, before: str | None, data: dict[str, Any] | None, answering: Answering
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
-    tuned = load_language_model(ckpt)
+    tuned = load_language_model(ckpt, answering.dtype)
     held_out = data_of(tuned, data)
     held_out.setup("test")
-    after = respond(tuned, tuned, held_out, split, max_new_tokens, batch_size)
+    after = respond(tuned, tuned, held_out, answering)
     parent = tuned.meta["parent"]
     origin = before or (parent["path"] if parent else None)
     earlier = None
     if origin is not None:
-        untuned = load_language_model(origin)
+        untuned = load_language_model(origin, answering.dtype)
         if untuned.tokenizer.digest != tuned.tokenizer.digest:
             raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
-        earlier = respond(untuned, tuned, held_out, split, max_new_tokens, batch_size)
+        earlier = respond(untuned, tuned, held_out, answering)
     lineage = {
         "checkpoint": ckpt,
         "before": str(origin),
         "data": held_out.fingerprint["digest"],
-        "max_new_tokens": str(max_new_tokens),
+        "max_new_tokens": str(answering.max_new_tokens),
+        "dtype": str(answering.dtype),
     }
     return after, earlier, lineage, held_out.fingerprint["sources"]
 
@@ -152,12 +169,7 @@ def data_of(tuned: Loaded, data: dict[str, Any] | None) -> InstructionDataModule
 
 @torch.inference_mode()
 def respond(
-    loaded: Loaded,
-    tuned: Loaded,
-    data: InstructionDataModule,
-    split: str,
-    max_new_tokens: int,
-    batch_size: int,
+    loaded: Loaded, tuned: Loaded, data: InstructionDataModule, answering: Answering
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 
@@ -165,22 +177,20 @@ def respond(
         loaded: the model that answers.
         tuned: the one whose prompt style and stop tokens are used, also for the untuned model.
         data: set up.
-        split: train, val or test.
-        max_new_tokens: at most; less where the context is full.
-        batch_size: prompts that are decoded together, of like length.
+        answering: how.
     """
-    items = data.items(split)
+    items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     prompts = [prompt_ids(data, item, max_new_tokens) for item in items]
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(items), batch_size)
+    starts = range(0, len(items), answering.batch_size)
     answers: dict[int, str] = {}
     for start in track(starts, description=f"answering with {loaded.path.name}"):
-        chosen = by_length[start : start + batch_size]
+        chosen = by_length[start : start + answering.batch_size]
         new = generate(loaded.gpt, [prompts[i] for i in chosen], settings)
         for i, ids in zip(chosen, new, strict=True):
             answers[i] = loaded.tokenizer.decode(ids).strip()
-    nats = reference_nats(loaded, data, split)
+    nats = reference_nats(loaded, data, answering.split)
     return [
         Response(
             id=item["id"],

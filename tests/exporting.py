@@ -58,12 +58,8 @@ def loaded(model: Any, tokenizer: Tokenizer, **meta: Any) -> Loaded:
     gpt = getattr(model, "gpt", model)
     facts = {"kind": "language_model", "gpt": asdict(gpt.config), "lora": None, "base": None}
     if isinstance(model, GPTClassifier):
-        facts |= {
-            "kind": "classifier",
-            "label_names": ["ham", "spam", "odd"],
-            "max_length": 20,
-            "suffix": "",
-        }
+        facts |= {"kind": "classifier", "label_names": ["ham", "spam", "odd"]}
+        facts |= {"max_length": 20, "suffix": ""}
     return Loaded(model, tokenizer, {**facts, **meta}, Path("made-up"))
 
 

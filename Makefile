@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-gpu ui clean
+.PHONY: demo smollm2 test test-slow test-gpu ui clean
 
 demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
+
+smollm2: $(VENV)/base  ## the same from published weights: SmolLM2-135M learns spam and instructions
+	$(BIN)/python -m pipeline run -c configs/run/smollm2.yaml
 
 test: $(VENV)/dev  ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from datamodules.files import cache_dir
 
 # equal bits; and on a busy machine, threads that wait for one another cost fifty times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # so that no command looks how busy it is
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +191,36 @@ def test_tokenizer_train_refuses_emptiness(
     (run,) = (tmp_path / "mlruns" / "tokenizer").iterdir()
     assert not (run / "outcome.json").exists()
     assert '"FAILED"' in (run / "journal.jsonl").read_text()
+
+
+WAITING = """
+import os, sys
+from pipeline.__main__ import main
+main(sys.argv[1:])
+print({key: os.environ.get(key) for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")})
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_threads_wait_as_the_machine_is_busy(busy: bool) -> None:
+    """Busy: every core has a process that only computes while the command starts."""
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+        if busy
+    ]
+    given = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    try:
+        time.sleep(0.5 * busy)
+        words = ["ui", "--port", "0"]  # refused, but only after the choice
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING, *words], env=given, capture_output=True, text=True
+        )
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    chosen = ast.literal_eval(done.stdout)
+    if busy:  # the machine of the tests may be busy anyway: idle is not ours to make
+        assert chosen == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": None}
+    assert sum(value is not None for value in chosen.values()) == 1

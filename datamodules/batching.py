@@ -10,7 +10,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -286,8 +286,8 @@ class StepDataModule(pl.LightningDataModule):
 
 @rank_zero_only
 def report(message: str) -> None:
-    """Tells the user, once over all ranks; Lightning's own logger is quiet on the command line."""
-    print(message, file=sys.stderr)
+    """Tells who listens to the logger `datamodules`, as the command line does; once over ranks."""
+    logging.getLogger(__name__).info(message)
 
 
 def load_tokenizer(source: str | None) -> Tokenizer:

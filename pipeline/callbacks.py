@@ -252,7 +252,9 @@ class SampleTexts(pl.Callback):
             stop_ids=frozenset(stops),
             n_vocab=tokenizer.n_vocab,
         )
-        texts = [tokenizer.decode(new) for new in generate(pl_module.model, ids, settings)]
+        with trainer.precision_plugin.forward_context():  # the base of adapters may be bf16
+            new = generate(pl_module.model, ids, settings)
+        texts = [tokenizer.decode(answer) for answer in new]
         pl_module.train()
         step = trainer.global_step
         rows = [

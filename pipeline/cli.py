@@ -250,6 +250,14 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def listen_to_data(stack: ExitStack) -> None:
+    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
+    logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    stack.callback(logger.removeHandler, handler)
+
+
 def main(args: Sequence[str]) -> None:
     """Runs `fit`, `validate`, `test` or `predict`.
 
@@ -262,6 +270,7 @@ def main(args: Sequence[str]) -> None:
     quiet_libraries()
     try:
         with ExitStack() as stack:
+            listen_to_data(stack)
             PipelineCLI(
                 stack,
                 model_class=LitStep,

@@ -198,7 +198,7 @@ class Attention(nn.Module):
         rotation: Rotation,
         mask: Tensor | None,
         cache: KVCache | None,
-        padding: Padding | None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C).
 
@@ -293,7 +293,7 @@ class Block(nn.Module):
         rotation: Rotation,
         mask: Tensor | None,
         cache: KVCache | None,
-        padding: Padding | None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C)."""
         attended = self.attention(self.attention_norm(x), rotation, mask, cache, padding)

@@ -196,7 +196,7 @@ def write_gguf(
         how = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
         is_k_quant = how.name.endswith("_K")
         raw = _random_blocks(values.shape, how) if is_k_quant else gguf.quantize(values, how)
-        writer.add_tensor(_gguf_name(name), raw, raw_dtype=how)
+        writer.add_tensor(gguf_name(name), raw, raw_dtype=how)
         stored[name] = torch.from_numpy(back(gguf.dequantize(raw, how)).copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -242,9 +242,9 @@ def _as_llama_cpp(name: str, values: Any, config: Any) -> tuple[Any, Any]:
     return values, lambda matrix: matrix
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     kind = {"model.": gguf.MODEL_ARCH.LLAMA}.get(name[:6], gguf.MODEL_ARCH.GPT2)
-    found = gguf.get_tensor_name_map(kind, 8).get_name(name, try_suffixes=(".weight", ".bias"))
+    found = gguf.get_tensor_name_map(kind, 64).get_name(name, try_suffixes=(".weight", ".bias"))
     assert found, name
     return found
 

@@ -81,4 +81,4 @@ def test_a_chain_is_whole(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VERDICT", "INSTRUCTIONS"):
         monkeypatch.setenv(name, "somewhere.txt")
     loaded = load_chain(chain)
-    assert loaded.stages[-1].name == "score"
+    assert "score" in [stage.name for stage in loaded.stages]

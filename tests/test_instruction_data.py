@@ -227,12 +227,12 @@ def test_a_long_sample_keeps_its_response(make: Make, style: str, supervise: str
         assert ids[seam:] == full[seam - 100 :]
 
 
-def test_what_was_cut_is_reported(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_cut_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="datamodules")
     ready(make(entries(20)))
-    assert "data.max_length" not in capsys.readouterr().err
+    assert "data.max_length" not in caplog.text
     ready(make([*entries(20), {**GOOD, "input": "number " * 600}]))
-    said = capsys.readouterr().err
-    assert "1 of 21 samples are longer than data.max_length 512; the middle" in said
+    assert "1 of 21 samples are longer than data.max_length 512; the middle" in caplog.text
 
 
 def test_a_long_conversation_keeps_its_last_answer(make: Make) -> None:

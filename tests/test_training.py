@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.callbacks import SampleTexts
 from pipeline.cli import resolve_precision
 from pipeline.lit_base import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.optim import OptimizerConfig
+from pipeline.run_directory import Run
+from pipeline.run_logger import RunLogger
 from tests.journey import Journey
 from tests.training import (
     ADAMW,
@@ -178,6 +181,29 @@ def test_under_autocast_only_the_frozen_base_is_bf16(tiny: Journey, tmp_path: Pa
     kinds = {(p.requires_grad, p.dtype) for p in module.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     assert module.model.classifier.weight.requires_grad
+
+
+def test_sample_texts_of_adapters_under_autocast(tiny: Journey, tmp_path: Path) -> None:
+    """They are generated between steps, from a base that is bf16 and adapters that are not."""
+    module = language_model(gpt=None, init_from=str(tiny.best("pretrain")), lora=LORA)
+    data = instruction_data(tiny.tokenizer)
+    run = Run.open(tmp_path / "mlruns" / "default" / "run")
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=1,
+        logger=RunLogger(run),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        val_check_interval=1,
+        limit_val_batches=1,
+        default_root_dir=str(run.path),
+        callbacks=[SampleTexts(prompts=["Hello"], max_new_tokens=3)],
+    )
+    trainer.fit(module, datamodule=data)
+    assert list((run.path / "samples").glob("*.json"))
+    run.finish({}, {}, {})
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from datamodules.files import cache_dir
+from pipeline.checkpoint import path_digest
 from pipeline.models import load
 from pipeline.weights import fetch
-from pipeline.weights.fetch import Packaged
+from pipeline.weights.fetch import Packaged, locate
 from tests.journey import CONFIGS, PLAIN, SHORT, outcome_of, said
 from tests.published import random_model, save_tokenizer, train, write_gguf
 
@@ -119,9 +120,15 @@ def test_weights_as_they_are(
     data = f"--data={json.dumps({**INSTRUCTIONS, 'source': instructions})}"
     works("score", f"--ckpt={source}", "--max_new_tokens=2", "--split=val", data)
     assert outcome_of(home / "score")["metrics"]["after/perplexity"] > 1
+    (report,) = (home / "score").glob("*/report.html")
+    assert path_digest(locate(source)) in report.read_text()
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("command", "source"),
+    [("validate", "a model"), ("test", "a model.gguf"), ("predict", "by name")],
+    indirect=["source"],
+)
 def test_measured_as_they_are(command: str, source: str, instructions: str, home: Path) -> None:
     where = [*PLAIN, f"--ckpt_path={source}", "--run.experiment=plain"]
     if command == "predict":
@@ -133,6 +140,7 @@ def test_measured_as_they_are(command: str, source: str, instructions: str, home
     assert metrics[f"{'val' if command == 'validate' else 'test'}/loss"] > 1
 
 
+@pytest.mark.parametrize("source", ["a model", "by name"], indirect=True)
 def test_instructions_on_top(source: str, instructions: str, home: Path) -> None:
     words = [*DATA, f"--data.source={instructions}", f"--model.lora={LORA}"]
     best = fit("instruct", source, home, *words)

@@ -180,6 +180,23 @@ class Padding:
         return empty.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What attention must know of the rows that it sees, the same in every block.
+
+    Attributes:
+        rotation: cosines and sines of their places, where positions are rotary.
+        mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
+        cache: of what was seen before.
+        padding: where it is left out of all but attention.
+    """
+
+    rotation: Rotation = None
+    mask: Tensor | None = None
+    cache: KVCache | None = None
+    padding: Padding | None = None
+
+
 class Attention(nn.Module):
     """Causal (or full) self-attention with grouped keys and values."""
 
@@ -192,37 +209,27 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, kv_width, bias=config.bias)
         self.o = nn.Linear(width, width, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        padding: Padding | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C).
-
-        A mask replaces the causal rule, it does not add to it.
-        """
-        q, k, v = (self._heads(project(x), padding) for project in (self.q, self.k, self.v))
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C)."""
+        q, k, v = (self._heads(project(x), rows) for project in (self.q, self.k, self.v))
+        if rows.rotation is not None:
+            q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
+        if rows.cache is not None:
+            k, v = rows.cache.update(self.layer, k, v)
         dropout = self.config.dropout if self.training else 0.0
-        is_causal = mask is None and self.config.causal
+        is_causal = rows.mask is None and self.config.causal
         if is_causal and _products_are_faster(q):
             y = causal_products(q, k, v, dropout)
         else:
             is_grouped = self.config.n_kv_head != self.config.n_head
             y = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped
+                q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
             )  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.o(y if padding is None else padding.without(y))
+        return self.o(y if rows.padding is None else rows.padding.without(y))
 
-    def _heads(self, x: Tensor, padding: Padding | None) -> Tensor:
-        x = x if padding is None else padding.within(x)
+    def _heads(self, x: Tensor, rows: Rows) -> Tensor:
+        x = x if rows.padding is None else rows.padding.within(x)
         return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
 
 
@@ -287,17 +294,9 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        padding: Padding | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C)."""
-        attended = self.attention(self.attention_norm(x), rotation, mask, cache, padding)
-        x = x + self.dropout(attended)
+        x = x + self.dropout(self.attention(self.attention_norm(x), rows))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -436,9 +435,9 @@ class GPT(nn.Module):
             padding = Padding(attention_mask)
             x = padding.without(x)
             mask = None if self.config.causal else attention_mask[:, None, None, :]  # (B, 1, 1, T)
-        x = self.dropout(x)
+        x, rows = self.dropout(x), Rows(rotation, mask, cache, padding)
         for block in self.blocks:
-            x = block(x, rotation, mask, cache, padding)
+            x = block(x, rows)
         x = self.final_norm(x)
         return x if padding is None else padding.within(x)
 
@@ -481,7 +480,7 @@ def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Rotary frequencies (D / 2,) for a longer context.
 
     Sources: linear, Chen et al. 2023; llama3, Grattafiori et al. 2024 (parity with transformers in
-    tests/test_gpt_parity.py).
+    tests/test_weights_huggingface.py).
     """
     if scaling.kind == "linear":
         return frequencies / scaling.factor

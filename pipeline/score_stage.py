@@ -18,12 +18,13 @@ from pipeline.evaluation.judge import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
+from pipeline.evaluation.summary import Summary
 from pipeline.generate import generate
 from pipeline.hardware import Precision, inference_dtype
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded
-from pipeline.run_directory import AlreadyFinished
+from pipeline.run_directory import AlreadyFinished, Run
 from pipeline.stage_run import digest, open_run
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
@@ -93,28 +94,33 @@ def score_stage(
                 lineage=lineage,
                 seed=BOOTSTRAP_SEED,
             )
-            run.log_metrics(summary.metrics(), step=0)
-            run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
-            for name in (*FILES, "summary.json", "report.html"):
-                if (run.path / name).exists():
-                    run.log_artifact(name)
-            run.log_figure(score_histogram(summary), "figures/scores.png")
-            if earlier is not None:
-                run.log_figure(before_and_after(summary), "figures/before-and-after.png")
-            run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
-            run.finish(
-                outputs={
-                    "responses": str(run.path / "responses.jsonl"),
-                    "scores": str(run.path / "scores.jsonl"),
-                    "report": str(run.path / "report.html"),
-                },
-                metrics=summary.metrics(),
-                sources=sources,
-                headline=headline(summary.metrics()),
-            )
+            _record(run, summary, after, lineage, sources)
             print(f"report: {run.path / 'report.html'}", file=sys.stderr)
     except AlreadyFinished as finished:
         print(f"already finished: {finished.path}", file=sys.stderr)
+
+
+def _record(
+    run: Run,
+    summary: Summary,
+    after: list[Response],
+    lineage: dict[str, str],
+    sources: dict[str, str],
+) -> None:
+    """Metrics, files, figures and the outcome; what `evaluate` wrote lies in the run already."""
+    metrics = summary.metrics()
+    run.log_metrics(metrics, step=0)
+    run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
+    for name in (*FILES, "summary.json", "report.html"):
+        if (run.path / name).exists():
+            run.log_artifact(name)
+    run.log_figure(score_histogram(summary), "figures/scores.png")
+    if (run.path / FILES[1]).exists():
+        run.log_figure(before_and_after(summary), "figures/before-and-after.png")
+    run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
+    names = {"responses": FILES[0], "scores": FILES[2], "report": "report.html"}
+    outputs = {key: str(run.path / name) for key, name in names.items()}
+    run.finish(outputs=outputs, metrics=metrics, sources=sources, headline=headline(metrics))
 
 
 def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:

@@ -549,4 +549,6 @@ def test_a_config_that_makes_no_sense(changes: dict[str, Any], message: str) -> 
     "url", ["http://[::1]:8000/v1", "https://my-host.example.org", "http://gpu_box:80/v1/"]
 )
 def test_a_url_that_makes_sense(url: str) -> None:
-    JudgeConfig(base_url=url, model="m").check()
+    config = JudgeConfig(base_url=url, model="m")
+    config.check()  # raises where it does not
+    assert config.base_url == url

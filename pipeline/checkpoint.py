@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datamodules.files import file_digests
+from datamodules.tokenizer import FILE_NAME as TOKENIZER
+from datamodules.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safetensors", "training.pt"
-TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
@@ -134,9 +135,15 @@ def verify_checkpoint(path: Path) -> None:
             f"{path} has format {version}, this version reads {FORMAT}; "
             "use the version that wrote it."
         )
+    for name in damaged(path, files):
+        raise CheckpointError(f"{path / name} is missing or damaged; take another checkpoint.")
+
+
+def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the files that are missing, or are not what `write_files` wrote."""
     for name, facts in files.items():
-        if not (path / name).is_file() or _facts(path / name) != facts:
-            raise CheckpointError(f"{path / name} is missing or damaged; take another checkpoint.")
+        if not (folder / name).is_file() or _facts(folder / name) != facts:
+            yield name
 
 
 def newest_valid(folder: Path) -> Path | None:
@@ -188,6 +195,15 @@ def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
 def training_writer(state: Any) -> Callable[[Path], object]:
     """Writes training state with torch.save."""
     return lambda path: torch.save(state, path)
+
+
+def model_writers(tensors: Mapping[str, Tensor], meta: Any, tokenizer: Tokenizer) -> Writers:
+    """The files of a checkpoint that is used but not resumed."""
+    return {
+        WEIGHTS: tensors_writer(tensors),
+        META: json_writer(meta),
+        TOKENIZER: tokenizer.save,
+    }
 
 
 def read_meta(path: Path) -> dict[str, Any]:

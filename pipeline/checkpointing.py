@@ -22,9 +22,9 @@ class DirectoryCheckpointIO(CheckpointIO):
     ) -> None:
         """Writes the directory, whole or not at all."""
         writers = {
-            files.WEIGHTS: files.tensors_writer(checkpoint["state_dict"]),
-            files.META: files.json_writer(checkpoint["meta"]),
-            files.TOKENIZER: checkpoint["tokenizer"].save,
+            **files.model_writers(
+                checkpoint["state_dict"], checkpoint["meta"], checkpoint["tokenizer"]
+            ),
             files.TRAINING: files.training_writer(
                 {key: value for key, value in checkpoint.items() if key not in _IN_FILES}
             ),

@@ -26,8 +26,8 @@ from pipeline.weights.gguf_out import GGUFType, gguf_writers
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.lineage import lineage
 from pipeline.weights.peft_out import peft_writers
+from pipeline.weights.reading import EXPORT
 
-EXPORT = "export.json"  # digests of an export's files, and its lineage
 Form = Literal["huggingface", "peft", "gguf"]
 DTYPES = {"huggingface": ("float32", "bfloat16"), "peft": ("float32",), "gguf": get_args(GGUFType)}
 

@@ -13,14 +13,10 @@ from datamodules.files import file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
-    META,
-    TOKENIZER,
-    WEIGHTS,
     check_output,
-    json_writer,
+    model_writers,
     path_digest,
     step_name,
-    tensors_writer,
     write_checkpoint,
 )
 from pipeline.models import foreign_meta
@@ -57,12 +53,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         "source": {**origin, "file": path.name, "license": foreign.license},
     }
     target = output or run.path / CHECKPOINTS / step_name(0)
-    writers = {
-        WEIGHTS: tensors_writer(model.tensors()),
-        META: json_writer(meta),
-        TOKENIZER: foreign.tokenizer.save,
-    }
-    write_checkpoint(target, writers)
+    write_checkpoint(target, model_writers(model.tensors(), meta, foreign.tokenizer))
     skipped = f"; left out: {', '.join(foreign.skipped)}" if foreign.skipped else ""
     print(
         f"{len(foreign.entries)} tensors became {model.n_parameters():,} parameters in float32, "

@@ -22,14 +22,11 @@ from pipeline import lora
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
-    META,
-    TOKENIZER,
-    WEIGHTS,
     check_output,
     json_writer,
+    model_writers,
     path_digest,
     step_name,
-    tensors_writer,
     write_checkpoint,
 )
 from pipeline.classifier import GPTClassifier
@@ -91,15 +88,8 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     check(certificate, ckpt)
     meta = {**loaded.meta, "lora": None, "base": None, "adapter": certificate["adapter"]}
     target = output or run.path / CHECKPOINTS / step_name(loaded.meta["step"])
-    write_checkpoint(
-        target,
-        {
-            WEIGHTS: tensors_writer(loaded.model.tensors()),
-            META: json_writer(meta),
-            TOKENIZER: loaded.tokenizer.save,
-            CERTIFICATE: json_writer(certificate),
-        },
-    )
+    writers = model_writers(loaded.model.tensors(), meta, loaded.tokenizer)
+    write_checkpoint(target, {**writers, CERTIFICATE: json_writer(certificate)})
     score, difference = certificate["score"], certificate["logits"]
     run.log_tags({"adapter": certificate["adapter"]})
     run.finish(

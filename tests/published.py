@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.models import load
+
 EOS, START = "<|im_end|>", "<|im_start|>"
 CHATML = (  # SmolLM2's
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -259,3 +261,23 @@ def _random_blocks(shape: tuple[int, ...], how: gguf.GGMLQuantizationType) -> An
         scales = rng.uniform(1e-4, 1e-3, blocks.shape[:-1]).astype(np.float16)
         blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
+
+
+def said_of(source: Path) -> str | None:
+    """What is said of a source in one line that names it; nothing where it is a model."""
+    try:
+        load(source)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return None
+    assert str(source) in message
+    assert "\n" not in message
+    return message
+
+
+def refusal(source: Path) -> str:
+    """The line that refuses a source."""
+    message = said_of(source)
+    assert message is not None
+    return message

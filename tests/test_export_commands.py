@@ -137,6 +137,20 @@ def test_gguf(tiny: Journey, tmp_path: Path) -> None:
     assert load(path / "model.gguf").gpt.config == load(tiny.best("instruct")).gpt.config
 
 
+@pytest.mark.parametrize(
+    ("form", "file"), [("huggingface", "model.safetensors"), ("gguf", "model.gguf")]
+)
+def test_a_bit_that_flipped_in_an_export_is_seen(form: str, file: str, tiny: Journey) -> None:
+    """Neither safetensors nor GGUF would see it; the directory alone names the model."""
+    path = export(tiny.best("pretrain"), f"--format={form}")
+    assert load(path).gpt.config == load(tiny.best("pretrain")).gpt.config
+    content = bytearray((path / file).read_bytes())
+    content[-100] ^= 1
+    (path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"its {file} is missing or damaged; export it anew"):
+        load(path)
+
+
 def test_a_card_says_what_it_was_made_from(tiny: Journey, tmp_path: Path) -> None:
     path = export(tiny.best("spam"), "--format=huggingface", f"--output={tmp_path / 'spam-model'}")
     card = (path / "README.md").read_text()

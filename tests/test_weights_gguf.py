@@ -14,7 +14,7 @@ import torch
 
 from pipeline.gpt import RopeScaling
 from pipeline.models import load
-from tests.published import CHATML, EOS, random_model, train, write_gguf
+from tests.published import CHATML, EOS, random_model, refusal, said_of, train, write_gguf
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -39,25 +39,6 @@ def logits_differ(source: Path, theirs: Any) -> float:
     with torch.inference_mode():
         difference = ours.head(ours(input_ids)) - theirs(input_ids).logits
     return float(difference.abs().max())
-
-
-def said_of(source: Path) -> str | None:
-    """What is said of a file in one line that names it; nothing where it is a model."""
-    try:
-        load(source)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return None
-    assert str(source) in message
-    assert "\n" not in message
-    return message
-
-
-def refusal(source: Path) -> str:
-    message = said_of(source)
-    assert message is not None
-    return message
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *K_QUANTS])

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.models import load
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
 from pipeline.weights.names import entries
-from tests.published import CHATML, EOS, random_model, save_tokenizer, train
+from tests.published import CHATML, EOS, random_model, refusal, said_of, save_tokenizer, train
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
 N_VOCAB = 512
@@ -61,25 +61,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def damaged(llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "damaged"))
-
-
-def said_of(source: Path) -> str | None:
-    """What is said of a source in one line that names it; nothing where it is a model."""
-    try:
-        load(source)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return None
-    assert str(source) in message
-    assert "\n" not in message
-    return message
-
-
-def refusal(folder: Path) -> str:
-    message = said_of(folder)
-    assert message is not None
-    return message
 
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:

@@ -18,6 +18,7 @@ from filelock import FileLock
 from datamodules.files import cache_dir, file_digests, replacing
 from pipeline.weights.huggingface_in import FILES
 
+EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -55,7 +56,8 @@ def locate(source: str | Path) -> Path:
     """
     path = Path(os.path.expandvars(source)).expanduser()
     if path.exists():
-        return path.resolve()
+        exported = path / EXPORTED_GGUF
+        return (exported if exported.is_file() else path).resolve()
     if str(source) in PACKAGED:
         return _packaged(str(source), PACKAGED[str(source)])
     named = _HUB_NAME.fullmatch(str(source))

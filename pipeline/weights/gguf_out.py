@@ -17,6 +17,7 @@ from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig, stretched
 from pipeline.models import Loaded
+from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 GGUFType = Literal["f32", "f16", "q8_0"]
-MODEL, MODELFILE = "model.gguf", "Modelfile"
+MODEL, MODELFILE = EXPORTED_GGUF, "Modelfile"
 _IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to what it has in float32
 _LARGEST_F16 = 65504
 

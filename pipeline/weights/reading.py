@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import FILE_NAME, Tokenizer
+from pipeline.checkpoint import damaged
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, build
 from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
+
+EXPORT = "export.json"  # digests of an export's files, and its lineage
 
 
 def is_foreign(path: Path) -> bool:
@@ -33,7 +37,15 @@ def open_foreign(path: Path) -> Foreign:
             f"{path} holds no model: it is no .gguf file, and no directory with a {CONFIG}."
         )
     with _naming(path):
+        _verify_export(path if path.is_dir() else path.parent)
         return open_huggingface(path) if path.is_dir() else open_gguf(path)
+
+
+def _verify_export(folder: Path) -> None:
+    """ValueError where an export of ours is not what was written; others carry no digests."""
+    if (folder / EXPORT).is_file():
+        for name in damaged(folder, json.loads((folder / EXPORT).read_bytes())["files"]):
+            raise ValueError(f"its {name} is missing or damaged; export it anew.")
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:

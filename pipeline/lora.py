@@ -69,7 +69,12 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
             f"choose from {sorted(linears)} or give [all-linear]."
         )
     resolved = replace(config, targets=sorted(targets))
-    inject_adapter_in_model(peft_config(resolved), model, adapter_name=ADAPTER)
+    theirs = peft_config(resolved)
+    if not config.dora and not config.dropout:
+        from pipeline.fused_lora import FusedLinear
+
+        theirs._register_custom_module({nn.Linear: FusedLinear})
+    inject_adapter_in_model(theirs, model, adapter_name=ADAPTER)
     return resolved
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline import lora
 from pipeline.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.classifier import GPTClassifier
+from pipeline.fused_lora import FusedLinear
 from pipeline.gpt import GPT
 from pipeline.lora import LoRAConfig
 
@@ -215,6 +216,32 @@ def test_targets_that_match_nothing_are_refused(
 def test_refused_configurations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.lora\.{message}"):
         replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_fused_layer_is_pefts(tiny_gpt: MakeGPT, family: str, rslora: bool) -> None:
+    """Outputs and all gradients, also where a layer's input needs none; gpt2 has biases."""
+    config = replace(VARIANTS["all-linear"], rslora=rslora)
+    results = []
+    for dropout in (0.0, 0.5):  # with dropout PEFT's own layer is used; in eval mode it drops none
+        model = tiny_gpt(family).double()
+        lora.attach(model, replace(config, dropout=dropout))
+        assert any(isinstance(m, FusedLinear) for m in model.modules()) == (dropout == 0)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if lora.is_adapter_key(name):
+                parameter.data.normal_(0, 0.1, generator=generator)
+        output = model.double().eval()(INPUT_IDS)
+        output.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results.append((output.detach(), gradients))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    assert (ours - theirs).abs().max() < 1e-10  # float64: the same sums in another order
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        assert gradient is not None
+        assert (gradient - their_gradients[name]).abs().max() < 1e-8, name
 
 
 def test_a_base_held_in_bf16_is_what_autocast_computes_with(tiny_gpt: MakeGPT) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -268,6 +269,8 @@ def main(args: Sequence[str]) -> None:
         ValueError: for a user's mistake, in one line that names the key.
     """
     quiet_libraries()
+    # where a loss is near nothing gradients are denormal, which a CPU multiplies in microcode
+    torch.set_flush_denormal(True)
     try:
         with ExitStack() as stack:
             listen_to_data(stack)

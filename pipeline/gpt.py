@@ -160,24 +160,33 @@ class KVCache:
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
-class Padding:
-    """Where the real tokens of padded rows stand; all but attention works on those alone.
+class Packing:
+    """Rows without their padding, and the tokens that all of them begin with taken once.
+
+    In a causal model such tokens have the same states in every row, so all but attention works on
+    N tokens instead of B T. An instruction's preamble is a third of it.
 
     Args:
-        mask: (B, T) bool, true where a token is real; N of them are.
+        input_ids: (B, T).
+        mask: (B, T) bool, true where a token is real.
+        is_causal: whether what rows begin with can be shared.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.shape, self.places = mask.shape, mask.flatten().nonzero().squeeze(1)  # (N,)
+    def __init__(self, input_ids: Tensor, mask: Tensor, *, is_causal: bool) -> None:
+        shared = (mask & (input_ids == input_ids[:1])).all(0).cumprod(0).bool() & is_causal  # (T,)
+        is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
+        kept = mask & (is_first | ~shared)
+        places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # in the pack
+        self.shape, self.kept = mask.shape, kept.flatten().nonzero().squeeze(1)  # (N,)
+        self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
 
-    def without(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (1, N, C)."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+        return x.flatten(0, 1).index_select(0, self.kept)[None]
 
-    def within(self, x: Tensor) -> Tensor:
-        """(1, N, C) -> (B, T, C), zeros where there is padding."""
-        empty = x.new_zeros(self.shape.numel(), x.shape[2])
-        return empty.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, N, C) -> (B, T, C); a pad gets the state of a real token."""
+        return x[0].index_select(0, self.sources).unflatten(0, self.shape)
 
 
 @dataclass(frozen=True)
@@ -188,13 +197,13 @@ class Rows:
         rotation: cosines and sines of their places, where positions are rotary.
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
         cache: of what was seen before.
-        padding: where it is left out of all but attention.
+        packing: of the tokens that all but attention works on.
     """
 
     rotation: Rotation = None
     mask: Tensor | None = None
     cache: KVCache | None = None
-    padding: Padding | None = None
+    packing: Packing | None = None
 
 
 class Attention(nn.Module):
@@ -210,7 +219,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width, bias=config.bias)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C)."""
+        """(B, T, C) -> (B, T, C), or packed (1, N, C) -> (1, N, C)."""
         q, k, v = (self._heads(project(x), rows) for project in (self.q, self.k, self.v))
         if rows.rotation is not None:
             q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
@@ -226,10 +235,10 @@ class Attention(nn.Module):
                 q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
             )  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.o(y if rows.padding is None else rows.padding.without(y))
+        return self.o(y if rows.packing is None else rows.packing.pack(y))
 
     def _heads(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x if rows.padding is None else rows.padding.within(x)
+        x = x if rows.packing is None else rows.packing.unpack(x)
         return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
 
 
@@ -295,7 +304,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """(B, T, C) -> (B, T, C), or with padding (1, N, C) -> (1, N, C)."""
+        """(B, T, C) -> (B, T, C), or packed (1, N, C) -> (1, N, C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rows))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -400,7 +409,8 @@ class GPT(nn.Module):
         """Final hidden states.
 
         Rows are padded on the right, so in a causal model nothing real ever sees a pad. Given the
-        mask, it leaves padding out of all that works token by token.
+        mask, rows are packed: padding, and again what all begin with, costs attention alone.
+        Dropout then falls on what they begin with once for all.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
@@ -409,7 +419,7 @@ class GPT(nn.Module):
             cache: filled at `positions`, which it needs, and attended to.
 
         Returns:
-            (B, T, C), normalised, zeros at pads that were left out; `head` gives the logits.
+            (B, T, C), normalised, without meaning at pads; `head` gives the logits.
 
         Raises:
             ValueError: where the rows are longer than the context.
@@ -427,19 +437,19 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[places]
         else:
             rotation = self._rotation(places)
-        mask, padding = None, None
+        mask, packing = None, None
         if cache is not None:
             assert positions is not None, "a cache needs positions"
             mask = cache.seek(positions)
         elif attention_mask is not None:
-            padding = Padding(attention_mask)
-            x = padding.without(x)
+            packing = Packing(input_ids, attention_mask, is_causal=self.config.causal)
+            x = packing.pack(x)
             mask = None if self.config.causal else attention_mask[:, None, None, :]  # (B, 1, 1, T)
-        x, rows = self.dropout(x), Rows(rotation, mask, cache, padding)
+        x, rows = self.dropout(x), Rows(rotation, mask, cache, packing)
         for block in self.blocks:
             x = block(x, rows)
         x = self.final_norm(x)
-        return x if padding is None else padding.within(x)
+        return x if packing is None else packing.unpack(x)
 
     def _rotation(self, places: slice | Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.cos[places], self.sin[places]  # (T, D) or (B, T, D)

@@ -72,13 +72,41 @@ def test_padding_and_neighbours_do_not_matter(tiny_gpt: MakeGPT, family: str, ca
             assert (reversed_[row, :length] - alone).abs().max() < ROUNDING
 
 
-def test_padding_costs_nothing_outside_attention(tiny_gpt: MakeGPT) -> None:
-    """Linear layers see real tokens alone: 50 of the 120 places."""
-    model, mask = tiny_gpt(), torch.arange(30) < torch.tensor([7, 30, 1, 12])[:, None]
-    seen = []
+def rows_that_begin_alike() -> tuple[Tensor, Tensor]:
+    """Four rows of 7, 30, 6 and 12 tokens, the first 5 of which are the same; ids and mask."""
+    input_ids, mask = tokens(4, 30), torch.arange(30) < torch.tensor([7, 30, 6, 12])[:, None]
+    input_ids[:, :5] = input_ids[0, :5]
+    return input_ids, mask
+
+
+@pytest.mark.parametrize(("causal", "n_tokens"), [(True, 55 - 3 * 5), (False, 55)])
+def test_linear_layers_see_no_pad_and_a_common_start_once(
+    tiny_gpt: MakeGPT, causal: bool, n_tokens: int
+) -> None:
+    model, seen = tiny_gpt(causal=causal), []
     model.blocks[0].mlp.up.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
-    model(tokens(4, 30), mask)
-    assert seen == [(1, 50, model.config.n_embd)]
+    model(*rows_that_begin_alike())
+    assert seen == [(1, n_tokens, model.config.n_embd)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_common_start_taken_once_changes_nothing(
+    tiny_gpt: MakeGPT, family: str, causal: bool
+) -> None:
+    """States and gradients are those of every row by itself, where every token is supervised."""
+    model, (input_ids, mask) = tiny_gpt(family, causal=causal).double(), rows_that_begin_alike()
+    weights = torch.randn(*mask.shape, model.config.n_embd, dtype=torch.float64)
+
+    def gradients(total: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(total, list(model.blocks.parameters())))
+
+    packed = model(input_ids, mask)
+    alone = [model(ids[keep][None])[0] for ids, keep in zip(input_ids, mask, strict=True)]
+    assert (packed[mask] - torch.cat(alone)).abs().max() < 1e-12  # the same sums, in float64
+    ours = gradients((packed * weights)[mask].sum())
+    theirs = gradients((torch.cat(alone) * weights[mask]).sum())
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

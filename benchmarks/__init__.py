@@ -1,0 +1,1 @@
+"""What measures the claims of the README, beside what people use instead."""

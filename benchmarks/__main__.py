@@ -1,0 +1,30 @@
+"""`python -m benchmarks P1 P3`: measures, keeps JSON, prints the table, draws the plot."""
+
+from __future__ import annotations
+
+from jsonargparse import auto_cli
+
+from benchmarks.harness import RESULTS, measure, save
+from benchmarks.report import plot, read, table
+from benchmarks.workloads import WORKLOADS
+
+
+def bench(workloads: list[str] | None = None, rounds: int = 3) -> None:
+    """Measures workloads, ours and peers in turn.
+
+    Args:
+        workloads: keys, such as [P1,P3]; all where there are none.
+        rounds: of every contestant.
+    """
+    for key in workloads or WORKLOADS:
+        workload = WORKLOADS[key]()
+        save(workload, measure(workload, rounds))
+    results = read()
+    (RESULTS / "table.md").write_text(table(results) + "\n")
+    plot(results, RESULTS / "throughput.png")
+    print(table(results))
+    print(f"\nJSON, table and plot: {RESULTS}")
+
+
+if __name__ == "__main__":
+    auto_cli(bench)

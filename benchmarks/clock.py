@@ -1,0 +1,42 @@
+"""A callback that records the steps of `fit`, through the command line as users start it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from benchmarks.record import Record
+from datamodules.batching import MicroBatch
+from pipeline.callbacks import n_real_tokens
+
+
+class StepClock(pl.Callback):
+    """Everything between two steps counts: data, logging, checkpoints, validation.
+
+    Args:
+        path: of the record.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.record = Record(path)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The first step begins."""
+        self.record.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: dict[str, Tensor],
+        batch: list[MicroBatch],
+        batch_idx: int,
+    ) -> None:
+        """A step has ended."""
+        self.record.step(n_real_tokens(batch), float(outputs["loss"]))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Writes the record."""
+        self.record.save()

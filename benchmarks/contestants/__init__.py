@@ -1,0 +1,1 @@
+"""What is measured: each a program that writes a record of its steps."""

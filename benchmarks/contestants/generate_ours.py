@@ -1,0 +1,34 @@
+"""Greedy decoding with ours.
+
+python -m benchmarks.contestants.generate_ours RECORD WEIGHTS PROMPTS N_NEW PRECISION
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import Record
+from pipeline.generate import Sampling, generate
+from pipeline.models import load
+
+N_REPEATS = 2  # the first warms up
+
+
+def main(record_path: str, weights: str, prompts: str, n_new: str, precision: str) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, ids = load(weights, dtype).gpt.eval(), json.loads(Path(prompts).read_text())
+    record = Record(record_path)
+    for _ in range(N_REPEATS):
+        record.start()
+        rows = generate(model, ids, Sampling(max_new_tokens=int(n_new)))
+        record.step(sum(map(len, rows)), 0.0)
+    record.facts["outputs"] = rows
+    record.save()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

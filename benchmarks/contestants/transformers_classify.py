@@ -1,0 +1,67 @@
+"""transformers and PEFT on the messages that the others train on: a head on the last token.
+
+python -m benchmarks.contestants.transformers_classify RECORD WEIGHTS STEPS PRECISION
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from benchmarks.contestants.transformers_steps import recording
+
+PAD = 0
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [torch.tensor(sample["input_ids"]) for sample in samples]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=PAD),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+    }
+
+
+def main(record_path: str, weights: str, steps: str, precision: str) -> None:
+    torch.manual_seed(1)
+    batches = json.loads(Path(steps).read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        weights, num_labels=2, pad_token_id=PAD, dtype=torch.float32
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=len(batches[0]),
+            num_train_epochs=1,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            train_sampling_strategy="sequential",
+            bf16=precision == "bf16",
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            label_names=["labels"],
+        )
+        trainer = recording(Trainer, record_path)(
+            model=get_peft_model(model, lora),
+            args=arguments,
+            train_dataset=[sample for batch in batches for sample in batch],
+            data_collator=collate,
+        )
+        trainer.train()
+        trainer.record.save()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

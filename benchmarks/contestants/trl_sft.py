@@ -1,0 +1,64 @@
+"""TRL's SFTTrainer with PEFT's LoRA: instructions, loss on the responses alone.
+
+    python -m benchmarks.contestants.trl_sft RECORD WEIGHTS ENTRIES PRECISION RANK TARGETS
+
+ENTRIES is JSON: {prompt, completion} each, in the order in which they are trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.contestants.transformers_steps import recording
+
+
+def main(
+    record_path: str, weights: str, entries: str, precision: str, rank: str, targets: str
+) -> None:
+    torch.manual_seed(1)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            train_sampling_strategy="sequential",
+            bf16=precision == "bf16",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            max_length=512,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        lora = LoraConfig(
+            r=int(rank),
+            lora_alpha=2 * int(rank),
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        trainer = recording(SFTTrainer, record_path)(
+            model=AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32),
+            args=arguments,
+            train_dataset=Dataset.from_list(json.loads(Path(entries).read_text())),
+            processing_class=AutoTokenizer.from_pretrained(weights),
+            peft_config=lora,
+        )
+        trainer.train()
+        trainer.record.save()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,173 @@
+"""Contestants in turn, several rounds, beside the machine's ceiling: A B A B, medians, equal work.
+
+A round measures the ceiling of matrix products in float32 and in bf16, then runs every contestant
+once, each in a process of its own. Warm-up steps are left out of the rates and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+Precision = Literal["float32", "bf16"]
+CEILINGS = """
+import json, torch
+from pipeline.callbacks import matrix_product_ceiling
+types = {"float32": torch.float32, "bf16": torch.bfloat16}
+cpu = torch.device("cpu")
+print(json.dumps({name: matrix_product_ceiling(cpu, dtype) for name, dtype in types.items()}))
+"""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A command that does the work and writes a record to the path that stands for `{record}`.
+
+    Attributes:
+        name: shown.
+        precision: of its products.
+        words: the command.
+        is_ours: what the ratios are of; the others are peers.
+    """
+
+    name: str
+    precision: Precision
+    words: Sequence[str]
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The same work for all.
+
+    Attributes:
+        key: such as P1.
+        title: what is done.
+        contestants: who does it.
+        n_warmup: steps that do not count.
+        flops_per_token: of the model, forward and backward, for the share of the ceiling.
+        loss_tolerance: relative difference of the last losses that equal work may show.
+        unit: of the rates.
+    """
+
+    key: str
+    title: str
+    contestants: Sequence[Contestant]
+    n_warmup: int
+    flops_per_token: float | None
+    loss_tolerance: float
+    unit: str = "tokens/s"
+
+
+@dataclass
+class Result:
+    """What the rounds gave for a contestant; one value a round."""
+
+    name: str
+    precision: str
+    is_ours: bool
+    rates: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    warmup_seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rss: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    def add(self, record: dict[str, Any], workload: Workload, ceiling: float) -> None:
+        """Takes in the record of a round."""
+        warmup, steps = record["steps"][: workload.n_warmup], record["steps"][workload.n_warmup :]
+        seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+        self.rates.append(tokens / seconds)
+        self.warmup_seconds.append(sum(s["seconds"] for s in warmup))
+        last = [s["loss"] for s in steps if s["loss"] is not None][-10:]
+        self.losses.append(statistics.mean(last) if last else float("nan"))
+        self.rss.append(record["rss"])
+        if workload.flops_per_token:
+            self.shares.append(self.rates[-1] * workload.flops_per_token / ceiling)
+
+    @property
+    def rate(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.rates)
+
+
+def measure(workload: Workload, n_rounds: int) -> list[Result]:
+    """Runs all rounds.
+
+    Raises:
+        RuntimeError: where a contestant fails, with the end of what it said.
+    """
+    results = [Result(c.name, c.precision, c.is_ours) for c in workload.contestants]
+    console = Console(stderr=True)
+    for round_ in range(1, n_rounds + 1):
+        ceilings = json.loads(_run([sys.executable, "-c", CEILINGS]))
+        for contestant, result in zip(workload.contestants, results, strict=True):
+            record = _record(contestant)
+            result.add(record, workload, ceilings[contestant.precision])
+            console.print(
+                f"{workload.key} round {round_}/{n_rounds}  {contestant.name:34} "
+                f"{contestant.precision:8} {result.rates[-1]:9,.1f} {workload.unit}"
+            )
+    check_equal_work(workload, results)
+    return results
+
+
+def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
+    """Same tokens for all, and last losses that agree.
+
+    Raises:
+        RuntimeError: naming who differs.
+    """
+    ours = next(result for result in results if result.is_ours)
+    for result in results:
+        if result.tokens != ours.tokens:
+            raise RuntimeError(f"{result.name} worked on {result.tokens} tokens, {ours.tokens} due")
+        pairs = zip(result.losses, ours.losses, strict=True)
+        apart = max(abs(theirs - our) / our for theirs, our in pairs)
+        if apart > workload.loss_tolerance:
+            raise RuntimeError(
+                f"{result.name} ends at a loss of {result.losses}, {ours.name} at {ours.losses}"
+            )
+
+
+def _record(contestant: Contestant) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        _run([word.replace("{record}", str(path)) for word in contestant.words], folder)
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+
+def _run(words: Sequence[str], home: str | None = None) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if home is not None:
+        environment["GPT_PIPELINE_HOME"] = home
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def save(workload: Workload, results: Sequence[Result]) -> Path:
+    """Writes the results as JSON."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{workload.key}.json"
+    facts = {"key": workload.key, "title": workload.title, "unit": workload.unit}
+    rows = [asdict(result) for result in results]
+    path.write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n")
+    return path

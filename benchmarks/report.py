@@ -1,0 +1,82 @@
+"""Results as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.harness import RESULTS
+
+HEADER = "| | workload | who | precision | {} | of ours | share of ceiling | peak memory |"
+
+
+def read() -> list[dict[str, Any]]:
+    """All results that were kept, by key."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("P*.json"))]
+
+
+def table(workloads: Sequence[dict[str, Any]]) -> str:
+    """Markdown: median (min to max) of every contestant, and how many times as fast ours is."""
+    lines = [HEADER.format("rate, median (min to max)"), "|---|---|---|---|---|---|---|---|"]
+    for workload in workloads:
+        ours = {r["precision"]: r for r in workload["results"] if r["is_ours"]}
+        for row, result in enumerate(workload["results"]):
+            name = (workload["key"], workload["title"]) if row == 0 else ("", "")
+            rates = result["rates"]
+            spread = f"{_number(statistics.median(rates))} ({_number(min(rates))} to "
+            spread += f"{_number(max(rates))}) {workload['unit']}"
+            share = statistics.median(result["shares"]) if result["shares"] else None
+            cells = [
+                *name,
+                result["name"],
+                result["precision"],
+                spread,
+                "" if result["is_ours"] else _ratios(ours, result),
+                f"{share:.0%}" if share else "",
+                f"{max(result['rss']) / 1e9:.2f} GB",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratios(ours: dict[str, dict[str, Any]], peer: dict[str, Any]) -> str:
+    """Ours over a peer's: the best of ours, and that in the peer's own precision."""
+    rate = statistics.median(peer["rates"])
+    by_precision = {p: statistics.median(r["rates"]) / rate for p, r in ours.items()}
+    best = max(by_precision.values())
+    own = by_precision.get(peer["precision"])
+    return f"{best:.1f}x" + (f", {own:.1f}x in its precision" if own and own != best else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(workloads: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars: rate of every contestant as a multiple of the best peer's."""
+    figure, axes = plt.subplots(
+        len(workloads), 1, figsize=(8, 1.1 + 1.15 * len(workloads)), layout="constrained"
+    )
+    for axis, workload in zip([axes] if len(workloads) == 1 else axes, workloads, strict=True):
+        results = sorted(workload["results"], key=lambda r: statistics.median(r["rates"]))
+        rates = [statistics.median(r["rates"]) for r in results]
+        best_peer = max(rate for rate, r in zip(rates, results, strict=True) if not r["is_ours"])
+        colours = ["tab:blue" if r["is_ours"] else "lightgrey" for r in results]
+        names = [f"{r['name']}, {r['precision']}" for r in results]
+        bars = axis.barh(names, [rate / best_peer for rate in rates], color=colours)
+        axis.bar_label(bars, [f"{rate / best_peer:.1f}x" for rate in rates], padding=3, fontsize=8)
+        axis.set_title(f"{workload['key']}: {workload['title']}", loc="left", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.1)
+    figure.supxlabel("throughput, as a multiple of the best peer's", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

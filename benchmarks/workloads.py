@@ -1,0 +1,211 @@
+"""What is measured, and against whom."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks import prepare
+from benchmarks.harness import Contestant, Precision, Workload
+from benchmarks.peers import HUGGING_FACE, python_with
+from pipeline.gpt import GPT, GPTConfig
+from pipeline.lora import LoRAConfig, attach
+from pipeline.models import load
+
+PRECISIONS: tuple[Precision, ...] = ("bf16", "float32")
+OURS = {"bf16": "bf16-mixed", "float32": "32-true"}
+TRANSFORMERS, TRL, PEFT = "transformers Trainer", "TRL", "transformers + PEFT"
+N_NEW = 64  # tokens of every prompt in P5
+
+
+def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: int) -> Workload:
+    """P1 and P2: through `fit`, beside the naive loop and transformers."""
+    weights = prepare.gpt2(config, key)
+    steps = prepare.pretraining_steps(config.block_size, n_rows, n_steps)
+    peer_words = ("{record}", str(weights), str(steps), str(n_steps))
+
+    def contestants() -> Iterator[Contestant]:
+        for precision in PRECISIONS:
+            options = {
+                "model.gpt": "null",
+                "model.init_from": str(weights),
+                "data.block_size": config.block_size,
+                "data.batch_size": n_rows,
+                "data.max_tokens": n_rows * config.block_size,
+                "trainer.max_steps": n_steps,
+                **_steady("adamw", lr=1e-3, betas=[0.9, 0.95]),
+            }
+            yield _fit("pretrain.yaml", precision, options)
+        yield _ours_environment("plain PyTorch loop", "float32", "plain_loop", *peer_words)
+        for precision in PRECISIONS:
+            yield _peer(TRANSFORMERS, precision, "transformers_pretrain", *peer_words, precision)
+
+    flops = GPT.skeleton(config).flops_per_token(config.block_size, training=True)
+    return Workload(key, title, list(contestants()), 2, flops, loss_tolerance=0.02)
+
+
+def small_pretraining() -> Workload:
+    """P1."""
+    config = prepare.gpt2_config(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=4096)
+    return pretraining("P1", "pretrain 6 layers x 384, 32 x 256 tokens a step", config, 32, 8)
+
+
+def gpt2_pretraining() -> Workload:
+    """P2."""
+    config = prepare.gpt2_config(
+        n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304
+    )
+    return pretraining("P2", "pretrain GPT-2 124M, 4 x 512 tokens a step", config, 4, 6)
+
+
+def instruction_tuning() -> Workload:
+    """P3, and P9 by its peak memory."""
+    return _instructions(
+        "P3", "LoRA (r 8, q and v) on instructions", 8, ["q", "v"], "q_proj,v_proj"
+    )
+
+
+def instruction_tuning_all() -> Workload:
+    """P3 with adapters on all linear layers."""
+    names = ["all-linear"]
+    return _instructions("P3b", "LoRA (r 16, all linears) on instructions", 16, names, "all-linear")
+
+
+def _instructions(key: str, title: str, rank: int, ours: list[str], theirs: str) -> Workload:
+    n_steps = len(list(prepare.steps_of(prepare.instructions())))
+    entries, weights = prepare.instruction_entries(n_steps), prepare.smollm2()
+
+    def contestants() -> Iterator[Contestant]:
+        for precision in PRECISIONS:
+            lora = {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "targets": ours}
+            options = {
+                "model.init_from": prepare.SMOLLM2,
+                "model.lora": {**lora, "rslora": False, "dora": False},
+                "data.source": prepare.INSTRUCTIONS,
+                "data.max_length": 512,
+                "trainer.max_epochs": 1,
+                **_steady("adamw", lr=2e-4, betas=[0.9, 0.999]),
+            }
+            yield _fit("instruct.yaml", precision, options)
+        for precision in PRECISIONS:
+            words = ("{record}", str(weights), str(entries), precision, str(rank), theirs)
+            yield _peer(TRL, precision, "trl_sft", *words)
+
+    flops = _adapted_flops(rank, ours)
+    return Workload(key, title, list(contestants()), 2, flops, loss_tolerance=0.05)
+
+
+def spam_tuning() -> Workload:
+    """P4, an epoch."""
+    n_steps = len(list(prepare.steps_of(prepare.spam())))
+    steps, weights = prepare.spam_steps(n_steps), prepare.smollm2()
+
+    def contestants() -> Iterator[Contestant]:
+        for precision in PRECISIONS:
+            options = {
+                "model.init_from": prepare.SMOLLM2,
+                "model.trainable": "lora",
+                "model.lora": {
+                    **{"rank": 16, "alpha": 32, "dropout": 0.0, "targets": ["all-linear"]},
+                    **{"rslora": False, "dora": False},
+                },
+                "data.source": prepare.SMS,
+                "data.suffix": "\n",
+                "data.balance": True,
+                "data.batch_size": 8,
+                "trainer.max_epochs": 1,
+                **_steady("adamw", lr=2e-4, betas=[0.9, 0.999]),
+            }
+            yield _fit("spam.yaml", precision, options)
+        for precision in PRECISIONS:
+            words = ("{record}", str(weights), str(steps), precision)
+            yield _peer(PEFT, precision, "transformers_classify", *words)
+
+    flops = _adapted_flops(16, ["all-linear"])
+    title = "LoRA (r 16, all linears) on messages, an epoch"
+    return Workload("P4", title, list(contestants()), 2, flops, loss_tolerance=1.0)
+
+
+def generation(n_prompts: int) -> Workload:
+    """P5."""
+    words = ("{record}", str(prepare.smollm2()), str(prepare.prompts(n_prompts)), str(N_NEW))
+
+    def contestants() -> Iterator[Contestant]:
+        for precision in PRECISIONS:
+            yield _ours_environment(
+                "ours", precision, "generate_ours", *words, precision, ours=True
+            )
+        for precision in PRECISIONS:
+            yield _peer("transformers", precision, "generate_transformers", *words, precision)
+
+    title = f"greedy generation, {n_prompts} prompts, {N_NEW} tokens each"
+    return Workload(f"P5-{n_prompts}", title, list(contestants()), 1, None, 0.0)
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "P1": small_pretraining,
+    "P2": gpt2_pretraining,
+    "P3": instruction_tuning,
+    "P3b": instruction_tuning_all,
+    "P4": spam_tuning,
+    "P5-1": lambda: generation(1),
+    "P5-16": lambda: generation(16),
+    "P5-64": lambda: generation(64),
+}
+
+
+def _steady(name: str, *, lr: float, betas: list[float]) -> dict[str, object]:
+    """The same optimizer for all, at a constant rate; nothing but training in the run."""
+    values = {"name": name, "lr": lr, "betas": betas, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    return {
+        "model.optimizer": {**values, "warmup_steps": 0, "final_lr_fraction": 1.0},
+        "trainer.limit_val_batches": 0,
+        "trainer.callbacks": [
+            {"class_path": "benchmarks.clock.StepClock", "init_args": {"path": "{record}"}}
+        ],
+        "seed_everything": prepare.SEED,
+    }
+
+
+def _fit(config: str, precision: Precision, options: dict[str, object]) -> Contestant:
+    words = [sys.executable, "-m", "pipeline", "fit", "-c", f"configs/{config}"]
+    words += [f"--precision={OURS[precision]}", "--run.name=bench"]
+    words += [f"--{key}={_word(value)}" for key, value in options.items()]
+    return Contestant("ours, through fit", precision, words, is_ours=True)
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+
+
+def _ours_environment(
+    name: str, precision: Precision, module: str, *words: str, ours: bool = False
+) -> Contestant:
+    return Contestant(name, precision, [sys.executable, *_module(module), *words], is_ours=ours)
+
+
+def _peer(name: str, precision: Precision, module: str, *words: str) -> Contestant:
+    python = python_with(HUGGING_FACE)
+    return Contestant(name, precision, [python, *_module(module), *words])
+
+
+def _module(name: str) -> tuple[str, str]:
+    return "-m", f"benchmarks.contestants.{name}"
+
+
+def _adapted_flops(rank: int, targets: list[str]) -> float:
+    """Forward and backward of SmolLM2 with adapters, of a token whose logits are not needed."""
+    model = load(prepare.SMOLLM2, torch.bfloat16).gpt
+    attach(model, LoRAConfig(rank, 2 * rank, 0.0, targets, rslora=False, dora=False))
+    frozen = sum(p.numel() for n, p in model.named_parameters() if "base_layer.weight" in n)
+    plain = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if n.startswith("blocks") and n.endswith("weight") and p.dim() == 2 and "lora" not in n
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert frozen <= plain
+    return 4.0 * plain + 6.0 * trained

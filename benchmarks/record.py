@@ -31,6 +31,7 @@ class Record:
     def step(self, tokens: int, loss: float) -> None:
         """A step has ended; the next begins."""
         now = time.perf_counter()
+        self.facts.setdefault("first_step_at", time.time())
         self.steps.append({"seconds": now - self.since, "tokens": tokens, "loss": loss})
         self.since = now
 

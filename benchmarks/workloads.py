@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from benchmarks import prepare
 from benchmarks.harness import Contestant, Precision, Workload
 from benchmarks.peers import HUGGING_FACE, python_with
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.lora import LoRAConfig, attach
+from pipeline.lora import LoRAConfig, attach, is_adapter_key
 from pipeline.models import load
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "float32")
@@ -29,17 +30,8 @@ def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: i
 
     def contestants() -> Iterator[Contestant]:
         for precision in PRECISIONS:
-            options = {
-                "model.gpt": "null",
-                "model.init_from": str(weights),
-                "data.block_size": config.block_size,
-                "data.batch_size": n_rows,
-                "data.max_tokens": n_rows * config.block_size,
-                "trainer.max_steps": n_steps,
-                **_steady("adamw", lr=1e-3, betas=[0.9, 0.95]),
-            }
-            yield _fit("pretrain.yaml", precision, options)
-        yield _ours_environment("plain PyTorch loop", "float32", "plain_loop", *peer_words)
+            yield _pretraining_fit(config, weights, n_rows, n_steps, precision)
+        yield _with_our_python("plain PyTorch loop", "float32", "plain_loop", *peer_words)
         for precision in PRECISIONS:
             yield _peer(TRANSFORMERS, precision, "transformers_pretrain", *peer_words, precision)
 
@@ -59,6 +51,23 @@ def gpt2_pretraining() -> Workload:
         n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304
     )
     return pretraining("P2", "pretrain GPT-2 124M, 4 x 512 tokens a step", config, 4, 6)
+
+
+def small_steps() -> Workload:
+    """P6: steps of about 50 ms, where a framework's own cost would show."""
+    config = prepare.gpt2_config(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=4096)
+    weights, n_steps = prepare.gpt2(config, "P6"), 200
+    steps = prepare.pretraining_steps(config.block_size, 8, n_steps)
+    words = ("{record}", str(weights), str(steps), str(n_steps))
+
+    def contestants() -> Iterator[Contestant]:
+        for precision in PRECISIONS:
+            yield _pretraining_fit(config, weights, 8, n_steps, precision)
+            yield _with_our_python("a bare loop", precision, "bare_loop", *words, precision)
+
+    flops = GPT.skeleton(config).flops_per_token(config.block_size, training=True)
+    title = "small steps (2 layers x 256, 8 x 128 tokens)"
+    return Workload("P6", title, list(contestants()), 20, flops, loss_tolerance=0.02)
 
 
 def instruction_tuning() -> Workload:
@@ -135,9 +144,7 @@ def generation(n_prompts: int) -> Workload:
 
     def contestants() -> Iterator[Contestant]:
         for precision in PRECISIONS:
-            yield _ours_environment(
-                "ours", precision, "generate_ours", *words, precision, ours=True
-            )
+            yield _with_our_python("ours", precision, "generate_ours", *words, precision, ours=True)
         for precision in PRECISIONS:
             yield _peer("transformers", precision, "generate_transformers", *words, precision)
 
@@ -154,6 +161,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "P5-1": lambda: generation(1),
     "P5-16": lambda: generation(16),
     "P5-64": lambda: generation(64),
+    "P6": small_steps,
 }
 
 
@@ -170,6 +178,21 @@ def _steady(name: str, *, lr: float, betas: list[float]) -> dict[str, object]:
     }
 
 
+def _pretraining_fit(
+    config: GPTConfig, weights: Path, n_rows: int, n_steps: int, precision: Precision
+) -> Contestant:
+    options = {
+        "model.gpt": "null",
+        "model.init_from": str(weights),
+        "data.block_size": config.block_size,
+        "data.batch_size": n_rows,
+        "data.max_tokens": n_rows * config.block_size,
+        "trainer.max_steps": n_steps,
+        **_steady("adamw", lr=1e-3, betas=[0.9, 0.95]),
+    }
+    return _fit("pretrain.yaml", precision, options)
+
+
 def _fit(config: str, precision: Precision, options: dict[str, object]) -> Contestant:
     words = [sys.executable, "-m", "pipeline", "fit", "-c", f"configs/{config}"]
     words += [f"--precision={OURS[precision]}", "--run.name=bench"]
@@ -181,7 +204,7 @@ def _word(value: object) -> str:
     return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
 
 
-def _ours_environment(
+def _with_our_python(
     name: str, precision: Precision, module: str, *words: str, ours: bool = False
 ) -> Contestant:
     return Contestant(name, precision, [sys.executable, *_module(module), *words], is_ours=ours)
@@ -200,12 +223,10 @@ def _adapted_flops(rank: int, targets: list[str]) -> float:
     """Forward and backward of SmolLM2 with adapters, of a token whose logits are not needed."""
     model = load(prepare.SMOLLM2, torch.bfloat16).gpt
     attach(model, LoRAConfig(rank, 2 * rank, 0.0, targets, rslora=False, dora=False))
-    frozen = sum(p.numel() for n, p in model.named_parameters() if "base_layer.weight" in n)
     plain = sum(
         p.numel()
-        for n, p in model.named_parameters()
-        if n.startswith("blocks") and n.endswith("weight") and p.dim() == 2 and "lora" not in n
+        for name, p in model.named_parameters()
+        if name.startswith("blocks") and p.dim() == 2 and not is_adapter_key(name)
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert frozen <= plain
     return 4.0 * plain + 6.0 * trained

@@ -132,8 +132,9 @@ def prefill(
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     input_ids = torch.tensor(padded, device=weight.device)  # (B, T), padded on the right
     positions = torch.arange(longest, device=weight.device).expand(len(prompts), -1)
-    hidden = model(input_ids, positions=positions, cache=cache)
     last = torch.tensor(lengths, device=weight.device) - 1
+    is_real = positions <= last[:, None]
+    hidden = model(input_ids, is_real, positions=positions, cache=cache)
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
     return cache, _logits(model, ends, settings)
 

@@ -414,7 +414,7 @@ class GPT(nn.Module):
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
-            attention_mask: (B, T) bool, true where a token is real; not with a cache.
+            attention_mask: (B, T) bool, true where a token is real.
             positions: (B, T) int64 place of each token in its row; 0 to T-1 where not given.
             cache: filled at `positions`, which it needs, and attended to.
 
@@ -441,10 +441,11 @@ class GPT(nn.Module):
         if cache is not None:
             assert positions is not None, "a cache needs positions"
             mask = cache.seek(positions)
-        elif attention_mask is not None:
+        elif attention_mask is not None and not self.config.causal:
+            mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
+        if attention_mask is not None:
             packing = Packing(input_ids, attention_mask, is_causal=self.config.causal)
             x = packing.pack(x)
-            mask = None if self.config.causal else attention_mask[:, None, None, :]  # (B, 1, 1, T)
         x, rows = self.dropout(x), Rows(rotation, mask, cache, packing)
         for block in self.blocks:
             x = block(x, rows)

@@ -1,0 +1,48 @@
+"""A bare loop around our own model and optimizer: what is left when the framework is taken away.
+
+python -m benchmarks.contestants.bare_loop RECORD WEIGHTS STEPS N_STEPS PRECISION
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.record import Record
+from pipeline.loss import next_token_loss
+from pipeline.models import load
+from pipeline.optim import OptimizerConfig, make_optimizer
+
+OPTIMIZER = OptimizerConfig(
+    name="adamw",
+    lr=1e-3,
+    final_lr_fraction=1.0,
+    warmup_steps=0,
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    max_grad_norm=1.0,
+)
+
+
+def main(record_path: str, weights: str, steps: str, n_steps: str, precision: str) -> None:
+    torch.set_flush_denormal(True)
+    model, tokens = load(weights).gpt.train(), torch.from_numpy(np.load(steps)).long()
+    optimizer = make_optimizer(model, OPTIMIZER)
+    record = Record(record_path)
+    for ids in tokens[: int(n_steps)]:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            total, count = next_token_loss(model(ids), model.head.weight, ids)
+            loss = total / count
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        record.step(ids.numel(), float(loss.detach()))
+    record.save()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""How long commands take to answer, beside what they have to load in any case.
+
+    python -m benchmarks.startup
+
+Prints medians of five starts each, in seconds, and keeps them as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.workloads import small_pretraining
+
+N_STARTS = 5
+PYTHON = [sys.executable]
+COMMANDS = {
+    "--help": [*PYTHON, "-m", "pipeline", "--help"],
+    "generate --help": [*PYTHON, "-m", "pipeline", "generate", "--help"],
+    "run --help": [*PYTHON, "-m", "pipeline", "run", "--help"],
+    "fit --help": [*PYTHON, "-m", "pipeline", "fit", "--help"],
+    "import torch": [*PYTHON, "-c", "import torch"],
+    "import lightning.pytorch": [*PYTHON, "-c", "import lightning.pytorch"],
+}
+FIRST_STEP = "fit, from the start to the end of its first step"
+
+
+def seconds(words: list[str]) -> list[float]:
+    """Wall time of every start."""
+    taken = []
+    for _ in range(N_STARTS):
+        since = time.perf_counter()
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        taken.append(time.perf_counter() - since)
+    return taken
+
+
+def first_step() -> list[float]:
+    """Wall time until P1's model has taken one step."""
+    (ours, *_) = small_pretraining().contestants
+    taken = []
+    for _ in range(N_STARTS):
+        with tempfile.TemporaryDirectory() as home:
+            path = Path(home) / "record.json"
+            words = [word.replace("{record}", str(path)) for word in ours.words]
+            began = time.time()
+            environment = {**os.environ, "GPT_PIPELINE_HOME": home}
+            subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
+            taken.append(json.loads(path.read_text())["first_step_at"] - began)
+    return taken
+
+
+def main() -> None:
+    starts = {name: seconds(words) for name, words in COMMANDS.items()}
+    starts[FIRST_STEP] = first_step()
+    table = Table("command", "median, s", "min", "max")
+    for name, taken in starts.items():
+        values = (statistics.median(taken), min(taken), max(taken))
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "startup.json").write_text(json.dumps(starts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

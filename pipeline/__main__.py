@@ -21,7 +21,8 @@ COMMANDS = LIGHTNING | {
     name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
-LOOK_S, BUSY_PERCENT = 0.1, 25  # of all cores, that other processes use when a command starts
+LOOK_S, N_LOOKS = 0.1, 8
+BUSY_PERCENT = 25  # of all cores, that other processes use when a command starts
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def _dispatch(words: list[str]) -> int | None:
     if name is None:
         return _explain(words)
     rest = words[len(name.split()) :]
-    if not {"-h", "--help"} & set(rest):
+    if name != "run" and not {"-h", "--help"} & set(rest):  # a chain's stages choose for themselves
         _choose_waiting()
     if name in LIGHTNING:
         from pipeline.cli import main as lightning_main
@@ -80,14 +81,14 @@ def _choose_waiting() -> None:
     """How OpenMP's threads wait for one another; it has to be said before torch is loaded.
 
     On an idle machine a short spin makes small steps 1.5 times as fast as sleeping does; where
-    another process wants a core, sleeping is 3 times as fast as any spin. A chain's stages inherit
-    the choice.
+    another process wants a core, sleeping is 3 times as fast as any spin. A machine is busy if it
+    is so at every look: what was there just before may still be ending.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         return
     import psutil
 
-    if psutil.cpu_percent(interval=LOOK_S) < BUSY_PERCENT:
+    if any(psutil.cpu_percent(interval=LOOK_S) < BUSY_PERCENT for _ in range(N_LOOKS)):
         os.environ["GOMP_SPINCOUNT"] = "10000"
     else:
         os.environ["OMP_WAIT_POLICY"] = "passive"

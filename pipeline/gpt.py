@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
@@ -326,10 +327,15 @@ class GPT(nn.Module):
 
     Args:
         config: with `vocab_size` resolved.
+
+    Attributes:
+        gradient_checkpointing: keep what enters a block for the backward pass and compute the rest
+            again there (Chen et al. 2016): less memory, a second forward pass, the same numbers.
     """
 
     cos: Tensor
     sin: Tensor
+    gradient_checkpointing = False
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -446,8 +452,9 @@ class GPT(nn.Module):
             x = packing.pack(x)
             mask = None if self.config.causal else attention_mask[:, None, None, :]  # (B, 1, 1, T)
         x, rows = self.dropout(x), Rows(rotation, mask, cache, packing)
+        is_lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rows)
+            x = checkpoint(block, x, rows, use_reentrant=False) if is_lean else block(x, rows)
         x = self.final_norm(x)
         return x if packing is None else packing.unpack(x)
 

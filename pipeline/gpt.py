@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2
+PACK_MULTIPLE = 32  # of packed tokens; for every shape that it meets oneDNN makes, and keeps, code
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
 
 
@@ -165,7 +166,8 @@ class Packing:
     """Rows without their padding, and the tokens that all of them begin with taken once.
 
     In a causal model such tokens have the same states in every row, so all but attention works on
-    N tokens instead of B T. An instruction's preamble is a third of it.
+    N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
+    run meets few shapes.
 
     Args:
         input_ids: (B, T).
@@ -178,7 +180,9 @@ class Packing:
         is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
         kept = mask & (is_first | ~shared)
         places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # in the pack
-        self.shape, self.kept = mask.shape, kept.flatten().nonzero().squeeze(1)  # (N,)
+        indices = kept.flatten().nonzero().squeeze(1)
+        filler = indices.new_zeros(-len(indices) % PACK_MULTIPLE)  # computed, never looked at
+        self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
         self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
 
     def pack(self, x: Tensor) -> Tensor:

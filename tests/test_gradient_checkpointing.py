@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.gpt import GPT
+from pipeline.trial import kept_bytes
 from tests.journey import Journey
 from tests.training import (
     LORA,
@@ -92,32 +92,19 @@ def test_losses_and_gradients_are_the_same(
     assert recomputed.n_calls == 2 * gradients.n_calls > 0
 
 
-def kept_bytes(model: GPT, input_ids: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, parameters left out."""
-    kept: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model(input_ids)
-    assert hidden.requires_grad
-    return sum(kept.values())
-
-
 def test_a_block_keeps_its_input_alone(tiny_gpt: MakeGPT) -> None:
     """Beside it only what lies outside the blocks is kept, which is the same for any depth."""
     input_ids = torch.zeros((2, 32), dtype=torch.int64)
+
+    def forward() -> Tensor:
+        return model(input_ids)
+
     plain, checkpointed = [], []
     for n_layer in (2, 5):
         model = tiny_gpt("llama", n_layer=n_layer).train()
-        plain.append(kept_bytes(model, input_ids))
+        plain.append(kept_bytes(forward, model))
         model.gradient_checkpointing = True
-        checkpointed.append(kept_bytes(model, input_ids))
+        checkpointed.append(kept_bytes(forward, model))
     width = 2 * 32 * TINY.n_embd * 4  # one residual stream in float32
     assert checkpointed[1] - checkpointed[0] == 3 * width
     # a block keeps more than ten times its input: both norms, q, k, v, attention, three of the MLP

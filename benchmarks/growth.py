@@ -115,7 +115,7 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
             total, n_targets = next_token_loss(model(input_ids), model.head.weight, input_ids)
             (total / n_targets).backward()
         optimizer.step()
-        float(total)  # waits for the device
+        float(total.detach())  # waits for the device
         times.append(time.perf_counter() - start)
     timed = sorted(times[N_WARMUP:])
     return Measured(

@@ -29,7 +29,7 @@ class CheckCLI(PipelineCLI):
     """`fit` for a few steps, and a report instead of a result."""
 
     @contextmanager
-    def open_run(self) -> Iterator[Run]:  # type: ignore[override]
+    def open_run(self) -> Iterator[Run]:
         """A run that is gone afterwards; MLflow never hears of it."""
         mlruns_root().mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".check-", dir=mlruns_root()) as folder:
@@ -70,10 +70,8 @@ class CheckCLI(PipelineCLI):
         return int(self.trainer.estimated_stepping_batches)
 
     def _n_validations(self) -> int:
-        n_between, n_per_epoch = (
-            int(self.trainer.val_check_batch),
-            int(self.trainer.num_training_batches),
-        )
+        n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
+        n_per_epoch = int(self.trainer.num_training_batches)
         if self._val_every is None:
             return self._n_steps // n_between
         return self._n_steps // n_per_epoch // self._val_every * max(1, n_per_epoch // n_between)

@@ -96,7 +96,7 @@ class Trial(pl.Callback):
         kept_bytes: what the largest micro-batch keeps for the backward pass, by count.
         needed_bytes: the memory that the run needs at least, by count.
         peak_bytes: the memory that was used.
-        flops_per_token: of forward and backward passes, by count, on a step of median size.
+        flops_per_token: of passes and optimizer, by count, on a step of median size.
         step_s, step_tokens: seconds and tokens of the timed steps.
         val_batch_s: seconds of each batch of validation.
         val_rest_s: seconds of what a validation does beside its batches: checkpoint, sample texts.
@@ -131,14 +131,11 @@ class Trial(pl.Callback):
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
-    ) -> int | None:
+    ) -> None:
         """Counts the operations of a step of median size."""
-        if trainer.should_stop:
-            return -1
         if self._n_steps == 1:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
-        return None
 
     def on_train_batch_end(
         self,

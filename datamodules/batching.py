@@ -133,12 +133,23 @@ class Collate:
     def __call__(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         """The micro-batches of one step, longest rows first; none where a rank has no samples."""
         longest_first = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
-        micro_batches = []
-        while longest_first:
-            n_rows = max(1, self.max_tokens // len(longest_first[0]["input_ids"]))
-            micro_batches.append(pad(longest_first[:n_rows], self.pad_id))
-            longest_first = longest_first[n_rows:]
-        return micro_batches
+        lengths = [len(sample["input_ids"]) for sample in longest_first]
+        return [pad(longest_first[rows], self.pad_id) for rows in cut(lengths, self.max_tokens)]
+
+
+def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:
+    """Which rows of a step go through the model together.
+
+    Args:
+        lengths: tokens of the rows, the longest first.
+        max_tokens: of a micro-batch, padding included; a longer row goes alone.
+    """
+    slices, start = [], 0
+    while start < len(lengths):
+        stop = min(len(lengths), start + max(1, max_tokens // lengths[start]))
+        slices.append(slice(start, stop))
+        start = stop
+    return slices
 
 
 def pad(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
@@ -208,6 +219,10 @@ class StepDataModule(pl.LightningDataModule):
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> keys of `train_set`."""
         return shuffled(len(self.train_set), self.seed)  # type: ignore[arg-type]
+
+    def train_lengths(self, keys: Tensor) -> Tensor:
+        """Tokens of the rows of `train_set` with these keys (N,), int64."""
+        return torch.tensor([len(self.train_set[key]["input_ids"]) for key in keys.tolist()])
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch."""

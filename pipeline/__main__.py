@@ -17,8 +17,11 @@ LIGHTNING = {
     "test": "Measure a checkpoint on the test set.",
     "predict": "Write a checkpoint's predictions for the test set.",
 }
-COMMANDS = LIGHTNING | {
-    name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()
+CHECK = {"check": "Say what fit would do, cost and quietly lose, before it starts."}
+COMMANDS = {
+    **LIGHTNING,
+    **CHECK,
+    **{name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()},
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 LOOK_S, N_LOOKS = 0.1, 8
@@ -63,6 +66,11 @@ def _dispatch(words: list[str]) -> int | None:
         from pipeline.cli import main as lightning_main
 
         lightning_main([name, *rest])
+        return None
+    if name in CHECK:
+        from pipeline.check import main as check_main
+
+        check_main(rest)
         return None
     return _call(name, rest)
 

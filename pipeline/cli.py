@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from pipeline.hardware import multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
-from pipeline.run_directory import AlreadyFinished, read_outcome
+from pipeline.run_directory import AlreadyFinished, Run, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
@@ -135,9 +135,7 @@ class PipelineCLI(LightningCLI):
         if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
             check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
         self._dump_config()
-        self.run = self.stack.enter_context(
-            open_run(self.stage.run.experiment, self._run_name(), self.config_dump)
-        )
+        self.run = self.stack.enter_context(self.open_run())
         resolved = {"precision.resolved": resolve_precision(self.stage.precision)}
         self.run.log_tags(resolved)
         self.datamodule.config = self.config_dump["data"]
@@ -159,7 +157,11 @@ class PipelineCLI(LightningCLI):
         logger.trainer = trainer
         return trainer
 
-    def _run_name(self) -> str:
+    def open_run(self) -> AbstractContextManager[Run]:
+        """The run that the command keeps everything in."""
+        return open_run(self.stage.run.experiment, self.run_name(), self.config_dump)
+
+    def run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
         deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         weights = self.config_dump["model"]["init_args"].get("init_from")
@@ -259,11 +261,12 @@ def listen_to_data(stack: ExitStack) -> None:
     stack.callback(logger.removeHandler, handler)
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
     """Runs `fit`, `validate`, `test` or `predict`.
 
     Args:
         args: the command and its options.
+        cli: what runs it.
 
     Raises:
         ValueError: for a user's mistake, in one line that names the key.
@@ -274,7 +277,7 @@ def main(args: Sequence[str]) -> None:
     try:
         with ExitStack() as stack:
             listen_to_data(stack)
-            PipelineCLI(
+            cli(
                 stack,
                 model_class=LitStep,
                 datamodule_class=StepDataModule,

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2
+PACK_MULTIPLE = 32  # of packed tokens; for every shape that it meets oneDNN makes, and keeps, code
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
 
 
@@ -164,7 +166,8 @@ class Packing:
     """Rows without their padding, and the tokens that all of them begin with taken once.
 
     In a causal model such tokens have the same states in every row, so all but attention works on
-    N tokens instead of B T. An instruction's preamble is a third of it.
+    N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
+    run meets few shapes.
 
     Args:
         input_ids: (B, T).
@@ -177,7 +180,9 @@ class Packing:
         is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
         kept = mask & (is_first | ~shared)
         places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # in the pack
-        self.shape, self.kept = mask.shape, kept.flatten().nonzero().squeeze(1)  # (N,)
+        indices = kept.flatten().nonzero().squeeze(1)
+        filler = indices.new_zeros(-len(indices) % PACK_MULTIPLE)  # computed, never looked at
+        self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
         self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -326,10 +331,15 @@ class GPT(nn.Module):
 
     Args:
         config: with `vocab_size` resolved.
+
+    Attributes:
+        gradient_checkpointing: keep what enters a block for the backward pass and compute the rest
+            again there (Chen et al. 2016): less memory, a second forward pass, the same numbers.
     """
 
     cos: Tensor
     sin: Tensor
+    gradient_checkpointing = False
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -447,8 +457,9 @@ class GPT(nn.Module):
             packing = Packing(input_ids, attention_mask, is_causal=self.config.causal)
             x = packing.pack(x)
         x, rows = self.dropout(x), Rows(rotation, mask, cache, packing)
+        is_lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rows)
+            x = checkpoint(block, x, rows, use_reentrant=False) if is_lean else block(x, rows)
         x = self.final_norm(x)
         return x if packing is None else packing.unpack(x)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Literal
 
+import psutil
 import torch
 
 Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
@@ -24,3 +27,25 @@ def multiplies_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def used_memory_bytes(device: torch.device) -> int:
+    """The memory that this process has now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """All memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

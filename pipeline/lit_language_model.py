@@ -27,6 +27,8 @@ class LitLanguageModel(LitStep):
         gpt: a model to build anew; or else
         init_from: a checkpoint whose weights to start from.
         lora: adapters to train instead of the weights.
+        gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
+            that it needs: less memory for about a third more time, the same numbers.
     """
 
     kind = "language_model"
@@ -38,8 +40,15 @@ class LitLanguageModel(LitStep):
         gpt: GPTConfig | None = None,
         init_from: str | None = None,
         lora: LoRAConfig | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(gpt=gpt, init_from=init_from, lora=lora, optimizer=optimizer)
+        super().__init__(
+            gpt=gpt,
+            init_from=init_from,
+            lora=lora,
+            optimizer=optimizer,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:

@@ -81,8 +81,9 @@ def rows_that_begin_alike() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("causal", "n_tokens"), [(True, 55 - 3 * 5), (False, 55)])
 def test_linear_layers_see_no_pad_and_a_common_start_once(
-    tiny_gpt: MakeGPT, causal: bool, n_tokens: int
+    tiny_gpt: MakeGPT, causal: bool, n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.gpt.PACK_MULTIPLE", 1)  # to the token
     model, seen = tiny_gpt(causal=causal), []
     model.blocks[0].mlp.up.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     model(*rows_that_begin_alike())

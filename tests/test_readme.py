@@ -27,6 +27,7 @@ CHAINS = [line for line in COMMANDS if line not in STAGES]
 SMALLER = {
     "tokenizer train": ["--source=prose", "--vocab_size=400"],
     "fit -c configs/pretrain.yaml": [*TINY, *PLAIN, "--data.source=prose"],
+    "check -c configs/pretrain.yaml": [*TINY, *PLAIN, "--data.source=prose"],
     "fit -c configs/spam.yaml": [*SHORT, *PLAIN],
     "fit -c configs/instruct.yaml": [*SHORT, *PLAIN],
     "test -c configs/spam.yaml": PLAIN,

@@ -1,0 +1,254 @@
+"""How a training step's time and memory grow: with context, batch, model size and LoRA rank.
+
+    python benchmarks/growth.py --output benchmarks/results/growth
+
+Writes growth.json, growth.md and growth.png. Every point is measured in a process of its own; its
+peak memory is that process's. The context is varied at a constant number of tokens a step, the
+batch at a constant context. Then `step = fixed + per_token * tokens + per_pair * batch * context^2`
+is fitted to the points of the base model; the last term is attention's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import CLI
+from matplotlib.figure import Figure
+
+N_WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a step: rows of random tokens, all supervised; rank 0 trains all weights."""
+
+    n_layer: int
+    n_embd: int
+    context: int
+    batch: int
+    rank: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.batch * self.context
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of the fastest, the median and the slowest step; peak memory of the process."""
+
+    n_parameters: int
+    step_s: tuple[float, float, float]
+    peak_memory_gib: float
+
+
+def sweeps(
+    base: Point,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    widths: Sequence[int],
+    ranks: Sequence[int],
+) -> dict[str, list[Point]]:
+    """The points of each table, by what is varied in it."""
+    tokens = base.batch * max(contexts)
+    return {
+        "context": [replace(base, context=n, batch=tokens // n) for n in contexts],
+        "batch": [replace(base, batch=n) for n in batches],
+        "n_embd": [replace(base, n_embd=n) for n in widths],
+        "rank": [replace(base, rank=n) for n in ranks],
+    }
+
+
+def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
+    """Takes steps of a point in this process."""
+    import torch
+
+    from pipeline import lora
+    from pipeline.gpt import GPT, GPTConfig
+    from pipeline.hardware import multiplies_bf16, peak_memory_bytes
+    from pipeline.loss import next_token_loss
+
+    torch.manual_seed(0)
+    config = GPTConfig(
+        n_layer=point.n_layer,
+        n_head=point.n_embd // 64,
+        n_kv_head=point.n_embd // 64,
+        n_embd=point.n_embd,
+        block_size=point.context,
+        vocab_size=vocab_size,
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        position="rope",
+        rope_theta=10_000.0,
+        mlp="swiglu",
+        mlp_hidden=point.n_embd * 8 // 3,
+        bias=False,
+        tie_embeddings=True,
+        dropout=0.0,
+        causal=True,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, is_half = GPT(config), multiplies_bf16()
+    if point.rank:
+        targets = lora.LoRAConfig(point.rank, 2 * point.rank, 0.0, ["all-linear"], False, False)
+        lora.attach(model, targets)
+        if is_half:
+            lora.hold_base(model, torch.bfloat16)
+    model.to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    input_ids = torch.randint(vocab_size, (point.batch, point.context), device=device)
+    times = []
+    for _ in range(N_WARMUP + n_steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+            total, n_targets = next_token_loss(model(input_ids), model.head.weight, input_ids)
+            (total / n_targets).backward()
+        optimizer.step()
+        float(total.detach())  # waits for the device
+        times.append(time.perf_counter() - start)
+    timed = sorted(times[N_WARMUP:])
+    return Measured(
+        n_parameters=model.n_parameters(),
+        step_s=(timed[0], statistics.median(timed), timed[-1]),
+        peak_memory_gib=peak_memory_bytes(device) / 2**30,
+    )
+
+
+def in_own_process(point: Point, n_steps: int, vocab_size: int) -> Measured:
+    """The same in a process of its own."""
+    call = json.dumps({"point": asdict(point), "n_steps": n_steps, "vocab_size": vocab_size})
+    command = [sys.executable, __file__, "--call", call]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def fit_cost(points: list[tuple[Point, Measured]]) -> dict[str, float]:
+    """Least squares for the terms of a step's time, in seconds, and how much they explain."""
+    terms = np.array([[1, p.n_tokens, p.batch * p.context**2] for p, _ in points], dtype=float)
+    times = np.array([measured.step_s[1] for _, measured in points])
+    scale = terms.max(axis=0)
+    solution, *_ = np.linalg.lstsq(terms / scale, times, rcond=None)
+    fixed, per_token, per_pair = solution / scale
+    residual = times - terms @ np.array([fixed, per_token, per_pair])
+    r_squared = 1 - (residual**2).sum() / ((times - times.mean()) ** 2).sum()
+    return {
+        "fixed_s": float(fixed),
+        "per_token_s": float(per_token),
+        "per_pair_s": float(per_pair),
+        "r_squared": float(r_squared),
+    }
+
+
+def attention_share(point: Point, cost: dict[str, float]) -> float:
+    """The part of a step's fitted time that grows with the square of the context."""
+    pairs = cost["per_pair_s"] * point.batch * point.context**2
+    return pairs / (cost["fixed_s"] + cost["per_token_s"] * point.n_tokens + pairs)
+
+
+def table(
+    results: dict[str, list[tuple[Point, Measured]]], cost: dict[str, float]
+) -> Iterator[str]:
+    """Markdown: a table for each sweep, then the fit."""
+    for varied, points in results.items():
+        yield f"\n| {varied} | tokens a step | parameters | step, s | tokens/s | peak memory, GiB |"
+        yield "|---|---|---|---|---|---|"
+        for point, measured in points:
+            low, median, high = measured.step_s
+            yield (
+                f"| {getattr(point, varied)} | {point.n_tokens:,} | {measured.n_parameters:,} "
+                f"| {median:.3f} [{low:.3f}, {high:.3f}] | {point.n_tokens / median:,.0f} "
+                f"| {measured.peak_memory_gib:.2f} |"
+            )
+    yield (
+        f"\nstep = {cost['fixed_s']:.3g} s + {cost['per_token_s']:.3g} s a token + "
+        f"{cost['per_pair_s']:.3g} s a pair of tokens of a row (R² {cost['r_squared']:.3f})"
+    )
+    for point, _ in results["context"]:
+        yield f"- attention's share at context {point.context}: {attention_share(point, cost):.0%}"
+
+
+def plot(results: dict[str, list[tuple[Point, Measured]]]) -> Figure:
+    """Step time above, peak memory below, a column for each sweep."""
+    figure = Figure(figsize=(3.2 * len(results), 5.5), layout="constrained")
+    axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
+    for column, (varied, points) in enumerate(results.items()):
+        xs = [getattr(point, varied) for point, _ in points]
+        axes[0, column].plot(xs, [measured.step_s[1] for _, measured in points], marker="o")
+        axes[1, column].plot(xs, [measured.peak_memory_gib for _, measured in points], marker="o")
+        axes[1, column].set_xlabel(varied)
+        for row in (0, 1):
+            axes[row, column].set_ylim(bottom=0)
+            axes[row, column].grid(alpha=0.25, linewidth=0.6)
+    axes[0, 0].set_ylabel("step (s)")
+    axes[1, 0].set_ylabel("peak memory (GiB)")
+    return figure
+
+
+def main(
+    output: Path,
+    n_layer: int = 6,
+    n_embd: int = 384,
+    context: int = 256,
+    batch: int = 2,
+    rank: int = 0,
+    contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048),
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    widths: tuple[int, ...] = (128, 256, 384, 512, 768),
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64),
+    vocab_size: int = 4096,
+    n_steps: int = 7,
+) -> None:
+    """Measure all sweeps.
+
+    Args:
+        output: a folder.
+        n_layer: of the base model.
+        n_embd: of the base model; a multiple of 64, the head size.
+        context: tokens a row where they are not varied.
+        batch: rows a step where they are not varied; the longest context has as many.
+        rank: of adapters where it is not varied; 0 trains all weights.
+        contexts: to measure.
+        batches: to measure.
+        widths: n_embd to measure.
+        ranks: to measure.
+        vocab_size: of all models.
+        n_steps: timed at each point.
+    """
+    base = Point(n_layer, n_embd, context, batch, rank)
+    results: dict[str, list[tuple[Point, Measured]]] = {}
+    for varied, points in sweeps(base, contexts, batches, widths, ranks).items():
+        results[varied] = []
+        for point in points:
+            print(f"{varied}: {point}", file=sys.stderr)
+            results[varied].append((point, in_own_process(point, n_steps, vocab_size)))
+    cost = fit_cost(results["context"] + results["batch"])
+    rows: dict[str, Any] = {
+        varied: [{**asdict(point), **asdict(measured)} for point, measured in points]
+        for varied, points in results.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "growth.json").write_text(json.dumps({"sweeps": rows, "cost": cost}, indent=1))
+    lines = list(table(results, cost))
+    (output / "growth.md").write_text("\n".join(lines).lstrip() + "\n")
+    plot(results).savefig(output / "growth.png", dpi=150)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--call"]:
+        call = json.loads(sys.argv[2])
+        call["point"] = Point(**call["point"])
+        print(json.dumps(asdict(measure(**call))))
+    else:
+        CLI(main, as_positional=False)

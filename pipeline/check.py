@@ -1,0 +1,152 @@
+"""`check`: what `fit` would do, cost and quietly lose, said before it starts.
+
+It is a fit that ends after a few steps, in a run that is thrown away: it reads the same options and
+resolves data, tokenizer and weights by the same code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datamodules.batching import StepDataModule
+from pipeline.checkpoint import CHECKPOINTS, newest_valid
+from pipeline.cli import PipelineCLI
+from pipeline.cli import main as lightning_main
+from pipeline.hardware import multiplies_bf16
+from pipeline.run_directory import Run, read_outcome
+from pipeline.stage_run import mlruns_root
+from pipeline.trial import N_VAL_BATCHES, Epoch, Trial
+
+GIB = 2**30
+
+
+class CheckCLI(PipelineCLI):
+    """`fit` for a few steps, and a report instead of a result."""
+
+    @contextmanager
+    def open_run(self) -> Iterator[Run]:
+        """A run that is gone afterwards; MLflow never hears of it."""
+        mlruns_root().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".check-", dir=mlruns_root()) as folder:
+            run = Run.open(Path(folder) / self.stage.run.experiment / self.stage.run.name)
+            try:
+                yield run
+            finally:
+                run.fail("only a check")
+
+    def before_fit(self) -> None:
+        """Nothing: there is no checkpoint to go on from."""
+
+    def fit(self, model: Any, datamodule: StepDataModule, **kwargs: Any) -> None:
+        """Takes the steps of the trial, and says what they tell."""
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        epoch = Epoch.of(datamodule)
+        order = epoch.trial_order()
+        datamodule.train_order = lambda: lambda _: order  # type: ignore[method-assign]
+        trial, n_val_batches = Trial(epoch), self._n_val_batches()
+        self.trainer.callbacks.append(trial)  # type: ignore[attr-defined]
+        self.trainer.limit_val_batches = min(N_VAL_BATCHES, n_val_batches)
+        self._val_every = self.trainer.check_val_every_n_epoch
+        self.trainer.check_val_every_n_epoch = self._val_every and 1
+        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        for line in [*self._facts(trial, n_val_batches), *self._warnings(trial)]:
+            print(line)
+
+    def after_fit(self) -> None:
+        """Nothing: there is no result."""
+
+    def _n_val_batches(self) -> int:
+        n_batches, limit = len(self.datamodule.val_dataloader()), self.trainer.limit_val_batches
+        return min(n_batches, limit) if isinstance(limit, int) else int(n_batches * limit)
+
+    @property
+    def _n_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def _n_validations(self) -> int:
+        n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
+        n_per_epoch = int(self.trainer.num_training_batches)
+        if self._val_every is None:
+            return self._n_steps // n_between
+        return self._n_steps // n_per_epoch // self._val_every * max(1, n_per_epoch // n_between)
+
+    def _facts(self, trial: Trial, n_val_batches: int) -> Iterator[str]:
+        epoch, parameters = trial.epoch, list(self.model.parameters())
+        n_epochs = self._n_steps / len(epoch.keys)
+        n_tokens = n_epochs * epoch.n_tokens
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        yield f"run         {self._would_be()}"
+        yield f"data        {_flat(self.datamodule.fingerprint['counts'])}"
+        yield (
+            f"epoch       {epoch.n_samples:,} samples, {epoch.n_tokens:,} tokens, "
+            f"padding {1 - epoch.n_tokens / epoch.n_padded:.1%}"
+        )
+        yield f"steps       {self._n_steps:,} ({n_epochs:.2f} epochs), {n_tokens:,.0f} tokens"
+        yield f"parameters  {sum(p.numel() for p in parameters):,}, trained {trained:,}"
+        memory = max(trial.peak_bytes, trial.needed_bytes if not trial.step_s else 0)
+        yield (
+            f"memory      {memory / GIB:.2f} of {trial.total_bytes / GIB:.1f} GiB; "
+            f"{trial.kept_bytes / GIB:.2f} of it kept for the backward pass"
+        )
+        if not trial.step_s:
+            yield "time        not measured: no step could be timed"
+        else:
+            training = sum(trial.step_s) / sum(trial.step_tokens) * n_tokens
+            batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
+            validation = self._n_validations() * (n_val_batches * batch_s + trial.val_rest_s)
+            yield f"compute     {trial.flops_per_token * n_tokens / 1e12:,.1f} TFLOP"
+            yield (
+                f"time        {trial.start_s + training + validation:,.0f} s: start "
+                f"{trial.start_s:,.0f}, training {training:,.0f}, "
+                f"{self._n_validations()} validations {validation:,.0f}"
+            )
+
+    def _would_be(self) -> str:
+        path = mlruns_root() / self.stage.run.experiment / self.run_name()
+        if read_outcome(path) is not None:
+            return f"{path} is finished; fit would do nothing (--run.resume never starts anew)"
+        newest = newest_valid(path / CHECKPOINTS)
+        return f"{path} would go on from {newest.name}" if newest else f"{path}, new"
+
+    def _warnings(self, trial: Trial) -> Iterator[str]:
+        data, counts = self.datamodule, self.datamodule.fingerprint["counts"]
+        n_epochs = self._n_steps / len(trial.epoch.keys)
+        if not trial.fits:
+            yield (
+                "warning: this needs more memory than there is; lower data.max_tokens, set "
+                "model.gradient_checkpointing, or take a smaller model"
+            )
+        if n_epochs < 1:
+            yield f"warning: the run ends after {n_epochs:.0%} of the data (trainer.max_steps)"
+        if counts.get("n_cut"):
+            yield f"warning: {counts['n_cut']} samples are cut to data.max_length {data.max_length}"
+        for name, count in counts.items():
+            if "/" in name and count == 0:
+                yield f"warning: there is no {name.replace('/', ' sample of label ')}"
+        if trial.epoch.largest[1] > data.max_tokens:
+            yield (
+                f"warning: the longest sample has {trial.epoch.largest[1]} tokens, which is more "
+                f"than data.max_tokens {data.max_tokens}: it goes alone"
+            )
+        slow = "32-true" if multiplies_bf16() else "bf16-mixed"
+        if self.trainer.precision == slow:
+            yield f"warning: precision {slow} is slow on this machine; auto takes the faster one"
+
+
+def _flat(counts: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} ({_flat(value)})" if isinstance(value, dict) else f"{name} {value}"
+        for name, value in counts.items()
+    )
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs `check`, which takes the options of `fit`."""
+    print("taking a few steps ...", file=sys.stderr)
+    lightning_main(["fit", *args], cli=CheckCLI)

@@ -1,0 +1,216 @@
+"""A few steps of a training run, taken to know what all of it costs.
+
+Shapes: B rows, T tokens, N samples of an epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.batching import MicroBatch, StepDataModule, cut, pad
+from pipeline.callbacks import n_real_tokens
+from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
+
+QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
+N_WARMUP = 3  # steps before any is timed: the largest, then two of median size
+N_TIMED = 3 * len(QUANTILES)
+TRIAL_S = 20.0  # of timed steps; at least three are taken
+N_VAL_BATCHES = 5
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The first pass over the training samples, in numbers.
+
+    Attributes:
+        keys: of its samples, in order, step by step.
+        step_tokens: (steps,) tokens without padding.
+        n_padded: tokens in all with padding.
+        largest: rows and tokens a row of the micro-batch with the most tokens.
+        heaviest: the step that it belongs to.
+    """
+
+    keys: tuple[Tensor, ...]
+    step_tokens: Tensor
+    n_padded: int
+    largest: tuple[int, int]
+    heaviest: int
+
+    @classmethod
+    def of(cls, data: StepDataModule) -> Epoch:
+        """Of a data module that is set up."""
+        order = data.train_order()(0)
+        steps = data.train_lengths(order).split(data.batch_size)
+        shapes = [
+            (rows.stop - rows.start, lengths[rows.start], step)
+            for step, of_step in enumerate(steps)
+            for lengths in [sorted(of_step.tolist(), reverse=True)]
+            for rows in cut(lengths, data.max_tokens)
+        ]
+        n_rows, n_tokens, heaviest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+        return cls(
+            keys=order.split(data.batch_size),
+            step_tokens=torch.stack([of_step.sum() for of_step in steps]),
+            n_padded=sum(b * t for b, t, _ in shapes),
+            largest=(n_rows, n_tokens),
+            heaviest=heaviest,
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """N."""
+        return sum(map(len, self.keys))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all, without padding."""
+        return int(self.step_tokens.sum())
+
+    def trial_order(self) -> Tensor:
+        """(N,) keys that begin with the steps of the trial: warm-up, then steps of all sizes."""
+        whole = max(1, len(self.keys) - 1)  # the last step may have fewer samples
+        by_size = self.step_tokens[:whole].argsort()
+        quantiles = [int(by_size[round(q * (whole - 1))]) for q in QUANTILES]
+        warmup = [min(self.heaviest, whole - 1), quantiles[0], quantiles[0]]
+        taken = [*warmup, *quantiles * (N_TIMED // len(QUANTILES))]
+        return torch.cat([self.keys[step] for step in taken] + list(self.keys))[: self.n_samples]
+
+
+class Trial(pl.Callback):
+    """Takes the steps of `Epoch.trial_order`, times them, validates a little, and ends the run.
+
+    Where the run needs more memory than there is, no step is taken.
+
+    Attributes:
+        start_s: from the start of the process to the first step.
+        kept_bytes: what the largest micro-batch keeps for the backward pass, by count.
+        needed_bytes: the memory that the run needs at least, by count.
+        peak_bytes: the memory that was used.
+        flops_per_token: of passes and optimizer, by count, on a step of median size.
+        step_s, step_tokens: seconds and tokens of the timed steps.
+        val_batch_s: seconds of each batch of validation.
+        val_rest_s: seconds of what a validation does beside its batches: checkpoint, sample texts.
+    """
+
+    def __init__(self, epoch: Epoch) -> None:
+        self.epoch = epoch
+        self.start_s = self.val_rest_s = self.flops_per_token = 0.0
+        self.kept_bytes = self.needed_bytes = self.peak_bytes = self.total_bytes = 0
+        self.step_s: list[float] = []
+        self.step_tokens: list[int] = []
+        self.val_batch_s: list[float] = []
+        self._n_steps, self._since = 0, 0.0
+        self._counter: FlopCounterMode | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has the memory."""
+        return max(self.needed_bytes, self.peak_bytes) <= self.total_bytes
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Counts memory; ends the run where there is too little."""
+        self.start_s = time.time() - psutil.Process().create_time()
+        device = pl_module.device
+        self.total_bytes = total_memory_bytes(device)
+        self.kept_bytes = largest_kept_bytes(trainer, pl_module, self.epoch)
+        trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
+        states = 3 * trained  # gradients, and two moments of AdamW
+        self.needed_bytes = used_memory_bytes(device) + states + self.kept_bytes
+        trainer.should_stop = not self.fits
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the operations of a step of median size."""
+        if self._n_steps == 1:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: list[MicroBatch],
+        batch_idx: int,
+    ) -> None:
+        """Times steps until there are enough of them."""
+        n_tokens, now = n_real_tokens(batch), time.perf_counter()
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self.flops_per_token = self._counter.get_total_flops() / n_tokens
+            self._counter = None
+        self._n_steps += 1
+        if self._n_steps > N_WARMUP:
+            self.step_s.append(now - self._since)
+            self.step_tokens.append(n_tokens)
+        is_long = len(self.step_s) >= 3 and sum(self.step_s) > TRIAL_S
+        trainer.should_stop = is_long or len(self.step_s) == N_TIMED
+        self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Starts the clock of a validation."""
+        self._since = self._val_start = time.perf_counter()
+        self.val_batch_s = []
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Times a batch."""
+        now = time.perf_counter()
+        self.val_batch_s.append(now - self._since)
+        self._since = now
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Times the rest; called after the checkpoint was written."""
+        self._since = time.perf_counter()
+        self.val_rest_s = self._since - self._val_start - sum(self.val_batch_s)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Reads the peak."""
+        self.peak_bytes = peak_memory_bytes(pl_module.device)
+
+
+def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:
+    """Bytes that the largest micro-batch keeps for the backward pass, padding included.
+
+    Counted on its longest row alone and on that row twice: what a row costs, and what it does not.
+    """
+    data: StepDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    keys, (n_rows, _) = epoch.keys[epoch.heaviest], epoch.largest
+    key = int(keys[data.train_lengths(keys).argmax()])
+    sample = data.train_set[key]
+
+    def kept(n: int) -> int:
+        batch = trainer.strategy.batch_to_device(pad([sample] * n, data.tokenizer.eos_id))
+        with trainer.precision_plugin.forward_context():
+            return kept_bytes(lambda: module.loss_sum(batch), module)
+
+    once, twice = kept(1), kept(2)
+    return once + (n_rows - 1) * (twice - once)
+
+
+def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that a forward pass of a module keeps for the backward pass beside its parameters."""
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(kept.values())

@@ -1,0 +1,213 @@
+"""What costs time, counted: a regression fails here without a clock.
+
+Counts are of one optimizer step (several micro-batches, unless said otherwise), forward and
+backward, as the dispatcher sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from datamodules.batching import MicroBatch
+from pipeline.callbacks import Throughput
+from pipeline.gpt import PACK_MULTIPLE
+from pipeline.loss import count_supervised
+from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
+from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+PER_ADAPTED_LINEAR = 3 + 5  # forward: W x, A x, B (A x); backward: 2 for A x, and x, A, B
+PER_ATTENTION = 2 + 4  # forward: scores, weighted values; backward: both factors of each
+FROZEN_HEAD = 1 + 1  # forward; backward to the hidden states alone
+FIRST_LAYER_QKV = 3 * 2  # their input is frozen: two of the five backward products fall away
+
+
+class Operations(TorchDispatchMode):
+    """Operations of the dispatcher, each by name with its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[Tensor], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        self.seen.append((func.overloadpacket.__name__, tensors, out))
+        return out
+
+    def named(self, *names: str) -> list[tuple[str, list[Tensor], Any]]:
+        return [operation for operation in self.seen if operation[0] in names]
+
+
+class Watch(pl.Callback):
+    """Records the operations of one step, and the tokens that each linear layer of blocks sees."""
+
+    def __init__(self, step: int = 2) -> None:
+        self.step, self.operations = step, Operations()
+        self.tokens: dict[str, int] = Counter()
+        self.batch: list[MicroBatch] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx != self.step:
+            return
+        self.batch = batch
+        for name, layer in module.model.named_modules():
+            if "blocks." in name and isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(self._counter(name))
+        self.operations.__enter__()
+
+    def _counter(self, name: str) -> Any:
+        def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            self.tokens[name] += inputs[0].shape[:-1].numel()
+
+        return count
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step + 1:
+            self.operations.__exit__(None, None, None)
+
+
+def watched(module: Any, data: Any, folder: Path, **options: Any) -> Watch:
+    watch = Watch()
+    options = {"max_steps": 3, "limit_val_batches": 0, "log_every_n_steps": 1, **options}
+    fit(module, data, folder, callbacks=[Throughput(), watch], **options)
+    assert len(watch.batch) > 1, "a step of several micro-batches"
+    assert watch.operations.seen
+    return watch
+
+
+def n_distinct(micro_batch: MicroBatch) -> int:
+    """Real tokens, those that all rows begin with counted once, rounded up."""
+    if "attention_mask" not in micro_batch:
+        return micro_batch["input_ids"].numel()
+    real = [
+        row[mask].tolist()
+        for row, mask in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)
+    ]
+    shared = 0
+    while all(len(row) > shared and row[shared] == real[0][shared] for row in real):
+        shared += 1
+    n = sum(map(len, real)) - (len(real) - 1) * shared
+    return -(-n // PACK_MULTIPLE) * PACK_MULTIPLE
+
+
+def test_logits_exist_where_there_is_a_loss(tiny: Journey, tmp_path: Path) -> None:
+    module = language_model()
+    watch = watched(module, instruction_data(tiny.tokenizer), tmp_path)
+    head = module.model.head.weight.untyped_storage().data_ptr()
+    rows = [
+        out.shape[0]
+        for _, tensors, out in watch.operations.named("mm")
+        if tensors[1].untyped_storage().data_ptr() == head
+        and out.shape[-1] == len(module.model.head.weight)
+    ]
+    assert rows == [count_supervised(micro_batch["labels"]) for micro_batch in watch.batch]
+
+
+def test_linear_layers_see_distinct_real_tokens(tiny: Journey, tmp_path: Path) -> None:
+    """All seven of both blocks; padding, and again what rows begin with, costs attention alone."""
+    watch = watched(language_model(), instruction_data(tiny.tokenizer), tmp_path)
+    expected = sum(map(n_distinct, watch.batch))
+    assert expected < sum(micro_batch["input_ids"].numel() for micro_batch in watch.batch)
+    assert set(watch.tokens.values()) == {expected}
+    assert len(watch.tokens) == 2 * 7
+
+
+@pytest.fixture
+def adapters(tiny: Journey, tmp_path: Path) -> tuple[Any, Watch]:
+    """A step of LoRA under bf16-mixed."""
+    lora = replace(LORA, dropout=0.0)
+    module = language_model(gpt=None, init_from=str(tiny.best("pretrain")), lora=lora)
+    data = instruction_data(tiny.tokenizer)
+    return module, watched(module, data, tmp_path, precision="bf16-mixed")
+
+
+def test_products_under_bf16_are_bf16_and_no_more_than_needed(adapters: tuple[Any, Watch]) -> None:
+    module, watch = adapters
+    products = watch.operations.named(*PRODUCTS)
+    dtypes = Counter(tensors[-1].dtype for _, tensors, _ in products)
+    n_layer = module.model.config.n_layer
+    per_micro_batch = (
+        n_layer * (7 * PER_ADAPTED_LINEAR + PER_ATTENTION) - FIRST_LAYER_QKV + FROZEN_HEAD
+    )
+    assert dtypes == {torch.bfloat16: per_micro_batch * len(watch.batch)}
+
+
+def test_the_frozen_base_is_never_cast_or_copied(adapters: tuple[Any, Watch]) -> None:
+    """It is bf16 already. Norms count too: autocast leaves them alone."""
+    module, watch = adapters
+    frozen = {
+        p.untyped_storage().data_ptr() for p in module.model.parameters() if not p.requires_grad
+    }
+    assert len(frozen) > 10
+    copies = watch.operations.named("_to_copy", "copy_", "clone")
+    assert copies, "adapters are float32 and are cast"
+    assert not [
+        tensors[-1].shape
+        for _, tensors, _ in copies
+        if tensors[-1].untyped_storage().data_ptr() in frozen
+    ]
+
+
+def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:
+    """Reads of single numbers, which a GPU has to finish all its work for."""
+    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose", max_tokens=64)
+    watch = watched(language_model(), data, tmp_path, log_every_n_steps=1000)
+    n_micro_batches = len(watch.batch)
+    reads = len(watch.operations.named("_local_scalar_dense"))
+    # a micro-batch: its supervised positions; its real tokens, for the throughput.
+    # a step: whether the gradient's norm is finite; its loss, which the callback of `fit` keeps
+    assert reads == 2 * n_micro_batches + 2
+
+
+@contextmanager
+def statements_by_thread() -> Iterator[Counter[str]]:
+    """How many SQL statements each thread sends to any database."""
+    counts: Counter[str] = Counter()
+
+    def count(*_: Any) -> None:
+        counts[threading.current_thread().name] += 1
+
+    event.listen(Engine, "before_cursor_execute", count)
+    try:
+        yield counts
+    finally:
+        event.remove(Engine, "before_cursor_execute", count)
+
+
+def test_training_never_waits_for_the_database(tiny: Journey, tmp_path: Path) -> None:
+    """The thread that trains appends to the journal; another one sends that to MLflow."""
+    with statements_by_thread() as counts:
+        code, _, err = said(
+            "fit",
+            f"--config={CONFIGS}/pretrain.yaml",
+            *TINY,
+            *PLAIN,
+            f"--data.source=[{tiny.folder / 'prose'}]",
+            f"--data.tokenizer={tiny.tokenizer}",
+            "--data.near_duplicates=null",
+            "--trainer.log_every_n_steps=1",
+        )
+    assert code == 0, err
+    assert counts.total() > 0, "MLflow was kept up to date"
+    assert threading.main_thread().name not in counts
+    (journal,) = (tmp_path / "mlruns" / "default").glob("*/journal.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    logged = {line["step"] for line in lines if "train/loss" in line.get("values", {})}
+    assert logged == set(range(1, 9))
+    assert outcome_of(tmp_path / "mlruns" / "default")["status"] == "FINISHED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pipeline import checkpoint as files
+from pipeline.interrupts import StopRequest
 
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
@@ -74,17 +76,22 @@ class Checkpoints(pl.Callback):
         self.last_step: int | None = None
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
-        self._rng: torch.Tensor | None = None
+        self._rng: list[dict[str, Any]] | None = None  # by rank
+        self._stop = StopRequest()
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the random state, now that every iterator exists."""
+        """Restores the random state, now that every iterator exists; listens to signals.
+
+        Lightning puts their handlers back when the trainer ends.
+        """
         if self._rng is not None:
-            torch.set_rng_state(self._rng.cpu())
+            set_random_state(self._rng[trainer.global_rank % len(self._rng)])
             self._rng = None
+        self._stop.listen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.
@@ -93,14 +100,38 @@ class Checkpoints(pl.Callback):
         that the step's validation, if any, is over, and neither repeats nor loses it.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self._at_step_end = {"loops": trainer.fit_loop.state_dict(), "data": data.state_dict()}
+        loops, epoch = trainer.fit_loop.state_dict(), data.state_dict()["epoch"]
+        for progress in loops["epoch_progress"].values():  # lags after a resume at an epoch's end
+            progress |= {"ready": epoch + 1, "started": epoch + 1}
+            progress |= {"processed": epoch, "completed": epoch}
+        data.advance(int(trainer.num_training_batches))
+        self._at_step_end = {"loops": loops, "data": data.state_dict()}
         due = trainer.global_step % self.every_n_steps == 0
         self._is_due = due and not _validation_follows(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Saves the step before, if it is due: by now its metrics are in the journal."""
-        if self._is_due:
+        """Saves the step before, if it is due: by now its metrics are in the journal.
+
+        Raises:
+            SystemExit: a signal came; that step is saved, and the code is 128 + the signal.
+        """
+        number = self._agreed_signal(trainer)
+        if self._is_due or (number and self._at_step_end):
             self._save(trainer)
+        if number:
+            print(
+                f"stopped after step {trainer.global_step}; the same command goes on",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + number)
+
+    def _agreed_signal(self, trainer: pl.Trainer) -> int:
+        """The signal that any rank got, 0 for none: all stop at the same step."""
+        number = self._stop.signal or 0
+        if trainer.world_size == 1:
+            return number
+        largest = trainer.strategy.reduce(torch.tensor(number), reduce_op="max")
+        return int(largest)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the epoch's last step, if it is due."""
@@ -146,7 +177,7 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the random state; loops and position in the data as they were at the step's end."""
-        checkpoint["rng"] = torch.get_rng_state()
+        checkpoint["rng"] = over_ranks(trainer, random_state())
         if self._at_step_end:
             checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
             data = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
@@ -177,6 +208,27 @@ class Checkpoints(pl.Callback):
             "last": str(self.path(trainer, trainer.global_step)),
             "best": str(self.path(trainer, best)),
         }
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, of the CPU and of each GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": gpus}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `random_state` gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["cuda"]])
+
+
+def over_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """The value of every rank, in their order."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

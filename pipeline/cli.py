@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.callbacks import ProgressDisplay, Throughput
+from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
@@ -28,6 +29,7 @@ from pipeline.hardware import multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
+from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import attempts, digest, mlruns_root, open_run
@@ -49,11 +51,13 @@ class RunConfig:
         name: of the run; a digest of its configuration is added.
         resume: auto goes on from the newest whole checkpoint of the same configuration, must
             insists on one, never starts anew.
+        allow_changes: go on where data, model or processes are not those of the checkpoint.
     """
 
     experiment: str
     name: str
     resume: Literal["auto", "must", "never"] = "auto"
+    allow_changes: bool = False
 
 
 def as_list(value: Any) -> list[Any]:
@@ -161,10 +165,11 @@ class PipelineCLI(LightningCLI):
 
     def _run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
-        deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
+        options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         weights = self.config_dump["model"]["init_args"].get("init_from")
         weights_digest = path_digest(locate(weights)) if weights else None
-        name = f"{self.stage.run.name}-{digest([self.subcommand, deciding, weights_digest])[:8]}"
+        deciding = [self.subcommand, decisive(options), weights_digest]
+        name = f"{self.stage.run.name}-{digest(deciding)[:8]}"
         if self.stage.run.resume != "never":
             return name
         folder = mlruns_root() / self.stage.run.experiment
@@ -173,16 +178,26 @@ class PipelineCLI(LightningCLI):
     def before_fit(self) -> None:
         """Goes on from the newest whole checkpoint of this run, if there is one."""
         config = self.config_init[self.subcommand]
+        self.model.allow_changes = config.run.allow_changes
         if config.ckpt_path is None and config.run.resume != "never":
             newest = newest_valid(self.run.path / CHECKPOINTS)
-            if newest is None and config.run.resume == "must":
-                raise ValueError(
-                    f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole "
-                    "checkpoint; give auto to start anew where there is none."
-                )
+            if newest is None:
+                self._say_what_is_new(must=config.run.resume == "must")
             config.ckpt_path = newest and str(newest)
         if config.ckpt_path is not None:
             print(f"resuming from {config.ckpt_path}", file=sys.stderr)
+
+    def _say_what_is_new(self, *, must: bool) -> None:
+        """Where there is nothing to go on with, but a like run was interrupted: how they differ."""
+        other = interrupted_like(self.run.path)
+        text = f"; {other}" if other else ""
+        if must:
+            raise ValueError(
+                f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole checkpoint"
+                f"{text}; give auto to start anew where there is none."
+            )
+        if other:
+            print(f"starting anew{text}", file=sys.stderr)
 
     def after_fit(self) -> None:
         """Figures, baselines, outcome."""
@@ -289,6 +304,10 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(one_line(str(error))) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1 for it
+            raise KeyboardInterrupt from error
+        raise
     except AlreadyFinished as finished:
         print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)
         hand_over(finished.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
+from pipeline.callbacks import run_of
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
+from pipeline.resume import check_resumable
+from pipeline.run_directory import flat
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 MAX_SKIPPED_STEPS = 5  # in a row
@@ -43,6 +47,7 @@ class LitStep(pl.LightningModule):
     strict_loading = False  # on_load_checkpoint is stricter
     kind: str
     model: Any
+    allow_changes = False  # go on from a checkpoint of another run
 
     def __init__(
         self,
@@ -63,7 +68,8 @@ class LitStep(pl.LightningModule):
         self.model = None
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
-        self._n_skipped = 0
+        self._step: list[MicroBatch] = []  # that is being taken
+        self._skipped = {"in_a_row": 0, "in_all": 0}  # steps
 
     # What a subclass decides
 
@@ -132,6 +138,7 @@ class LitStep(pl.LightningModule):
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> Tensor:
         """Backward over all micro-batches, then one optimizer step; returns the mean loss."""
+        self._step = batch
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
@@ -166,16 +173,31 @@ class LitStep(pl.LightningModule):
         self.log("train/grad_norm", norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
-        self._n_skipped = 0 if torch.isfinite(norm) else self._n_skipped + 1
-        skipped = float(self._n_skipped > 0)
-        self.log("train/skipped_steps", skipped, reduce_fx="sum", on_step=False, on_epoch=True)
-        if self._n_skipped:
+        is_finite = bool(torch.isfinite(norm))
+        self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
+        self._skipped["in_all"] += not is_finite
+        self.log("train/skipped_steps", float(self._skipped["in_all"]))
+        if not is_finite:
             optimizer.zero_grad(set_to_none=True)
-        if self._n_skipped >= MAX_SKIPPED_STEPS:
+            self._say_what_was_skipped()
+        if self._skipped["in_a_row"] >= MAX_SKIPPED_STEPS:
             raise NonFiniteLossError(
-                f"{self._n_skipped} steps in a row had gradients that are not finite; "
-                "lower model.optimizer.lr, or start again from the last checkpoint."
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite, the last "
+                f"of them step {self.global_step + 1}; the last checkpoint is untouched by them. "
+                "Lower model.optimizer.lr, or look at the samples that the journal names."
             )
+
+    def _say_what_was_skipped(self) -> None:
+        """The samples of a step that was not taken, in the journal and on stderr."""
+        ids = [i for micro_batch in self._step for i in micro_batch["sample_ids"].tolist()]
+        step = self.global_step + 1
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        print(
+            f"warning: step {step} was skipped: its gradients are not finite (samples {shown})",
+            file=sys.stderr,
+        )
+        if run := run_of(self.trainer):
+            run.event("skipped_step", step=step, sample_ids=ids)
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
@@ -205,11 +227,28 @@ class LitStep(pl.LightningModule):
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "base": self.base,
             "parent": self.parent,
+            "identity": self.identity(),
             "precision": str(self.trainer.precision),
             "data": self.data.config,
             "dataset": self.data.fingerprint,
             **self.data.meta(),
         }
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with its checkpoint, as text by dotted key.
+
+        `max_tokens` is not among it: it may be lowered where memory has run out.
+        """
+        gpt: GPT = getattr(self.model, "gpt", self.model)
+        model = {
+            "kind": self.kind,
+            "gpt": asdict(gpt.config),
+            "lora": asdict(self.lora_config) if self.lora_config else None,
+            "optimizer": asdict(self.optimizer_config),
+            "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        run = {"precision": self.trainer.precision, "world_size": self.trainer.world_size}
+        return flat({"data": self.data.identity(), "model": model, "trainer": run})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
@@ -217,6 +256,7 @@ class LitStep(pl.LightningModule):
         checkpoint["state_dict"] = tensors
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
+        checkpoint["skipped"] = dict(self._skipped)
         if self.lora_config is not None:
             checkpoint["adapter"] = lora.adapter_state(self.model)
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
@@ -229,6 +269,10 @@ class LitStep(pl.LightningModule):
                 f"the checkpoint belongs to the base {theirs and theirs['path']}, "
                 f"model.init_from gives {ours and ours['path']}, which holds other weights."
             )
+        changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
+        if changes:
+            self._say_what_changed(changes)
+        self._skipped = checkpoint["skipped"]
         tensors, expected = checkpoint["state_dict"], self._own_tensors()
         if tensors.keys() != expected.keys():
             wrong = sorted(tensors.keys() ^ expected.keys())
@@ -238,6 +282,11 @@ class LitStep(pl.LightningModule):
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
             lora.load_adapter(self.model, checkpoint["adapter"])
+
+    def _say_what_changed(self, changes: str) -> None:
+        print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
+        if run := run_of(self.trainer):
+            run.event("changes_allowed", changes=changes)
 
     def _own_tensors(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 class Checkpoints(pl.Callback):
-    """Writes checkpoints by optimizer step, after its validation if any; keeps last and best.
+    """Writes checkpoints by optimizer step, after its validation if any; keeps the last and best.
 
     Keeps the random state too: a resumed run draws what the uninterrupted one would have drawn.
 
@@ -64,15 +65,25 @@ class Checkpoints(pl.Callback):
         every_n_steps: optimizer steps between checkpoints; each validation makes one too.
         monitor: metric that decides which is the best.
         mode: whether the best is the smallest (min) or the largest (max).
+        keep_last: how many of the last are kept.
+        keep_best: how many of the best.
     """
 
-    def __init__(self, every_n_steps: int, monitor: str, mode: str) -> None:
+    def __init__(
+        self, every_n_steps: int, monitor: str, mode: str, keep_last: int = 1, keep_best: int = 1
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
+        if keep_last < 1 or keep_best < 1:
+            raise ValueError(
+                f"checkpoints.keep_last is {keep_last} and keep_best {keep_best}; give at least 1."
+            )
         if mode not in ("min", "max"):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.scores: dict[int, float] = {}  # step -> value, of the best that are kept
         self.last_step: int | None = None
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
@@ -150,6 +161,9 @@ class Checkpoints(pl.Callback):
             )
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
+        self.scores[trainer.global_step] = value
+        best_first = sorted(self.scores.items(), key=lambda item: -sign * item[1])
+        self.scores = dict(best_first[: self.keep_best])
         if self.best is None or sign * value > sign * self.best["value"]:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
             self.best = {"step": trainer.global_step, "value": value, "metrics": metrics}
@@ -164,14 +178,26 @@ class Checkpoints(pl.Callback):
         if self.last_step == step and self.path(trainer, step).exists():
             return
         self.last_step = step
+        start = time.perf_counter()
         trainer.save_checkpoint(self.path(trainer, step), weights_only=False)
         if trainer.is_global_zero:
-            kept = {
-                files.step_name(s) for s in (step, (self.best or {}).get("step")) if s is not None
-            }
-            for path in self.path(trainer, step).parent.glob("step-*"):
-                if path.name not in kept:
-                    trainer.strategy.remove_checkpoint(path)
+            self._prune(trainer, self.path(trainer, step))
+        if trainer.logger is not None:
+            seconds = time.perf_counter() - start
+            trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step)
+
+    def _prune(self, trainer: pl.Trainer, newest: Path) -> None:
+        """Removes what is neither among the last nor the best, once the newest is known whole."""
+        try:
+            files.verify_checkpoint(newest)
+        except files.CheckpointError as error:
+            print(f"warning: {error} Older ones are kept.", file=sys.stderr)
+            return
+        every = sorted(newest.parent.glob("step-*"))
+        best = {files.step_name(step) for step in (*self.scores, (self.best or {}).get("step", 0))}
+        for path in every[: -self.keep_last]:
+            if path.name not in best:
+                trainer.strategy.remove_checkpoint(path)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -191,11 +217,12 @@ class Checkpoints(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
-        return {"best": self.best, "last_step": self.last_step}
+        return {"best": self.best, "scores": self.scores, "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
+        self.scores = state_dict["scores"]
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""

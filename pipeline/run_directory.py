@@ -219,8 +219,12 @@ class Run:
         """Ends the run as FAILED, or as KILLED where it was interrupted, unless it has ended."""
         interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # so is SIGTERMException
         text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
-        if not self._journal.closed:
+        if self._journal.closed:
+            return
+        try:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
+        except OSError as error:  # a full disk; the reason goes on its way all the same
+            print(f"warning: {error}", file=sys.stderr)
 
     def outcome(self) -> dict[str, Any] | None:
         """What `finish` wrote, None before."""

@@ -11,44 +11,18 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.checkpoint import CHECKPOINTS, newest_valid
+from pipeline.checkpoint import CHECKPOINTS, WEIGHTS, newest_valid
 from pipeline.interrupts import StopRequest
 from pipeline.journal import JOURNAL, read_journal
 from pipeline.run_directory import read_outcome
 from pipeline.tracking import sync_all, tracking_uri
-from tests.faults.processes import Started
+from tests.faults.processes import Started, at
 from tests.faults.test_exact_resume import assert_equal_checkpoints
-from tests.journey import CONFIGS, PLAIN, TINY, Journey, said
+from tests.journey import Journey, said
 
 MAX_STEPS = 60
 LAST = f"default/*/checkpoints/step-{MAX_STEPS:08}"
 BY_THE_CLOCK = ("perf/",)  # metrics that no two runs share
-
-
-@pytest.fixture
-def words(tiny: Journey) -> list[str]:
-    """A pretraining with dropout, over epochs, with validation and a worker."""
-    return [
-        "fit",
-        f"--config={CONFIGS}/pretrain.yaml",
-        *TINY,
-        *PLAIN,
-        f"--data.source=[{tiny.folder / 'prose'}]",
-        f"--data.tokenizer={tiny.tokenizer}",
-        "--data.near_duplicates=null",
-        "--data.num_workers=1",
-        "--model.gpt.dropout=0.1",
-        f"--trainer.max_steps={MAX_STEPS}",
-        "--trainer.val_check_interval=20",
-        "--checkpoints.every_n_steps=4",
-    ]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path / "mlruns"
 
 
 @pytest.fixture
@@ -88,6 +62,7 @@ def stop_and_go_on(
     """
     codes = []
     for step, number in stops:
+        damage_newest(home)
         started = Started(words, output)
         started.until(lambda step=step: journaled(home) >= step)  # type: ignore[misc]
         started.send(number)
@@ -95,6 +70,15 @@ def stop_and_go_on(
     started = Started(words, output)
     assert started.wait() == 0, started.said()
     return codes
+
+
+def damage_newest(home: Path) -> None:
+    """Flips a bit in the newest checkpoint's weights, where there are two."""
+    *older, newest = [None, *sorted(home.glob("default/*/checkpoints/step-*"))]
+    if newest is not None and older[1:]:
+        content = bytearray((newest / WEIGHTS).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / WEIGHTS).write_bytes(content)
 
 
 def assert_nothing_is_lost(home: Path, whole: Path) -> None:
@@ -111,7 +95,9 @@ def test_stopped_by_every_signal(words: list[str], home: Path, whole: Path, tmp_
     output = tmp_path / "said.txt"
     stops = [(10, signal.SIGKILL), (25, signal.SIGTERM), (40, signal.SIGINT)]
     assert stop_and_go_on(words, home, output, stops) == [-9, 143, 130]
-    assert output.read_text().count("the same command goes on") == 2
+    text = output.read_text()
+    assert text.count("the same command goes on") == 2
+    assert text.count("model.safetensors is missing or damaged") == text.count("Set aside as") == 2
     assert_nothing_is_lost(home, whole)
     assert_in_mlflow_once(home, whole)
 
@@ -151,12 +137,9 @@ def assert_in_mlflow_once(home: Path, whole: Path) -> None:
         assert [(p.step, p.value) for p in points] == sorted(expected.items()), name
 
 
-HANG = "--trainer.callbacks+=tests.faults.processes.Hang"
-
-
 def test_a_second_interrupt_stops_at_once(words: list[str], home: Path, tmp_path: Path) -> None:
     """In the middle of a step that does not end; the last checkpoint is what it goes on from."""
-    started = Started([*words, HANG, "--trainer.callbacks.step=6"], tmp_path / "said.txt")
+    started = Started([*words, *at("Hang", 6)], tmp_path / "said.txt")
     started.until(lambda: bool(list(home.glob("default/*/hangs"))))
     started.send(signal.SIGINT)
     started.until(lambda: "Ctrl-C again stops at once" in started.said())

@@ -19,6 +19,7 @@ from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
 from pipeline.callbacks import run_of
 from pipeline.checkpoint import CHECKPOINTS, path_digest
+from pipeline.failures import available_gib, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
@@ -69,6 +70,7 @@ class LitStep(pl.LightningModule):
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
         self._step: list[MicroBatch] = []  # that is being taken
+        self._loss = torch.zeros(())  # its mean
         self._skipped = {"in_a_row": 0, "in_all": 0}  # steps
 
     # What a subclass decides
@@ -110,9 +112,23 @@ class LitStep(pl.LightningModule):
         self.train()
 
     def on_fit_start(self) -> None:
-        """Under autocast, holds the frozen base of adapters in the dtype that it computes in."""
+        """Holds the frozen base of adapters in autocast's dtype; warns of too little memory."""
         if self.lora_config is not None and str(self.trainer.precision) == "bf16-mixed":
             lora.hold_base(self.model, torch.bfloat16)
+        needed, free = self.memory_gib(), available_gib()
+        if needed > free:
+            print(
+                f"warning: training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
+                f"free; lower data.max_tokens (it is {self.data.max_tokens}) or train adapters "
+                "(model.lora).",
+                file=sys.stderr,
+            )
+
+    def memory_gib(self) -> float:
+        """About what a training step needs."""
+        gpt: GPT = getattr(self.model, "gpt", self.model)
+        half = "16" in str(self.trainer.precision)
+        return estimate_gib(self.model, gpt.config, self.data.max_tokens, half=half)
 
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None
@@ -143,24 +159,31 @@ class LitStep(pl.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
         mean = torch.zeros((), device=self.device)
-        for i, micro_batch in enumerate(batch):
-            with self._synchronized(last=i == len(batch) - 1):
-                share = self.loss_sum(micro_batch) / n_targets
+        n_micro_batches = self.over_ranks(len(batch), "max")  # none may wait for another
+        for i in range(n_micro_batches):
+            micro_batch, weight = (batch[i], 1.0) if i < len(batch) else (self._filler(), 0.0)
+            with self._synchronized(last=i == n_micro_batches - 1):
+                share = weight * self.loss_sum(micro_batch) / n_targets
                 self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
             mean += share.detach()
+        self._loss = mean
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
         self.log("train/lr", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         return mean
 
-    def over_ranks(self, count: int) -> int:
-        """A count, summed over all ranks."""
+    def over_ranks(self, count: int, operation: str = "sum") -> int:
+        """A count over all ranks: their sum, or the largest (max)."""
         if self.trainer.world_size == 1:
             return count
-        return int(
-            self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum")
-        )
+        counts = torch.tensor(count, device=self.device)
+        return int(self.trainer.strategy.reduce(counts, reduce_op=operation))
+
+    def _filler(self) -> MicroBatch:
+        """What a rank goes through that has fewer micro-batches than another; it weighs nothing."""
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+        return MicroBatch(input_ids=ids, labels=ids, label=ids[0, :1])
 
     def _synchronized(self, *, last: bool) -> AbstractContextManager:
         model: Any = self.trainer.strategy.model
@@ -173,7 +196,7 @@ class LitStep(pl.LightningModule):
         self.log("train/grad_norm", norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
-        is_finite = bool(torch.isfinite(norm))
+        is_finite = not self.over_ranks(int(not torch.isfinite(norm + self._loss)), "max")
         self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
         self._skipped["in_all"] += not is_finite
         self.log("train/skipped_steps", float(self._skipped["in_all"]))

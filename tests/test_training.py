@@ -136,9 +136,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(
 def test_many_such_steps_end_the_run(tiny: Journey, tmp_path: Path) -> None:
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
     spoil = Spoil(set(range(2, 20)))
-    with pytest.raises(
-        NonFiniteLossError, match=r"step 7; .* Lower model\.optimizer\.lr"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"step 7; .* Lower model\.optimizer\.lr"):
         fit(language_model(), data, tmp_path, max_steps=20, limit_val_batches=0, callbacks=[spoil])
     assert MAX_SKIPPED_STEPS == 5
 

@@ -56,6 +56,7 @@ def ids(home: Path, rank: int) -> dict[int, list[int]]:
     return {line["step"]: line["ids"] for line in lines}
 
 
+@pytest.mark.timeout(900)
 def test_ddp_equals_one_process_also_when_it_was_stopped(words: list[str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     code, errors = finish(start(words, one))

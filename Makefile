@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo smollm2 test test-slow test-gpu ui clean
+.PHONY: demo smollm2 test test-slow soak test-gpu ui clean
 
 demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
@@ -20,6 +20,9 @@ test: $(VENV)/dev  ## lint, types and all tests but the slow ones
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run, resumes of every kind
+	$(BIN)/python -m pytest -m slow tests/faults
 
 test-gpu: $(VENV)/dev
 	$(BIN)/python -m pytest -m gpu

@@ -201,7 +201,7 @@ class StepDataModule(pl.LightningDataModule):
             raise ValueError(f"data.max_tokens is {max_tokens}; give at least 1.")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
-        self._resume: dict[str, Any] | None = None
+        self._at = {"epoch": 0, "position": 0}  # in the order of training
 
     @abstractmethod
     def setup(self, stage: str) -> None:
@@ -228,45 +228,46 @@ class StepDataModule(pl.LightningDataModule):
         """Optimizer steps an epoch."""
         return -(-len(self.train_order()(0)) // self.batch_size)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last finished optimizer step, and what it is a position in."""
-        assert self.trainer is not None
-        fit = self.trainer.fit_loop
-        epoch: int = fit.epoch_progress.current.processed  # type: ignore[attr-defined]
-        position: int = fit.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        if fit.epoch_progress.current.ready == epoch:  # between epochs
-            position = 0
-        elif position >= self.steps_per_epoch():
-            epoch, position = epoch + 1, 0
-        return {"epoch": epoch, "position": position, **self._identity()}
+    def advance(self, n_steps: int) -> None:
+        """Moves the position past an optimizer step, into the next epoch behind its last one.
+
+        Lightning's own counters are no help: after a resume at an epoch's end they lag behind.
+
+        Args:
+            n_steps: optimizer steps that this run takes an epoch.
+        """
+        self._at["position"] += 1
+        if self._at["position"] >= n_steps:
+            self._at = {"epoch": self._at["epoch"] + 1, "position": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        """Position after the last finished optimizer step."""
+        return dict(self._at)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues at a saved position; called by Lightning before the loaders are made."""
-        self._resume = state_dict
+        self._at = dict(state_dict)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What a position in the data is a position in; primitives, by the key that decides it."""
+        key, n_tokens = self.context
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "dataset": self.fingerprint["digest"],
+            key: n_tokens,
+            "tokenizer": self.tokenizer.digest,
+            "samples": self.fingerprint["digest"],
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training; the first epoch may start in its middle."""
-        at, self._resume = self._resume or {"epoch": 0, "position": 0, **self._identity()}, None
-        for key, value in self._identity().items():
-            if at[key] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {key} {at[key]}, this run has {value}; "
-                    "restore it, or start anew with --run.resume never."
-                )
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = StepSampler(
             self.train_order(),
             batch_size=self.batch_size,
-            epoch=at["epoch"],
-            start=at["position"],
+            epoch=self._at["epoch"],
+            start=min(self._at["position"], self.steps_per_epoch() - 1),  # other data may be less
             rank=rank,
             world_size=world_size,
         )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
-from datamodules.files import cache_dir
+from datamodules.files import cache_dir, file_digests
 from datamodules.sources import source_digests
 from datamodules.tokenizer import Tokenizer
 
@@ -123,8 +123,9 @@ def _is_whole(folder: Path) -> bool:
     facts = json.loads((folder / "corpus.json").read_text())
     width = np.dtype(facts["dtype"]).itemsize
     for split in SPLITS:
-        path = folder / f"{split}.bin"
-        if not path.is_file() or path.stat().st_size != facts["tokens"][split] * width:
+        path, n_bytes = folder / f"{split}.bin", facts["tokens"][split] * width
+        is_whole = path.is_file() and path.stat().st_size == n_bytes
+        if not is_whole or file_digests([path])[str(path)] != facts["sha256"][split]:
             _log.warning("%s is damaged in the cache; the corpus is tokenised again", path)
             return False
     return True

@@ -130,6 +130,8 @@ def _json_object(text: str, place: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: {error.msg} at column {error.colno}; fix the line.") from error
+    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
+        raise ValueError(f"{place}: {error}; fix the line.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{place}: a {type(value).__name__}, not a JSON object; fix the line.")
     return value

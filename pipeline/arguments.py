@@ -91,6 +91,12 @@ def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
             metavar="STAGE.KEY=VALUE",
             help="option of a stage, stronger than the chain's YAML; repeatable",
         )
+        parser.add_argument(
+            "--resume",
+            type=hints["resume"],
+            default="auto",
+            help="auto goes on where it can; must insists on an interrupted run; never starts anew",
+        )
         return parser
     parser.add_argument(
         "-c", "--config", action=ActionConfigFile, help="YAML of these options; repeatable"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +29,8 @@ from pipeline.run_directory import Run
 
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
+SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
+NORMAL_MAD = 1.4826  # standard deviations of a normal distribution in its median distance
 SHOWN_METRICS = {
     "train/loss": "loss {:.3f}",
     "val/loss": "val {:.3f}",
@@ -101,6 +106,49 @@ class Throughput(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restores what `state_dict` gave."""
         self.total_tokens = state_dict["total_tokens"]
+
+
+class LossSpikes(pl.Callback):
+    """Flags losses that stand out from those before: an event, and `train/loss_spikes` counts them.
+
+    A loss stands out by its robust z-score: its distance from the median, in units of the median
+    distance from it, scaled so that for a normal distribution it is the usual z-score.
+    """
+
+    def __init__(self) -> None:
+        self.window: list[float] = []
+        self.n_spikes = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], i: int
+    ) -> None:
+        """Judges the step's loss, then takes it into the window; one that is not finite never."""
+        loss = float(outputs["loss"])
+        z = robust_z(loss, self.window) if len(self.window) >= SPIKE_WINDOW // 2 else 0.0
+        if z > SPIKE_Z:
+            self.n_spikes += 1
+            ids = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
+            if run := run_of(trainer):
+                step = trainer.global_step
+                run.event("loss_spike", step=step, loss=loss, z=round(z, 1), sample_ids=ids)
+        pl_module.log("train/loss_spikes", float(self.n_spikes))
+        if math.isfinite(loss):
+            self.window = [*self.window, loss][-SPIKE_WINDOW:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses that the next one is judged by."""
+        return {"window": list(self.window), "n_spikes": self.n_spikes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.window, self.n_spikes = list(state_dict["window"]), state_dict["n_spikes"]
+
+
+def robust_z(value: float, others: Sequence[float]) -> float:
+    """How far a value is above the median of others, in robust standard deviations."""
+    middle = median(others)
+    spread = median(abs(other - middle) for other in others) * NORMAL_MAD
+    return (value - middle) / max(spread, abs(middle) * 1e-3)  # equal losses are no scale
 
 
 def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ from pipeline.checkpoint import path_digest
 from pipeline.interrupts import Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
-from pipeline.reuse import Outcome, code_digest, find_run, still_holds
+from pipeline.reuse import Outcome, code_digest, find_run, new_run, still_holds
 from pipeline.run_directory import Run, read_outcome, write_atomically
 from pipeline.stage_run import PARENT_VARIABLE, RUN_VARIABLE, digest, mlruns_root
 from pipeline.tracking import sync_all
@@ -71,12 +71,13 @@ class StageInterrupted(StageFailed):
     """A stage that ended because the chain got a signal."""
 
 
-def run_chain(path: Path, overrides: Sequence[str] = ()) -> int:
+def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -> int:
     """Runs what is not done yet of a chain, and says what came out.
 
     Args:
         path: of the chain's YAML.
         overrides: `stage.key=value` each.
+        resume: auto goes on where it can, must insists on an interrupted run, never starts anew.
 
     Returns:
         The exit code: 0, that of the stage that failed, or 128 + the signal that interrupted it.
@@ -87,17 +88,23 @@ def run_chain(path: Path, overrides: Sequence[str] = ()) -> int:
     """
     chain = load_chain(path, overrides)
     folder = mlruns_root() / chain.experiment
-    done = _finished(chain, folder)
+    base = folder / f"{path.stem}-{digest(_resolved(chain))[:8]}"
+    anew = resume == "never"
+    done = {} if anew else _finished(chain, folder)
     runs = _outputs(done)
-    parent_path, outcome = find_run(
-        folder / f"{path.stem}-{digest(_resolved(chain))[:8]}",
-        lambda outcome: bool(outcome["outputs"] == runs),
-    )
+    parent_path, outcome = find_run(base, lambda outcome: bool(outcome["outputs"] == runs))
+    if anew:
+        parent_path, outcome = new_run(base), None
+    elif resume == "must" and outcome is None and not (parent_path / JOURNAL).exists():
+        raise ValueError(
+            f"resume is must, but no run of {path} was interrupted; give auto to start one."
+        )
     if outcome is not None:
         print("every stage is done already", file=sys.stderr)
     else:
         try:
-            done = _go_on(chain, folder, Run.open(parent_path, command=shlex.join(sys.argv[1:])))
+            parent = Run.open(parent_path, command=shlex.join(sys.argv[1:]))
+            done = _go_on(chain, folder, parent, anew)
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
             print(f"{failure}; to go on: python -m pipeline {shlex.join(again)}", file=sys.stderr)
@@ -133,22 +140,23 @@ def _finished(chain: Chain, folder: Path) -> dict[str, StageRun]:
     return done
 
 
-def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun]) -> StageRun:
+def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool = False) -> StageRun:
     """Where a stage runs, or has run, given those before it."""
     inputs = {k: done[ref.stage].result["outputs"][ref.output] for k, ref in stage.inputs.items()}
     identity = stage.identity()
     holds = partial(still_holds, options=[*identity["config"], identity["set"]])
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
-    path, outcome = find_run(folder / f"{stage.name}-{digest(identity)[:8]}", holds)
+    base = folder / f"{stage.name}-{digest(identity)[:8]}"
+    path, outcome = (new_run(base), None) if anew else find_run(base, holds)
     return StageRun(stage, path, inputs, identity, outcome)
 
 
-def _go_on(chain: Chain, folder: Path, parent: Run) -> dict[str, StageRun]:
+def _go_on(chain: Chain, folder: Path, parent: Run, anew: bool) -> dict[str, StageRun]:
     """Runs the stages, and ends the parent run well or not."""
     mirror, patience_s = _Mirror(mlruns_root()), PATIENCE_S
     try:
         with Child() as child:
-            return _run_stages(chain, folder, parent, child)
+            return _run_stages(chain, folder, parent, child, anew)
     except BaseException as error:
         is_interrupt = isinstance(error, KeyboardInterrupt | StageInterrupted)
         parent.fail(KeyboardInterrupt(str(error)) if is_interrupt else error)
@@ -158,14 +166,16 @@ def _go_on(chain: Chain, folder: Path, parent: Run) -> dict[str, StageRun]:
         mirror.close(patience_s)
 
 
-def _run_stages(chain: Chain, folder: Path, parent: Run, child: Child) -> dict[str, StageRun]:
+def _run_stages(
+    chain: Chain, folder: Path, parent: Run, child: Child, anew: bool
+) -> dict[str, StageRun]:
     parent.config({"experiment": chain.experiment, "stages": _resolved(chain)})
     parent.log_tags({"chain": str(chain.path), **environment()})
     done: dict[str, StageRun] = {}
     metrics: dict[str, float] = {}
     for number, stage in enumerate(chain.stages, start=1):
         title = f"[{number}/{len(chain.stages)}] {stage.name}"
-        run = _plan(stage, folder, done)
+        run = _plan(stage, folder, done, anew)
         if run.outcome is None:
             run = _execute(run, title, parent, child)
         else:

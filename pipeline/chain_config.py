@@ -21,6 +21,7 @@ NEUTRAL = {  # options that decide memory, speed, names or what is seen, never t
     "run.experiment",
     "run.name",
     "run.resume",
+    "run.allow_changes",
     "data.max_tokens",
     "data.num_workers",
     "trainer.enable_progress_bar",
@@ -105,8 +106,8 @@ class Stage:
         return {
             "command": self.command,
             "schema": STAGE_COMMANDS[self.command].schema,
-            "config": [_flat(yaml.safe_load(text)) for text in texts],
-            "set": _flat(self.overrides),
+            "config": [decisive(yaml.safe_load(text)) for text in texts],
+            "set": decisive(self.overrides),
         }
 
 
@@ -243,14 +244,14 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Options by dotted key, as the command line has them, without neutral ones."""
+def decisive(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Options by dotted key, as the command line has them; of those, what decides the result."""
     if not isinstance(options, dict) or not options:
         key = prefix.rstrip(".").replace(".init_args", "")
         return {} if key in NEUTRAL else {key: options}
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        flat |= decisive(value, f"{prefix}{key}.")
     return flat
 
 

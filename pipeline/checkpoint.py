@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +42,10 @@ Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes tha
 
 class CheckpointError(ValueError):
     """A checkpoint that is not whole."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint that could not be written; those before it are as they were."""
 
 
 def step_name(step: int) -> str:
@@ -84,12 +89,22 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
     Args:
         path: the checkpoint's directory.
         writers: of its files.
+
+    Raises:
+        CheckpointNotWritten: the disk is full, or refuses.
     """
     for leftover in path.parent.glob(f".step-*{DRAFT}"):
         shutil.rmtree(leftover)
-    with writing_directory(path) as draft:
-        files = write_files(draft, writers)
-        (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    try:
+        with writing_directory(path) as draft:
+            files = write_files(draft, writers)
+            (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
+        free_mib = shutil.disk_usage(path.parent).free / 2**20
+        raise CheckpointNotWritten(
+            f"{path} could not be written ({str(error).splitlines()[0]}; {free_mib:,.0f} MiB are "
+            "free); checkpoints before it are whole. Make room; the same command goes on."
+        ) from error
 
 
 def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
@@ -146,12 +161,19 @@ def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a folder; damaged ones are set aside, loudly."""
+def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
+    """The newest whole checkpoint below a folder; damaged ones are set aside, loudly.
+
+    Args:
+        folder: of checkpoints.
+        set_aside: of several processes, one alone does that.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
+            if not set_aside:
+                continue
             aside = path.rename(path.parent / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
             print(f"warning: {error} Set aside as {aside.name}.", file=sys.stderr)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pipeline import checkpoint as files
+from pipeline.interrupts import StopRequest
 
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
@@ -54,7 +57,7 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 class Checkpoints(pl.Callback):
-    """Writes checkpoints by optimizer step, after its validation if any; keeps last and best.
+    """Writes checkpoints by optimizer step, after its validation if any; keeps the last and best.
 
     Keeps the random state too: a resumed run draws what the uninterrupted one would have drawn.
 
@@ -62,29 +65,44 @@ class Checkpoints(pl.Callback):
         every_n_steps: optimizer steps between checkpoints; each validation makes one too.
         monitor: metric that decides which is the best.
         mode: whether the best is the smallest (min) or the largest (max).
+        keep_last: how many of the last are kept.
+        keep_best: how many of the best.
     """
 
-    def __init__(self, every_n_steps: int, monitor: str, mode: str) -> None:
+    def __init__(
+        self, every_n_steps: int, monitor: str, mode: str, keep_last: int = 1, keep_best: int = 1
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
+        if keep_last < 1 or keep_best < 1:
+            raise ValueError(
+                f"checkpoints.keep_last is {keep_last} and keep_best {keep_best}; give at least 1."
+            )
         if mode not in ("min", "max"):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.scores: dict[int, float] = {}  # step -> value, of the best that are kept
         self.last_step: int | None = None
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
-        self._rng: torch.Tensor | None = None
+        self._rng: list[dict[str, Any]] | None = None  # by rank
+        self._stop = StopRequest()
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the random state, now that every iterator exists."""
+        """Restores the random state, now that every iterator exists; listens to signals.
+
+        Lightning puts their handlers back when the trainer ends.
+        """
         if self._rng is not None:
-            torch.set_rng_state(self._rng.cpu())
+            set_random_state(self._rng[trainer.global_rank % len(self._rng)])
             self._rng = None
+        self._stop.listen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.
@@ -93,14 +111,38 @@ class Checkpoints(pl.Callback):
         that the step's validation, if any, is over, and neither repeats nor loses it.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self._at_step_end = {"loops": trainer.fit_loop.state_dict(), "data": data.state_dict()}
+        loops, epoch = trainer.fit_loop.state_dict(), data.state_dict()["epoch"]
+        for progress in loops["epoch_progress"].values():  # lags after a resume at an epoch's end
+            progress |= {"ready": epoch + 1, "started": epoch + 1}
+            progress |= {"processed": epoch, "completed": epoch}
+        data.advance(int(trainer.num_training_batches))
+        self._at_step_end = {"loops": loops, "data": data.state_dict()}
         due = trainer.global_step % self.every_n_steps == 0
         self._is_due = due and not _validation_follows(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Saves the step before, if it is due: by now its metrics are in the journal."""
-        if self._is_due:
+        """Saves the step before, if it is due: by now its metrics are in the journal.
+
+        Raises:
+            SystemExit: a signal came; that step is saved, and the code is 128 + the signal.
+        """
+        number = self._agreed_signal(trainer)
+        if self._is_due or (number and self._at_step_end):
             self._save(trainer)
+        if number:
+            print(
+                f"stopped after step {trainer.global_step}; the same command goes on",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + number)
+
+    def _agreed_signal(self, trainer: pl.Trainer) -> int:
+        """The signal that any rank got, 0 for none: all stop at the same step."""
+        number = self._stop.signal or 0
+        if trainer.world_size == 1:
+            return number
+        largest = trainer.strategy.reduce(torch.tensor(number), reduce_op="max")
+        return int(largest)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the epoch's last step, if it is due."""
@@ -119,6 +161,9 @@ class Checkpoints(pl.Callback):
             )
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
+        self.scores[trainer.global_step] = value
+        best_first = sorted(self.scores.items(), key=lambda item: -sign * item[1])
+        self.scores = dict(best_first[: self.keep_best])
         if self.best is None or sign * value > sign * self.best["value"]:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
             self.best = {"step": trainer.global_step, "value": value, "metrics": metrics}
@@ -133,20 +178,32 @@ class Checkpoints(pl.Callback):
         if self.last_step == step and self.path(trainer, step).exists():
             return
         self.last_step = step
+        start = time.perf_counter()
         trainer.save_checkpoint(self.path(trainer, step), weights_only=False)
         if trainer.is_global_zero:
-            kept = {
-                files.step_name(s) for s in (step, (self.best or {}).get("step")) if s is not None
-            }
-            for path in self.path(trainer, step).parent.glob("step-*"):
-                if path.name not in kept:
-                    trainer.strategy.remove_checkpoint(path)
+            self._prune(trainer, self.path(trainer, step))
+        if trainer.logger is not None:
+            seconds = time.perf_counter() - start
+            trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step)
+
+    def _prune(self, trainer: pl.Trainer, newest: Path) -> None:
+        """Removes what is neither among the last nor the best, once the newest is known whole."""
+        try:
+            files.verify_checkpoint(newest)
+        except files.CheckpointError as error:
+            print(f"warning: {error} Older ones are kept.", file=sys.stderr)
+            return
+        every = sorted(newest.parent.glob("step-*"))
+        best = {files.step_name(step) for step in (*self.scores, (self.best or {}).get("step", 0))}
+        for path in every[: -self.keep_last]:
+            if path.name not in best:
+                trainer.strategy.remove_checkpoint(path)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the random state; loops and position in the data as they were at the step's end."""
-        checkpoint["rng"] = torch.get_rng_state()
+        checkpoint["rng"] = over_ranks(trainer, random_state())
         if self._at_step_end:
             checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
             data = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
@@ -160,11 +217,12 @@ class Checkpoints(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
-        return {"best": self.best, "last_step": self.last_step}
+        return {"best": self.best, "scores": self.scores, "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
+        self.scores = state_dict["scores"]
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""
@@ -177,6 +235,27 @@ class Checkpoints(pl.Callback):
             "last": str(self.path(trainer, trainer.global_step)),
             "best": str(self.path(trainer, best)),
         }
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators, of the CPU and of each GPU."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": gpus}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `random_state` gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["cuda"]])
+
+
+def over_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """The value of every rank, in their order."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

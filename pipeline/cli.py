@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,21 +17,25 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
-from pipeline.callbacks import ProgressDisplay, Throughput
+from pipeline.callbacks import LossSpikes, ProgressDisplay, Throughput
+from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
+from pipeline.failures import explain
 from pipeline.hardware import multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
+from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, Run, read_outcome
 from pipeline.run_logger import RunLogger
-from pipeline.stage_run import attempts, digest, mlruns_root, open_run
+from pipeline.stage_run import RUN_VARIABLE, attempts, digest, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
@@ -49,11 +54,13 @@ class RunConfig:
         name: of the run; a digest of its configuration is added.
         resume: auto goes on from the newest whole checkpoint of the same configuration, must
             insists on one, never starts anew.
+        allow_changes: go on where data, model or processes are not those of the checkpoint.
     """
 
     experiment: str
     name: str
     resume: Literal["auto", "must", "never"] = "auto"
+    allow_changes: bool = False
 
 
 def as_list(value: Any) -> list[Any]:
@@ -135,93 +142,135 @@ class PipelineCLI(LightningCLI):
         if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
             check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
         self._dump_config()
-        self.run = self.stack.enter_context(self.open_run())
-        resolved = {"precision.resolved": resolve_precision(self.stage.precision)}
-        self.run.log_tags(resolved)
+        self._open_run()
         self.datamodule.config = self.config_dump["data"]
-        logger = RunLogger(self.run)
+        logger = RunLogger(self.run) if self.run else None
         options = self._get(self.config_init, "trainer")
-        callbacks = as_list(options.callbacks)
+        callbacks = [*as_list(options.callbacks), LossSpikes()]
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
         trainer = super().instantiate_trainer(
-            logger=logger,
-            default_root_dir=str(self.run.path),
+            logger=logger or False,
+            default_root_dir=str(self.run_path),
             callbacks=callbacks,
             plugins=[*as_list(options.plugins), DirectoryCheckpointIO()],
             enable_checkpointing=False,
             use_distributed_sampler=False,
             **kwargs,
         )
-        logger.trainer = trainer
+        if logger:
+            logger.trainer = trainer
         return trainer
 
     def open_run(self) -> AbstractContextManager[Run]:
         """The run that the command keeps everything in."""
         return open_run(self.stage.run.experiment, self.run_name(), self.config_dump)
 
+    def _open_run(self) -> None:
+        """The run, in the first of several processes alone; the others know where it lies."""
+        experiment, name = self.stage.run.experiment, self.run_name()
+        self.run: Run | None = None
+        self.run_path = Path(os.environ.get(RUN_VARIABLE) or mlruns_root() / experiment / name)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            run = self.stack.enter_context(self.open_run())
+            run.log_tags({"precision.resolved": resolve_precision(self.stage.precision)})
+            self.run, self.run_path = run, run.path
+            if RUN_VARIABLE not in os.environ:  # for processes that Lightning starts
+                os.environ[RUN_VARIABLE] = str(run.path)
+                self.stack.callback(os.environ.pop, RUN_VARIABLE)
+
     def run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
-        deciding = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
+        options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         weights = self.config_dump["model"]["init_args"].get("init_from")
         weights_digest = path_digest(locate(weights)) if weights else None
-        name = f"{self.stage.run.name}-{digest([self.subcommand, deciding, weights_digest])[:8]}"
+        deciding = [self.subcommand, decisive(options), weights_digest]
+        name = f"{self.stage.run.name}-{digest(deciding)[:8]}"
         if self.stage.run.resume != "never":
             return name
         folder = mlruns_root() / self.stage.run.experiment
         return next(path.name for path in attempts(folder / name) if not path.exists())
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; what a library says when memory is short or a worker dies becomes one line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            needed = self.model.memory_gib() if self.model.model is not None else 0.0
+            text = explain(error, max_tokens=self.datamodule.max_tokens, needed_gib=needed)
+            if text is None:
+                raise
+            raise ValueError(text) from error
+
     def before_fit(self) -> None:
         """Goes on from the newest whole checkpoint of this run, if there is one."""
         config = self.config_init[self.subcommand]
+        self.model.allow_changes = config.run.allow_changes
         if config.ckpt_path is None and config.run.resume != "never":
-            newest = newest_valid(self.run.path / CHECKPOINTS)
-            if newest is None and config.run.resume == "must":
-                raise ValueError(
-                    f"run.resume is must, but {self.run.path / CHECKPOINTS} holds no whole "
-                    "checkpoint; give auto to start anew where there is none."
-                )
+            folder = self.run_path / CHECKPOINTS
+            newest = newest_valid(folder, set_aside=self.run is not None)
+            if newest is None:
+                self._say_what_is_new(must=config.run.resume == "must")
             config.ckpt_path = newest and str(newest)
-        if config.ckpt_path is not None:
+        if config.ckpt_path is not None and self.run:
             print(f"resuming from {config.ckpt_path}", file=sys.stderr)
+
+    def _say_what_is_new(self, *, must: bool) -> None:
+        """Where there is nothing to go on with, but a like run was interrupted: how they differ."""
+        other = interrupted_like(self.run_path)
+        text = f"; {other}" if other else ""
+        if must:
+            raise ValueError(
+                f"run.resume is must, but {self.run_path / CHECKPOINTS} holds no whole checkpoint"
+                f"{text}; give auto to start anew where there is none."
+            )
+        if other:
+            print(f"starting anew{text}", file=sys.stderr)
 
     def after_fit(self) -> None:
         """Figures, baselines, outcome."""
+        if self.run is None:
+            return
         checkpoints = self._get(self.config_init, "checkpoints")
         report = report_fit(self.run, self.datamodule, checkpoints.best_metrics())
-        self._finish(report, checkpoints.outputs(self.trainer))
+        self._finish(self.run, report, checkpoints.outputs(self.trainer))
 
     def after_validate(self) -> None:
         """Outcome."""
-        self._finish(Report(self._metrics()))
+        if self.run:
+            self._finish(self.run, Report(self._metrics()))
 
     def after_test(self) -> None:
         """Scores with intervals, baselines, outcome."""
+        if self.run is None:
+            return
         predictions = getattr(self.model, "predictions", [])
-        self._finish(report_test(self.run, self.datamodule, self._metrics(), predictions))
+        self._finish(self.run, report_test(self.run, self.datamodule, self._metrics(), predictions))
 
     def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
         """Predictions of the test set, one JSON line a sample, in order."""
         outputs = self.trainer.predict(model, datamodule=datamodule, **kwargs) or []
+        if self.run is None:
+            return
         write_lines(self.run.path / PREDICTIONS, prediction_rows(datamodule, outputs))
         self.run.log_artifact(PREDICTIONS)
-        self._finish(Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
+        self._finish(self.run, Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
 
-    def _log_lineage(self) -> None:
+    def _log_lineage(self, run: Run) -> None:
         """Which data and which weights the run stands on, by digest."""
         facts = self.datamodule.fingerprint
         name, source = type(self.datamodule).__name__, ", ".join(facts["sources"])
-        self.run.log_dataset(name, facts["digest"], facts["counts"], source)
+        run.log_dataset(name, facts["digest"], facts["counts"], source)
         if self.model.parent is not None:
-            self.run.log_tags({"parent": self.model.parent})
+            run.log_tags({"parent": self.model.parent})
 
     def _metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
-    def _finish(self, report: Report, outputs: dict[str, str] | None = None) -> None:
-        self._log_lineage()
-        self.run.finish(
+    def _finish(self, run: Run, report: Report, outputs: dict[str, str] | None = None) -> None:
+        self._log_lineage(run)
+        run.finish(
             outputs=outputs or {},
             metrics=report.metrics,
             sources=self.datamodule.fingerprint["sources"],
@@ -229,8 +278,8 @@ class PipelineCLI(LightningCLI):
         )
         for row in report.headline:
             print(f"{row['metric']}: {row['after']:.4f}", file=sys.stderr)
-        print(f"finished: {self.run.path}", file=sys.stderr)
-        hand_over(self.run.path)
+        print(f"finished: {run.path}", file=sys.stderr)
+        hand_over(run.path)
 
 
 def hand_over(path: Path) -> None:
@@ -292,6 +341,10 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
         raise ValueError(one_line(str(error))) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1 for it
+            raise KeyboardInterrupt from error
+        raise
     except AlreadyFinished as finished:
         print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)
         hand_over(finished.path)

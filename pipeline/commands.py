@@ -13,19 +13,20 @@ from typing import Any, Literal
 from pipeline.evaluation.judge import JudgeConfig
 
 
-def run(*, config: str, set: list[str]) -> int:
+def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"] = "auto") -> int:
     """Run a whole chain; stages that are done are skipped, a broken chain goes on where it stopped.
 
     Args:
         config: YAML of the chain.
         set: `stage.key=value` each, stronger than the chain's YAML.
+        resume: auto takes up what there is; must insists on an interrupted run; never starts anew.
 
     Returns:
         The exit code.
     """
     from pipeline.chain import run_chain
 
-    return run_chain(Path(config), set)
+    return run_chain(Path(config), set, resume)
 
 
 def tokenizer_train(

@@ -1,7 +1,8 @@
-"""Signals for the child: an interrupted chain lets its stage save before both end."""
+"""Signals: training finishes its step and saves; a chain lets its stage do so before both end."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -14,6 +15,32 @@ FORWARDED = {  # signal -> what the child gets
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
+
+
+class StopRequest:
+    """SIGTERM, or Ctrl-C, while a model is trained; a second Ctrl-C stops at once.
+
+    Attributes:
+        signal: number of the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def listen(self) -> None:
+        """Takes both signals from now on; one that is ignored (nohup) stays so."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        # not print(): a handler may interrupt one
+        os.write(2, b"\nstopping after this step, which is saved; Ctrl-C again stops at once\n")
 
 
 class Child:

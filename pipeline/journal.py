@@ -46,12 +46,22 @@ class Journal:
         return self._file.closed
 
     def append(self, kind: str, **facts: Any) -> None:
-        """Writes one line, past this process's death; past the machine's where it is a status."""
+        """Writes one line, past this process's death; past the machine's where it is a status.
+
+        Raises:
+            OSError: the disk is full, or refuses.
+        """
         line = dumps({"time": time.time(), "kind": kind, **facts}).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        if kind == "status":
-            os.fsync(self._file.fileno())
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if kind == "status":
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} could not be written ({error.strerror}); make room, and the "
+                "same command goes on from the last checkpoint."
+            ) from error
 
     def close(self) -> None:
         """Ends writing."""

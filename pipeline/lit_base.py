@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
+from pipeline.callbacks import run_of
 from pipeline.checkpoint import CHECKPOINTS, path_digest
+from pipeline.failures import available_gib, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
+from pipeline.resume import check_resumable
+from pipeline.run_directory import flat
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 MAX_SKIPPED_STEPS = 5  # in a row
@@ -45,6 +50,7 @@ class LitStep(pl.LightningModule):
     strict_loading = False  # on_load_checkpoint is stricter
     kind: str
     model: Any
+    allow_changes = False  # go on from a checkpoint of another run
 
     def __init__(
         self,
@@ -67,7 +73,9 @@ class LitStep(pl.LightningModule):
         self.model = None
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
-        self._n_skipped = 0
+        self._step: list[MicroBatch] = []  # that is being taken
+        self._loss = torch.zeros(())  # its mean
+        self._skipped = {"in_a_row": 0, "in_all": 0}  # steps
 
     # What a subclass decides
 
@@ -109,9 +117,23 @@ class LitStep(pl.LightningModule):
         self.train()
 
     def on_fit_start(self) -> None:
-        """Under autocast, holds the frozen base of adapters in the dtype that it computes in."""
+        """Holds the frozen base of adapters in autocast's dtype; warns of too little memory."""
         if self.lora_config is not None and str(self.trainer.precision) == "bf16-mixed":
             lora.hold_base(self.model, torch.bfloat16)
+        needed, free = self.memory_gib(), available_gib()
+        if needed > free:
+            print(
+                f"warning: training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
+                f"free; lower data.max_tokens (it is {self.data.max_tokens}) or train adapters "
+                "(model.lora).",
+                file=sys.stderr,
+            )
+
+    def memory_gib(self) -> float:
+        """About what a training step needs."""
+        gpt: GPT = getattr(self.model, "gpt", self.model)
+        half = "16" in str(self.trainer.precision)
+        return estimate_gib(self.model, gpt.config, self.data.max_tokens, half=half)
 
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None
@@ -137,28 +159,36 @@ class LitStep(pl.LightningModule):
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> Tensor:
         """Backward over all micro-batches, then one optimizer step; returns the mean loss."""
+        self._step = batch
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
         mean = torch.zeros((), device=self.device)
-        for i, micro_batch in enumerate(batch):
-            with self._synchronized(last=i == len(batch) - 1):
-                share = self.loss_sum(micro_batch) / n_targets
+        n_micro_batches = self.over_ranks(len(batch), "max")  # none may wait for another
+        for i in range(n_micro_batches):
+            micro_batch, weight = (batch[i], 1.0) if i < len(batch) else (self._filler(), 0.0)
+            with self._synchronized(last=i == n_micro_batches - 1):
+                share = weight * self.loss_sum(micro_batch) / n_targets
                 self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
             mean += share.detach()
+        self._loss = mean
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
         self.log("train/lr", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         return mean
 
-    def over_ranks(self, count: int) -> int:
-        """A count, summed over all ranks."""
+    def over_ranks(self, count: int, operation: str = "sum") -> int:
+        """A count over all ranks: their sum, or the largest (max)."""
         if self.trainer.world_size == 1:
             return count
-        return int(
-            self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum")
-        )
+        counts = torch.tensor(count, device=self.device)
+        return int(self.trainer.strategy.reduce(counts, reduce_op=operation))
+
+    def _filler(self) -> MicroBatch:
+        """What a rank goes through that has fewer micro-batches than another; it weighs nothing."""
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
+        return MicroBatch(input_ids=ids, labels=ids, label=ids[0, :1])
 
     def _synchronized(self, *, last: bool) -> AbstractContextManager:
         model: Any = self.trainer.strategy.model
@@ -171,16 +201,31 @@ class LitStep(pl.LightningModule):
         self.log("train/grad_norm", norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
-        self._n_skipped = 0 if torch.isfinite(norm) else self._n_skipped + 1
-        skipped = float(self._n_skipped > 0)
-        self.log("train/skipped_steps", skipped, reduce_fx="sum", on_step=False, on_epoch=True)
-        if self._n_skipped:
+        is_finite = not self.over_ranks(int(not torch.isfinite(norm + self._loss)), "max")
+        self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
+        self._skipped["in_all"] += not is_finite
+        self.log("train/skipped_steps", float(self._skipped["in_all"]))
+        if not is_finite:
             optimizer.zero_grad(set_to_none=True)
-        if self._n_skipped >= MAX_SKIPPED_STEPS:
+            self._say_what_was_skipped()
+        if self._skipped["in_a_row"] >= MAX_SKIPPED_STEPS:
             raise NonFiniteLossError(
-                f"{self._n_skipped} steps in a row had gradients that are not finite; "
-                "lower model.optimizer.lr, or start again from the last checkpoint."
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite, the last "
+                f"of them step {self.global_step + 1}; the last checkpoint is untouched by them. "
+                "Lower model.optimizer.lr, or look at the samples that the journal names."
             )
+
+    def _say_what_was_skipped(self) -> None:
+        """The samples of a step that was not taken, in the journal and on stderr."""
+        ids = [i for micro_batch in self._step for i in micro_batch["sample_ids"].tolist()]
+        step = self.global_step + 1
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        print(
+            f"warning: step {step} was skipped: its gradients are not finite (samples {shown})",
+            file=sys.stderr,
+        )
+        if run := run_of(self.trainer):
+            run.event("skipped_step", step=step, sample_ids=ids)
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
@@ -210,11 +255,28 @@ class LitStep(pl.LightningModule):
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "base": self.base,
             "parent": self.parent,
+            "identity": self.identity(),
             "precision": str(self.trainer.precision),
             "data": self.data.config,
             "dataset": self.data.fingerprint,
             **self.data.meta(),
         }
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with its checkpoint, as text by dotted key.
+
+        `max_tokens` is not among it: it may be lowered where memory has run out.
+        """
+        gpt: GPT = getattr(self.model, "gpt", self.model)
+        model = {
+            "kind": self.kind,
+            "gpt": asdict(gpt.config),
+            "lora": asdict(self.lora_config) if self.lora_config else None,
+            "optimizer": asdict(self.optimizer_config),
+            "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        run = {"precision": self.trainer.precision, "world_size": self.trainer.world_size}
+        return flat({"data": self.data.identity(), "model": model, "trainer": run})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
@@ -222,6 +284,7 @@ class LitStep(pl.LightningModule):
         checkpoint["state_dict"] = tensors
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
+        checkpoint["skipped"] = dict(self._skipped)
         if self.lora_config is not None:
             checkpoint["adapter"] = lora.adapter_state(self.model)
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
@@ -234,6 +297,10 @@ class LitStep(pl.LightningModule):
                 f"the checkpoint belongs to the base {theirs and theirs['path']}, "
                 f"model.init_from gives {ours and ours['path']}, which holds other weights."
             )
+        changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
+        if changes:
+            self._say_what_changed(changes)
+        self._skipped = checkpoint["skipped"]
         tensors, expected = checkpoint["state_dict"], self._own_tensors()
         if tensors.keys() != expected.keys():
             wrong = sorted(tensors.keys() ^ expected.keys())
@@ -243,6 +310,11 @@ class LitStep(pl.LightningModule):
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
             lora.load_adapter(self.model, checkpoint["adapter"])
+
+    def _say_what_changed(self, changes: str) -> None:
+        print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
+        if run := run_of(self.trainer):
+            run.event("changes_allowed", changes=changes)
 
     def _own_tensors(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()

@@ -29,6 +29,11 @@ def find_run(base: Path, holds: Callable[[Outcome], bool]) -> tuple[Path, Outcom
     raise AssertionError("attempts never end")
 
 
+def new_run(base: Path) -> Path:
+    """The directory of the first attempt that was never made."""
+    return next(path for path in attempts(base) if not path.exists())
+
+
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the outputs are still there, and the data what they were.
 

@@ -108,7 +108,7 @@ class Run:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Records parameters; nested ones as `a.b`, secrets masked."""
-        self._journal.append("param", values=_flat(redact(params)))
+        self._journal.append("param", values=flat(redact(params)))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records numbers (or tensors of one) at a step; NaN and infinities as they are."""
@@ -117,7 +117,7 @@ class Run:
 
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Records facts of which the last value counts."""
-        self._journal.append("tag", values=_flat(redact(tags)))
+        self._journal.append("tag", values=flat(redact(tags)))
 
     def log_dataset(self, name: str, digest: str, counts: Mapping[str, Any], source: str) -> None:
         """Records which data the run reads: its digest, how much of what, and where from."""
@@ -219,8 +219,12 @@ class Run:
         """Ends the run as FAILED, or as KILLED where it was interrupted, unless it has ended."""
         interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # so is SIGTERMException
         text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
-        if not self._journal.closed:
+        if self._journal.closed:
+            return
+        try:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
+        except OSError as error:  # a full disk; the reason goes on its way all the same
+            print(f"warning: {error}", file=sys.stderr)
 
     def outcome(self) -> dict[str, Any] | None:
         """What `finish` wrote, None before."""
@@ -262,11 +266,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as text by dotted key."""
+    texts: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            texts |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+            texts[f"{prefix}{key}"] = str(value)
+    return texts

@@ -149,6 +149,18 @@ def test_only_what_changed_runs_again(
     assert len(runs(home, "small")) == 2
 
 
+def test_a_chain_is_run_anew_or_must_go_on(
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-c", str(chain), "--resume=must"]) == 2
+    assert "resume is must, but no run of" in capfd.readouterr().err
+    assert main(["run", "-c", str(chain)]) == 0
+    assert main(["run", "-c", str(chain), "--resume=never"]) == 0
+    assert [len(runs(home, name)) for name in ("small", "big", "two")] == [2, 2, 2]
+    assert main(["run", "-c", str(chain), "--resume=must"]) == 0  # finished: nothing to do
+    assert [len(runs(home, name)) for name in ("small", "big", "two")] == [2, 2, 2]
+
+
 def test_lost_output_and_other_options_run_again(
     chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

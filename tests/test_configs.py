@@ -71,6 +71,10 @@ def test_a_stage_parses_with_an_overlay(stage: Path, overlay: Path) -> None:
     values = yaml.safe_load(overlay.read_text())
     if "precision" in values:
         assert cli.config.fit.precision == values["precision"]
+    if "trainer" in values:
+        trainer, given = cli.config.fit.trainer, values["trainer"]
+        for key in ("accelerator", "devices", "strategy"):
+            assert trainer[key] == given.get(key, "auto")
     else:
         gpt = values["model"]["init_args"]["gpt"]
         assert {key: getattr(cli.config.fit.model.init_args.gpt, key) for key in gpt} == gpt

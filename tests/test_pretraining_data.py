@@ -421,15 +421,27 @@ def test_what_decides_the_tokens_makes_another_corpus(
     assert len(digests | {module.fingerprint["digest"]}) == 6
 
 
+def cut(content: bytes) -> bytes:
+    return content[:-2]
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
 def test_a_damaged_cache_is_made_again(
-    stories: Path, make: Callable[..., PretrainingDataModule], caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes],
+    stories: Path,
+    make: Callable[..., PretrainingDataModule],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     first = make(stories)
     first.setup("fit")
     assert first.corpus is not None
     heldout = first.heldout_bytes()
     path = first.corpus.path("val")
-    path.write_bytes(path.read_bytes()[:-2])
+    path.write_bytes(damage(path.read_bytes()))
     second = make(stories)
     second.setup("fit")
     assert second.heldout_bytes() == heldout

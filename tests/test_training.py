@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +117,26 @@ class Spoil(pl.Callback):
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(torch.inf)
 
 
-def test_a_step_that_is_not_finite_never_reaches_the_weights(tiny: Journey, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_never_reaches_the_weights(
+    tiny: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = language_model()
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    trainer, _ = fit(
+    trainer, losses = fit(
         module, data, tmp_path, max_steps=6, limit_val_batches=0, callbacks=[Spoil({2, 3})]
     )
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
     assert float(trainer.callback_metrics["train/skipped_steps"]) == 2
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert "step 3 was skipped: its gradients are not finite" in first
+    named = re.findall(r"\d+", second.partition("samples")[2])
+    assert {int(i) for i in named} == set(losses.sample_ids[3])
 
 
 def test_many_such_steps_end_the_run(tiny: Journey, tmp_path: Path) -> None:
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
     spoil = Spoil(set(range(2, 20)))
-    with pytest.raises(NonFiniteLossError, match=r"lower model\.optimizer\.lr"):
+    with pytest.raises(NonFiniteLossError, match=r"step 7; .* Lower model\.optimizer\.lr"):
         fit(language_model(), data, tmp_path, max_steps=20, limit_val_batches=0, callbacks=[spoil])
     assert MAX_SKIPPED_STEPS == 5
 

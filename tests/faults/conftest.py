@@ -1,0 +1,36 @@
+"""A command to be hurt, and the folder that it keeps its runs in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.journey import CONFIGS, PLAIN, TINY, Journey
+
+
+@pytest.fixture
+def words(tiny: Journey) -> list[str]:
+    """A pretraining with dropout, over epochs, with validation and a worker."""
+    return [
+        "fit",
+        f"--config={CONFIGS}/pretrain.yaml",
+        *TINY,
+        *PLAIN,
+        f"--data.source=[{tiny.folder / 'prose'}]",
+        f"--data.tokenizer={tiny.tokenizer}",
+        "--data.near_duplicates=null",
+        "--data.num_workers=1",
+        "--model.gpt.dropout=0.1",
+        f"--trainer.max_steps={60}",
+        "--trainer.val_check_interval=20",
+        "--checkpoints.every_n_steps=4",
+        "--checkpoints.keep_last=2",
+    ]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "mlruns"

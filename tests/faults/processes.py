@@ -1,0 +1,174 @@
+"""Commands to be killed, in processes forked from one that has imported everything."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from tests.journey import ROOT
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        "pipeline.cli",
+        "pipeline.mlflow_replica",
+        "pipeline.lit_language_model",
+        "datamodules.pretraining",
+        "peft",
+    ]
+)
+PATIENCE_S = 240  # of a machine that does much else
+
+
+class Started:
+    """A running command; what it writes goes to a file."""
+
+    def __init__(
+        self, words: Sequence[str], output: Path, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        self.output = output
+        arguments = ([str(word) for word in words], dict(environment), output)
+        self.process: Any = PROCESSES.Process(target=_command, args=arguments)
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        """Sends a signal."""
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; -n where signal n ended it."""
+        self.process.join(PATIENCE_S)
+        code = self.process.exitcode
+        self.process.kill()  # one that hangs would keep the tests from ending
+        assert code is not None, f"it hangs:\n{self.said()}"
+        return int(code)
+
+    def said(self) -> str:
+        """What it has written so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something that it brings about."""
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.is_alive(), f"it ended with {self.process.exitcode}:\n{self.said()}"
+            assert time.monotonic() < end, f"waited in vain:\n{self.said()}"
+            time.sleep(0.005)
+
+
+def at(callback: str, step: int) -> list[str]:
+    """Options that add one of the callbacks below."""
+    name = f"tests.faults.processes.{callback}"
+    return [f"--trainer.callbacks+={name}", f"--trainer.callbacks.step={step}"]
+
+
+def _command(words: list[str], environment: dict[str, str], output: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    from pipeline.__main__ import main
+
+    sys.exit(main(words))
+
+
+def start(words: Sequence[str], home: Path) -> subprocess.Popen[str]:
+    """A command as a shell starts it: where processes start others, forking does not do."""
+    environment = {**os.environ, "GPT_PIPELINE_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "pipeline", *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code, and what it wrote to stderr."""
+    try:
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, errors
+
+
+class At(pl.Callback):
+    """Does something in a step, after its gradients are there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            self.act(trainer, module)
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        raise NotImplementedError
+
+
+class Hang(At):
+    """Stays in the step for ever, and writes a file there."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        (Path(trainer.default_root_dir) / "hangs").touch()
+        time.sleep(10 * PATIENCE_S)
+
+
+class Allocate(At):
+    """Asks for more memory than there is."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        torch.empty(1 << 48)
+
+
+class RemoveSource(At):
+    """Removes the files that were trained on."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        for name in module.data.fingerprint["sources"]:
+            Path(name).unlink()
+
+
+class Spike(At):
+    """Makes the loss of one step a hundred times what it is."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            module.loss_sum = lambda micro_batch: 100 * type(module).loss_sum(module, micro_batch)
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        del module.loss_sum
+
+
+class Infinite(At):
+    """Makes a gradient of the step infinite."""
+
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            next(p for p in module.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        """The guard has to see it first."""
+
+
+class Ids(pl.Callback):
+    """Writes which samples each process trained on in each step."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, i: int
+    ) -> None:
+        ids = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
+        line = json.dumps({"step": trainer.global_step, "ids": ids})
+        path = Path(trainer.default_root_dir) / f"ids-{trainer.global_rank}.jsonl"
+        with path.open("a") as file:
+            file.write(line + "\n")
+        time.sleep(0.05)  # so that a signal can come in between

@@ -1,0 +1,168 @@
+"""Checkpoints that are damaged, or cannot be written: refused by name, and the others stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from pipeline import checkpoint as files
+from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint
+from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
+from pipeline.models import load
+from tests.journey import Journey, said
+from tests.training import classifier, fit, spam_data
+
+VALIDATED: dict[str, Any] = {
+    "max_steps": 10,
+    "val_check_interval": 2,
+    "check_val_every_n_epoch": None,
+}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
+def test_every_file_is_verified_whatever_reads_it(
+    stage: str, damage: Callable[[Path], None], tiny: Journey, tmp_path: Path
+) -> None:
+    """Of a full checkpoint and of an adapter's; as a model, as training state, from the shell."""
+    whole = tiny.best(stage)
+    names = sorted(path.name for path in whole.iterdir())
+    assert {files.META, files.TRAINING, files.MANIFEST} <= set(names)
+    for name in names:
+        path = tmp_path / name / whole.name
+        shutil.copytree(whole, path)
+        damage(path / name)
+        for read in (load, DirectoryCheckpointIO().load_checkpoint):
+            with pytest.raises(CheckpointError, match=name):
+                read(path)
+        code, _, err = said("generate", f"--ckpt={path}", "--prompt=hi")
+        assert (code, err.count("error:")) == (2, 1)
+        assert name in err
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("checkpoints/step-*"))
+
+
+class Keep(pl.Callback):
+    """Puts other policies in the place of the usual one."""
+
+    def __init__(self, **options: int) -> None:
+        self.options = options
+
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore
+        for name, value in self.options.items():
+            setattr(checkpoints, name, value)
+
+
+def test_the_last_and_the_best_are_kept(tiny: Journey, tmp_path: Path) -> None:
+    keep = Keep(keep_last=2, keep_best=3)
+    data = spam_data(tiny.tokenizer)
+    trainer, _ = fit(classifier(), data, tmp_path, callbacks=[keep], **VALIDATED)
+    (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore
+    assert len(checkpoints.scores) == 3
+    assert checkpoints.best is not None
+    assert checkpoints.best["step"] in checkpoints.scores
+    assert set(steps(tmp_path)) == {8, 10} | set(checkpoints.scores)
+
+
+class DamageNewest(pl.Callback):
+    """A disk that loses what was just written, once a step has been reached."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.is_due = trainer.global_step == 6
+
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        save = trainer.save_checkpoint
+
+        def damaging(path: Any, *args: Any, **options: Any) -> None:
+            save(path, *args, **options)
+            if self.is_due:
+                flip_a_bit(Path(path) / files.WEIGHTS)
+
+        trainer.save_checkpoint = damaging  # type: ignore[method-assign]
+
+
+def test_the_only_valid_one_is_never_removed(
+    tiny: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = spam_data(tiny.tokenizer)
+    options = {"max_steps": 6, "limit_val_batches": 0}
+    fit(classifier(), data, tmp_path, every_n_steps=3, callbacks=[DamageNewest()], **options)
+    assert steps(tmp_path) == [3, 6]
+    assert "step-00000006/model.safetensors is missing or damaged" in capsys.readouterr().err
+    valid = newest_valid(tmp_path / files.CHECKPOINTS)
+    assert valid is not None
+    assert valid.name == "step-00000003"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here: this test needs the rights to")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk_costs_the_last_steps_alone(
+    words: list[str], home: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(small_disk))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}.db")
+    words = [*words, "--data.num_workers=0", "--checkpoints.keep_last=20"]
+    code, _, err = said(*words)
+    assert code == 2, err
+    (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert "could not be written" in line
+    assert "the same command goes on" in line
+    whole = sorted(small_disk.glob("default/*/checkpoints/step-*"))
+    assert whole, err
+    for path in whole:
+        verify_checkpoint(path)
+    assert not list(small_disk.glob("default/*/checkpoints/.*")), "half of one is left"
+
+    size = "remount,size=100m"
+    subprocess.run(["mount", "-o", size, str(small_disk)], check=True)
+    code, _, err = said(*words)
+    assert code == 0, err
+    assert f"resuming from {whole[-1]}" in err
+
+
+def test_a_file_system_that_refuses_is_named(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        with Path("/dev/full").open("wb") as file:
+            file.write(b"x")
+            file.flush()
+
+    if not os.path.exists("/dev/full"):  # noqa: PTH110
+        pytest.skip("/dev/full is Linux's")
+    path = tmp_path / "step-00000001"
+    with pytest.raises(OSError, match=r"step-00000001 could not be written \(.*No space left"):
+        files.write_checkpoint(path, {"weights": full})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,124 @@
+"""Files and replies of strangers, at random: read, or refused in words; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datamodules.documents import documents
+from datamodules.sources import read_table
+from pipeline.chain_config import load_chain
+from pipeline.evaluation.rubric import parse_verdict
+from pipeline.models import load
+from tests.journey import Journey
+
+CASES = 450  # of each kind
+fuzzed = settings(
+    max_examples=CASES,
+    deadline=5_000,  # ms: none may hang
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def ends_well(call: Callable[[], Any]) -> None:
+    """Success, or one of the two errors that the command line says in one line, with words."""
+    try:
+        call()
+    except (ValueError, OSError) as error:
+        assert str(error).strip()  # noqa: PT017
+
+
+def cut(content: bytes, noise: bytes, place: int) -> bytes:
+    """A file with some bytes of it overwritten by others, at so many thousandths of it."""
+    start = place * len(content) // 1000
+    return content[:start] + noise + content[start + len(noise) :]
+
+
+LINE = st.builds(json.dumps, st.dictionaries(st.sampled_from(["text", "label"]), JSON) | JSON)
+DEEP = st.sampled_from(["[" * 100_000, '{"text":' * 50_000, '{"text": ' + "9" * 5_000 + "}"])
+
+
+@fuzzed
+@given(st.lists(LINE | st.text() | DEEP, max_size=4).map("\n".join), st.binary(max_size=3))
+def test_jsonl(tmp_path: Path, text: str, noise: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(text.encode(errors="replace") + noise)
+    ends_well(lambda: list(documents([str(path)], "text")))
+    ends_well(lambda: read_table(path))
+
+
+@fuzzed
+@given(st.text(alphabet='a,"\n\r\t;é\0', max_size=60).map(str.encode) | st.binary(max_size=60))
+def test_csv(tmp_path: Path, content: bytes) -> None:
+    for suffix in (".csv", ".tsv"):
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes(content)
+        ends_well(lambda path=path: read_table(path))  # type: ignore[misc]
+
+
+@fuzzed
+@given(
+    st.text() | LINE | DEEP | st.builds(lambda s: json.dumps({"score": s, "rationale": ""}), JSON)
+)
+def test_judge_replies(reply: str) -> None:
+    ends_well(lambda: parse_verdict(reply))
+
+
+KEYS = st.sampled_from(["experiment", "stages", "name", "command", "config", "set", "inputs", "x"])
+WORDS = st.sampled_from(["fit", "score", "generate", "tokenizer train", "a", "${NO}", "../a.yaml"])
+CHAIN = st.recursive(
+    WORDS | JSON,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=10,
+)
+
+
+@fuzzed
+@given(CHAIN.map(yaml.safe_dump) | st.text(alphabet="a:-[]{}&*!|>#'\" \n", max_size=40))
+def test_chains(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "chain.yaml"
+    path.write_text(text, errors="replace")
+    ends_well(lambda: load_chain(path))
+
+
+@pytest.fixture(scope="module")
+def published(tiny: Journey, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights in the form in which others publish them, without the digests of our exports."""
+    from tests.journey import run
+
+    path = tmp_path_factory.mktemp("published") / "model"
+    ckpt = f"--ckpt={tiny.best('pretrain')}"
+    assert run("export", ckpt, "--format=huggingface", f"--output={path}") == 0
+    (path / "export.json").unlink(missing_ok=True)
+    return path
+
+
+@fuzzed
+@given(st.binary(max_size=12), st.integers(0, 999), st.none() | st.integers(0, 2**64 - 1))
+def test_safetensors_headers(
+    published: Path, tmp_path: Path, noise: bytes, place: int, length: int | None
+) -> None:
+    path = tmp_path / "model"
+    if not path.exists():
+        shutil.copytree(published, path)
+    content = (published / "model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = cut(content[8 : 8 + size], noise, place)
+    prefix = struct.pack("<Q", size if length is None else length)
+    (path / "model.safetensors").write_bytes(prefix + header + content[8 + size :])
+    ends_well(lambda: load(path))

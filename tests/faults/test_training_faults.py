@@ -1,0 +1,109 @@
+"""What can go wrong while a model is trained: memory, workers, sources, losses."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.callbacks import robust_z
+from pipeline.journal import read_journal
+from tests.faults.processes import at, finish, start
+from tests.journey import said
+
+
+def refused(*words: str) -> str:
+    """The one line of an error that ends a command with 2."""
+    code, _, err = said(*words)
+    assert code == 2, err
+    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+    return line
+
+
+def events(home: Path, name: str) -> list[dict[str, Any]]:
+    (run,) = home.glob("default/*")
+    return [line for line, _ in read_journal(run) if line.get("name") == name]
+
+
+def test_an_allocator_that_refuses_is_one_line(words: list[str], home: Path) -> None:
+    line = refused(*words, *at("Allocate", 6), "--data.num_workers=0")
+    assert "out of memory" in line
+    assert "data.max_tokens (it is 4096, and changes no result)" in line
+    assert "model.lora" in line
+    (ended,) = (e for e in read_events(home, "status") if e["status"] == "FAILED")
+    assert "out of memory" in ended["reason"]
+
+
+def read_events(home: Path, kind: str) -> list[dict[str, Any]]:
+    (run,) = home.glob("default/*")
+    return [line for line, _ in read_journal(run) if line["kind"] == kind]
+
+
+def test_too_little_memory_is_said_before(words: list[str], home: Path) -> None:
+    options = ["--data.max_tokens=4000000000", "--data.num_workers=0", "--trainer.max_steps=3"]
+    code, _, err = said(*words, *options)
+    assert code == 0, err
+    assert "warning: training needs about" in err
+    assert "lower data.max_tokens" in err
+
+
+def test_a_killed_data_worker_is_named(words: list[str], home: Path) -> None:
+    process = start([*words, *at("Hang", 6)], home)
+    while not list(home.glob("default/*/hangs")):
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.05)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.send_signal(signal.SIGKILL)
+    code, errors = finish(process)
+    assert code == 2
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: a data worker was killed"), errors
+    assert "data.num_workers" in line
+
+
+def test_sources_that_vanish_while_it_trains(words: list[str], home: Path, tmp_path: Path) -> None:
+    """The tokens are in the cache; a resume without the sources is refused."""
+    source = tmp_path / "prose.txt"
+    source.write_text(
+        "".join(f"Line {i} of a text about the number {i * i}.\n" for i in range(900))
+    )
+    options = [f"--data.source=[{source}]", "--data.num_workers=0", "--trainer.max_steps=24"]
+    code, _, err = said(*words, *options, *at("RemoveSource", 6))
+    assert code == 0, err
+    assert not source.exists()
+    assert str(source) in refused(*words, *options, "--trainer.max_steps=30")
+
+
+def test_a_loss_that_stands_out_is_flagged(words: list[str], home: Path) -> None:
+    code, _, err = said(*words, *at("Spike", 41), "--data.num_workers=0")
+    assert code == 0, err
+    (spike,) = events(home, "loss_spike")
+    assert spike["step"] == 41
+    assert spike["z"] > 8
+    assert len(spike["sample_ids"]) == 8
+    counts = [
+        line["values"]["train/loss_spikes"]
+        for line in read_events(home, "metric")
+        if "train/loss_spikes" in line["values"]
+    ]
+    assert sorted(set(counts)) == [0.0, 1.0]
+
+
+def test_a_robust_score_by_hand() -> None:
+    # median 3, median distance 1: one standard deviation is 1.4826
+    assert robust_z(3 + 2 * 1.4826, [1, 2, 3, 4, 5]) == pytest.approx(2)
+    assert robust_z(3, [3.0] * 9) == 0
+    assert robust_z(1000, [1, 2, 3, 4, 5, 900]) > 100  # an outlier before hides none after it
+
+
+def test_steps_that_were_skipped_are_in_the_journal(words: list[str], home: Path) -> None:
+    code, _, err = said(*words, *at("Infinite", 7), "--data.num_workers=0")
+    assert code == 0, err
+    (skipped,) = events(home, "skipped_step")
+    assert skipped["step"] == 7
+    assert len(skipped["sample_ids"]) == 8

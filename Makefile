@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo smollm2 test test-slow soak test-gpu ui clean
+.PHONY: demo smollm2 test test-slow soak test-gpu bench ui clean
 
 demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
@@ -26,6 +26,9 @@ soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run,
 
 test-gpu: $(VENV)/dev
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/dev  ## ours and its peers in turn; hours: WORKLOADS='[P1,P3]' for some
+	$(BIN)/python -m benchmarks $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
 ui: $(VENV)/base  ## MLflow on the store of the runs
 	$(BIN)/python -m pipeline ui

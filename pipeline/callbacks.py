@@ -83,7 +83,7 @@ class Throughput(pl.Callback):
             return
         now = time.perf_counter()
         rate = self.n_tokens * trainer.world_size / (now - self.since)
-        n_context = batch[0]["input_ids"].shape[1]
+        n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
         gpt = getattr(pl_module.model, "gpt", pl_module.model)
         flops = gpt.flops_per_token(n_context, training=True)
         self.total_tokens += self.n_tokens

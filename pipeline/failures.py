@@ -29,7 +29,8 @@ def explain(error: BaseException, *, max_tokens: int, needed_gib: float) -> str 
         return (
             f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
             f"{available_gib():.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
-            "changes no result), train adapters (model.lora), or take a smaller model."
+            "changes no result), set model.gradient_checkpointing, train adapters (model.lora), or "
+            "take a smaller model."
         )
     if _WORKER.search(str(error)):
         return (
@@ -48,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def estimate_gib(model: nn.Module, config: GPTConfig, max_tokens: int, *, half: bool) -> float:
     """What a training step keeps in memory: weights, gradients, optimizer, one micro-batch.
 
-    Coarse: within a factor of two of what was measured.
+    Coarse, by counting; `check` measures it.
 
     Args:
         model: with the gradients that it needs.

@@ -30,7 +30,7 @@ def words(tiny: Journey) -> list[str]:
         f"--model.init_from={tiny.best('pretrain')}",
         "--model.optimizer.warmup_steps=2",
         "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=2",
+        "--trainer.max_epochs=8",
         "--trainer.log_every_n_steps=1",
         "--trainer.limit_val_batches=0",
         "--data.train_fraction=0.12",

@@ -31,6 +31,13 @@ SMOLLM2 = "smollm2-135m-instruct"
 INSTRUCTIONS = os.environ.get("INSTRUCTIONS", "bundled:instructions")
 SMS = os.environ.get("SMS", "bundled:sms")
 SEED = 1
+STEPS: dict[str, int] = {
+    "batch_size": 8,
+    "max_tokens": 2048,
+    "seed": SEED,
+    "split_seed": 1,
+    "num_workers": 0,
+}
 
 
 def folder() -> Path:
@@ -128,11 +135,7 @@ def instructions() -> InstructionDataModule:
         train_fraction=0.8,
         val_fraction=0.1,
         shuffle_split=True,
-        batch_size=8,
-        max_tokens=2048,
-        seed=SEED,
-        split_seed=1,
-        num_workers=0,
+        **STEPS,
     )
     data.setup("fit")
     return data
@@ -162,11 +165,7 @@ def spam() -> SpamDataModule:
         train_fraction=0.7,
         val_fraction=0.1,
         balance=True,
-        batch_size=8,
-        max_tokens=2048,
-        seed=SEED,
-        split_seed=1,
-        num_workers=0,
+        **STEPS,
     )
     data.setup("fit")
     return data

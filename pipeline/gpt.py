@@ -475,16 +475,21 @@ class GPT(nn.Module):
         """Floating-point operations a token: two per weight of every product, and attention's own.
 
         Attention counts the causal half of its scores (n_context / 2 keys a token on average). The
-        backward pass costs twice the forward pass; recomputation is not counted.
+        backward pass costs as much as the forward pass for gradients of inputs, and as much again
+        for those of trained weights; recomputation is not counted.
 
         Args:
             n_context: tokens a row.
             training: forward and backward, else forward alone.
         """
-        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        weights = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        linear = sum(w.numel() for w in weights)
+        trained = sum(w.numel() for w in weights if w.requires_grad)
         keys = n_context / 2 if self.config.causal else n_context
         attention = 2 * self.config.n_layer * self.config.n_embd * keys
-        return int(2 * (linear + attention)) * (3 if training else 1)
+        if not training:
+            return int(2 * (linear + attention))
+        return int(2 * (2 * linear + trained + 3 * attention))
 
 
 def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def _versions() -> dict[str, str]:
         try:
             versions[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # an optional one
+            versions[f"version.{package}"] = "not installed"
     return versions
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from benchmarks.contestants.transformers_steps import recording
+from benchmarks.contestants.transformers_steps import STEADY, recording
 
 PAD = 0
 
@@ -43,14 +43,8 @@ def main(record_path: str, weights: str, steps: str, precision: str) -> None:
             per_device_train_batch_size=len(batches[0]),
             num_train_epochs=1,
             learning_rate=2e-4,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            train_sampling_strategy="sequential",
             bf16=precision == "bf16",
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **STEADY,
             label_names=["labels"],
         )
         trainer = recording(Trainer, record_path)(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from benchmarks.contestants.transformers_steps import recording
+from benchmarks.contestants.transformers_steps import STEADY, recording
 
 
 def main(record_path: str, weights: str, steps: str, n_steps: str, precision: str) -> None:
@@ -27,15 +27,9 @@ def main(record_path: str, weights: str, steps: str, n_steps: str, precision: st
             per_device_train_batch_size=tokens.shape[1],
             max_steps=int(n_steps),
             learning_rate=1e-3,
-            lr_scheduler_type="constant",
             adam_beta2=0.95,
-            max_grad_norm=1.0,
-            train_sampling_strategy="sequential",
             bf16=precision == "bf16",
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **STEADY,
         )
 
         def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,16 @@ from transformers import TrainerCallback
 
 from benchmarks.record import Record
 
+STEADY: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "train_sampling_strategy": "sequential",
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}  # the same for all: a constant rate, our order, nothing but training
+
 
 class _Steps(TrainerCallback):
     def __init__(self, record: Record) -> None:

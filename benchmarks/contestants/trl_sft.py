@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.contestants.transformers_steps import recording
+from benchmarks.contestants.transformers_steps import STEADY, recording
 
 
 def main(
@@ -31,16 +31,10 @@ def main(
             per_device_train_batch_size=8,
             num_train_epochs=1,
             learning_rate=2e-4,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            train_sampling_strategy="sequential",
             bf16=precision == "bf16",
             gradient_checkpointing=False,
-            use_cpu=True,
             max_length=512,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **STEADY,
         )
         lora = LoraConfig(
             r=int(rank),

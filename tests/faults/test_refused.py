@@ -27,8 +27,11 @@ def saved(tiny: Journey, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def resume(saved: Path, module: LitStep, data: Any, folder: Path, **options: Any) -> None:
-    fit(module, data, folder, ckpt_path=saved, **{**SHORT, "max_steps": 3, **options})
+def resume(saved: Path, module: LitStep, data: Any, folder: Path, **options: Any) -> list[float]:
+    """The losses from there on."""
+    options = {**SHORT, "max_steps": 3, **options}
+    _, recorded = fit(module, data, folder, ckpt_path=saved, **options)
+    return recorded.losses
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,10 @@ def test_an_adapter_where_there_was_none(saved: Path, tiny: Journey, tmp_path: P
 
 
 def test_what_decides_memory_alone_may_change(saved: Path, tiny: Journey, tmp_path: Path) -> None:
-    resume(saved, classifier(), spam_data(tiny.tokenizer, max_tokens=128), tmp_path)
+    data = [spam_data(tiny.tokenizer, **change) for change in ({}, {"max_tokens": 128})]
+    same, other = (resume(saved, classifier(), d, tmp_path / f"{d.max_tokens}") for d in data)
+    assert len(same) == 1, "it did not go on from step 2"
+    assert other == pytest.approx(same, rel=1e-5)  # the same sum, in parts
 
 
 def test_changes_that_are_allowed_are_said(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import resource
-import sys
+from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
+_STATUS = Path("/proc/self/status")
 Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
 
 
@@ -33,8 +35,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has had: of the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    # on Linux ru_maxrss would be that of the process which started this one, where it is more
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    assert found, f"{_STATUS} names no peak"
+    return 1024 * int(found[1])
 
 
 def used_memory_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ once, each in a process of its own. Warm-up steps are left out of the rates and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -83,6 +84,7 @@ class Result:
     warmup_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    outputs: list[str | None] = field(default_factory=list)  # digests
     rss: list[int] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
@@ -95,7 +97,8 @@ class Result:
         self.rates.append(tokens / seconds)
         self.warmup_seconds.append(sum(s["seconds"] for s in warmup))
         last = [s["loss"] for s in steps if s["loss"] is not None][-10:]
-        self.losses.append(statistics.mean(last) if last else float("nan"))
+        self.losses += [statistics.mean(last)] if last else []
+        self.outputs.append(_digest(record["outputs"]) if "outputs" in record else None)
         self.rss.append(record["rss"])
         if workload.flops_per_token:
             self.shares.append(self.rates[-1] * workload.flops_per_token / ceiling)
@@ -127,8 +130,12 @@ def measure(workload: Workload, n_rounds: int) -> list[Result]:
     return results
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
-    """Same tokens for all, and last losses that agree.
+    """As many tokens for all, last losses that agree, and in float32 the same outputs.
 
     Raises:
         RuntimeError: naming who differs.
@@ -138,11 +145,13 @@ def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
         if result.tokens != ours.tokens:
             raise RuntimeError(f"{result.name} worked on {result.tokens} tokens, {ours.tokens} due")
         pairs = zip(result.losses, ours.losses, strict=True)
-        apart = max(abs(theirs - our) / our for theirs, our in pairs)
+        apart = max((abs(theirs - our) / our for theirs, our in pairs), default=0.0)
         if apart > workload.loss_tolerance:
             raise RuntimeError(
                 f"{result.name} ends at a loss of {result.losses}, {ours.name} at {ours.losses}"
             )
+    if len({output for r in results if r.precision == "float32" for output in r.outputs}) > 1:
+        raise RuntimeError("in float32 not all give the same output")
 
 
 def _record(contestant: Contestant) -> dict[str, Any]:

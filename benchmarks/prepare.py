@@ -120,7 +120,7 @@ def smollm2() -> Path:
     path = folder() / SMOLLM2
     if not path.exists():
         os.environ["GPT_PIPELINE_HOME"] = str(folder() / "runs")
-        export_stage(SMOLLM2, form="huggingface", dtype="f32", output=path)
+        export_stage(SMOLLM2, form="huggingface", dtype="float32", output=path)
     return path
 
 

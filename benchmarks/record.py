@@ -27,8 +27,8 @@ class Record:
         """The first step begins."""
         self.since = time.perf_counter()
 
-    def step(self, tokens: int, loss: float) -> None:
-        """A step has ended; the next begins."""
+    def step(self, tokens: int, loss: float | None) -> None:
+        """A step has ended, with a loss where it has one; the next begins."""
         now = time.perf_counter()
         self.facts.setdefault("first_step_at", time.time())
         self.steps.append({"seconds": now - self.since, "tokens": tokens, "loss": loss})

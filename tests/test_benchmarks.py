@@ -53,6 +53,9 @@ def test_other_work_is_refused(results: list[Result]) -> None:
     less = Result(**{**vars(theirs), "tokens": [199, 200]})
     with pytest.raises(RuntimeError, match="theirs worked on"):
         check_equal_work(workload(), [ours, less])
+    other = Result(**{**vars(theirs), "outputs": ["0", "0"]})
+    with pytest.raises(RuntimeError, match="same output"):
+        check_equal_work(workload(), [ours, other])
     worse = Result(**{**vars(theirs), "losses": [1.0, 1.5]})
     with pytest.raises(RuntimeError, match="theirs ends at a loss"):
         check_equal_work(workload(), [ours, worse])

@@ -25,7 +25,7 @@ def main(record_path: str, weights: str, prompts: str, n_new: str, precision: st
     for _ in range(N_REPEATS):
         record.start()
         rows = generate(model, ids, Sampling(max_new_tokens=int(n_new)))
-        record.step(sum(map(len, rows)), 0.0)
+        record.step(sum(map(len, rows)), None)
     record.facts["outputs"] = rows
     record.save()
 

@@ -37,7 +37,7 @@ def main(record_path: str, weights: str, prompts: str, n_new: str, precision: st
                 eos_token_id=None,
                 pad_token_id=0,
             )
-        record.step(out[:, longest:].numel(), 0.0)
+        record.step(out[:, longest:].numel(), None)
     record.facts["outputs"] = out[:, longest:].tolist()
     record.save()
 

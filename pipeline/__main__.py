@@ -61,7 +61,7 @@ def _dispatch(words: list[str]) -> int | None:
         return _explain(words)
     rest = words[len(name.split()) :]
     if name != "run" and not {"-h", "--help"} & set(rest):  # a chain's stages choose for themselves
-        _choose_waiting()
+        choose_waiting()
     if name in LIGHTNING:
         from pipeline.cli import main as lightning_main
 
@@ -85,7 +85,7 @@ def _call(name: str, words: list[str]) -> int | None:
     return FUNCTIONS[name](**options)
 
 
-def _choose_waiting() -> None:
+def choose_waiting() -> None:
     """How OpenMP's threads wait for one another; it has to be said before torch is loaded.
 
     On an idle machine a short spin makes small steps 1.5 times as fast as sleeping does; where

@@ -127,8 +127,7 @@ def prefill(
     for length in lengths:
         check_prompt(length, model.config.block_size)
     weight, longest = model.token_embedding.weight, max(lengths)
-    n_tokens = min(longest + settings.max_new_tokens, model.config.block_size)
-    cache = KVCache(model.config, len(prompts), n_tokens, like=weight)
+    cache = KVCache(model.config, len(prompts), like=weight)
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
     input_ids = torch.tensor(padded, device=weight.device)  # (B, T), padded on the right
     positions = torch.arange(longest, device=weight.device).expand(len(prompts), -1)

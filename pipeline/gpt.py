@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # GPT-2
+CACHE_GROWTH = 64  # tokens
 PACK_MULTIPLE = 32  # of packed tokens; for every shape that it meets oneDNN makes, and keeps, code
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
 
@@ -126,36 +127,43 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated; every row has a place of its own.
+    """Keys and values of the tokens seen so far; every row has a place of its own.
+
+    It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
 
     Args:
         config: of a causal model.
         n_rows: B.
-        n_tokens: the most that any row will hold; at most block_size.
         like: a tensor of the device and dtype wanted.
 
     Raises:
         ValueError: where the model is not causal: what it has seen changes with every token.
     """
 
-    def __init__(self, config: GPTConfig, n_rows: int, n_tokens: int, like: Tensor) -> None:
+    def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:
         if not config.causal:
             raise ValueError("model.gpt.causal is false; only a causal model can write text.")
-        shape = (config.n_layer, n_rows, config.n_kv_head, n_tokens, config.head_size)
+        shape = (config.n_layer, n_rows, config.n_kv_head, 0, config.head_size)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def seek(self, positions: Tensor) -> Tensor:
         """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
-        self.positions, self.n_seen = positions, int(positions.max()) + 1
-        seen = torch.arange(self.n_seen, device=positions.device)
-        return seen <= positions[:, None, :, None]
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+        self.positions = positions
+        missing = int(positions.max()) + 1 - self.keys.shape[3]
+        if missing > 0:
+            growth = (0, 0, 0, missing + -missing % CACHE_GROWTH)
+            self.keys, self.values = F.pad(self.keys, growth), F.pad(self.values, growth)
+        places = torch.arange(self.keys.shape[3], device=positions.device)
+        return places <= positions[:, None, :, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, G, T, D) where `seek` went; all keys and values so far, (B, G, S, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
-        return self.keys[layer, :, :, : self.n_seen], self.values[layer, :, :, : self.n_seen]
+            store[self.rows, :, self.positions] = new.transpose(1, 2).to(
+                store.dtype
+            )  # (B, T, G, D)
+        return self.keys[layer], self.values[layer]
 
     def keep(self, rows: Tensor) -> None:
         """Drops or repeats rows: (B',) int64 indices, for finished sequences and for beams."""
@@ -201,22 +209,29 @@ class Rows:
     Attributes:
         rotation: cosines and sines of their places, where positions are rotary.
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
+        bias: the same to add to scores, broadcast to (B G, H/G T, S), where attention is products.
         cache: of what was seen before.
         packing: of the tokens that all but attention works on.
     """
 
     rotation: Rotation = None
     mask: Tensor | None = None
+    bias: Tensor | None = None
     cache: KVCache | None = None
     packing: Packing | None = None
 
 
 class Attention(nn.Module):
-    """Causal (or full) self-attention with grouped keys and values."""
+    """Causal (or full) self-attention with grouped keys and values.
+
+    Attributes:
+        joint: in place of q, k and v their one product (`packed.py`).
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.joint: nn.Module | None = None
         width, kv_width = config.n_embd, config.n_kv_head * config.head_size
         self.q = nn.Linear(width, width, bias=config.bias)
         self.k = nn.Linear(width, kv_width, bias=config.bias)
@@ -225,35 +240,66 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """(B, T, C) -> (B, T, C), or packed (1, N, C) -> (1, N, C)."""
-        q, k, v = (self._heads(project(x), rows) for project in (self.q, self.k, self.v))
+        q, k, v = (self._heads(part, rows) for part in self._project(x))
         if rows.rotation is not None:
             q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
         if rows.cache is not None:
             k, v = rows.cache.update(self.layer, k, v)
         dropout = self.config.dropout if self.training else 0.0
-        is_causal = rows.mask is None and self.config.causal
-        if is_causal and _products_are_faster(q):
-            y = causal_products(q, k, v, dropout)
+        if rows.bias is not None:
+            y = attention_products(q, k, v, rows.bias, dropout)
         else:
             is_grouped = self.config.n_kv_head != self.config.n_head
+            is_causal = rows.mask is None and self.config.causal
             y = F.scaled_dot_product_attention(
                 q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
             )  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return self.o(y if rows.packing is None else rows.packing.pack(y))
 
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.joint is None:
+            return self.q(x), self.k(x), self.v(x)
+        kv_width = self.config.n_kv_head * self.config.head_size
+        return self.joint(x).split((self.config.n_embd, kv_width, kv_width), dim=-1)
+
     def _heads(self, x: Tensor, rows: Rows) -> Tensor:
         x = x if rows.packing is None else rows.packing.unpack(x)
         return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
 
 
-def _products_are_faster(q: Tensor) -> bool:
-    """On a CPU the backward pass of fused bf16 attention takes 3 to 5 times that of products."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
+    """What is added to attention's scores where two products are faster than the fused kernel.
+
+    On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
+    pass for one new token a row as much.
+
+    Args:
+        x: (B, T, C) what enters the first block.
+        mask: of what a cache holds, (B, 1, T, S); none is the causal rule.
+        config: of the model.
+
+    Returns:
+        0 or -inf, broadcast to (B G, H/G T, S); none where the fused kernel is to be taken.
+    """
+    if x.device.type != "cpu" or not config.causal:
+        return None
+    if mask is not None and x.shape[1] == 1:
+        seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, 1, S)
+        return x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    if mask is None and torch.is_grad_enabled() and _product_dtype(x) == torch.bfloat16:
+        future = x.new_full((x.shape[1], x.shape[1]), -torch.inf, dtype=torch.bfloat16).triu_(1)
+        return future.repeat(config.n_head // config.n_kv_head, 1)  # (H/G T, T)
+    return None
 
 
-def causal_products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention as two batched products: q (B, H, T, D), k and v (B, G, T, D) -> as q.
+def _product_dtype(x: Tensor) -> torch.dtype:
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+
+
+def attention_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """Attention as two batched products: q (B, H, T, D), k and v (B, G, S, D) -> as q.
 
     The rows of the H / G query heads of a group stand below each other, so that keys and values
     are not repeated.
@@ -261,9 +307,8 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     n_rows, n_head, n_tokens, size = q.shape
     per_group = n_head // k.shape[1]
     queries = (q * size**-0.5).reshape(-1, per_group * n_tokens, size)  # (B G, H/G T, D)
-    keys, values = k.reshape(-1, n_tokens, size), v.reshape(-1, n_tokens, size)  # (B G, T, D)
-    future = q.new_full((n_tokens, n_tokens), -torch.inf).triu(1).repeat(per_group, 1)
-    scores = torch.baddbmm(future, queries, keys.transpose(1, 2))  # (B G, H/G T, T)
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B G, S, D)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).add_(bias)  # (B G, H/G T, S)
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return torch.bmm(weights, values).view(n_rows, n_head, n_tokens, size)
 
@@ -271,22 +316,30 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class MLP(nn.Module):
-    """The position-wise network: up, activation, down; with a gate where it is SwiGLU."""
+    """The position-wise network: up, activation, down; with a gate where it is SwiGLU.
+
+    Attributes:
+        joint: in place of gate and up their one product (`packed.py`).
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+        self.joint: nn.Module | None = None
         self.gate = None
         if config.mlp == "swiglu":
             self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if self.joint is not None:
+            gate, up = self.joint(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -446,25 +499,26 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[places]
         else:
-            rotation = self._rotation(places)
+            rotation = self._rotation(places, _product_dtype(x))
         mask, packing = None, None
         if cache is not None:
             assert positions is not None, "a cache needs positions"
             mask = cache.seek(positions)
         elif attention_mask is not None and not self.config.causal:
             mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
+        bias = attention_bias(x, mask, self.config)
         if attention_mask is not None:
             packing = Packing(input_ids, attention_mask, is_causal=self.config.causal)
             x = packing.pack(x)
-        x, rows = self.dropout(x), Rows(rotation, mask, cache, packing)
+        x, rows = self.dropout(x), Rows(rotation, mask, bias, cache, packing)
         is_lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             x = checkpoint(block, x, rows, use_reentrant=False) if is_lean else block(x, rows)
         x = self.final_norm(x)
         return x if packing is None else packing.unpack(x)
 
-    def _rotation(self, places: slice | Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.cos[places], self.sin[places]  # (T, D) or (B, T, D)
+    def _rotation(self, places: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos[places].to(dtype), self.sin[places].to(dtype)  # (T, D) or (B, T, D)
         return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
     def n_parameters(self, *, trainable_only: bool = False) -> int:
@@ -493,14 +547,17 @@ class GPT(nn.Module):
 
 
 def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (block_size, D) float32 each, on the CPU in any case."""
+    """Cosines and sines of every position, (block_size, D) float32 each, on the CPU in any case.
+
+    Sines of the first half are negative: what `rotate` adds them to is subtracted there.
+    """
     exponents = torch.arange(0, config.head_size, 2, device="cpu") / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents  # (D / 2,)
     if config.rope_scaling is not None:
         frequencies = stretched(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()  # (block_size, D / 2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

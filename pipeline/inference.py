@@ -17,6 +17,7 @@ from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate, stream
 from pipeline.models import Loaded, load
+from pipeline.packed import pack
 
 
 def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling: Any) -> None:
@@ -62,7 +63,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
 
 
 def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A checkpoint that continues text, its weights in that dtype.
+    """A checkpoint that continues text, its weights in that dtype and laid out for decoding.
 
     Raises:
         ValueError: for a classifier.
@@ -70,6 +71,7 @@ def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) 
     loaded = load(source, dtype)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
+    pack(loaded.model)
     return loaded
 
 

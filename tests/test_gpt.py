@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache, causal_products
+from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache, attention_products
 from pipeline.loss import next_token_loss
 
 MakeGPT = Callable[..., GPT]
@@ -116,7 +116,8 @@ def test_attention_by_products_is_attention(groups: int) -> None:
     heads = (4, groups, groups)
     q, k, v = (torch.randn(3, n, 9, 8, dtype=torch.float64, requires_grad=True) for n in heads)
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    ours = causal_products(q, k, v, dropout=0.0)
+    future = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1)
+    ours = attention_products(q, k, v, future.repeat(4 // groups, 1), dropout=0.0)
     assert (ours - fused).abs().max() < 1e-12  # float64: the same sums in another order
     weights = torch.randn_like(fused)
     gradients = [torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, fused)]
@@ -238,7 +239,7 @@ def test_refused_uses(tiny_config: MakeConfig, tiny_gpt: MakeGPT) -> None:
     with pytest.raises(ValueError, match=r"65 tokens do not fit in model\.gpt\.block_size 64"):
         tiny_gpt()(tokens(1, 65))
     with pytest.raises(ValueError, match=r"model\.gpt\.causal is false"):
-        KVCache(tiny_config(causal=False), 1, 8, like=torch.zeros(()))
+        KVCache(tiny_config(causal=False), 1, like=torch.zeros(()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

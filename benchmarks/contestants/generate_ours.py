@@ -9,18 +9,23 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from pipeline.__main__ import choose_waiting
 
-from benchmarks.record import Record
-from pipeline.generate import Sampling, generate
-from pipeline.models import load
+choose_waiting()  # as the command line does, before torch is loaded
+
+import torch  # noqa: E402
+
+from benchmarks.record import Record  # noqa: E402
+from pipeline.generate import Sampling, generate  # noqa: E402
+from pipeline.models import load  # noqa: E402
+from pipeline.packed import pack  # noqa: E402
 
 N_REPEATS = 2  # the first warms up
 
 
 def main(record_path: str, weights: str, prompts: str, n_new: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, ids = load(weights, dtype).gpt.eval(), json.loads(Path(prompts).read_text())
+    model, ids = pack(load(weights, dtype).gpt), json.loads(Path(prompts).read_text())
     record = Record(record_path)
     for _ in range(N_REPEATS):
         record.start()

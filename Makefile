@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo smollm2 test test-slow soak test-gpu bench ui clean
+.PHONY: demo smollm2 test test-slow soak gpu-test bench ui clean
 
 demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
@@ -24,8 +24,9 @@ test-slow: $(VENV)/dev
 soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run, resumes of every kind
 	$(BIN)/python -m pytest -m slow tests/faults
 
-test-gpu: $(VENV)/dev
+gpu-test: $(VENV)/dev  ## on a machine with a GPU: its tests, then ours and peers there, in one report
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks --workloads '[P1,P2,P3,P4,P5-1,P5-16,P5-64]'
 
 bench: $(VENV)/dev  ## ours and its peers in turn; hours: WORKLOADS='[P1,P3]' for some
 	$(BIN)/python -m benchmarks $(if $(WORKLOADS),--workloads '$(WORKLOADS)')

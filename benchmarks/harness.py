@@ -27,8 +27,8 @@ CEILINGS = """
 import json, torch
 from pipeline.callbacks import matrix_product_ceiling
 types = {"float32": torch.float32, "bf16": torch.bfloat16}
-cpu = torch.device("cpu")
-print(json.dumps({name: matrix_product_ceiling(cpu, dtype) for name, dtype in types.items()}))
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+print(json.dumps({name: matrix_product_ceiling(device, dtype) for name, dtype in types.items()}))
 """
 
 

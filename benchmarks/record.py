@@ -1,11 +1,13 @@
 """What a contestant measures of itself: its steps, when they began, its memory.
 
-Needs the standard library alone, so that peers can use it in environments of their own.
+Needs nothing but what its contestant has loaded, so that peers can use it in environments of
+their own.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,13 @@ class Record:
 
 
 def peak_memory() -> int:
-    """Bytes that this process had in memory at most.
+    """Bytes that this process had in memory at most: on the GPU where there is one.
 
     Linux alone; `ru_maxrss` would be that of the process which started this one, where it is more.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

@@ -120,6 +120,6 @@ def test_files_and_targets_that_are_named_exist() -> None:
     assert [path for path in named if not (ROOT / path).is_file()] == []
     code = "\n".join([*BLOCKS, *re.findall(r"`.+?`", README)])
     targets = set(re.findall(r"\bmake ([a-z0-9-]+)", code))
-    assert {"demo", "smollm2", "test", "test-gpu"} <= targets
+    assert {"demo", "smollm2", "test", "gpu-test"} <= targets
     known = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets <= set(known)

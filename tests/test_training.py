@@ -233,24 +233,3 @@ def test_golden_losses(name: str, tiny: Journey, tmp_path: Path) -> None:
 
 def self_help(name: str) -> str:
     return f"losses of {name} changed; where that is meant, delete {GOLDEN.name} and run twice"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_half_precision_on_a_gpu(precision: str, tiny: Journey, tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    trainer = pl.Trainer(
-        accelerator="cuda",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
-        max_steps=5,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        default_root_dir=str(tmp_path),
-    )
-    module = language_model()
-    trainer.fit(module, datamodule=data)
-    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())

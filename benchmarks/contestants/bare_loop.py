@@ -29,12 +29,14 @@ OPTIMIZER = OptimizerConfig(
 
 def main(record_path: str, weights: str, steps: str, n_steps: str, precision: str) -> None:
     torch.set_flush_denormal(True)
-    model, tokens = load(weights).gpt.train(), torch.from_numpy(np.load(steps)).long()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(weights).gpt.train().to(device)
+    tokens = torch.from_numpy(np.load(steps)).long().to(device)
     optimizer = make_optimizer(model, OPTIMIZER)
     record = Record(record_path)
     for ids in tokens[: int(n_steps)]:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             total, count = next_token_loss(model(ids), model.head.weight, ids)
             loss = total / count
         loss.backward()

@@ -25,7 +25,8 @@ N_REPEATS = 2  # the first warms up
 
 def main(record_path: str, weights: str, prompts: str, n_new: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, ids = pack(load(weights, dtype).gpt), json.loads(Path(prompts).read_text())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, ids = pack(load(weights, dtype).gpt.to(device)), json.loads(Path(prompts).read_text())
     record = Record(record_path)
     for _ in range(N_REPEATS):
         record.start()

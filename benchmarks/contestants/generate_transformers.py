@@ -20,6 +20,8 @@ N_REPEATS = 2  # the first warms up
 def main(record_path: str, weights: str, prompts: str, n_new: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     ids = json.loads(Path(prompts).read_text())
     longest = max(map(len, ids))
     padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])  # on the left
@@ -29,8 +31,8 @@ def main(record_path: str, weights: str, prompts: str, n_new: str, precision: st
         record.start()
         with torch.inference_mode():
             out = model.generate(
-                input_ids=padded,
-                attention_mask=mask,
+                input_ids=padded.to(device),
+                attention_mask=mask.to(device),
                 max_new_tokens=int(n_new),
                 min_new_tokens=int(n_new),
                 do_sample=False,

@@ -72,7 +72,9 @@ def load(folder: Path) -> PlainGPT2:
 
 
 def main(record_path: str, weights: str, steps: str, n_steps: str) -> None:
-    model, tokens = load(Path(weights)), torch.from_numpy(np.load(steps)).long()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(Path(weights)).to(device)
+    tokens = torch.from_numpy(np.load(steps)).long().to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
     )

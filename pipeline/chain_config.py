@@ -24,6 +24,7 @@ NEUTRAL = {  # options that decide memory, speed, names or what is seen, never t
     "run.allow_changes",
     "data.max_tokens",
     "data.num_workers",
+    "checkpoints.asynchronous",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
 }

@@ -6,6 +6,7 @@ resolves data, tokenizer and weights by the same code.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.hardware import multiplies_bf16
-from pipeline.run_directory import Run, read_outcome
+from pipeline.journal import JOURNAL
+from pipeline.run_directory import Run, is_open, read_outcome
 from pipeline.stage_run import mlruns_root
 from pipeline.trial import N_VAL_BATCHES, Epoch, Trial
 
@@ -32,6 +34,9 @@ class CheckCLI(PipelineCLI):
     def open_run(self) -> Iterator[Run]:
         """A run that is gone afterwards; MLflow never hears of it."""
         mlruns_root().mkdir(parents=True, exist_ok=True)
+        for journal in mlruns_root().glob(f".check-*/*/*/{JOURNAL}"):
+            if not is_open(journal.parent):  # that check was killed
+                shutil.rmtree(journal.parents[2])
         with TemporaryDirectory(prefix=".check-", dir=mlruns_root()) as folder:
             run = Run.open(Path(folder) / self.stage.run.experiment / self.stage.run.name)
             try:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from pipeline import checkpoint as files
+from pipeline.background import Background
 from pipeline.interrupts import StopRequest
 
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
@@ -21,9 +25,19 @@ class DirectoryCheckpointIO(CheckpointIO):
     """Lightning's checkpoint dictionary as a checkpoint directory, and back."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Background | None = None
     ) -> None:
-        """Writes the directory, whole or not at all."""
+        """Writes the directory, whole or not at all.
+
+        Args:
+            checkpoint: as Lightning makes it.
+            path: of the directory.
+            storage_options: what is to write it, from a copy on the CPU, while training goes on;
+                without, it is written when this returns.
+        """
+        if storage_options is not None:
+            changing = {key: v for key, v in checkpoint.items() if key != "tokenizer"}
+            checkpoint = {**checkpoint, **apply_to_collection(changing, Tensor, _copy)}
         writers = {
             **files.model_writers(
                 checkpoint["state_dict"], checkpoint["meta"], checkpoint["tokenizer"]
@@ -36,7 +50,11 @@ class DirectoryCheckpointIO(CheckpointIO):
             writers[files.ADAPTER_WEIGHTS] = files.tensors_writer(checkpoint["adapter"])
             config: str = checkpoint["adapter_config"]
             writers[files.ADAPTER_CONFIG] = lambda file: file.write_text(config)
-        files.write_checkpoint(Path(path), writers)
+        write = partial(files.write_checkpoint, Path(path), writers)
+        if storage_options is not None:
+            storage_options.add(write)
+        else:
+            write()
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: Any = None
@@ -67,10 +85,18 @@ class Checkpoints(pl.Callback):
         mode: whether the best is the smallest (min) or the largest (max).
         keep_last: how many of the last are kept.
         keep_best: how many of the best.
+        asynchronous: write from a copy in memory while training goes on, one at a time.
     """
 
     def __init__(
-        self, every_n_steps: int, monitor: str, mode: str, keep_last: int = 1, keep_best: int = 1
+        self,
+        every_n_steps: int,
+        monitor: str,
+        mode: str,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 1,
+        asynchronous: bool = False,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
@@ -83,6 +109,7 @@ class Checkpoints(pl.Callback):
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.asynchronous, self._background = asynchronous, Background()
         self.scores: dict[int, float] = {}  # step -> value, of the best that are kept
         self.last_step: int | None = None
         self._is_due = False
@@ -125,11 +152,14 @@ class Checkpoints(pl.Callback):
 
         Raises:
             SystemExit: a signal came; that step is saved, and the code is 128 + the signal.
+            CheckpointNotWritten: an asynchronous save has failed.
         """
+        self._background.check()
         number = self._agreed_signal(trainer)
         if self._is_due or (number and self._at_step_end):
             self._save(trainer)
         if number:
+            self._background.wait()
             print(
                 f"stopped after step {trainer.global_step}; the same command goes on",
                 file=sys.stderr,
@@ -170,23 +200,41 @@ class Checkpoints(pl.Callback):
         self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the last step, where it is not saved already."""
+        """Saves the last step, where it is not saved already; all is on disk then."""
         self._save(trainer)
+        self._background.wait()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets a save end that is being written."""
+        try:
+            self._background.wait()
+        except files.CheckpointNotWritten as error:
+            print(f"warning: {error}", file=sys.stderr)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self._is_due, step = False, trainer.global_step
-        if self.last_step == step and self.path(trainer, step).exists():
+        self._is_due, step, start = False, trainer.global_step, time.perf_counter()
+        path = self.path(trainer, step)
+        self._background.wait()  # for the save before
+        trainer.strategy.barrier()  # the ranks see the same files
+        if self.last_step == step and path.exists():
             return
         self.last_step = step
-        start = time.perf_counter()
-        trainer.save_checkpoint(self.path(trainer, step), weights_only=False)
+        background = self._background if self.asynchronous else None
+        trainer.save_checkpoint(path, weights_only=False, storage_options=background)
         if trainer.is_global_zero:
-            self._prune(trainer, self.path(trainer, step))
-        if trainer.logger is not None:
+            best = {*self.scores, (self.best or {}).get("step", 0)}
+            prune = partial(self._prune, trainer, path, {files.step_name(step) for step in best})
+            if background:
+                background.add(prune)
+            else:
+                prune()
+        if trainer.logger is not None:  # how long training was held up
             seconds = time.perf_counter() - start
             trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step)
 
-    def _prune(self, trainer: pl.Trainer, newest: Path) -> None:
+    def _prune(self, trainer: pl.Trainer, newest: Path, best: set[str]) -> None:
         """Removes what is neither among the last nor the best, once the newest is known whole."""
         try:
             files.verify_checkpoint(newest)
@@ -194,7 +242,6 @@ class Checkpoints(pl.Callback):
             print(f"warning: {error} Older ones are kept.", file=sys.stderr)
             return
         every = sorted(newest.parent.glob("step-*"))
-        best = {files.step_name(step) for step in (*self.scores, (self.best or {}).get("step", 0))}
         for path in every[: -self.keep_last]:
             if path.name not in best:
                 trainer.strategy.remove_checkpoint(path)
@@ -235,6 +282,10 @@ class Checkpoints(pl.Callback):
             "last": str(self.path(trainer, trainer.global_step)),
             "best": str(self.path(trainer, best)),
         }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def random_state() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,12 +78,15 @@ class Replica:
         self._stop, self._warned = threading.Event(), False
         self._follower = threading.Thread(target=self._follow, daemon=True)
         self._follower.start()
-        threading.Thread(target=self._fill_in, daemon=True).start()
+        self._filler = threading.Thread(target=self._fill_in, daemon=True)
+        self._filler.start()
 
     def close(self, timeout_s: float = 20.0) -> None:
-        """Sends what is left, within so many seconds; call it after the run has ended."""
+        """Sends what is left, of earlier runs too, within so many seconds; the run has ended."""
         self._stop.set()
-        self._follower.join(timeout_s)
+        end = time.monotonic() + timeout_s
+        for thread in (self._follower, self._filler):
+            thread.join(max(0.0, end - time.monotonic()))
         if self._follower.is_alive():
             self._warn(_unreachable(self.root, self.uri, f"not done within {timeout_s:g} s"))
 

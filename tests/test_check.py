@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from pipeline.gpt import GPT
+from pipeline.run_directory import Run
 from pipeline.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes
+from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 from tests.training import instruction_data, pretraining_data
 
@@ -59,6 +62,20 @@ def test_a_check_says_what_fit_would_do_and_leaves_nothing(tiny: Journey, tmp_pa
     assert "2 validations" in out
     assert f"{Path(model['outputs']['best']).parents[1].name}, new" in out
     assert list((tmp_path / "mlruns").iterdir()) == []
+
+
+def test_what_a_killed_check_left_is_removed_by_the_next(tiny: Journey, tmp_path: Path) -> None:
+    home = tmp_path / "mlruns"
+    started = Started(["check", *pretraining(tiny), *at("Hang", 1)], tmp_path / "said.txt")
+    started.until(lambda: bool(list(home.glob(".check-*/pretrain/*/hangs"))))
+    started.send(signal.SIGKILL)
+    started.wait()
+    going_on = Run.open(home / ".check-other" / "pretrain" / "pretrain")
+    assert len(list(home.glob(".check-*"))) == 2
+    code, _, err = said("check", *pretraining(tiny))
+    assert code == 0, err
+    assert [path.name for path in home.iterdir()] == [".check-other"]
+    going_on.fail("only a check")
 
 
 def test_a_run_that_is_there_already_is_named(

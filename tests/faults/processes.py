@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from pipeline import checkpoint as files
 from tests.journey import ROOT
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -121,6 +122,53 @@ class Hang(At):
     def act(self, trainer: pl.Trainer, module: Any) -> None:
         (Path(trainer.default_root_dir) / "hangs").touch()
         time.sleep(10 * PATIENCE_S)
+
+
+class Pause(At):
+    """Stays in the step until `go_on` is called."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        (folder / f"pauses-{self.step}").touch()
+        while not (folder / f"goes-on-{self.step}").exists():
+            time.sleep(0.02)
+
+
+def pauses(home: Path, step: int) -> bool:
+    """Whether the run below a folder has come to a `Pause`."""
+    return bool(list(home.glob(f"default/*/pauses-{step}")))
+
+
+def go_on(home: Path, step: int) -> None:
+    """Ends a `Pause`."""
+    (path,) = home.glob(f"default/*/pauses-{step}")
+    path.with_name(f"goes-on-{step}").touch()
+
+
+class HangInSave(At):
+    """The next save writes one file and stays there for ever, the first time that it is used."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        hangs = Path(trainer.default_root_dir) / "hangs"
+
+        def write_one(draft: Path, writers: files.Writers) -> Any:
+            name = min(writers)
+            writers[name](draft / name)
+            hangs.touch()
+            time.sleep(10 * PATIENCE_S)
+
+        if not hangs.exists():
+            files.write_files = write_one
+
+
+class LoseFolder(At):
+    """Puts a file where the folder of checkpoints was."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        folder = Path(trainer.default_root_dir) / files.CHECKPOINTS
+        if folder.is_dir():
+            folder.rename(folder.with_name("away"))
+        folder.touch()
 
 
 class Allocate(At):

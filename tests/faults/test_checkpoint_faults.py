@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def steps(folder: Path) -> list[int]:
 class Keep(pl.Callback):
     """Puts other policies in the place of the usual one."""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, **options: int | bool) -> None:
         self.options = options
 
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
@@ -118,24 +118,18 @@ def test_the_only_valid_one_is_never_removed(
     assert valid.name == "step-00000003"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.5 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a file system cannot be mounted here: this test needs the rights to")
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_a_full_disk_costs_the_last_steps_alone(
-    words: list[str], home: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: str,
+    words: list[str],
+    home: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(small_disk))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}.db")
     words = [*words, "--data.num_workers=0", "--checkpoints.keep_last=20"]
+    words += [f"--checkpoints.asynchronous={asynchronous}"]
     code, _, err = said(*words)
     assert code == 2, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))

@@ -165,7 +165,6 @@ def spam() -> SpamDataModule:
         train_fraction=0.7,
         val_fraction=0.1,
         balance=True,
-        redraw=False,
         **STEPS,
     )
     data.setup("fit")

@@ -115,28 +115,6 @@ def shuffled(n_samples: int, seed: int) -> Callable[[int], Tensor]:
     return lambda epoch: torch.randperm(n_samples, generator=epoch_generator(seed, epoch))
 
 
-def redrawn(labels: Tensor, seed: int) -> Callable[[int], Tensor]:
-    """Order of as many keys of every label as the rarest has, a pure function of (seed, epoch).
-
-    The keys of a commoner label are dealt out over the epochs: none comes again before all came.
-
-    Args:
-        labels: (N,) int64 label of every key.
-        seed: of the dealing and of the order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    decks = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
-    decks = [deck[torch.randperm(len(deck), generator=generator)] for deck in decks]
-    n_dealt = min(map(len, decks))
-
-    def order(epoch: int) -> Tensor:
-        places = torch.arange(epoch * n_dealt, (epoch + 1) * n_dealt)
-        keys = torch.cat([deck[places % len(deck)] for deck in decks])
-        return keys[torch.randperm(len(keys), generator=epoch_generator(seed, epoch))]
-
-    return order
-
-
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """The generator that decides everything random about the data of one epoch."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)

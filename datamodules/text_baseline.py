@@ -19,14 +19,11 @@ def tfidf_baseline(
     val_texts: Sequence[str],
     val_labels: Sequence[int],
     test_texts: Sequence[str],
-    *,
-    balance: bool,
 ) -> NDArray[np.float64]:
     """Class probabilities of texts by logistic regression on TF-IDF of words and word pairs.
 
     The regularisation is the one of least log loss on the validation texts. Labels are class
-    indices 0..n_classes-1, every one of them in training. Nothing is random. With `balance` every
-    class weighs as much as another in training.
+    indices 0..n_classes-1, every one of them in training. Nothing is random.
 
     Returns:
         (n_test, n_classes) probabilities; column i is class i.
@@ -36,13 +33,10 @@ def tfidf_baseline(
     )
     train = vectorizer.fit_transform(train_texts)
     val, test = vectorizer.transform(val_texts), vectorizer.transform(test_texts)
-    weights = "balanced" if balance else None
     models = [
-        LogisticRegression(C=strength, solver="newton-cg", max_iter=1000, class_weight=weights)
+        LogisticRegression(C=strength, solver="newton-cg", max_iter=1000).fit(train, train_labels)
         for strength in INVERSE_REGULARISATION
     ]
-    for model in models:
-        model.fit(train, train_labels)
     classes = models[0].classes_
     best = min(
         models, key=lambda model: log_loss(val_labels, model.predict_proba(val), labels=classes)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from datamodules import splits
 from datamodules.batching import (
@@ -19,7 +18,6 @@ from datamodules.batching import (
     StepDataModule,
     digest_of,
     load_tokenizer,
-    redrawn,
     report,
 )
 from datamodules.prompts import encode_text
@@ -44,8 +42,6 @@ class TextClassificationDataModule(StepDataModule):
         train_fraction: share of rows to train on.
         val_fraction: share of rows to validate on.
         balance: in each split, keep as many rows of every class as the rarest one has.
-        redraw: with `balance`, draw the training rows of commoner classes anew every epoch, so that
-            what one epoch leaves out the next one takes.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
         seed: of the order of training samples.
@@ -70,7 +66,6 @@ class TextClassificationDataModule(StepDataModule):
         train_fraction: float,
         val_fraction: float,
         balance: bool,
-        redraw: bool,
         batch_size: int,
         max_tokens: int,
         seed: int,
@@ -89,9 +84,7 @@ class TextClassificationDataModule(StepDataModule):
         self.text_column, self.label_column = text_column, label_column
         self.label_names = list(label_names)
         self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
-        if redraw and not balance:
-            raise ValueError("data.redraw is true but data.balance is false; set both, or neither.")
-        self.balance, self.redraw, self.split_seed = balance, redraw, split_seed
+        self.balance, self.split_seed = balance, split_seed
         self.tokenizer = load_tokenizer(tokenizer)
         self._texts: list[str] = []
         self._labels: list[int] = []
@@ -138,12 +131,6 @@ class TextClassificationDataModule(StepDataModule):
         """Samples of the test split, in order."""
         assert isinstance(self.test_set, SampleList)
         return self.test_set.samples
-
-    def train_order(self) -> Callable[[int], Tensor]:
-        """Epoch -> keys of `train_set`; with `redraw` as many of every class."""
-        if not self.redraw:
-            return super().train_order()
-        return redrawn(torch.tensor(self.labels("train")), self.seed)
 
     def texts(self, split: str) -> list[str]:
         """Texts of the train, val or test split, in the order of its samples."""
@@ -209,8 +196,7 @@ class TextClassificationDataModule(StepDataModule):
         splits.refuse_empty(rows)
         if self.balance:
             labels = np.asarray(self._labels)
-            for split in splits.SPLITS[1:] if self.redraw else splits.SPLITS:
-                part = rows[split]
+            for split, part in rows.items():
                 rows[split] = part[splits.balance(labels[part], self.split_seed)]
         return rows
 
@@ -269,7 +255,6 @@ class SpamDataModule(TextClassificationDataModule):
         train_fraction: float,
         val_fraction: float,
         balance: bool,
-        redraw: bool,
         batch_size: int,
         max_tokens: int,
         seed: int,
@@ -287,7 +272,6 @@ class SpamDataModule(TextClassificationDataModule):
             train_fraction=train_fraction,
             val_fraction=val_fraction,
             balance=balance,
-            redraw=redraw,
             batch_size=batch_size,
             max_tokens=max_tokens,
             seed=seed,

@@ -106,7 +106,6 @@ def report_test(
         data.texts("val"),
         data.labels("val"),
         data.texts("test"),
-        balance=data.balance,
     )
     write_predictions(run, data, ours)
     counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)

@@ -50,7 +50,6 @@ OPTIONS = {
     "train_fraction": 0.6,
     "val_fraction": 0.2,
     "balance": False,
-    "redraw": False,
     "batch_size": 4,
     "max_tokens": 256,
     "seed": 0,
@@ -178,27 +177,6 @@ def test_balancing_is_within_each_split(write: Write, make: Any) -> None:
         assert set(module.texts(split)) <= set(natural.texts(split))
 
 
-def test_redrawing_takes_every_training_row_over_the_epochs(write: Write, make: Any) -> None:
-    """Each epoch is balanced and of one length; validation and test sets stay what they were."""
-    path = write("t.tsv", table(rows(100)))
-    module, again = (make(path, balance=True, redraw=True) for _ in range(2))
-    fixed = make(path, balance=True)
-    for each in (module, again, fixed):
-        each.setup("fit")
-    assert module.texts("test") == fixed.texts("test")
-    assert module.texts("val") == fixed.texts("val")
-    labels, order = np.array(module.labels("train")), module.train_order()
-    assert np.bincount(labels).tolist() == [30, 15, 15]  # half are sport
-    epochs = [order(epoch).tolist() for epoch in range(4)]
-    assert all(np.bincount(labels[keys]).tolist() == [15, 15, 15] for keys in epochs)
-    sport = [{key for key in keys if labels[key] == 0} for keys in epochs]
-    assert sport[0] | sport[1] == sport[2] | sport[3] == set(np.flatnonzero(labels == 0))
-    assert all(len(set(keys)) == 45 for keys in epochs)
-    assert epochs[0] != epochs[2]  # the same rows, in another order
-    assert again.train_order()(3).tolist() == epochs[3]
-    assert module.steps_per_epoch() == 12  # of 4, the last of 1
-
-
 def test_every_text_ends_with_the_suffix(write: Write, make: Any, tokenizer_file: Path) -> None:
     """Also one that is cut; a suffix that leaves no room is refused."""
     long, tokenizer = ("law", "sun sea tea " * 50), Tokenizer.load(tokenizer_file)
@@ -305,7 +283,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "fraction": ({"train_fraction": 1.5}, "data.train_fraction is 1.5"),
     "no test": ({"val_fraction": 0.4}, "leave nothing to test on"),
     "batch": ({"batch_size": 0}, "data.batch_size is 0"),
-    "redraw": ({"redraw": True}, "data.redraw is true but data.balance is false"),
 }
 
 
@@ -367,20 +344,10 @@ def test_the_baseline_separates_what_words_tell(write: Write) -> None:
     generator = np.random.default_rng(0)
     labels = [i % 3 for i in range(90)]
     texts = [" ".join([WORDS[label], *generator.choice(WORDS[3:], 4).tolist()]) for label in labels]
-    parts = (texts[:50], labels[:50], texts[50:70], labels[50:70], texts[70:])
-    probabilities = tfidf_baseline(*parts, balance=False)
+    probabilities = tfidf_baseline(texts[:50], labels[:50], texts[50:70], labels[50:70], texts[70:])
     assert probabilities.shape == (20, 3)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-12)  # float64 rounding
     assert (probabilities.argmax(1) == labels[70:]).all()
-
-
-def test_a_balanced_baseline_gives_rare_classes_their_weight() -> None:
-    """The same word in 2 of 10 texts of each class: what is likelier is what was commoner."""
-    texts = ["tea cup" if i % 5 == 0 else f"{WORDS[i % 13]} oak" for i in range(110)]
-    labels = [int(i >= 100) for i in range(110)]
-    for balance, expected in ((False, 0.09), (True, 0.5)):
-        p = tfidf_baseline(texts, labels, texts, labels, ["tea cup"], balance=balance)
-        assert abs(p[0, 1] - expected) < 0.1
 
 
 def test_the_baseline_on_real_messages(real_data: Path, tokenizer_file: Path) -> None:
@@ -394,7 +361,6 @@ def test_the_baseline_on_real_messages(real_data: Path, tokenizer_file: Path) ->
         module.texts("val"),
         module.labels("val"),
         module.texts("test"),
-        balance=False,
     )
     truth = np.array(module.labels("test"))
     predicted = probabilities.argmax(1)

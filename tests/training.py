@@ -57,7 +57,6 @@ def spam_data(tokenizer: Path, **options: Any) -> SpamDataModule:
         "train_fraction": 0.2,
         "val_fraction": 0.05,
         "balance": False,
-        "redraw": False,
         "batch_size": 8,
         "max_tokens": 256,
         "seed": 1,

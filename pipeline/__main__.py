@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import safe
 from pipeline.commands import FUNCTIONS
 
 LIGHTNING = {
@@ -23,6 +24,10 @@ COMMANDS = {
     **CHECK,
     **{name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()},
 }
+GLOBAL_OPTIONS = {
+    "--safe": "refuses a config that names classes from elsewhere: it is a stranger's code.",
+    "--debug": "shows the traceback of an error.",
+}
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 LOOK_S, N_LOOKS = 0.1, 8
 BUSY_PERCENT = 25  # of all cores, that other processes use when a command starts
@@ -36,12 +41,17 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 2 for a user's mistake, in one line on stderr; `--debug` adds the traceback.
+        With `--safe`, what configs name is not imported unless it is known: see `pipeline.safe`.
     """
     words = list(sys.argv[1:] if args is None else args)
     sys.argv[1:] = words  # what a run records as its command, and what launchers start again
     debug = "--debug" in words
+    if "--safe" in words:
+        os.environ[safe.VARIABLE] = "1"
+    if safe.VARIABLE in os.environ:
+        safe.refuse_strangers()
     try:
-        return _dispatch([word for word in words if word != "--debug"]) or 0
+        return _dispatch([word for word in words if word not in GLOBAL_OPTIONS]) or 0
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -118,7 +128,7 @@ def _explain(words: list[str]) -> int:
         *(f"  {name:<{width}}{line}" for name, line in (below or COMMANDS).items()),
         "",
         "COMMAND --help lists its options; each can stand in a YAML file given with -c.",
-        "--debug shows the traceback of an error.",
+        *(f"{name} {does}" for name, does in GLOBAL_OPTIONS.items()),
     ]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else EXIT_USER_ERROR

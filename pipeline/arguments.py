@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from pipeline.safe import refusal
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -66,6 +68,8 @@ def build(kind: type[D], values: Any, key: str) -> D:
 
 def one_line(message: str) -> str:
     """The nested message of jsonargparse as `key: what is wrong`, without the types it tried."""
+    if refused := refusal(message):
+        return refused
     keys, facts = [], []
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if _NOISE.match(line):

@@ -26,6 +26,7 @@ from datamodules.batching import MicroBatch
 from datamodules.prompts import Message, encode_prompt, stop_ids
 from pipeline.generate import Sampling, generate
 from pipeline.run_directory import Run
+from pipeline.sharding import gather_shared
 
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
@@ -290,8 +291,11 @@ class SampleTexts(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Generates and logs a table."""
         run = run_of(trainer)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or run is None or not self.prompts:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts:
             return
+        if run is None and trainer.world_size == 1:
+            return
+        gather_shared(pl_module.model)  # so every rank generates, where each has a share
         tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
         ids = [self._ids(tokenizer, style, prompt) for prompt in self.prompts]
         stops = stop_ids(tokenizer, style) if style else {tokenizer.eos_id}
@@ -304,6 +308,8 @@ class SampleTexts(pl.Callback):
             new = generate(pl_module.model, ids, settings)
         texts = [tokenizer.decode(answer) for answer in new]
         pl_module.train()
+        if run is None:
+            return
         step = trainer.global_step
         rows = [
             {"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)

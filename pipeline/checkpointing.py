@@ -121,6 +121,11 @@ class Checkpoints(pl.Callback):
         """Where the checkpoint of a step lies."""
         return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Has all ranks keep things where the first does: a run started anew, it alone can name."""
+        path = trainer.strategy.broadcast(trainer.default_root_dir)
+        trainer._default_root_dir = path  # type: ignore[attr-defined]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the random state, now that every iterator exists; listens to signals.
 

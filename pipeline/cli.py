@@ -179,6 +179,8 @@ class PipelineCLI(LightningCLI):
             if RUN_VARIABLE not in os.environ:  # for processes that Lightning starts
                 os.environ[RUN_VARIABLE] = str(run.path)
                 self.stack.callback(os.environ.pop, RUN_VARIABLE)
+        elif read_outcome(self.run_path) is not None:  # the first does not wait for the others
+            raise AlreadyFinished(self.run_path)
 
     def run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
@@ -346,5 +348,7 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
             raise KeyboardInterrupt from error
         raise
     except AlreadyFinished as finished:
-        print(f"already finished: {finished.path}; --run.resume never starts anew", file=sys.stderr)
-        hand_over(finished.path)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            again = "--run.resume never starts anew"
+            print(f"already finished: {finished.path}; {again}", file=sys.stderr)
+            hand_over(finished.path)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.gpt import GPTConfig
+from pipeline.sharding import local
 
 GIB = 2**30
 _OPTIMIZER_BYTES = 12  # a trained parameter: its gradient and AdamW's two moments, in float32
@@ -57,8 +58,9 @@ def estimate_gib(model: nn.Module, config: GPTConfig, max_tokens: int, *, half: 
         max_tokens: of a micro-batch.
         half: whether it computes in two bytes a number.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * _OPTIMIZER_BYTES
+    parameters = [local(p) for p in model.parameters()]
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad) * _OPTIMIZER_BYTES
     size = 2 if half else 4
     kept = config.n_layer * (_VECTORS * config.n_embd + 3 * config.mlp_hidden) * size
     logits = (config.vocab_size or 0) * (size + 8)  # and in float32, and their gradient

@@ -13,10 +13,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
-from pipeline import lora
+from pipeline import lora, sharding
 from pipeline.callbacks import run_of
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.failures import available_gib, estimate_gib
@@ -102,6 +103,16 @@ class LitStep(pl.LightningModule):
         """Builds or loads the model; called by Lightning once the data is there."""
         if self.model is not None:
             return
+        self.model = self.build()
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if self.lora_config is not None and fits and str(self.trainer.precision) == "bf16-mixed":
+            lora.hold_base(self.model, torch.bfloat16)
+        if isinstance(self.trainer.strategy, sharding.FullySharded):
+            sharding.shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+        self.train()
+
+    def build(self) -> nn.Module:
+        """The model, with its adapters."""
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
@@ -111,15 +122,13 @@ class LitStep(pl.LightningModule):
         if loaded is not None and self.lora_config is not None:
             folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
             self.base = describe_base(loaded, folder)
-        self.model = self.wrap(gpt, loaded)
+        model = self.wrap(gpt, loaded)
         if self.lora_config is not None:
-            self.lora_config = lora.attach(self.model, self.lora_config)
-        self.train()
+            self.lora_config = lora.attach(model, self.lora_config)
+        return model
 
     def on_fit_start(self) -> None:
-        """Holds the frozen base of adapters in autocast's dtype; warns of too little memory."""
-        if self.lora_config is not None and str(self.trainer.precision) == "bf16-mixed":
-            lora.hold_base(self.model, torch.bfloat16)
+        """Warns of too little memory."""
         needed, free = self.memory_gib(), available_gib()
         if needed > free:
             print(
@@ -197,7 +206,8 @@ class LitStep(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the (unscaled) gradients; drops them and counts where their norm is not finite."""
         trained = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(trained, self.optimizer_config.max_grad_norm)
+        max_norm = self.optimizer_config.max_grad_norm
+        norm = sharding.gathered(nn.utils.clip_grad_norm_(trained, max_norm), keep=True)
         self.log("train/grad_norm", norm)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
@@ -280,13 +290,12 @@ class LitStep(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
-        tensors = self._own_tensors()
-        checkpoint["state_dict"] = tensors
+        checkpoint["state_dict"] = self._gathered(self._own_tensors())
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
         checkpoint["skipped"] = dict(self._skipped)
         if self.lora_config is not None:
-            checkpoint["adapter"] = lora.adapter_state(self.model)
+            checkpoint["adapter"] = self._gathered(lora.adapter_state(self.model))
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -309,12 +318,18 @@ class LitStep(pl.LightningModule):
             )
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
-            lora.load_adapter(self.model, checkpoint["adapter"])
+            own = lora.adapter_state(self.model)
+            lora.load_adapter(self.model, sharding.shares(checkpoint["adapter"], own))
 
     def _say_what_changed(self, changes: str) -> None:
         print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
         if run := run_of(self.trainer):
             run.event("changes_allowed", changes=changes)
+
+    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on the rank that writes them."""
+        whole: dict[str, Tensor] = sharding.gathered(tensors, keep=self.trainer.is_global_zero)
+        return whole
 
     def _own_tensors(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
@@ -86,10 +86,11 @@ class LitClassifier(LitStep):
         freeze(model, self.trainable)
         return model
 
-    def configure_model(self) -> None:
-        """Builds or loads the model; its head is trained with adapters too."""
-        super().configure_model()
-        self.model.classifier.requires_grad_(True)
+    def build(self) -> nn.Module:
+        """The model, whose head is trained with adapters too."""
+        model: Any = super().build()
+        model.classifier.requires_grad_(True)
+        return model
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Cross-entropy, summed, in nats."""

@@ -28,6 +28,7 @@ PROCESSES.set_forkserver_preload(
         "peft",
     ]
 )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 PATIENCE_S = 240  # of a machine that does much else
 
 
@@ -84,11 +85,11 @@ def _command(words: list[str], environment: dict[str, str], output: Path) -> Non
     sys.exit(main(words))
 
 
-def start(words: Sequence[str], home: Path) -> subprocess.Popen[str]:
+def start(words: Sequence[str], home: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     """A command as a shell starts it: where processes start others, forking does not do."""
     environment = {**os.environ, "GPT_PIPELINE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "pipeline", *words]
+    command = [sys.executable, *launcher, "-m", "pipeline", *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -198,10 +199,10 @@ class Spike(At):
 
 
 class Infinite(At):
-    """Makes a gradient of the step infinite."""
+    """Makes a gradient of the step infinite, in one process alone."""
 
     def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
-        if trainer.global_step + 1 == self.step:
+        if trainer.is_global_zero and trainer.global_step + 1 == self.step:
             next(p for p in module.parameters() if p.grad is not None).grad.fill_(torch.inf)
 
     def act(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,0 +1,65 @@
+"""`--safe`: a config from a stranger may name the classes of a stage, and nothing else is imported.
+
+jsonargparse keeps the gate: it checks a name before it imports the module, and checks again where
+what it found there was defined (`pipeline.cli.os.system` is `posix.system`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+VARIABLE = "GPT_PIPELINE_SAFE"  # inherited by stages, and by processes that are started for others
+_LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
+ALLOWED = [
+    "pipeline",
+    "datamodules",
+    *(f"lightning.pytorch.{part}" for part in _LIGHTNING),
+    "lightning.fabric.plugins",
+    "torch.nn",
+    "torch.optim",
+]
+CALLERS = [  # what they are given is called, whatever it is
+    "lightning.pytorch.callbacks.LambdaCallback",
+    "lightning.pytorch.callbacks.lambda_function",
+]
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")
+_KEY = re.compile(r'[Kk]ey "([^"]+)"')
+
+
+def refuse_strangers() -> None:
+    """From now on, and as long as the process lives, no option may name what is not allowed."""
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(
+        import_path_denylist=["*", *CALLERS],
+        import_path_allowlist=ALLOWED,
+        instantiate_subclass_spec_in_any=False,
+    )
+
+
+def refusal(message: str) -> str | None:
+    """What the parser refused to import, in one line; None where it says something else.
+
+    Args:
+        message: of the parser.
+    """
+    denied = _DENIED.search(message)
+    if denied is None:
+        return None
+    name, key = denied[1], ".".join(_KEY.findall(message)) or "class_path"
+    return (
+        f"{_place(name)}: {key}: {name} is not imported with --safe, which knows pipeline, "
+        "datamodules and the parts of lightning and torch that run nothing they are given; without "
+        "--safe the config is code that you trust."
+    )
+
+
+def _place(name: str) -> str:
+    """The config that holds a name, or else the command line."""
+    for word in sys.argv[1:]:
+        path = Path(word.rpartition("=")[2])
+        if path.is_file() and name in path.read_text(encoding="utf-8", errors="replace"):
+            return str(path)
+    return "command line"

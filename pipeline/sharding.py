@@ -1,0 +1,127 @@
+"""FSDP2: weights, gradients and optimizer state are shared out over processes (Zhao et al. 2023).
+
+Every block is gathered when it computes and given back after it; what all have in common, a tied
+embedding above all, once a step. The learning is that of one process, and so are the checkpoints:
+whole tensors, gathered on the first process, of which each takes its share when it resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from pipeline.gpt import Block
+
+
+class FullySharded(ModelParallelStrategy):
+    """Lightning's FSDP2 over all processes, with this project's checkpoints.
+
+    Lightning's own restores the data's position after it has made the loader, and would write past
+    the checkpoint directory; so loading and saving are those of a single process here.
+    """
+
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Shares out over all processes, of all nodes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: the module itself gathers what its checkpoints keep."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes this process's share of every tensor."""
+        assert self.lightning_module is not None
+        parameters = dict(self.lightning_module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in shares(checkpoint["state_dict"], parameters).items():
+                parameters[name].copy_(tensor)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The whole state, on the first process."""
+        return gathered(Strategy.optimizer_state(self, optimizer), keep=self.is_global_zero)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes this process's share of what has the shape of its parameter."""
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                like = {k: parameter for k, v in state.items() if v.shape == parameter.shape}
+                state.update(shares({k: state[k] for k in like}, like))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shares out a model in place, block by block, then the rest; it begins as on the first rank.
+
+    Args:
+        model: with the gradients that it will need, and in the dtypes that it will have.
+        mesh: of one dimension, all processes.
+    """
+    model.to(mesh.device_type)
+    for tensor in model.parameters():
+        torch.distributed.broadcast(tensor.data, src=0)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def gather_shared(model: nn.Module) -> None:
+    """Makes what lies outside the blocks readable as plain tensors, until the next step ends."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
+def gathered(tree: Any, *, keep: bool) -> Any:
+    """A tree with its shared-out tensors whole, on the CPU; all ranks must call it.
+
+    Args:
+        tree: of containers and tensors; plain tensors stay as they are.
+        keep: false where whole tensors are not wanted: they are left empty, to save memory.
+    """
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        tensor = leaf.full_tensor().detach()
+        return tensor.cpu() if keep else tensor.new_empty(0)
+
+    return tree_map(whole, tree)
+
+
+def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, which every rank has, as this rank's shares of them.
+
+    Args:
+        tensors: by name.
+        like: tensors of the same names, shared out or not.
+    """
+    return {name: _share(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(tensor: Tensor, like: Any) -> Tensor:
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements, src_data_rank=None)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.files import cache_dir, replacing, sha256
+
+PATIENCE_S = 120.0  # for one attempt, from connecting to the last byte
+SILENCE_S = 30.0  # between two bytes
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the others unbounded
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ def download(item: Download) -> Path:
 
     Raises:
         OSError: if the archive cannot be fetched.
-        ValueError: if it is larger than pinned, lacks the member, or the member's digest differs.
+        ValueError: if it is larger than pinned, lacks the member, is damaged, or the member's
+            digest differs.
     """
     path = cache_dir() / "downloads" / item.sha256[:12] / item.member
     if path.is_file() and sha256(path) == item.sha256:
@@ -70,7 +77,7 @@ def _fetch(item: Download) -> bytes:
     try:
         return retrying(_stream, item)
     except httpx.HTTPError as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{item.url} could not be downloaded ({reason}); "
             "go online, or give a local file as data.source."
@@ -78,27 +85,44 @@ def _fetch(item: Download) -> bytes:
 
 
 def _stream(item: Download) -> bytes:
+    """The archive, as it is on the way: unpacked by the transport, it could be of any size."""
     import httpx
 
     archive = bytearray()
-    with httpx.stream("GET", item.url, follow_redirects=True, timeout=30) as response:
-        response.raise_for_status()
-        for chunk in response.iter_bytes():
-            archive += chunk
-            if len(archive) > item.max_bytes:
-                raise ValueError(
-                    f"{item.url} is larger than the {item.max_bytes} bytes that it should have "
-                    "at most; give a local file as data.source."
-                )
+    client = httpx.Client(
+        follow_redirects=True, timeout=SILENCE_S, headers={"Accept-Encoding": "identity"}
+    )
+    too_late = threading.Timer(PATIENCE_S, client.close)  # also between two bytes of a header
+    too_late.start()
+    try:
+        with client, client.stream("GET", item.url) as response:
+            response.raise_for_status()
+            for chunk in response.iter_raw():
+                archive += chunk
+                if len(archive) > item.max_bytes:
+                    raise ValueError(
+                        f"{item.url} is larger than the {item.max_bytes} bytes that it should have "
+                        "at most; give a local file as data.source."
+                    )
+    except httpx.TransportError as error:
+        if too_late.finished.is_set():
+            raise httpx.TimeoutException(f"not done after {PATIENCE_S:g} s") from error
+        raise
+    finally:
+        too_late.cancel()
     return bytes(archive)
 
 
 def _member(item: Download, archive: bytes) -> bytes:
+    """The pinned member alone, in memory: no other name of the archive is ever a path."""
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened, opened.open(item.member) as member:
-            return member.read(item.max_bytes)
-    except (zipfile.BadZipFile, KeyError) as error:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            if opened.getinfo(item.member).compress_type not in _COMPRESSIONS:
+                raise zipfile.BadZipFile("another compression than deflate")
+            with opened.open(item.member) as member:
+                return member.read(item.max_bytes)
+    except (KeyError, RuntimeError, OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile):
         raise ValueError(
             f"{item.url} is no zip archive with {item.member} in it; "
             "give a local file as data.source."
-        ) from error
+        ) from None

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import uuid
@@ -32,7 +33,7 @@ from datamodules.files import file_digests
 from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2  # raise it when an earlier checkpoint would not resume exactly
 MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safetensors", "training.pt"
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -139,24 +140,33 @@ def verify_checkpoint(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        version, files = manifest["format"], manifest["files"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        version, files = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no whole checkpoint: its {MANIFEST} is missing or damaged; "
             "take another checkpoint."
         ) from error
     if version != FORMAT:
+        age = "an earlier" if version in range(FORMAT) else "another"
         raise ValueError(
-            f"{path} has format {version}, this version reads {FORMAT}; "
-            "use the version that wrote it."
+            f"{path} is of {age} form ({version}; this version reads {FORMAT}); go on with the "
+            "version that wrote it, or train anew (--run.resume never)."
         )
     for name in damaged(path, files):
         raise CheckpointError(f"{path / name} is missing or damaged; take another checkpoint.")
 
 
 def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the files that are missing, or are not what `write_files` wrote."""
+    """Names of the files that are missing, or are not what `write_files` wrote.
+
+    Raises:
+        CheckpointError: for a name that is a path: nothing outside the folder is looked at.
+    """
     for name, facts in files.items():
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{folder} lists a file of another folder, {name!r}; take another."
+            )
         if not (folder / name).is_file() or _facts(folder / name) != facts:
             yield name
 
@@ -234,13 +244,32 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Weights by name, on the CPU."""
-    return load_file(path / name)
+    """Weights by name, on the CPU.
+
+    Raises:
+        CheckpointError: where the file holds something else.
+    """
+    try:
+        return load_file(path / name)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path / name} holds no tensors ({error}); take another checkpoint."
+        ) from error
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """Training state; tensors and primitives only."""
-    return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    """Training state; tensors and primitives only.
+
+    Raises:
+        CheckpointError: where the file holds anything else; it is not executed.
+    """
+    try:
+        return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / TRAINING} holds more than tensors and numbers, or no training state "
+            f"({str(error).partition('.')[0]}); nothing of it ran. Take another checkpoint."
+        ) from error
 
 
 def _is_empty(path: Path) -> bool:

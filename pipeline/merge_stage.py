@@ -107,16 +107,27 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
         ValueError: where the checkpoint names none, or a class that is not of this project.
     """
     given = loaded.meta.get("data")
-    module, _, name = (given or {}).get("class_path", "").rpartition(".")
-    if not given or not module.startswith("datamodules."):
+    kind = _our_data_module((given or {}).get("class_path", ""))
+    if not given or kind is None:
         raise ValueError(
             f"{loaded.path} does not say which of our data modules it was tuned with, so nothing "
             "can be compared; merge where it was trained."
         )
-    kind = getattr(importlib.import_module(module), name)
     arguments = {**given["init_args"], "tokenizer": str(loaded.path), **(changes or {})}
     made: StepDataModule = kind(**arguments)
     return made
+
+
+def _our_data_module(class_path: str) -> type[StepDataModule] | None:
+    """The class, if it is a data module of this project: the checkpoint may be a stranger's."""
+    module, _, name = class_path.rpartition(".")
+    if not module.startswith("datamodules."):
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and issubclass(found, StepDataModule) else None
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pipeline import lora
 from pipeline.checkpoint import (
     ADAPTER_WEIGHTS,
     WEIGHTS,
+    CheckpointError,
     read_meta,
     read_tensors,
     tensors_digest,
@@ -100,10 +103,24 @@ def load_adapted(path: Path) -> Loaded:
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     verify_checkpoint(path)
-    meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
-    build = _build_merged if meta["lora"] else _build_full
-    model = build(path, meta, tensors).to(dtype).eval()
-    return Loaded(model, Tokenizer.load(path), meta, path)
+    with _made_here(path):
+        meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
+        build = _build_merged if meta["lora"] else _build_full
+        model = build(path, meta, tensors).to(dtype).eval()
+        return Loaded(model, Tokenizer.load(path), meta, path)
+
+
+@contextmanager
+def _made_here(path: Path) -> Iterator[None]:
+    """A checkpoint may be whole and yet of a stranger's making: what does not fit is named."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} was not written by this program: its files do not fit together "
+            f"({type(error).__name__}: {said}); take another checkpoint."
+        ) from error
 
 
 def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:

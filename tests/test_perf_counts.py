@@ -146,6 +146,9 @@ def test_products_under_bf16_are_bf16_and_no_more_than_needed(adapters: tuple[An
         n_layer * (7 * PER_ADAPTED_LINEAR + PER_ATTENTION) - FIRST_LAYER_QKV + FROZEN_HEAD
     )
     assert dtypes == {torch.bfloat16: per_micro_batch * len(watch.batch)}
+    # added where the layer's own product is, forward and backward, and not in a pass of its own
+    added = n_layer * 7 * 2 - FIRST_LAYER_QKV // 2
+    assert len(watch.operations.named("addmm_")) == added * len(watch.batch)
 
 
 def test_the_frozen_base_is_never_cast_or_copied(adapters: tuple[Any, Watch]) -> None:

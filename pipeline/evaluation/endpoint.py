@@ -10,7 +10,6 @@ import logging
 import random
 import re
 import threading
-import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -77,13 +76,10 @@ class Endpoint:
             }
         }
         self._takes_schema: bool | None = None  # not known yet
-        self._client = httpx.Client(
-            headers={"Accept-Encoding": "identity"}
-            | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-            timeout=config.timeout_s,
-            limits=httpx.Limits(max_connections=config.max_concurrency),
-            trust_env=urlsplit(config.base_url).hostname not in LOOPBACK,  # no proxy to ourselves
-        )
+        self._key_as_text = _spellings(self._key)
+        self._tls = httpx.create_ssl_context()
+        self._own = threading.local()  # a client for each thread
+        self._clients: list[httpx.Client] = []
 
     def __enter__(self) -> Endpoint:
         return self
@@ -95,7 +91,8 @@ class Endpoint:
         traceback: TracebackType | None,
     ) -> None:
         self.stop.set()
-        self._client.close()
+        for client in self._clients:
+            client.close()
 
     def complete(self, messages: list[Message]) -> str:
         """The content of the reply to a conversation.
@@ -136,6 +133,20 @@ class Endpoint:
         backoff_s = random.uniform(0.5, 1.0) * 2.0 ** (state.attempt_number - 1)
         return min(backoff_s if named_s is None else named_s, self.config.max_wait_s)
 
+    def _client(self) -> httpx.Client:
+        """This thread's own: to close one that is late breaks off no other's request."""
+        client: httpx.Client | None = getattr(self._own, "client", None)
+        if client is None or client.is_closed:
+            client = self._own.client = httpx.Client(
+                headers={"Accept-Encoding": "identity"}
+                | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                timeout=self.config.timeout_s,
+                verify=self._tls,
+                trust_env=urlsplit(self.config.base_url).hostname not in LOOPBACK,  # no proxy
+            )
+            self._clients.append(client)
+        return client
+
     def _post(self, messages: list[Message], *, structured: bool) -> str:
         body = {
             "model": self.config.model,
@@ -144,8 +155,12 @@ class Endpoint:
             "max_tokens": self.config.max_tokens,
         } | (self._structured if structured else {})
         url = self.config.base_url.rstrip("/") + "/chat/completions"
+        client = self._client()
+        # httpx gives every read the whole timeout, and a server may send byte by byte
+        too_late = threading.Timer(self.config.timeout_s, client.close)
+        too_late.start()
         try:
-            with self._client.stream("POST", url, json=body) as response:
+            with client.stream("POST", url, json=body) as response:
                 text = self._clean(self._read(response))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise TransientError(
@@ -154,25 +169,25 @@ class Endpoint:
                 is_fatal=True,
             ) from error
         except httpx.TransportError as error:
+            if too_late.finished.is_set() or isinstance(error, httpx.TimeoutException):
+                raise TransientError(
+                    f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
+                ) from error
             what = str(error) or type(error).__name__
             raise TransientError(f"the connection broke off ({what}).") from error
+        finally:
+            too_late.cancel()
         self._check_status(response, text, structured=structured)
         return self._clean(_content(text))
 
     def _read(self, response: httpx.Response) -> str:
-        """The body, within the time and size that are allowed."""
-        deadline = time.monotonic() + self.config.timeout_s
+        """The body, within the size that is allowed."""
         body = bytearray()
         for chunk in response.iter_raw():
             body += chunk
             if len(body) > MAX_REPLY_BYTES:
                 raise EndpointError(
                     f"the reply is longer than {MAX_REPLY_BYTES} bytes.",
-                    self._clean(body.decode(errors="replace"))[:KEPT_CHARACTERS],
-                )
-            if time.monotonic() > deadline:
-                raise TransientError(
-                    f"the reply did not end within judge.timeout_s = {self.config.timeout_s}.",
                     self._clean(body.decode(errors="replace"))[:KEPT_CHARACTERS],
                 )
         return body.decode(errors="replace")
@@ -196,7 +211,12 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
         text = text.encode(errors="replace").decode()
-        return text.replace(self._key, "[key]") if self._key else text
+        return self._key_as_text.sub("[key]", text) if self._key else text
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key, as it stands and as JSON may write it: every character may be escaped there."""
+    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
 
 
 def _content(body: str) -> str:
@@ -216,5 +236,5 @@ def _retry_after_s(header: str) -> float | None:
         return float(header)
     try:
         return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without a time zone
+    except (ValueError, TypeError, OverflowError):  # no date, one without a zone, the year 10^20
         return None

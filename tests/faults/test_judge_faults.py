@@ -1,0 +1,199 @@
+"""A judge that does harm: every item scored or unscored, in bounded time and memory.
+
+`test_judge.py` has the replies; here are the connections below them, and the whole command.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.evaluation.endpoint import MAX_REPLY_BYTES
+from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
+from pipeline.evaluation.responses import Response
+from tests.faults.servers import (
+    Answer,
+    Server,
+    endless_body,
+    endless_continue,
+    endless_header,
+    endless_slow_body,
+    hang_up,
+    no_http,
+    reset,
+    serving,
+    short,
+    silence,
+    status,
+    whole,
+)
+from tests.journey import said
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def chat(content: object) -> Answer:
+    return whole(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+
+
+def verdict(score: object) -> str:
+    return json.dumps({"rationale": "It is so.", "score": score})
+
+
+def judge(server: Server, folder: Path, *answers: Answer, **changes: Any) -> list[Judgement]:
+    """Two items; the first is asked about before the second."""
+    server.answers = list(answers)
+    quick: dict[str, Any] = {"timeout_s": 0.5, "max_attempts": 2, "max_wait_s": 0.01}
+    config = JudgeConfig(base_url=f"{server.url}/v1", model="judge-1", **(quick | changes))
+    items = [Response(id=i, instruction="?", reference="10", response=str(i)) for i in (1, 2)]
+    return judge_responses(items, config, cache=folder / "cache.jsonl")
+
+
+CONNECTIONS: dict[str, tuple[Answer, str]] = {
+    "reset in the middle": (reset(b'{"choices": [{"mess'), "the connection broke off"),
+    "shorter than announced": (short(b'{"choices": []}'), "the connection broke off"),
+    "hangs up": (hang_up, "the connection broke off"),
+    "no HTTP": (no_http, "the connection broke off"),
+    "never answers": (silence, "the reply did not end within judge.timeout_s"),
+    "a header without end": (endless_header, "the reply did not end within judge.timeout_s"),
+    "interim answers without end": (endless_continue, "the reply did not end within"),
+    "a slow body without end": (endless_slow_body, "the reply did not end within"),
+    "a body without end": (endless_body, f"the reply is longer than {MAX_REPLY_BYTES} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_a_connection_that_does_harm(name: str, server: Server, tmp_path: Path) -> None:
+    """It costs its item alone: the next one, on the same thread or another, is asked anew."""
+    answer, problem = CONNECTIONS[name]
+    n_attempts = 1 if answer is endless_body else 2
+    good = chat(verdict(7))
+    first, second = judge(server, tmp_path, *[answer] * n_attempts, good)
+    assert first.verdict is None
+    assert first.problem.startswith(problem)
+    assert "\n" not in first.problem
+    assert second.verdict is not None
+    assert second.verdict.score == 7
+    assert len(server.requests) == n_attempts + 1
+    assert server.n_sent < 16 << 20  # what lies in the buffers of sockets
+
+
+def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) -> None:
+    """Requests at the same time have clocks of their own."""
+
+    def late_for_one(to: Any) -> None:
+        item = json.loads(json.loads(to.body)["messages"][1]["content"])
+        (silence if item["response"] == "1" else chat(verdict(8)))(to)
+
+    server.answers = [chat(verdict(5)), late_for_one]
+    config = JudgeConfig(
+        base_url=f"{server.url}/v1", model="m", timeout_s=1.0, max_attempts=1, max_concurrency=2
+    )
+    items = [Response(id=i, instruction="?", reference="10", response=i) for i in "0123456"]
+    judgements = judge_responses(items, config, cache=tmp_path / "cache.jsonl")
+    scores = [j.verdict.score if j.verdict else None for j in judgements]
+    assert scores == [5, None, 8, 8, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["9" * 5000, "1e999", "-1", "NaN", "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"],
+    ids=lambda asked: asked[:20],
+)
+def test_a_wait_that_cannot_be_meant(asked: str, server: Server, tmp_path: Path) -> None:
+    busy = status(429, b"busy", b"Retry-After: " + asked.encode(), b"Connection: close")
+    first, _ = judge(server, tmp_path, busy, chat(verdict(7)))
+    assert first.verdict is not None
+
+
+def test_what_the_transport_unpacks_is_not_unpacked(server: Server, tmp_path: Path) -> None:
+    bomb = whole(gzip.compress(bytes(64 << 20)), b"Content-Encoding: gzip")
+    tracemalloc.start()
+    first, _ = judge(server, tmp_path, bomb, chat(verdict(7)))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    assert first.problem == "the reply is no chat completion."
+
+
+SHAPES = [
+    "null",
+    "1e999",
+    "NaN",
+    "9" * 5000,
+    '"<script>alert(1)</script>"',
+    '{"choices": null}',
+    '{"choices": {"0": 1}}',
+    '{"choices": [null]}',
+    '{"choices": [{"message": "x"}]}',
+    '{"choices": [{"message": {"content": 7}}]}',
+    '{"choices": [{"message": {"content": {"score": 7}}}]}',
+    '{"a":' * 50_000,
+]
+
+
+@pytest.mark.parametrize("body", SHAPES, ids=lambda body: body[:30])
+def test_json_of_another_shape(body: str, server: Server, tmp_path: Path) -> None:
+    first, second = judge(server, tmp_path, whole(body.encode()), chat(verdict(7)))
+    assert first.problem in ("the reply is no chat completion.", "the reply's content is no text.")
+    assert first.raw == body[:20_000]
+    assert second.verdict is not None
+
+
+@pytest.fixture
+def command(server: Server, home: Path, tmp_path: Path) -> list[str]:
+    """`score` on three responses, with a judge; MLflow left to the next run."""
+    rows = [
+        {"id": i, "instruction": "?", "reference": "10 cm", "response": f"{i} cm"} for i in "abc"
+    ]
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": "judge-1", "timeout_s": 1, "max_attempts": 1, "max_concurrency": 1}
+    words = [f"--judge.{key}={value}" for key, value in options.items()]
+    return ["score", f"--responses={path}", f"--judge.base_url={server.url}/v1", *words]
+
+
+def test_an_evaluation_ends_with_what_could_be_scored(
+    command: list[str], server: Server, home: Path
+) -> None:
+    server.answers = [chat(verdict(40)), reset(b"{"), chat(verdict(60))]
+    code, _, err = said(*command)
+    assert code == 0, err
+    (path,) = home.glob("score/*/summary.json")
+    scored = json.loads(path.read_text())["measures"]["judge"]["after"]
+    assert (scored["n_unscored"], scored["estimate"]["value"]) == (1, 50)
+    rows = map(json.loads, (path.parent / "scores.jsonl").read_text().splitlines())
+    (unscored,) = (row for row in rows if row["score"] is None)
+    assert (unscored["id"], unscored["scorer"], unscored["status"]) == ("b", "judge", "unscored")
+    assert "broke off" in unscored["rationale"]
+
+
+def test_without_a_judge_there_is_one_line_and_no_report(
+    command: list[str], server: Server, home: Path
+) -> None:
+    """Refused at the first item: nothing was judged, and what is written so far is whole."""
+    server.answers = [status(401, b'{"error": "who are you?"}')]
+    code, out, err = said(*command)
+    assert (code, out) == (2, "")
+    (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert "HTTP 401" in line
+    assert "judge.api_key_env" in line
+    assert len(server.requests) == 1
+    (run,) = home.glob("score/*")
+    assert not {"scores.jsonl", "summary.json", "report.html", "outcome.json"} & {
+        path.name for path in run.iterdir()
+    }
+    assert not [path for path in home.rglob("*") if path.name.endswith((".tmp", ".draft"))]
+    server.answers = [chat(verdict(40))]
+    code, _, err = said(*command)  # the same command goes on
+    assert code == 0, err
+    assert (run / "report.html").exists()

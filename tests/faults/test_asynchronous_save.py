@@ -71,6 +71,7 @@ def test_it_holds_the_step_that_was_saved(
                 assert (beside / name / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_and_stopped_while_it_is_written(
     words: list[str], home: Path, whole: Path, tmp_path: Path

@@ -28,6 +28,7 @@ DEFAULT_EVERY = 100  # of the configurations
 GPT2 = ["--config=configs/pretrain.yaml", "--config=configs/model/gpt2-124m.yaml"]
 SHAPE_30M = {"n_layer": 8, "n_head": 8, "n_kv_head": 8, "n_embd": 512, "mlp_hidden": 2048}
 ADAMW = ["--model.optimizer.name=adamw", "--model.optimizer.lr=0.0003"]
+SMALL_STEPS = ["--data.block_size=128", "--data.batch_size=8", "--data.max_tokens=1024"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def costs(folder: Path) -> list[Cost]:
     tokenizer = folder / "tokenizer.json"
     make = ["tokenizer", "train", "--config=configs/tokenizer.yaml", f"--output={tokenizer}"]
     subprocess.run([sys.executable, "-m", "pipeline", *make], cwd=ROOT, check=True)
-    full = [*GPT2, *ADAMW, f"--data.tokenizer={tokenizer}"]
+    full = [*GPT2, *ADAMW, *SMALL_STEPS, f"--data.tokenizer={tokenizer}"]
     small = [f"--model.gpt.{key}={value}" for key, value in SHAPE_30M.items()]
     cases = {
         "30M, all weights": [*full, *small, "--model.gpt.vocab_size=8192"],

@@ -14,8 +14,8 @@ import yaml
 
 from pipeline.arguments import build, parse
 from pipeline.commands import FUNCTIONS
+from pipeline.run_directory import check_name
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
     "run.experiment",
@@ -149,7 +149,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     """
     try:
         chain = build(_ChainYaml, _expand(yaml.safe_load(_read(path)), "chain"), "chain")
-        _check_name(chain.experiment, "experiment")
+        check_name(chain.experiment, "experiment")
         stages: dict[str, Stage] = {}
         for i, raw in enumerate(chain.stages):
             stage = _stage(build(_StageYaml, raw, f"stages[{i}]"), f"stages[{i}]", path, stages)
@@ -166,7 +166,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
 
 
 def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) -> Stage:
-    _check_name(raw.name, f"{key}.name")
+    check_name(raw.name, f"{key}.name")
     if raw.name in earlier:
         raise ValueError(f"{key}.name: there are two stages {raw.name!r}; rename one.")
     if raw.command not in STAGE_COMMANDS:
@@ -230,11 +230,6 @@ def _check_arguments(stage: Stage) -> None:
             parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
-
-
-def _check_name(value: str, key: str) -> None:
-    if not NAME.fullmatch(value):
-        raise ValueError(f"{key}: {value!r} is no name; use letters, digits, - and _.")
 
 
 def _read(path: Path) -> str:

@@ -33,7 +33,7 @@ from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
 from pipeline.resume import interrupted_like
-from pipeline.run_directory import AlreadyFinished, Run, read_outcome
+from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import RUN_VARIABLE, attempts, digest, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
@@ -61,6 +61,10 @@ class RunConfig:
     name: str
     resume: Literal["auto", "must", "never"] = "auto"
     allow_changes: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.experiment, "run.experiment")  # folders: none may lead out of the root
+        check_name(self.name, "run.name")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -29,6 +30,7 @@ from pipeline.provenance import redact
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 OUTCOME, CONFIG, LOCK = "outcome.json", "config.yaml", "run.lock"
 _LOCK_TIMEOUT_S = 6  # data workers of a killed process may hold on for five seconds
 
@@ -43,6 +45,12 @@ class AlreadyFinished(ValueError):
     def __init__(self, path: Path) -> None:
         super().__init__(f"run {path} is finished; to run it again, give it another name.")
         self.path = path
+
+
+def check_name(value: str, key: str) -> None:
+    """ValueError unless a value can name a folder here and nowhere else."""
+    if not NAME.fullmatch(value):
+        raise ValueError(f"{key}: {value!r} is no name; use letters, digits, - and _.")
 
 
 class Run:

@@ -57,6 +57,7 @@ BEFORE_ANY_DATA = {
     "--model.optimizer.lr=fast": ["optimizer.lr"],
     "--model.optimiser.lr=1": ["optimiser", "--help lists"],
     "--trainer.max_stepz=3": ["max_stepz", "--help lists"],
+    "--run.experiment=../elsewhere": ["run.experiment", "'../elsewhere' is no name"],
     "--data.sorce=x": ["data", "sorce", "--help lists"],
     "--data.block_size=512": ["data.block_size", "model.gpt.block_size"],
     "--data.batch_size=0": ["data.batch_size"],

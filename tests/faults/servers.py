@@ -7,6 +7,7 @@ import socket
 import socketserver
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 Answer = Callable[["Connection"], None]
@@ -70,6 +71,17 @@ def serving() -> Iterator[Server]:
         server.closing.set()
         server.shutdown()
         thread.join()
+
+
+@contextlib.contextmanager
+def little_memory(n_bytes: int = 8 << 20) -> Iterator[None]:
+    """The block never holds more than that at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < n_bytes
+    finally:
+        tracemalloc.stop()
 
 
 def whole(body: bytes, *headers: bytes) -> Answer:

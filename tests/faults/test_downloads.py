@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import stat
-import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.faults.servers import (
     endless_header,
     endless_slow_body,
     hang_up,
+    little_memory,
     moved,
     no_http,
     reset,
@@ -127,10 +127,8 @@ def test_passing_trouble_is_waited_out(server: Server) -> None:
 def test_what_the_transport_unpacks_is_bounded_too(server: Server, tmp_path: Path) -> None:
     bomb = gzip.compress(bytes(64 << 20))  # 64 KB on the way
     server.answers = [whole(bomb[: MAX_BYTES - 1], b"Content-Encoding: gzip")]
-    tracemalloc.start()
-    assert "is no zip archive" in refusal(server, tmp_path)
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
+    with little_memory():
+        assert "is no zip archive" in refusal(server, tmp_path)
     assert b"accept-encoding: identity" in server.requests[0].lower()
 
 
@@ -166,10 +164,8 @@ ARCHIVES = {
 def test_an_archive_that_does_harm(name: str, server: Server, tmp_path: Path) -> None:
     assert len(ARCHIVES[name]) < MAX_BYTES
     server.answers = [whole(ARCHIVES[name])]
-    tracemalloc.start()
-    said = refusal(server, tmp_path)
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
+    with little_memory():
+        said = refusal(server, tmp_path)
     assert "is no zip archive with messages in it" in said or "has another SHA-256" in said
     assert len(server.requests) == 1
 

@@ -67,10 +67,12 @@ def serving() -> Iterator[Server]:
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
-        server.closing.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:  # also when the test failed: this thread would keep the process
+            server.closing.set()
+            server.shutdown()
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ SERVERS: dict[str, tuple[Answer, str]] = {
     "reset in the middle": (reset(HALF), "could not be downloaded"),
     "shorter than announced": (short(HALF), "could not be downloaded"),
     "hangs up": (hang_up, "could not be downloaded"),
-    "never answers": (silence, "could not be downloaded (timed out)"),
+    "never answers": (silence, "could not be downloaded ("),
     "a header without end": (endless_header, "not done after 0.6 s"),
     "interim answers without end": (endless_continue, "not done after 0.6 s"),
     "a slow body without end": (endless_slow_body, "not done after 0.6 s"),

@@ -93,7 +93,10 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
 
     def late_for_one(to: Any) -> None:
         item = json.loads(json.loads(to.body)["messages"][1]["content"])
-        (silence if item["response"] == "1" else chat(verdict(8)))(to)
+        if item["response"] == "1":
+            silence(to)
+        to.server.closing.wait(0.4)  # so that another one is under way when that one is ended
+        chat(verdict(8))(to)
 
     server.answers = [chat(verdict(5)), late_for_one]
     config = JudgeConfig(

@@ -14,6 +14,7 @@ import torch
 
 from pipeline import checkpoint as files
 from tests.faults.processes import Infinite
+from tests.faults.test_checkpoint_faults import Keep
 from tests.journey import Journey
 from tests.training import (
     LORA,
@@ -85,8 +86,14 @@ def make(case: Case, journey: Journey) -> tuple[Any, Any]:
 
 
 def train(
-    case: Case, journey: Journey, folder: Path, **options: Any
+    case: Case,
+    journey: Journey,
+    folder: Path,
+    *,
+    callbacks: Sequence[pl.Callback] = (),
+    **options: Any,
 ) -> tuple[pl.Trainer, Losses, Path]:
+    """The largest loss counts as the best: it comes early, and a resume has to remember it."""
     module, data = make(case, journey)
     length = {"max_steps": 11} if case["length"] == "max_steps" else {"max_epochs": 3}
     validation = {"val_check_interval": 4, "check_val_every_n_epoch": None}
@@ -96,6 +103,7 @@ def train(
         folder,
         every_n_steps=EVERY,
         precision=case["precision"],
+        callbacks=[Keep(mode="max"), *callbacks],
         **length,
         **(validation if case["validation"] else {"limit_val_batches": 0}),
         **options,

@@ -160,9 +160,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, G, T, D) where `seek` went; all keys and values so far, (B, G, S, D)."""
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[self.rows, :, self.positions] = new.transpose(1, 2).to(
-                store.dtype
-            )  # (B, T, G, D)
+            new = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
+            store[self.rows, :, self.positions] = new
         return self.keys[layer], self.values[layer]
 
     def keep(self, rows: Tensor) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,9 +360,13 @@ def slow_chain(write: Write) -> Path:
 
 @pytest.fixture
 def started(slow_chain: Path, home: Path) -> Iterator[subprocess.Popen[str]]:
-    """The slow chain in a process of its own, its stage at work."""
+    """The slow chain in a process of its own, its stage at work.
+
+    It hears Ctrl-C also where this process does not: a shell's background jobs ignore it.
+    """
     command = [sys.executable, "-m", "pipeline", "run", "-c", str(slow_chain)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         deadline = time.monotonic() + 60
         while not list(home.glob("demo/slow-*/config.yaml")):
             assert process.poll() is None

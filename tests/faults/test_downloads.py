@@ -15,24 +15,8 @@ import pytest
 
 from datamodules import downloads
 from datamodules.downloads import DOWNLOADS, Download, download
-from tests.faults.servers import (
-    Answer,
-    Server,
-    endless_body,
-    endless_continue,
-    endless_header,
-    endless_slow_body,
-    hang_up,
-    little_memory,
-    moved,
-    no_http,
-    reset,
-    serving,
-    short,
-    silence,
-    status,
-    whole,
-)
+from tests.faults import servers
+from tests.faults.servers import Answer, Server
 from tests.journey import said
 
 CONTENT = b"ham\thello\n" * 100
@@ -46,7 +30,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(downloads, "PATIENCE_S", 0.6)
     monkeypatch.setattr(downloads, "SILENCE_S", 0.3)
     monkeypatch.chdir(tmp_path)
-    with serving() as running:
+    with servers.serving() as running:
         yield running
 
 
@@ -83,24 +67,24 @@ def link(name: str, target: str) -> tuple[zipfile.ZipInfo, bytes]:
 
 
 def redirects(to: Any) -> None:
-    moved(b"/again")(to)
+    servers.moved(b"/again")(to)
 
 
 HALF = archive()[: len(archive()) // 2]
 SERVERS: dict[str, tuple[Answer, str]] = {
-    "reset in the middle": (reset(HALF), "could not be downloaded"),
-    "shorter than announced": (short(HALF), "could not be downloaded"),
-    "hangs up": (hang_up, "could not be downloaded"),
-    "never answers": (silence, "could not be downloaded ("),
-    "a header without end": (endless_header, "not done after 0.6 s"),
-    "interim answers without end": (endless_continue, "not done after 0.6 s"),
-    "a slow body without end": (endless_slow_body, "not done after 0.6 s"),
-    "a body without end": (endless_body, f"larger than the {MAX_BYTES} bytes"),
+    "reset in the middle": (servers.reset(HALF), "could not be downloaded"),
+    "shorter than announced": (servers.short(HALF), "could not be downloaded"),
+    "hangs up": (servers.hang_up, "could not be downloaded"),
+    "never answers": (servers.silence, "could not be downloaded ("),
+    "a header without end": (servers.endless_header, "not done after 0.6 s"),
+    "interim answers without end": (servers.endless_continue, "not done after 0.6 s"),
+    "a slow body without end": (servers.endless_slow_body, "not done after 0.6 s"),
+    "a body without end": (servers.endless_body, f"larger than the {MAX_BYTES} bytes"),
     "redirects without end": (redirects, "could not be downloaded"),
-    "a redirect to a file": (moved(b"file:///etc/passwd"), "could not be downloaded"),
-    "a redirect to nonsense": (moved(b"http://[::1"), "could not be downloaded"),
-    "no HTTP": (no_http, "could not be downloaded"),
-    "an error page": (status(403, b"<html>no</html>"), "403"),
+    "a redirect to a file": (servers.moved(b"file:///etc/passwd"), "could not be downloaded"),
+    "a redirect to nonsense": (servers.moved(b"http://[::1"), "could not be downloaded"),
+    "no HTTP": (servers.no_http, "could not be downloaded"),
+    "an error page": (servers.status(403, b"<html>no</html>"), "403"),
 }
 
 
@@ -114,20 +98,23 @@ def test_a_server_that_does_harm(name: str, server: Server, tmp_path: Path) -> N
 
 
 def test_a_redirect_to_a_page(server: Server, tmp_path: Path) -> None:
-    server.answers = [moved(b"/login"), whole(b"<html>sign in</html>", b"Content-Type: text/html")]
+    server.answers = [
+        servers.moved(b"/login"),
+        servers.whole(b"<html>sign in</html>", b"Content-Type: text/html"),
+    ]
     assert "is no zip archive with messages in it" in refusal(server, tmp_path)
     assert len(server.requests) == 2
 
 
 def test_passing_trouble_is_waited_out(server: Server) -> None:
-    server.answers = [reset(HALF), silence, whole(archive())]
+    server.answers = [servers.reset(HALF), servers.silence, servers.whole(archive())]
     assert download(item(server)).read_bytes() == CONTENT
 
 
 def test_what_the_transport_unpacks_is_bounded_too(server: Server, tmp_path: Path) -> None:
     bomb = gzip.compress(bytes(64 << 20))  # 64 KB on the way
-    server.answers = [whole(bomb[: MAX_BYTES - 1], b"Content-Encoding: gzip")]
-    with little_memory():
+    server.answers = [servers.whole(bomb[: MAX_BYTES - 1], b"Content-Encoding: gzip")]
+    with servers.little_memory():
         assert "is no zip archive" in refusal(server, tmp_path)
     assert b"accept-encoding: identity" in server.requests[0].lower()
 
@@ -163,8 +150,8 @@ ARCHIVES = {
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_an_archive_that_does_harm(name: str, server: Server, tmp_path: Path) -> None:
     assert len(ARCHIVES[name]) < MAX_BYTES
-    server.answers = [whole(ARCHIVES[name])]
-    with little_memory():
+    server.answers = [servers.whole(ARCHIVES[name])]
+    with servers.little_memory():
         said = refusal(server, tmp_path)
     assert "is no zip archive with messages in it" in said or "has another SHA-256" in said
     assert len(server.requests) == 1
@@ -174,7 +161,7 @@ def test_other_names_of_an_archive_are_no_paths(server: Server, tmp_path: Path) 
     evil = tmp_path / "evil"
     entries = [("../evil", b"x"), ("../../../../evil", b"x"), (str(evil), b"x")]
     links = [link("link", str(tmp_path)), ("link/evil", b"x")]
-    server.answers = [whole(archive(*entries, *links, ("messages", CONTENT)))]
+    server.answers = [servers.whole(archive(*entries, *links, ("messages", CONTENT)))]
     path = download(item(server))
     assert path.read_bytes() == CONTENT
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
@@ -195,7 +182,7 @@ def test_the_command_says_it_in_one_line(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DOWNLOADS, "bad", item(server))
-    server.answers = [whole(b"<html>sign in</html>")]
+    server.answers = [servers.whole(b"<html>sign in</html>")]
     code, out, err = said(
         "tokenizer",
         "train",

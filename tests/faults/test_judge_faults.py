@@ -16,34 +16,19 @@ import pytest
 from pipeline.evaluation.endpoint import MAX_REPLY_BYTES
 from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
 from pipeline.evaluation.responses import Response
-from tests.faults.servers import (
-    Answer,
-    Server,
-    endless_body,
-    endless_continue,
-    endless_header,
-    endless_slow_body,
-    hang_up,
-    little_memory,
-    no_http,
-    reset,
-    serving,
-    short,
-    silence,
-    status,
-    whole,
-)
+from tests.faults import servers
+from tests.faults.servers import Answer, Server
 from tests.journey import said
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving() as running:
+    with servers.serving() as running:
         yield running
 
 
 def chat(content: object) -> Answer:
-    return whole(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+    return servers.whole(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
 
 
 def verdict(score: object) -> str:
@@ -60,15 +45,21 @@ def judge(server: Server, folder: Path, *answers: Answer, **changes: Any) -> lis
 
 
 CONNECTIONS: dict[str, tuple[Answer, str]] = {
-    "reset in the middle": (reset(b'{"choices": [{"mess'), "the connection broke off"),
-    "shorter than announced": (short(b'{"choices": []}'), "the connection broke off"),
-    "hangs up": (hang_up, "the connection broke off"),
-    "no HTTP": (no_http, "the connection broke off"),
-    "never answers": (silence, "the reply did not end within judge.timeout_s"),
-    "a header without end": (endless_header, "the reply did not end within judge.timeout_s"),
-    "interim answers without end": (endless_continue, "the reply did not end within"),
-    "a slow body without end": (endless_slow_body, "the reply did not end within"),
-    "a body without end": (endless_body, f"the reply is longer than {MAX_REPLY_BYTES} bytes"),
+    "reset in the middle": (servers.reset(b'{"choices": [{"mess'), "the connection broke off"),
+    "shorter than announced": (servers.short(b'{"choices": []}'), "the connection broke off"),
+    "hangs up": (servers.hang_up, "the connection broke off"),
+    "no HTTP": (servers.no_http, "the connection broke off"),
+    "never answers": (servers.silence, "the reply did not end within judge.timeout_s"),
+    "a header without end": (
+        servers.endless_header,
+        "the reply did not end within judge.timeout_s",
+    ),
+    "interim answers without end": (servers.endless_continue, "the reply did not end within"),
+    "a slow body without end": (servers.endless_slow_body, "the reply did not end within"),
+    "a body without end": (
+        servers.endless_body,
+        f"the reply is longer than {MAX_REPLY_BYTES} bytes",
+    ),
 }
 
 
@@ -76,7 +67,7 @@ CONNECTIONS: dict[str, tuple[Answer, str]] = {
 def test_a_connection_that_does_harm(name: str, server: Server, tmp_path: Path) -> None:
     """It costs its item alone: the next one, on the same thread or another, is asked anew."""
     answer, problem = CONNECTIONS[name]
-    n_attempts = 1 if answer is endless_body else 2
+    n_attempts = 1 if answer is servers.endless_body else 2
     good = chat(verdict(7))
     first, second = judge(server, tmp_path, *[answer] * n_attempts, good)
     assert first.verdict is None
@@ -94,7 +85,7 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
     def late_for_one(to: Any) -> None:
         item = json.loads(json.loads(to.body)["messages"][1]["content"])
         if item["response"] == "1":
-            silence(to)
+            servers.silence(to)
         to.server.closing.wait(0.4)  # so that another one is under way when that one is ended
         chat(verdict(8))(to)
 
@@ -114,14 +105,14 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
     ids=lambda asked: asked[:20],
 )
 def test_a_wait_that_cannot_be_meant(asked: str, server: Server, tmp_path: Path) -> None:
-    busy = status(429, b"busy", b"Retry-After: " + asked.encode(), b"Connection: close")
+    busy = servers.status(429, b"busy", b"Retry-After: " + asked.encode(), b"Connection: close")
     first, _ = judge(server, tmp_path, busy, chat(verdict(7)))
     assert first.verdict is not None
 
 
 def test_what_the_transport_unpacks_is_not_unpacked(server: Server, tmp_path: Path) -> None:
-    bomb = whole(gzip.compress(bytes(64 << 20)), b"Content-Encoding: gzip")
-    with little_memory():
+    bomb = servers.whole(gzip.compress(bytes(64 << 20)), b"Content-Encoding: gzip")
+    with servers.little_memory():
         first, _ = judge(server, tmp_path, bomb, chat(verdict(7)))
     assert first.problem == "the reply is no chat completion."
 
@@ -144,7 +135,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("body", SHAPES, ids=lambda body: body[:30])
 def test_json_of_another_shape(body: str, server: Server, tmp_path: Path) -> None:
-    first, second = judge(server, tmp_path, whole(body.encode()), chat(verdict(7)))
+    first, second = judge(server, tmp_path, servers.whole(body.encode()), chat(verdict(7)))
     assert first.problem in ("the reply is no chat completion.", "the reply's content is no text.")
     assert first.raw == body[:20_000]
     assert second.verdict is not None
@@ -166,7 +157,7 @@ def command(server: Server, home: Path, tmp_path: Path) -> list[str]:
 def test_an_evaluation_ends_with_what_could_be_scored(
     command: list[str], server: Server, home: Path
 ) -> None:
-    server.answers = [chat(verdict(40)), reset(b"{"), chat(verdict(60))]
+    server.answers = [chat(verdict(40)), servers.reset(b"{"), chat(verdict(60))]
     code, _, err = said(*command)
     assert code == 0, err
     (path,) = home.glob("score/*/summary.json")
@@ -182,7 +173,7 @@ def test_without_a_judge_there_is_one_line_and_no_report(
     command: list[str], server: Server, home: Path
 ) -> None:
     """Refused at the first item: nothing was judged, and what is written so far is whole."""
-    server.answers = [status(401, b'{"error": "who are you?"}')]
+    server.answers = [servers.status(401, b'{"error": "who are you?"}')]
     code, out, err = said(*command)
     assert (code, out) == (2, "")
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))

@@ -48,7 +48,16 @@ class CheckCLI(PipelineCLI):
         """Nothing: there is no checkpoint to go on from."""
 
     def fit(self, model: Any, datamodule: StepDataModule, **kwargs: Any) -> None:
-        """Takes the steps of the trial, and says what they tell."""
+        """Takes the steps of the trial, and says what they tell.
+
+        Raises:
+            ValueError: for several processes, whose shares of a step it does not know.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"check measures one process, not {self.trainer.world_size}; leave out what starts "
+                "more (trainer.devices, trainer.num_nodes, torchrun)."
+            )
         datamodule.prepare_data()
         datamodule.setup("fit")
         epoch = Epoch.of(datamodule)

@@ -128,6 +128,14 @@ def test_what_does_not_fit_is_not_tried(tiny: Journey, monkeypatch: pytest.Monke
     assert "time" not in figures(out)
 
 
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_several_processes_are_refused(tiny: Journey, overlay: str) -> None:
+    more = [f"--config={CONFIGS}/trainer/{overlay}.yaml", "--trainer.accelerator=cpu"]
+    code, out, err = said("check", *pretraining(tiny), *more)
+    assert (code, out) == (2, "")
+    assert "error: check measures one process, not 2; leave out" in err
+
+
 def test_an_epoch_is_what_the_loader_yields(tiny: Journey) -> None:
     data = instruction_data(tiny.tokenizer, max_tokens=300, batch_size=7)
     data.setup("fit")

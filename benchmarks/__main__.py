@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import auto_cli
 
-from benchmarks.harness import RESULTS, measure, save
+from benchmarks.harness import measure, results_folder, save
 from benchmarks.report import plot, read, table
 from benchmarks.workloads import WORKLOADS
 
@@ -19,11 +19,12 @@ def bench(workloads: list[str] | None = None, rounds: int = 3) -> None:
     for key in workloads or WORKLOADS:
         workload = WORKLOADS[key]()
         save(workload, measure(workload, rounds))
-    results = read()
-    (RESULTS / "table.md").write_text(table(results) + "\n")
-    plot(results, RESULTS / "throughput.png")
+    folder = results_folder()
+    results = read(folder)
+    (folder / "table.md").write_text(table(results) + "\n")
+    plot(results, folder / "throughput.png")
     print(table(results))
-    print(f"\nJSON, table and plot: {RESULTS}")
+    print(f"\nJSON, table and plot: {folder}")
 
 
 if __name__ == "__main__":

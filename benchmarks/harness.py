@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
+
+from pipeline.hardware import multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +29,10 @@ Precision = Literal["float32", "bf16"]
 CEILINGS = """
 import json, torch
 from pipeline.callbacks import matrix_product_ceiling
-types = {"float32": torch.float32, "bf16": torch.bfloat16}
+from pipeline.hardware import multiplies_bf16
+types = {"float32": torch.float32}
+if multiplies_bf16():
+    types["bf16"] = torch.bfloat16
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print(json.dumps({name: matrix_product_ceiling(device, dtype) for name, dtype in types.items()}))
 """
@@ -172,10 +178,24 @@ def _run(words: Sequence[str], home: str | None = None) -> str:
     return done.stdout
 
 
+def machine() -> str:
+    """What this machine multiplies with: a folder's name, so that no two are mixed."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    return f"{torch.get_num_threads()}-cores-{instructions}{'-bf16' * multiplies_bf16()}"
+
+
+def results_folder() -> Path:
+    """Where this machine's results are kept."""
+    path = RESULTS / machine()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def save(workload: Workload, results: Sequence[Result]) -> Path:
     """Writes the results as JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{workload.key}.json"
+    path = results_folder() / f"{workload.key}.json"
     facts = {"key": workload.key, "title": workload.title, "unit": workload.unit}
     rows = [asdict(result) for result in results]
     path.write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n")

@@ -13,14 +13,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.harness import RESULTS
-
 HEADER = "| | workload | who | precision | {} | of ours | share of ceiling | peak memory |"
 
 
-def read() -> list[dict[str, Any]]:
-    """All results that were kept, by key."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("P*.json"))]
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All results that were kept in a folder, by key."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("P*.json"))]
 
 
 def table(workloads: Sequence[dict[str, Any]]) -> str:

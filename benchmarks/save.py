@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import ROOT, results_folder
 from pipeline.journal import read_journal
 
 EVERY, N_SAVES = 4, 3  # steps between saves; the last save is at the end of the run
@@ -113,8 +113,8 @@ def main() -> None:
         seconds = (f"{value:.2f}" for value in (held_up, in_all, cost.step_s))
         table.add_row(cost.model, kind, f"{cost.megabytes:,.1f}", *seconds, f"{share:.2%}")
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "save.json").write_text(json.dumps([asdict(c) for c in found], indent=1) + "\n")
+    rows = json.dumps([asdict(c) for c in found], indent=1)
+    (results_folder() / "save.json").write_text(rows + "\n")
 
 
 if __name__ == "__main__":

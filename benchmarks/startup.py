@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import ROOT, results_folder
 from benchmarks.workloads import small_pretraining
 
 N_STARTS = 5
@@ -68,8 +68,7 @@ def main() -> None:
         values = (statistics.median(taken), min(taken), max(taken))
         table.add_row(name, *(f"{value:.2f}" for value in values))
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps(starts, indent=1) + "\n")
+    (results_folder() / "startup.json").write_text(json.dumps(starts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ def run_of(trainer: pl.Trainer) -> Run | None:
     return getattr(trainer.logger, "run", None)
 
 
+def is_logged_step(trainer: pl.Trainer) -> bool:
+    """Whether the step just taken is one that Lightning logs, or the last of an epoch or the run.
+
+    `log` costs the better part of a millisecond, whether Lightning writes the value or not.
+    """
+    is_due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    return is_due or trainer.is_last_batch or trainer.global_step == trainer.max_steps
+
+
 def n_real_tokens(batch: list[MicroBatch]) -> int:
     """Tokens of a step, padding left out."""
     return sum(
@@ -80,7 +89,7 @@ class Throughput(pl.Callback):
     ) -> None:
         """Counts; logs where Lightning logs."""
         self.n_tokens += n_real_tokens(batch)
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not is_logged_step(trainer):
             return
         now = time.perf_counter()
         rate = self.n_tokens * trainer.world_size / (now - self.since)
@@ -132,7 +141,8 @@ class LossSpikes(pl.Callback):
             if run := run_of(trainer):
                 step = trainer.global_step
                 run.event("loss_spike", step=step, loss=loss, z=round(z, 1), sample_ids=ids)
-        pl_module.log("train/loss_spikes", float(self.n_spikes))
+        if is_logged_step(trainer):
+            pl_module.log("train/loss_spikes", float(self.n_spikes))
         if math.isfinite(loss):
             self.window = [*self.window, loss][-SPIKE_WINDOW:]
 

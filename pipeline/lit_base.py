@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora, sharding
-from pipeline.callbacks import run_of
+from pipeline.callbacks import is_logged_step, run_of
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.failures import available_gib, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
@@ -75,7 +75,7 @@ class LitStep(pl.LightningModule):
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
         self._step: list[MicroBatch] = []  # that is being taken
-        self._loss = torch.zeros(())  # its mean
+        self._loss = self._norm = torch.zeros(())  # its mean loss, the norm of its gradients
         self._skipped = {"in_a_row": 0, "in_all": 0}  # steps
 
     # What a subclass decides
@@ -181,10 +181,14 @@ class LitStep(pl.LightningModule):
                 self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
             mean += share.detach()
         self._loss = mean
+        rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
-        self.log("train/lr", optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        if is_logged_step(self.trainer):
+            self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
+            self.log("train/lr", rate)
+            self.log("train/grad_norm", self._norm)
+            self.log("train/skipped_steps", float(self._skipped["in_all"]))
         return mean
 
     def over_ranks(self, count: int, operation: str = "sum") -> int:
@@ -208,13 +212,12 @@ class LitStep(pl.LightningModule):
         trained = [p for p in self.parameters() if p.grad is not None]
         max_norm = self.optimizer_config.max_grad_norm
         norm = sharding.gathered(nn.utils.clip_grad_norm_(trained, max_norm), keep=True)
-        self.log("train/grad_norm", norm)
+        self._norm = norm
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
         is_finite = not self.over_ranks(int(not torch.isfinite(norm + self._loss)), "max")
         self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
         self._skipped["in_all"] += not is_finite
-        self.log("train/skipped_steps", float(self._skipped["in_all"]))
         if not is_finite:
             optimizer.zero_grad(set_to_none=True)
             self._say_what_was_skipped()

@@ -70,7 +70,7 @@ class Replica:
         interval_s: between looks at the journal.
     """
 
-    def __init__(self, run: Path, uri: str | None = None, interval_s: float = 2.0) -> None:
+    def __init__(self, run: Path, uri: str | None = None, interval_s: float = 5.0) -> None:
         self.run = run.resolve()
         self.root = self.run.parent.parent
         self.uri = uri or tracking_uri(self.root)

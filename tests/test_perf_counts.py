@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batching import MicroBatch
-from pipeline.callbacks import Throughput
+from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.gpt import PACK_MULTIPLE
 from pipeline.loss import count_supervised
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
@@ -176,6 +176,33 @@ def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:
     # a micro-batch: its supervised positions; its real tokens, for the throughput.
     # a step: whether the gradient's norm is finite; its loss, which the callback of `fit` keeps
     assert reads == 2 * n_micro_batches + 2
+
+
+def test_values_are_logged_where_they_are_written(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`log` costs the better part of a millisecond, also where Lightning drops the value."""
+    log, steps = pl.LightningModule.log, []
+
+    def counting(module: pl.LightningModule, name: str, *args: Any, **options: Any) -> None:
+        steps.append((name, module.global_step))
+        log(module, name, *args, **options)
+
+    monkeypatch.setattr(pl.LightningModule, "log", counting)
+    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+    trainer, _ = fit(
+        language_model(),
+        data,
+        tmp_path,
+        callbacks=[Throughput(), LossSpikes()],
+        max_steps=7,
+        limit_val_batches=0,
+        log_every_n_steps=3,
+    )
+    names = {name for name, _ in steps}
+    assert names >= {"train/loss", "train/grad_norm", "train/loss_spikes", "train/tokens"}
+    assert sorted(steps) == sorted((name, step) for name in names for step in (3, 6, 7))
+    assert float(trainer.callback_metrics["train/loss"]) > 0, "of the last step"
 
 
 @contextmanager

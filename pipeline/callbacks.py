@@ -26,7 +26,7 @@ from datamodules.batching import MicroBatch
 from datamodules.prompts import Message, encode_prompt, stop_ids
 from pipeline.generate import Sampling, generate
 from pipeline.run_directory import Run
-from pipeline.sharding import gather_shared
+from pipeline.sharding import gather_shared, of_ranks
 
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
@@ -59,6 +59,12 @@ def n_real_tokens(batch: list[MicroBatch]) -> int:
     return sum(
         int(mb.get("attention_mask", torch.ones_like(mb["input_ids"])).sum()) for mb in batch
     )
+
+
+def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:
+    """Of the samples of a step, over all ranks, which must all call it."""
+    own = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
+    return [i for ids in of_ranks(trainer, own) for i in ids]
 
 
 class Throughput(pl.Callback):
@@ -137,9 +143,8 @@ class LossSpikes(pl.Callback):
         z = robust_z(loss, self.window) if len(self.window) >= SPIKE_WINDOW // 2 else 0.0
         if z > SPIKE_Z:
             self.n_spikes += 1
-            ids = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
+            ids, step = sample_ids(trainer, batch), trainer.global_step
             if run := run_of(trainer):
-                step = trainer.global_step
                 run.event("loss_spike", step=step, loss=loss, z=round(z, 1), sample_ids=ids)
         if is_logged_step(trainer):
             pl_module.log("train/loss_spikes", float(self.n_spikes))

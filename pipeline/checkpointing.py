@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline import checkpoint as files
 from pipeline.background import Background
 from pipeline.interrupts import StopRequest
+from pipeline.sharding import of_ranks
 
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
@@ -255,7 +256,7 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the random state; loops and position in the data as they were at the step's end."""
-        checkpoint["rng"] = over_ranks(trainer, random_state())
+        checkpoint["rng"] = of_ranks(trainer, random_state())
         if self._at_step_end:
             checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
             data = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
@@ -304,14 +305,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"]:
         torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["cuda"]])
-
-
-def over_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """The value of every rank, in their order."""
-    values = [value] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -27,8 +27,8 @@ from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
-from pipeline.failures import explain
-from pipeline.hardware import multiplies_bf16
+from pipeline.failures import GIB, explain
+from pipeline.hardware import available_memory_bytes, multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
@@ -203,8 +203,12 @@ class PipelineCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (RuntimeError, MemoryError) as error:
-            needed = self.model.memory_gib() if self.model.model is not None else 0.0
-            text = explain(error, max_tokens=self.datamodule.max_tokens, needed_gib=needed)
+            text = explain(
+                error,
+                max_tokens=self.datamodule.max_tokens,
+                needed_gib=self.model.memory_gib() if self.model.model is not None else 0.0,
+                free_gib=available_memory_bytes(self.model.device) / GIB,
+            )
             if text is None:
                 raise
             raise ValueError(text) from error

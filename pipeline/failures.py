@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -18,18 +16,21 @@ _VECTORS = 16  # of n_embd that a block keeps for the backward pass, for every t
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
-def explain(error: BaseException, *, max_tokens: int, needed_gib: float) -> str | None:
+def explain(
+    error: BaseException, *, max_tokens: int, needed_gib: float, free_gib: float
+) -> str | None:
     """What happened and what to do, for an error that says it to nobody; None for any other.
 
     Args:
         error: as it was raised.
         max_tokens: of a micro-batch.
         needed_gib: see `estimate_gib`.
+        free_gib: at the time.
     """
     if is_out_of_memory(error):
         return (
             f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
-            f"{available_gib():.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
+            f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
             "changes no result), set model.gradient_checkpointing, train adapters (model.lora), or "
             "take a smaller model."
         )
@@ -65,18 +66,6 @@ def estimate_gib(model: nn.Module, config: GPTConfig, max_tokens: int, *, half: 
     kept = config.n_layer * (_VECTORS * config.n_embd + 3 * config.mlp_hidden) * size
     logits = (config.vocab_size or 0) * (size + 8)  # and in float32, and their gradient
     return (weights + trained + max_tokens * (kept + logits)) / GIB
-
-
-def available_gib() -> float:
-    """Memory that is free: of the GPU where there is one, else of the machine or its container."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] / GIB
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    free = psutil.virtual_memory().available
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free / GIB
 
 
 def _first_line(error: BaseException) -> str:

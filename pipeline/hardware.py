@@ -10,7 +10,7 @@ from typing import Literal
 import psutil
 import torch
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CONTAINER = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
 
 
@@ -51,7 +51,25 @@ def used_memory_bytes(device: torch.device) -> int:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """All memory of the GPU, or of the machine."""
+    """All memory of the GPU, or of the machine, or of the container that this process is in."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    return min(total, _container_limit() or total)
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """The memory that is free: of the GPU, or of the machine and the container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free, limit = int(psutil.virtual_memory().available), _container_limit()
+    if limit is not None:
+        free = min(free, limit - int((_CONTAINER / "memory.current").read_text()))
+    return free
+
+
+def _container_limit() -> int | None:
+    """Bytes that the container may have (cgroup v2); None where nothing limits it."""
+    path = _CONTAINER / "memory.max"
+    text = path.read_text().strip() if path.exists() else "max"
+    return None if text == "max" else int(text)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora, sharding
-from pipeline.callbacks import is_logged_step, run_of
+from pipeline.callbacks import is_logged_step, run_of, sample_ids
 from pipeline.checkpoint import CHECKPOINTS, path_digest
-from pipeline.failures import available_gib, estimate_gib
+from pipeline.failures import GIB, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
+from pipeline.hardware import available_memory_bytes
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
 from pipeline.resume import check_resumable
@@ -129,7 +130,7 @@ class LitStep(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Warns of too little memory."""
-        needed, free = self.memory_gib(), available_gib()
+        needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB
         if needed > free:
             print(
                 f"warning: training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
@@ -180,12 +181,13 @@ class LitStep(pl.LightningModule):
                 share = weight * self.loss_sum(micro_batch) / n_targets
                 self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
             mean += share.detach()
+        mean = self.trainer.strategy.reduce(mean, reduce_op="sum")
         self._loss = mean
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         if is_logged_step(self.trainer):
-            self.log("train/loss", mean, prog_bar=True, sync_dist=True, reduce_fx="sum")
+            self.log("train/loss", mean, prog_bar=True)
             self.log("train/lr", rate)
             self.log("train/grad_norm", self._norm)
             self.log("train/skipped_steps", float(self._skipped["in_all"]))
@@ -215,7 +217,7 @@ class LitStep(pl.LightningModule):
         self._norm = norm
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # under 16-mixed overflows are routine, and the scaler skips them
-        is_finite = not self.over_ranks(int(not torch.isfinite(norm + self._loss)), "max")
+        is_finite = bool(torch.isfinite(norm + self._loss))  # both are of all ranks
         self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
         self._skipped["in_all"] += not is_finite
         if not is_finite:
@@ -230,8 +232,7 @@ class LitStep(pl.LightningModule):
 
     def _say_what_was_skipped(self) -> None:
         """The samples of a step that was not taken, in the journal and on stderr."""
-        ids = [i for micro_batch in self._step for i in micro_batch["sample_ids"].tolist()]
-        step = self.global_step + 1
+        ids, step = sample_ids(self.trainer, self._step), self.global_step + 1
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         print(
             f"warning: step {step} was skipped: its gradients are not finite (samples {shown})",

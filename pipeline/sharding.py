@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
@@ -80,6 +81,14 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in (module for module in model.modules() if isinstance(module, Block)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def of_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """The value of every rank, in their order."""
+    values = [value] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def gather_shared(model: nn.Module) -> None:

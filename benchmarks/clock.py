@@ -13,7 +13,7 @@ from pipeline.callbacks import n_real_tokens
 
 
 class StepClock(pl.Callback):
-    """Everything between two steps counts: data, logging, checkpoints, validation.
+    """All that is between two steps counts: data, logging, checkpoints; validations do not.
 
     Args:
         path: of the record.
@@ -36,6 +36,10 @@ class StepClock(pl.Callback):
     ) -> None:
         """A step has ended."""
         self.record.step(n_real_tokens(batch), float(outputs["loss"]))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The next step begins."""
+        self.record.validation(float(trainer.callback_metrics["val/loss"]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes the record."""

@@ -1,11 +1,12 @@
 """How a training step's time and memory grow: with context, batch, model size and LoRA rank.
 
-    python benchmarks/growth.py --output benchmarks/results/growth
+    python -m benchmarks.growth
 
-Writes growth.json, growth.md and growth.png. Every point is measured in a process of its own; its
-peak memory is that process's. The context is varied at a constant number of tokens a step, the
-batch at a constant context. Then `step = fixed + per_token * tokens + per_pair * batch * context^2`
-is fitted to the points of the base model; the last term is attention's.
+Writes growth.json, growth.md and growth.png beside the other results. Every point is measured in a
+process of its own; its peak memory is that process's. The context is varied at a constant number of
+tokens a step, the batch at a constant context; gradient checkpointing is off and on with the most
+tokens. Then `step = fixed + per_token * tokens + per_pair * batch * context^2` is fitted to the
+points of context and batch; the last term is attention's.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import CLI
+from jsonargparse import auto_cli
 from matplotlib.figure import Figure
+
+from benchmarks.harness import ROOT, results_folder
 
 N_WARMUP = 2
 
@@ -36,6 +38,7 @@ class Point:
     context: int
     batch: int
     rank: int
+    gradient_checkpointing: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -65,6 +68,9 @@ def sweeps(
         "batch": [replace(base, batch=n) for n in batches],
         "n_embd": [replace(base, n_embd=n) for n in widths],
         "rank": [replace(base, rank=n) for n in ranks],
+        "gradient_checkpointing": [
+            replace(base, batch=max(batches), gradient_checkpointing=on) for on in (False, True)
+        ],
     }
 
 
@@ -98,6 +104,7 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, is_half = GPT(config), multiplies_bf16()
+    model.gradient_checkpointing = point.gradient_checkpointing
     if point.rank:
         targets = lora.LoRAConfig(point.rank, 2 * point.rank, 0.0, ["all-linear"], False, False)
         lora.attach(model, targets)
@@ -128,8 +135,8 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
 def in_own_process(point: Point, n_steps: int, vocab_size: int) -> Measured:
     """The same in a process of its own."""
     call = json.dumps({"point": asdict(point), "n_steps": n_steps, "vocab_size": vocab_size})
-    command = [sys.executable, __file__, "--call", call]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.growth", "--call", call]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -196,7 +203,6 @@ def plot(results: dict[str, list[tuple[Point, Measured]]]) -> Figure:
 
 
 def main(
-    output: Path,
     n_layer: int = 6,
     n_embd: int = 384,
     context: int = 256,
@@ -212,7 +218,6 @@ def main(
     """Measure all sweeps.
 
     Args:
-        output: a folder.
         n_layer: of the base model.
         n_embd: of the base model; a multiple of 64, the head size.
         context: tokens a row where they are not varied.
@@ -237,7 +242,7 @@ def main(
         varied: [{**asdict(point), **asdict(measured)} for point, measured in points]
         for varied, points in results.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
+    output = results_folder()
     (output / "growth.json").write_text(json.dumps({"sweeps": rows, "cost": cost}, indent=1))
     lines = list(table(results, cost))
     (output / "growth.md").write_text("\n".join(lines).lstrip() + "\n")
@@ -251,4 +256,4 @@ if __name__ == "__main__":
         call["point"] = Point(**call["point"])
         print(json.dumps(asdict(measure(**call))))
     else:
-        CLI(main, as_positional=False)
+        auto_cli(main)

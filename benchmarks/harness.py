@@ -126,7 +126,7 @@ def measure(workload: Workload, n_rounds: int) -> list[Result]:
     for round_ in range(1, n_rounds + 1):
         ceilings = json.loads(_run([sys.executable, "-c", CEILINGS]))
         for contestant, result in zip(workload.contestants, results, strict=True):
-            record = _record(contestant)
+            record = record_of(contestant)
             result.add(record, workload, ceilings[contestant.precision])
             console.print(
                 f"{workload.key} round {round_}/{n_rounds}  {contestant.name:34} "
@@ -160,7 +160,8 @@ def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
         raise RuntimeError("in float32 not all give the same output")
 
 
-def _record(contestant: Contestant) -> dict[str, Any]:
+def record_of(contestant: Contestant) -> dict[str, Any]:
+    """Runs a contestant; what it measured of itself."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         _run([word.replace("{record}", str(path)) for word in contestant.words], folder)

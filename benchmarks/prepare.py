@@ -87,23 +87,39 @@ def gpt2_config(**shape: int) -> GPTConfig:
     )
 
 
+def prose(block_size: int, batch_size: int) -> PretrainingDataModule:
+    """The prose as configs/pretrain.yaml has it."""
+    data = PretrainingDataModule(
+        source=PROSE,
+        text_column="text",
+        tokenizer=str(vocabulary()),
+        block_size=block_size,
+        batch_size=batch_size,
+        max_tokens=block_size * batch_size,
+        val_fraction=0.05,
+        near_duplicates=0.8,
+        seed=SEED,
+        num_workers=0,
+    )
+    data.setup("fit")
+    return data
+
+
+def validation_rows(block_size: int) -> Path:
+    """Token ids (N, T) of validation; the last row, which is shorter, is left out."""
+    path = folder() / f"validation-{block_size}.npy"
+    if not path.exists():
+        held_out = prose(block_size, 1).val_set
+        rows = [held_out[i]["input_ids"].numpy() for i in range(len(held_out) - 1)]  # type: ignore
+        np.save(path, np.array(rows))
+    return path
+
+
 def pretraining_steps(block_size: int, batch_size: int, n_steps: int) -> Path:
     """Token ids (steps, B, T), as `fit` takes them."""
     path = folder() / f"steps-{block_size}x{batch_size}x{n_steps}.npy"
     if not path.exists():
-        data = PretrainingDataModule(
-            source=PROSE,
-            text_column="text",
-            tokenizer=str(vocabulary()),
-            block_size=block_size,
-            batch_size=batch_size,
-            max_tokens=block_size * batch_size,
-            val_fraction=0.05,
-            near_duplicates=0.8,
-            seed=SEED,
-            num_workers=0,
-        )
-        data.setup("fit")
+        data = prose(block_size, batch_size)
         rows = [[s["input_ids"].numpy() for s in step] for step in islice(steps_of(data), n_steps)]
         np.save(path, np.array(rows))
     return path

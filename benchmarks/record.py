@@ -36,6 +36,12 @@ class Record:
         self.steps.append({"seconds": now - self.since, "tokens": tokens, "loss": loss})
         self.since = now
 
+    def validation(self, loss: float) -> None:
+        """A validation has ended after the last step; its time does not count."""
+        seconds = sum(step["seconds"] for step in self.steps)
+        self.facts.setdefault("validations", []).append({"seconds": seconds, "loss": loss})
+        self.start()
+
     def save(self) -> None:
         """Writes the steps, the facts and the peak memory (bytes)."""
         self.path.write_text(json.dumps({"steps": self.steps, "rss": peak_memory(), **self.facts}))

@@ -32,7 +32,7 @@ COMMANDS = {
     "import torch": [*PYTHON, "-c", "import torch"],
     "import lightning.pytorch": [*PYTHON, "-c", "import lightning.pytorch"],
 }
-FIRST_STEP = "fit, from the start to the end of its first step"
+FIRST_STEP = "fit, from the start to the {} of its first step (P1)"
 
 
 def seconds(words: list[str]) -> list[float]:
@@ -45,24 +45,28 @@ def seconds(words: list[str]) -> list[float]:
     return taken
 
 
-def first_step() -> list[float]:
-    """Wall time until P1's model has taken one step."""
+def first_step() -> tuple[list[float], list[float]]:
+    """Wall time until P1's model begins its first step, and until it has taken it."""
     (ours, *_) = small_pretraining().contestants
-    taken = []
+    begins, ends = [], []
     for _ in range(N_STARTS):
         with tempfile.TemporaryDirectory() as home:
             path = Path(home) / "record.json"
             words = [word.replace("{record}", str(path)) for word in ours.words]
-            began = time.time()
+            words.append("--trainer.max_steps=1")
+            since = time.time()
             environment = {**os.environ, "GPT_PIPELINE_HOME": home}
             subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
-            taken.append(json.loads(path.read_text())["first_step_at"] - began)
-    return taken
+            record = json.loads(path.read_text())
+            ends.append(record["first_step_at"] - since)
+            begins.append(ends[-1] - record["steps"][0]["seconds"])
+    return begins, ends
 
 
 def main() -> None:
     starts = {name: seconds(words) for name, words in COMMANDS.items()}
-    starts[FIRST_STEP] = first_step()
+    begins, ends = first_step()
+    starts |= {FIRST_STEP.format("beginning"): begins, FIRST_STEP.format("end"): ends}
     table = Table("command", "median, s", "min", "max")
     for name, taken in starts.items():
         values = (statistics.median(taken), min(taken), max(taken))

@@ -204,7 +204,7 @@ def _fit(config: str, precision: Precision, options: dict[str, object]) -> Conte
 
 
 def _word(value: object) -> str:
-    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _with_our_python(

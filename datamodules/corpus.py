@@ -120,15 +120,27 @@ def _content_digests(sources: Sequence[str]) -> list[list[str]]:
 def _is_whole(folder: Path) -> bool:
     if not (folder / "corpus.json").is_file():
         return False
-    facts = json.loads((folder / "corpus.json").read_text())
-    width = np.dtype(facts["dtype"]).itemsize
-    for split in SPLITS:
-        path, n_bytes = folder / f"{split}.bin", facts["tokens"][split] * width
+    damaged = _damaged(folder)
+    if damaged is not None:
+        _log.warning("%s is damaged in the cache; the corpus is tokenised again", damaged)
+    return damaged is None
+
+
+def _damaged(folder: Path) -> Path | None:
+    path = folder / "corpus.json"
+    try:
+        facts = json.loads(path.read_text())
+        width = np.dtype(facts["dtype"]).itemsize
+        expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
+        _ = facts["documents"], facts["bytes"], facts["split"]
+    except (ValueError, LookupError, TypeError):
+        return path
+    for split, (n_bytes, digest) in expected.items():
+        path = folder / f"{split}.bin"
         is_whole = path.is_file() and path.stat().st_size == n_bytes
-        if not is_whole or file_digests([path])[str(path)] != facts["sha256"][split]:
-            _log.warning("%s is damaged in the cache; the corpus is tokenised again", path)
-            return False
-    return True
+        if not is_whole or file_digests([path])[str(path)] != digest:
+            return path
+    return None
 
 
 def _make(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 D = TypeVar("D", bound="DataclassInstance")
+T = TypeVar("T")
 
 _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:"
@@ -64,6 +65,22 @@ def build(kind: type[D], values: Any, key: str) -> D:
     except ArgumentError as error:
         raise ValueError(one_line(str(error))) from error
     return built
+
+
+def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
+    """An object from its arguments, which may come from a user or a stranger's file.
+
+    Raises:
+        ValueError: an unknown or missing argument or a wrong type, in one line that names the key.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, key)
+    try:
+        parsed = parser.parse_object({key: dict(arguments)})
+    except ArgumentError as error:
+        raise ValueError(one_line(str(error))) from error
+    made: T = parser.instantiate(parsed)[key]
+    return made
 
 
 def one_line(message: str) -> str:

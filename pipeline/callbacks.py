@@ -1,4 +1,4 @@
-"""What watches a training run: speed, progress, sample texts."""
+"""What watches a training run: speed, losses that stand out, sample texts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from datamodules.batching import MicroBatch
 from datamodules.prompts import Message, encode_prompt, stop_ids
@@ -31,18 +20,14 @@ from pipeline.sharding import gather_shared, of_ranks
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
 SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
+LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
 NORMAL_MAD = 1.4826  # standard deviations of a normal distribution in its median distance
-SHOWN_METRICS = {
-    "train/loss": "loss {:.3f}",
-    "val/loss": "val {:.3f}",
-    "perf/tokens_per_s": "{:,.0f} tok/s",
-}
-SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, lines in a file
 
 
 def run_of(trainer: pl.Trainer) -> Run | None:
     """The open run, where there is one to log to."""
-    return getattr(trainer.logger, "run", None)
+    run = getattr(trainer.logger, "run", None)
+    return run if isinstance(run, Run) else None
 
 
 def is_logged_step(trainer: pl.Trainer) -> bool:
@@ -50,8 +35,9 @@ def is_logged_step(trainer: pl.Trainer) -> bool:
 
     `log` costs the better part of a millisecond, whether Lightning writes the value or not.
     """
-    is_due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-    return is_due or trainer.is_last_batch or trainer.global_step == trainer.max_steps
+    step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    is_due = every > 0 and step % every == 0
+    return is_due or trainer.is_last_batch or step == trainer.max_steps
 
 
 def n_real_tokens(batch: list[MicroBatch]) -> int:
@@ -164,7 +150,8 @@ def robust_z(value: float, others: Sequence[float]) -> float:
     """How far a value is above the median of others, in robust standard deviations."""
     middle = median(others)
     spread = median(abs(other - middle) for other in others) * NORMAL_MAD
-    return (value - middle) / max(spread, abs(middle) * 1e-3)  # equal losses are no scale
+    floor = max(abs(middle) * 1e-3, LOSS_FLOOR)  # equal losses are no scale
+    return (value - middle) / max(spread, floor)
 
 
 def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -180,116 +167,6 @@ def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
         best = max(best, 2 * CEILING_SIZE**3 / (time.perf_counter() - before))
         n_products += 1
     return best
-
-
-class ProgressDisplay(ProgressBar):
-    """One bar over all steps of a run, on stderr: losses, speed, time elapsed and left.
-
-    In a terminal a second bar shows a validation while it runs; in a file the bar becomes a line
-    now and then.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_enabled = True
-        self._console = Console(stderr=True)
-        self._progress: Progress | None = None
-
-    def enable(self) -> None:
-        """Shows what starts from here on."""
-        self.is_enabled = True
-
-    def disable(self) -> None:
-        """Shows nothing that starts from here on; Lightning asks for it on all ranks but one."""
-        self.is_enabled = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Adds the bar of all steps, those before a resume included."""
-        n_steps = int(trainer.estimated_stepping_batches)
-        self._training = self._add("train", n_steps, completed=trainer.global_step)
-        self._interval_s = SCREEN_INTERVAL_S if self._console.is_terminal else LOG_INTERVAL_S
-        self._due = time.monotonic() + self._interval_s
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Updates the bar now and then: to read a loss is to wait for the device."""
-        if time.monotonic() >= self._due:
-            self._update(trainer)
-            self._print()
-            self._due = time.monotonic() + self._interval_s
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Shows the last step."""
-        self._update(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Adds a bar of batches."""
-        name, n_batches = "val", trainer.num_val_batches
-        if trainer.testing:
-            name, n_batches = "test", trainer.num_test_batches
-        elif trainer.predicting:
-            name, n_batches = "predict", trainer.num_predict_batches
-        self._evaluation = self._add(name, sum(n_batches))
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Moves that bar on."""
-        if self._progress:
-            self._progress.update(self._evaluation, completed=batch_idx + 1)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Takes that bar away again, where training goes on."""
-        if self._progress and trainer.state.fn == "fit":
-            self._progress.remove_task(self._evaluation)
-
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Leaves the last state there."""
-        if self._progress:
-            self._progress.stop()
-            self._print()
-            self._progress = None
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Gives the terminal back."""
-        self.teardown(trainer, pl_module, "")
-
-    def _add(self, name: str, total: float, completed: int = 0) -> TaskID:
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-                console=self._console,
-                refresh_per_second=2,
-                disable=not (self.is_enabled and self._console.is_terminal),
-            )
-            self._progress.start()
-        return self._progress.add_task(name, total=total, completed=completed, metrics="")
-
-    def _update(self, trainer: pl.Trainer) -> None:
-        values = trainer.progress_bar_metrics
-        known = [(form, values[name]) for name, form in SHOWN_METRICS.items() if name in values]
-        metrics = " ".join(form.format(float(value)) for form, value in known)
-        assert self._progress is not None
-        self._progress.update(self._training, completed=trainer.global_step, metrics=metrics)
-
-    def _print(self) -> None:
-        """The bars as lines, where they do not move."""
-        if self.is_enabled and not self._console.is_terminal:
-            self._console.print(self._progress)
 
 
 class SampleTexts(pl.Callback):

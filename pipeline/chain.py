@@ -107,7 +107,10 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
             done = _go_on(chain, folder, parent, anew)
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
-            print(f"{failure}; to go on: python -m pipeline {shlex.join(again)}", file=sys.stderr)
+            hint = f"to go on: python -m pipeline {shlex.join(again)}"
+            if anew:
+                hint = "with --resume never it starts anew"
+            print(f"{failure}; {hint}", file=sys.stderr)
             return failure.exit_code
     _warn_of_code(done.values())
     summarise(done.values())

@@ -160,6 +160,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
             _override(stages, text)
         for stage in stages.values():
             _check_arguments(stage)
+            stage.identity()  # reads the configs that Lightning will
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Chain(path, chain.experiment, tuple(stages.values()))

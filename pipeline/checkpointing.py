@@ -113,6 +113,7 @@ class Checkpoints(pl.Callback):
         self.asynchronous, self._background = asynchronous, Background()
         self.scores: dict[int, float] = {}  # step -> value, of the best that are kept
         self.last_step: int | None = None
+        self.should_stop = False  # something had asked for the run's end, as early stopping does
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
         self._rng: list[dict[str, Any]] | None = None  # by rank
@@ -136,6 +137,7 @@ class Checkpoints(pl.Callback):
             set_random_state(self._rng[trainer.global_rank % len(self._rng)])
             self._rng = None
         self._stop.listen()
+        trainer.should_stop = trainer.should_stop or self.should_stop
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.
@@ -167,7 +169,8 @@ class Checkpoints(pl.Callback):
         if number:
             self._background.wait()
             print(
-                f"stopped after step {trainer.global_step}; the same command goes on",
+                f"stopped after step {trainer.global_step}; the same command goes on (not with "
+                "--run.resume never)",
                 file=sys.stderr,
             )
             raise SystemExit(128 + number)
@@ -177,7 +180,8 @@ class Checkpoints(pl.Callback):
         number = self._stop.signal or 0
         if trainer.world_size == 1:
             return number
-        largest = trainer.strategy.reduce(torch.tensor(number), reduce_op="max")
+        signal = torch.tensor(number, device=trainer.strategy.root_device)
+        largest = trainer.strategy.reduce(signal, reduce_op="max")
         return int(largest)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,7 +230,7 @@ class Checkpoints(pl.Callback):
         trainer.strategy.barrier()  # the ranks see the same files
         if self.last_step == step and path.exists():
             return
-        self.last_step = step
+        self.last_step, self.should_stop = step, trainer.should_stop
         background = self._background if self.asynchronous else None
         trainer.save_checkpoint(path, weights_only=False, storage_options=background)
         if trainer.is_global_zero:
@@ -269,13 +273,14 @@ class Checkpoints(pl.Callback):
         self._rng = checkpoint["rng"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far."""
-        return {"best": self.best, "scores": self.scores, "last_step": self.last_step}
+        """The best so far, and whether the run was to end."""
+        names = ("best", "scores", "last_step", "should_stop")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
-        self.scores = state_dict["scores"]
+        self.scores, self.should_stop = state_dict["scores"], state_dict["should_stop"]
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""

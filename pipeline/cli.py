@@ -15,14 +15,15 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
-from pipeline.callbacks import LossSpikes, ProgressDisplay, Throughput
+from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
@@ -31,11 +32,12 @@ from pipeline.failures import GIB, explain
 from pipeline.hardware import available_memory_bytes, multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
+from pipeline.progress import ProgressDisplay
 from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
 from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
 from pipeline.run_logger import RunLogger
-from pipeline.stage_run import RUN_VARIABLE, attempts, digest, mlruns_root, open_run
+from pipeline.stage_run import RUN_VARIABLE, attempts, digest, mlruns_root, open_run, unfinished
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
@@ -127,6 +129,15 @@ class PipelineCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here "
                 "a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
             )
+        if stage.trainer.fast_dev_run:
+            raise ValueError("trainer.fast_dev_run keeps nothing; use check, or trainer.max_steps.")
+        limit = stage.trainer.limit_test_batches  # 1 is a batch, 1.0 is all
+        is_all = limit is None or (limit == 1 and not isinstance(limit, int))
+        if self.subcommand == "test" and not is_all:
+            raise ValueError(
+                f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it "
+                "out."
+            )
 
     def instantiate_classes(self) -> None:
         """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
@@ -151,6 +162,7 @@ class PipelineCLI(LightningCLI):
         logger = RunLogger(self.run) if self.run else None
         options = self._get(self.config_init, "trainer")
         callbacks = [*as_list(options.callbacks), LossSpikes()]
+        stop_before_saving(callbacks)
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
@@ -193,9 +205,9 @@ class PipelineCLI(LightningCLI):
         weights_digest = path_digest(locate(weights)) if weights else None
         deciding = [self.subcommand, decisive(options), weights_digest]
         name = f"{self.stage.run.name}-{digest(deciding)[:8]}"
-        if self.stage.run.resume != "never":
-            return name
         folder = mlruns_root() / self.stage.run.experiment
+        if self.stage.run.resume != "never":
+            return (unfinished(folder / name) or folder / name).name
         return next(path.name for path in attempts(folder / name) if not path.exists())
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -300,6 +312,18 @@ def hand_over(path: Path) -> None:
             print(outcome["outputs"][name])
 
 
+def stop_before_saving(callbacks: Sequence[pl.Callback]) -> None:
+    """Has early stopping judge a validation before its checkpoint is written, which keeps that."""
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping):
+            if callback._check_on_train_epoch_end:
+                raise ValueError(
+                    "EarlyStopping.check_on_train_epoch_end is true; a resumed run would not know "
+                    "what was seen there: leave it out."
+                )
+            callback._check_on_train_epoch_end = False
+
+
 def quiet_libraries() -> None:
     """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -347,7 +371,7 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
                 parser_kwargs=PARSER_OPTIONS,
                 args=list(args),
             )
-    except ArgumentError as error:
+    except (ArgumentError, MisconfigurationException) as error:
         raise ValueError(one_line(str(error))) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error

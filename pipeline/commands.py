@@ -192,7 +192,7 @@ def score(
         ckpt: checkpoint directory of the tuned model, or published weights (with --data).
         before: what to compare with, likewise; by default what ckpt was tuned from.
         responses: a responses.jsonl to score instead of a checkpoint's.
-        data: arguments of InstructionDataModule; by default those that ckpt was tuned with.
+        data: arguments of InstructionDataModule; those not given are what ckpt was tuned with.
         split: of the data, that is answered.
         max_new_tokens: of each response, at most.
         batch_size: responses at a time.

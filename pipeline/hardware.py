@@ -64,8 +64,16 @@ def available_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free, limit = int(psutil.virtual_memory().available), _container_limit()
     if limit is not None:
-        free = min(free, limit - int((_CONTAINER / "memory.current").read_text()))
+        used = int((_CONTAINER / "memory.current").read_text())
+        free = min(free, limit - used + _reclaimable())
     return free
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the container keeps in memory, and gives up where it needs them."""
+    text = (_CONTAINER / "memory.stat").read_text()
+    found = re.search(r"^inactive_file (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _container_limit() -> int | None:

@@ -25,7 +25,7 @@ from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes
 from pipeline.models import Loaded, describe_base, load
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
-from pipeline.resume import check_resumable
+from pipeline.resume import check_held_out, check_resumable
 from pipeline.run_directory import flat
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
@@ -117,6 +117,8 @@ class LitStep(pl.LightningModule):
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
+        if loaded is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_held_out(loaded.meta)
         gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
             self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
@@ -164,6 +166,18 @@ class LitStep(pl.LightningModule):
                 f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
             )
         check_context(self.data, config.block_size)
+
+    def _check_held_out(self, meta: dict[str, Any]) -> None:
+        """Refuses data that the weights were trained on, or that are given in another form."""
+        if meta.get("dataset") is None:
+            return
+        for key, value in self.data.meta().items():
+            if key in meta and meta[key] != value:
+                raise ValueError(
+                    f"{self.init_from} was trained with data.{key} {meta[key]!r}, here it is "
+                    f"{value!r}; give that of the training."
+                )
+        check_held_out(meta, self.data.config, self.data.fingerprint)
 
     # The optimizer step
 
@@ -215,9 +229,10 @@ class LitStep(pl.LightningModule):
         max_norm = self.optimizer_config.max_grad_norm
         norm = sharding.gathered(nn.utils.clip_grad_norm_(trained, max_norm), keep=True)
         self._norm = norm
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # under 16-mixed overflows are routine, and the scaler skips them
-        is_finite = bool(torch.isfinite(norm + self._loss))  # both are of all ranks
+        # both are of all ranks; under 16-mixed gradients overflow routinely, and the scaler skips
+        # those steps by itself, but a loss that is not finite is what it is elsewhere
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        is_finite = bool(torch.isfinite(self._loss if has_scaler else norm + self._loss))
         self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
         self._skipped["in_all"] += not is_finite
         if not is_finite:
@@ -320,6 +335,12 @@ class LitStep(pl.LightningModule):
             raise ValueError(
                 f"the checkpoint is of another model: {wrong[0]} is only in one of them."
             )
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there "
+                    f"and {tuple(expected[name].shape)} here."
+                )
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
             own = lora.adapter_state(self.model)

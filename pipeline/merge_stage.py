@@ -19,6 +19,7 @@ from torch import Tensor
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora
+from pipeline.arguments import construct
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
@@ -104,7 +105,8 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
     """The data that a checkpoint was tuned on, with some arguments changed.
 
     Raises:
-        ValueError: where the checkpoint names none, or a class that is not of this project.
+        ValueError: where the checkpoint names none, or a class that is not of this project; for a
+            change that the class does not take.
     """
     given = loaded.meta.get("data")
     kind = _our_data_module((given or {}).get("class_path", ""))
@@ -114,8 +116,7 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
             "can be compared; merge where it was trained."
         )
     arguments = {**given["init_args"], "tokenizer": str(loaded.path), **(changes or {})}
-    made: StepDataModule = kind(**arguments)
-    return made
+    return construct(kind, arguments, "data")
 
 
 def _our_data_module(class_path: str) -> type[StepDataModule] | None:

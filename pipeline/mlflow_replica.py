@@ -200,7 +200,8 @@ class _Batch:
     def _add_metrics(self, values: dict[str, Any], step: int, time_ms: int) -> None:
         for name, value in values.items():
             step_before, value_before = self.replicated.last_before.get(name, (-1, None))
-            if step < step_before or (step, value) == (step_before, value_before):
+            is_known = 0 < step == step_before or (step, value) == (step_before, value_before)
+            if step < step_before or is_known:
                 continue
             self.replicated.last[name] = [step, value]
             key, number = _key(name), float(value)

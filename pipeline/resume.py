@@ -1,4 +1,7 @@
-"""Whether a checkpoint may be resumed here: the same data, model, precision and processes."""
+"""Whether a checkpoint may be resumed here: the same data, model, precision and processes.
+
+And whether what is held out here was held out from it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pipeline.checkpoint import CHECKPOINTS
 from pipeline.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
+SPLIT = ("split_seed", "train_fraction", "val_fraction", "shuffle_split")  # arguments of data
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
@@ -56,6 +60,37 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
             "--run.resume never, or go on all the same with --run.allow_changes true."
         )
     return text
+
+
+def check_held_out(
+    meta: Mapping[str, Any], config: Mapping[str, Any] | None, fingerprint: Mapping[str, Any]
+) -> None:
+    """Refuses to evaluate a checkpoint on another split of the data that it was trained on.
+
+    Data that shares no file with what it was trained on is all held out.
+
+    Args:
+        meta: of the checkpoint.
+        config: of the data here, with `init_args`.
+        fingerprint: of the data here.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    theirs, ours = meta["dataset"]["sources"], fingerprint["sources"]
+    if not (theirs.keys() & ours.keys() or set(theirs.values()) & set(ours.values())):
+        return
+    was, now = ((given or {}).get("init_args", {}) for given in (meta["data"], config))
+    both = [key for key in SPLIT if key in was and key in now]
+    texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
+    found = [f"data.{text}" for text in texts.values()]
+    if set(theirs.values()) != set(ours.values()):
+        found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
+    if found:
+        raise ValueError(
+            f"what is held out here may have been trained on: {'; '.join(found)}. Restore that, or "
+            "give data.source with files that the checkpoint has not seen."
+        )
 
 
 def interrupted_like(run: Path) -> str:

@@ -8,7 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from pipeline.callbacks import is_logged_step
 from pipeline.run_directory import Run
+
+OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # what metrics of training steps begin with
 
 
 class RunLogger(Logger):
@@ -43,8 +46,17 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends to the journal."""
-        values = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        """Appends to the journal.
+
+        Once a run is to stop, Lightning logs every step, with what it remembers of earlier ones:
+        such values are left out.
+        """
+        is_stale = self.trainer is not None and not is_logged_step(self.trainer)
+        values = {
+            key: float(value)
+            for key, value in metrics.items()
+            if key != "epoch" and not (is_stale and key.startswith(OF_A_STEP))
+        }
         if values:
             self.run.log_metrics(values, self.trainer.global_step if self.trainer else step or 0)
 

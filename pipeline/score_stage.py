@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from rich.progress import track
 
 from datamodules.files import sha256
-from datamodules.instruction import InstructionDataModule, Item
+from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
+from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -23,9 +25,11 @@ from pipeline.generate import generate
 from pipeline.hardware import Precision, inference_dtype
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
-from pipeline.models import Loaded
-from pipeline.run_directory import AlreadyFinished, Run
-from pipeline.stage_run import digest, open_run
+from pipeline.models import Loaded, find_base
+from pipeline.resume import check_held_out
+from pipeline.reuse import find_run, still_holds
+from pipeline.run_directory import AlreadyFinished, Run, flat
+from pipeline.stage_run import digest, mlruns_root, open_run
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 
@@ -78,8 +82,11 @@ def score_stage(
         "dtype": str(answering.dtype),
         "judge": judge and vars(judge),
     }
+    deciding = [options, content, before and path_digest(locate(before))]
+    base = mlruns_root() / "score" / f"score-{digest(deciding)[:8]}"
+    attempt, _ = find_run(base, lambda outcome: still_holds(outcome, [flat(options)]))
     try:
-        with open_run("score", f"score-{digest([options, content])[:8]}", options) as run:
+        with open_run("score", attempt.name, options) as run:
             if ckpt is None:
                 after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
                 sources = {source: content}
@@ -143,15 +150,16 @@ def answer(
     tuned = load_language_model(ckpt, answering.dtype)
     held_out = data_of(tuned, data)
     held_out.setup("test")
-    after = respond(tuned, tuned, held_out, answering)
-    parent = tuned.meta["parent"]
-    origin = before or (parent["path"] if parent else None)
-    earlier = None
-    if origin is not None:
-        untuned = load_language_model(origin, answering.dtype)
-        if untuned.tokenizer.digest != tuned.tokenizer.digest:
-            raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
-        earlier = respond(untuned, tuned, held_out, answering)
+    if tuned.meta.get("dataset"):
+        check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
+    origin = before or parent_of(tuned)
+    untuned = load_language_model(origin, answering.dtype) if origin else None
+    if untuned is not None and untuned.tokenizer.digest != tuned.tokenizer.digest:
+        raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
+    models = [loaded for loaded in (tuned, untuned) if loaded is not None]
+    context = min(loaded.gpt.config.block_size for loaded in models)
+    prompts = prompts_of(held_out, answering, context)
+    after, *earlier = (respond(loaded, tuned, held_out, prompts, answering) for loaded in models)
     lineage = {
         "checkpoint": ckpt,
         "before": str(origin),
@@ -159,23 +167,55 @@ def answer(
         "max_new_tokens": str(answering.max_new_tokens),
         "dtype": str(answering.dtype),
     }
-    return after, earlier, lineage, held_out.fingerprint["sources"]
+    return after, earlier[0] if earlier else None, lineage, held_out.fingerprint["sources"]
 
 
-def data_of(tuned: Loaded, data: dict[str, Any] | None) -> InstructionDataModule:
-    """The data that a checkpoint was tuned on, its own or as given, with the loss on responses."""
-    arguments = data or tuned.meta.get("data")
-    if not arguments:
+def parent_of(tuned: Loaded) -> str | None:
+    """What a checkpoint was tuned from, if it was not trained from nothing.
+
+    Raises:
+        ValueError: it is gone, or another one lies there by now.
+    """
+    parent, base = tuned.meta.get("parent"), tuned.meta.get("base")
+    if parent is None:
+        return None
+    path = Path(parent["path"])
+    if base is not None and not path.exists():  # the whole project may have moved
+        path = find_base(tuned.path, base)
+    if not path.exists() or path_digest(path) != parent["digest"]:
+        raise ValueError(
+            f"what {tuned.path} was tuned from is no more at {path}; put it back there, or say "
+            "with --before what to compare with."
+        )
+    return str(path)
+
+
+def data_of(tuned: Loaded, changes: dict[str, Any] | None) -> InstructionDataModule:
+    """The data that a checkpoint was tuned on, with some arguments changed, loss on responses.
+
+    Raises:
+        ValueError: where the checkpoint names none and some are missing; for an argument that the
+            data module does not take.
+    """
+    own = (tuned.meta.get("data") or {}).get("init_args", {})
+    changes = (changes or {}).get("init_args", changes or {})
+    if not own and not changes:
         raise ValueError(f"{tuned.path} does not say what it was tuned on; give --data.")
-    arguments = arguments.get("init_args", arguments)
-    known = {**arguments, "tokenizer": tokenizer_of(tuned.path), "supervise": "response"}
-    known["prompt_style"] = prompt_style(tuned)
-    return InstructionDataModule(**known)
+    settled = {
+        "tokenizer": tokenizer_of(tuned.path),
+        "supervise": "response",
+        "prompt_style": prompt_style(tuned),
+    }
+    return construct(InstructionDataModule, {**own, **changes, **settled}, "data")
 
 
 @torch.inference_mode()
 def respond(
-    loaded: Loaded, tuned: Loaded, data: InstructionDataModule, answering: Answering
+    loaded: Loaded,
+    tuned: Loaded,
+    data: InstructionDataModule,
+    prompts: Sequence[list[int]],
+    answering: Answering,
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 
@@ -183,10 +223,10 @@ def respond(
         loaded: the model that answers.
         tuned: the one whose prompt style and stop tokens are used, also for the untuned model.
         data: set up.
+        prompts: ids of every item's prompt.
         answering: how.
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
-    prompts = [prompt_ids(data, item, max_new_tokens) for item in items]
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     starts = range(0, len(items), answering.batch_size)
@@ -212,14 +252,36 @@ def respond(
     ]
 
 
-def prompt_ids(data: InstructionDataModule, item: Item, max_new_tokens: int) -> list[int]:
-    """An item's prompt, its middle taken out where it would leave the answer no room."""
-    ids = encode_prompt(data.tokenizer, data.prompt_style, item["messages"])
+def prompts_of(data: InstructionDataModule, answering: Answering, context: int) -> list[list[int]]:
+    """Ids of every item's prompt; where an answer would find no room, its middle is taken out.
+
+    Args:
+        data: set up.
+        answering: how.
+        context: tokens that prompt and answer share.
+
+    Raises:
+        ValueError: the answer is to have all of the context, or nearly.
+    """
     opening = len(reply_opening(data.tokenizer, data.prompt_style))
-    room = max(opening + 1, data.max_length - max_new_tokens)
-    if len(ids) > room:
+    room = context - answering.max_new_tokens
+    if room <= 2 * opening:
+        raise ValueError(
+            f"max_new_tokens is {answering.max_new_tokens}, which leaves {room} of the model's "
+            f"{context} tokens to the prompts; lower it."
+        )
+    items = data.items(answering.split)
+    prompts = [encode_prompt(data.tokenizer, data.prompt_style, i["messages"]) for i in items]
+    too_long = [ids for ids in prompts if len(ids) > room]
+    for ids in too_long:
         del ids[surplus(len(ids), room, opening)]
-    return ids
+    if too_long:
+        print(
+            f"warning: {len(too_long)} of {len(prompts)} prompts are longer than {room} tokens; "
+            "their middle is left out. A lower max_new_tokens leaves them more room.",
+            file=sys.stderr,
+        )
+    return prompts
 
 
 def reference_nats(

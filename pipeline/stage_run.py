@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def attempts(base: Path) -> Iterator[Path]:
     yield base
     for number in count(2):
         yield base.with_name(f"{base.name}-{number}")
+
+
+def unfinished(base: Path) -> Path | None:
+    """The newest of the attempts that was begun and has not ended."""
+    made = list(takewhile(Path.exists, attempts(base)))
+    return next((path for path in reversed(made) if read_outcome(path) is None), None)
 
 
 def keep(

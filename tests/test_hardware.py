@@ -23,5 +23,6 @@ def test_a_container_has_the_memory_that_it_is_given(
     assert hardware.total_memory_bytes(CPU) == machine, "it has no limit"
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     (tmp_path / "memory.current").write_text(f"{2**28}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {2**20}\n")
     assert hardware.total_memory_bytes(CPU) == 2**30
-    assert hardware.available_memory_bytes(CPU) == 2**30 - 2**28
+    assert hardware.available_memory_bytes(CPU) == 2**30 - 2**28 + 2**20

@@ -429,8 +429,16 @@ def flip_a_bit(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("val.bin", cut), ("val.bin", flip_a_bit), ("corpus.json", cut), ("corpus.json", empty)],
+)
 def test_a_damaged_cache_is_made_again(
+    name: str,
     damage: Callable[[bytes], bytes],
     stories: Path,
     make: Callable[..., PretrainingDataModule],
@@ -440,12 +448,12 @@ def test_a_damaged_cache_is_made_again(
     first.setup("fit")
     assert first.corpus is not None
     heldout = first.heldout_bytes()
-    path = first.corpus.path("val")
+    path = first.corpus.folder / name
     path.write_bytes(damage(path.read_bytes()))
     second = make(stories)
     second.setup("fit")
     assert second.heldout_bytes() == heldout
-    assert "val.bin is damaged in the cache" in caplog.text
+    assert f"{name} is damaged in the cache" in caplog.text
 
 
 def test_what_a_kill_left_is_cleared_away(

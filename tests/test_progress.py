@@ -44,7 +44,7 @@ def pretrain(journey: Journey, *words: str) -> tuple[str, str]:
 def test_in_a_file_it_is_lines(
     tiny: Journey, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.callbacks.LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.progress.LOG_INTERVAL_S", 0.0)
     out, err = pretrain(tiny)
     lines = [line for line in err.splitlines() if line.startswith("train")]
     assert len(lines) == 9  # one a step, and the last state
@@ -61,7 +61,7 @@ def test_in_a_file_it_is_lines(
 
 
 def test_in_a_terminal_it_moves(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.callbacks.SCREEN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.progress.SCREEN_INTERVAL_S", 0.0)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     _, err = pretrain(tiny)
     states = [state.rstrip() for state in re.split(r"[\r\n]+", CONTROL.sub("", err))]

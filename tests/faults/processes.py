@@ -198,6 +198,13 @@ class Spike(At):
         del module.loss_sum
 
 
+class Stop(At):
+    """Asks Lightning to end the run, as early stopping does."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.should_stop = True
+
+
 class Infinite(At):
     """Makes a gradient of the step infinite, in one process alone."""
 

@@ -98,6 +98,8 @@ def test_a_robust_score_by_hand() -> None:
     # median 3, median distance 1: one standard deviation is 1.4826
     assert robust_z(3 + 2 * 1.4826, [1, 2, 3, 4, 5]) == pytest.approx(2)
     assert robust_z(3, [3.0] * 9) == 0
+    assert robust_z(0.0, [0.0] * 9) == 0, "losses of an overfitted classifier"
+    assert robust_z(1e-6, [0.0] * 9) < 2
     assert robust_z(1000, [1, 2, 3, 4, 5, 900]) > 100  # an outlier before hides none after it
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.checkpoint import ADAPTER_WEIGHTS, read_tensors, verify_checkpoint
 from pipeline.journal import read_journal
@@ -82,23 +83,33 @@ def ids(home: Path, rank: int) -> dict[int, list[int]]:
     return {line["step"]: line["ids"] for line in lines}
 
 
+def of_two(words: list[str], overlay: str) -> list[str]:
+    """The same, by two processes."""
+    return [*words, f"--config={CONFIGS}/trainer/{overlay}.yaml", "--trainer.accelerator=cpu"]
+
+
+def stop_and_go_on(words: list[str], home: Path) -> None:
+    """SIGTERM once there is a checkpoint; the same command then ends the run."""
+    process = start(words, home)
+    while not list(home.glob("default/*/checkpoints/step-*")):
+        assert process.poll() is None, finish(process)[1]
+    process.send_signal(signal.SIGTERM)
+    code, errors = finish(process)
+    assert code == 143, errors
+    assert not list(home.glob("default/*/outcome.json"))
+    code, errors = finish(start(words, home))
+    assert code == 0, errors
+    assert "resuming from" in errors
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
 def test_two_equal_one_also_when_they_were_stopped(
     overlay: str, words: list[str], one: Path, tmp_path: Path
 ) -> None:
     """A step with an infinite gradient is skipped by both, whichever of them has it."""
-    words = [*words, f"--config={CONFIGS}/trainer/{overlay}.yaml", "--trainer.accelerator=cpu"]
-    process = start(words, tmp_path)
-    while not list(tmp_path.glob("default/*/checkpoints/step-*")):
-        assert process.poll() is None, finish(process)[1]
-    process.send_signal(signal.SIGTERM)
-    code, errors = finish(process)
-    assert code == 143, errors
-    assert not list(tmp_path.glob("default/*/outcome.json"))
-    code, errors = finish(start(words, tmp_path))
-    assert code == 0, errors
-    assert "resuming from" in errors
+    words = of_two(words, overlay)
+    stop_and_go_on(words, tmp_path)
 
     (run,), (alone,) = (home.glob("default/*") for home in (tmp_path, one))
     assert_same(losses(run), losses(alone))
@@ -114,6 +125,26 @@ def test_two_equal_one_also_when_they_were_stopped(
     for name, tensor in theirs.items():
         # AdamW divides by the root of what may be near nothing: its rounding is the rate's size
         assert float((ours[name] - tensor).abs().max()) < 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_two_that_were_stopped_equal_two_that_were_not_to_the_last_bit(
+    overlay: str, words: list[str], tmp_path: Path
+) -> None:
+    words = of_two(words, overlay)
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stop_and_go_on(words, stopped)
+    code, errors = finish(start(words, whole))
+    assert code == 0, errors
+    (ours,), (theirs,) = (home.glob("default/*") for home in (stopped, whole))
+    assert losses(ours) == losses(theirs)
+    ours, theirs = (max(run.glob("checkpoints/step-*")) for run in (ours, theirs))
+    assert ours.name == theirs.name
+    ours, theirs = read_tensors(ours), read_tensors(theirs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,136 @@
+"""The bars of a training run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN_METRICS = {
+    "train/loss": "loss {:.3f}",
+    "val/loss": "val {:.3f}",
+    "perf/tokens_per_s": "{:,.0f} tok/s",
+}
+SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, lines in a file
+
+
+class ProgressDisplay(ProgressBar):
+    """One bar over all steps of a run, on stderr: losses, speed, time elapsed and left.
+
+    In a terminal a second bar shows a validation while it runs; in a file the bar becomes a line
+    now and then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_enabled = True
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+
+    def enable(self) -> None:
+        """Shows what starts from here on."""
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        """Shows nothing that starts from here on; Lightning asks for it on all ranks but one."""
+        self.is_enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Adds the bar of all steps, those before a resume included."""
+        n_steps = int(trainer.estimated_stepping_batches)
+        self._training = self._add("train", n_steps, completed=trainer.global_step)
+        self._interval_s = SCREEN_INTERVAL_S if self._console.is_terminal else LOG_INTERVAL_S
+        self._due = time.monotonic() + self._interval_s
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Updates the bar now and then: to read a loss is to wait for the device."""
+        if time.monotonic() >= self._due:
+            self._update(trainer)
+            self._print()
+            self._due = time.monotonic() + self._interval_s
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Shows the last step."""
+        self._update(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Adds a bar of batches."""
+        name, n_batches = "val", trainer.num_val_batches
+        if trainer.testing:
+            name, n_batches = "test", trainer.num_test_batches
+        elif trainer.predicting:
+            name, n_batches = "predict", trainer.num_predict_batches
+        self._evaluation = self._add(name, sum(n_batches))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves that bar on."""
+        if self._progress:
+            self._progress.update(self._evaluation, completed=batch_idx + 1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Takes that bar away again, where training goes on."""
+        if self._progress and trainer.state.fn == "fit":
+            self._progress.remove_task(self._evaluation)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Leaves the last state there."""
+        if self._progress:
+            self._progress.stop()
+            self._print()
+            self._progress = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Gives the terminal back."""
+        self.teardown(trainer, pl_module, "")
+
+    def _add(self, name: str, total: float, completed: int = 0) -> TaskID:
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self._console,
+                refresh_per_second=2,
+                disable=not (self.is_enabled and self._console.is_terminal),
+            )
+            self._progress.start()
+        return self._progress.add_task(name, total=total, completed=completed, metrics="")
+
+    def _update(self, trainer: pl.Trainer) -> None:
+        values = trainer.progress_bar_metrics
+        known = [(form, values[name]) for name, form in SHOWN_METRICS.items() if name in values]
+        metrics = " ".join(form.format(float(value)) for form, value in known)
+        assert self._progress is not None
+        self._progress.update(self._training, completed=trainer.global_step, metrics=metrics)
+
+    def _print(self) -> None:
+        """The bars as lines, where they do not move."""
+        if self.is_enabled and not self._console.is_terminal:
+            self._console.print(self._progress)

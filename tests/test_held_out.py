@@ -1,0 +1,138 @@
+"""What a checkpoint is evaluated on was held out from it, and is given as it was in training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import read_meta
+from pipeline.models import load
+from pipeline.resume import check_held_out
+from pipeline.score_stage import Answering, parent_of, prompts_of
+from tests.journey import CONFIGS, PLAIN, Journey, said
+from tests.training import instruction_data
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    return tmp_path / "mlruns"
+
+
+def refused(*words: str) -> str:
+    code, _, err = said(*words)
+    assert code == 2, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("split_seed=7", "data.split_seed was 1, is 7"),
+        ("train_fraction=0.5", "data.train_fraction was 0.7, is 0.5"),
+        ("suffix=!", "was trained with data.suffix ''"),
+        ("max_length=32", "was trained with data.max_length"),
+    ],
+)
+def test_a_test_on_another_split_or_form_is_refused(
+    change: str, message: str, tiny: Journey
+) -> None:
+    words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--data.{change}"]
+    assert message in refused(*words, f"--ckpt_path={tiny.best('spam')}")
+
+
+def score(tiny: Journey, *words: str) -> tuple[int, str, str]:
+    config = f"--config={CONFIGS}/score.yaml"
+    return said("score", config, f"--ckpt={tiny.best('instruct')}", "--max_new_tokens=4", *words)
+
+
+def test_scores_on_another_split_are_refused(tiny: Journey) -> None:
+    code, _, err = score(tiny, '--data={"split_seed": 7}')
+    assert code == 2
+    assert "what is held out here may have been trained on: data.split_seed was 1, is 7" in err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [({"sorce": "x"}, "sorce"), ({"max_length": "long"}, "max_length"), ({"batch_size": 0}, "0")],
+)
+def test_data_that_cannot_be_is_one_line(data: dict[str, Any], message: str, tiny: Journey) -> None:
+    code, _, err = score(tiny, f"--data={json.dumps(data)}")
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def fingerprint(**sources: str) -> dict[str, Any]:
+    return {"sources": sources}
+
+
+def test_files_decide_whether_data_was_seen() -> None:
+    meta = {"dataset": fingerprint(a="1"), "data": {"init_args": {"split_seed": 1}}}
+    other, same = ({"init_args": {"split_seed": seed}} for seed in (2, 1))
+    check_held_out(meta, other, fingerprint(b="2"))  # nothing of it was seen
+    check_held_out(meta, same, fingerprint(a="1"))
+    check_held_out(meta, same, fingerprint(moved="1"))
+    with pytest.raises(ValueError, match="a is not what it was"):
+        check_held_out(meta, same, fingerprint(a="2"))
+    with pytest.raises(ValueError, match="split_seed was 1, is 2"):
+        check_held_out(meta, other, fingerprint(moved="1"))
+
+
+def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Path) -> None:
+    entries = [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))}
+        for n in range(2, 22)
+    ]
+    source = tmp_path / "counts.json"
+    source.write_text(json.dumps(entries))
+    before = tmp_path / "before"
+    shutil.copytree(tiny.best("pretrain"), before)
+    words = [f'--data={{"source": "{source}"}}', f"--before={before}"]
+    assert "report:" in score(tiny, *words)[2]
+    assert "already finished" in score(tiny, *words)[2]
+    entries[0]["output"] = "corrected"
+    source.write_text(json.dumps(entries))
+    assert "report:" in score(tiny, *words)[2]
+    shutil.rmtree(before)
+    shutil.copytree(tiny.best("instruct"), before)
+    assert "report:" in score(tiny, *words)[2]
+
+
+def test_what_it_was_tuned_from_must_be_that(tiny: Journey) -> None:
+    tuned = load(tiny.best("instruct"))
+    assert parent_of(tuned) == str(tiny.best("pretrain"))
+    tuned.meta["parent"] = {**tuned.meta["parent"], "digest": "0" * 64}
+    with pytest.raises(ValueError, match="say with --before"):
+        parent_of(tuned)
+    tuned.meta["parent"] = None
+    assert parent_of(tuned) is None
+
+
+def test_prompts_keep_their_middle_where_the_context_has_room(
+    tiny: Journey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = instruction_data(tiny.tokenizer)
+    data.setup("test")
+
+    def prompts(max_new_tokens: int, context: int) -> list[list[int]]:
+        return prompts_of(data, Answering("test", max_new_tokens, 8, "32-true"), context)
+
+    whole = prompts(256, 100_000)
+    assert not capsys.readouterr().err
+    longest = max(map(len, whole))
+    cut = prompts(256, 256 + longest - 1)
+    assert max(map(len, cut)) == longest - 1
+    assert "prompts are longer than" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="which leaves 0 of the model's 256 tokens"):
+        prompts(256, 256)
+
+
+def test_checkpoints_say_what_they_were_trained_on(tiny: Journey) -> None:
+    meta = read_meta(tiny.best("spam"))
+    assert set(meta["dataset"]["sources"]) == set(tiny.outcomes["spam"]["sources"])

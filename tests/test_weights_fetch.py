@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import hf_hub_download
 
 from datamodules.files import cache_dir
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
+from pipeline.weights.reading import open_foreign
 from tests.faults.servers import Answer, Connection, endless_body, moved, serving, silence, whole
 from tests.published import random_model, save_tokenizer, train
 
@@ -129,6 +131,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model("llama", 512).save_pretrained(folder)
     save_tokenizer(train("smollm"), folder)
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
     return folder
 
 
@@ -155,9 +158,32 @@ def test_a_repository_once_online_then_offline(hub: Hub, published: Path) -> Non
     assert (path / BIG).read_bytes() == (published / BIG).read_bytes()
     assert not (path / "pytorch_model.bin").exists()
     assert load("me/tiny").name == "me/tiny"
+    assert open_foreign(path).license == "mit"
     asked = len(hub.requests)
     hub.shutdown()
     assert locate("me/tiny") == path
+    (path / "README.md").unlink()  # as in a cache that was filled before cards were fetched
+    assert locate("me/tiny") == path
+    assert len(hub.requests) == asked
+
+
+def test_a_cache_that_others_filled_in_part(hub: Hub, published: Path) -> None:
+    """A tokenizer alone, as transformers fetches it; the client has no listing to compare with."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        hf_hub_download("me/tiny", name)
+    assert (locate("me/tiny") / BIG).read_bytes() == (published / BIG).read_bytes()
+
+
+def test_shards_that_are_not_all_there(hub: Hub, tmp_path: Path) -> None:
+    hub.folder = tmp_path / "sharded"
+    random_model("llama", 512).save_pretrained(hub.folder, max_shard_size="30KB")
+    save_tokenizer(train("smollm"), hub.folder)
+    shards = sorted(path.name for path in hub.folder.glob("model-*.safetensors"))
+    for name in ("config.json", "tokenizer.json", f"{BIG}.index.json", *shards[1:]):
+        hf_hub_download("me/tiny", name)
+    assert load("me/tiny").name == "me/tiny"
+    asked = len(hub.requests)
+    assert (locate("me/tiny") / shards[0]).is_file()
     assert len(hub.requests) == asked
 
 

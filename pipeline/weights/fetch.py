@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from datamodules.files import cache_dir, file_digests, replacing
-from pipeline.weights.huggingface_in import FILES
+from pipeline.weights.huggingface_in import CARD, CONFIG, FILES, INDEX, TOKENIZER, WEIGHTS
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
@@ -149,15 +149,18 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    snapshot = partial(snapshot_download, repository, revision=revision, allow_patterns=list(FILES))
+    snapshot = partial(snapshot_download, repository, revision=revision)
     try:
-        return Path(snapshot(local_files_only=True))
+        cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
+        if _is_whole(cached):
+            return cached
     except LocalEntryNotFoundError:
-        print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
+        pass
     except HFValidationError as error:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
+    print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
     try:
-        return Path(snapshot())
+        return Path(snapshot(allow_patterns=[*FILES, CARD]))
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
         asked = f"{repository}@{revision}" if revision else repository
@@ -165,3 +168,15 @@ def _from_hub(repository: str, revision: str | None) -> Path:
             f"{asked} is no path here and could not be fetched from the hub ({reason}); check the "
             "name, go online once, or give a directory."
         ) from error
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether a model can be read from it: other tools leave what they needed, a tokenizer alone.
+
+    What the hub's client knows of is complete; it says nothing of what it has no listing of.
+    """
+    weights = {WEIGHTS}
+    if (snapshot / INDEX).is_file():
+        index = (snapshot / INDEX).read_text(encoding="utf-8", errors="replace")
+        weights = set(re.findall(r'"(model-[^"/]+\.safetensors)"', index))
+    return all((snapshot / name).is_file() for name in (CONFIG, TOKENIZER, *weights))

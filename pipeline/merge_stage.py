@@ -80,7 +80,7 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     lora.merge(loaded.model)
     after = behaviour(loaded, held_out)
     certificate = {
-        "adapter": {"path": str(ckpt), "digest": path_digest(ckpt)},
+        "adapter": {"path": str(ckpt.resolve()), "digest": path_digest(ckpt)},
         "base": loaded.meta["base"]["digest"],
         "data": held_out.fingerprint["digest"],
         **compare(before, after, is_classifier=isinstance(loaded.model, GPTClassifier)),

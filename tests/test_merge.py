@@ -12,6 +12,7 @@ import torch
 from pipeline import lora, merge_stage
 from pipeline.checkpoint import read_meta, verify_checkpoint
 from pipeline.models import load
+from pipeline.weights.lineage import lineage, short_name
 from tests.journey import Journey, outcome_of, said
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -88,6 +89,18 @@ def test_a_language_model(tuned: Path, tmp_path: Path) -> None:
     assert load(output).meta["prompt_style"] == load(tuned).meta["prompt_style"]
     assert said("export", f"--ckpt={output}", "--format=gguf")[0] == 0
     assert said("merge", f"--ckpt={output}")[2].endswith("nothing to merge.\n")
+
+
+def test_a_relative_path_keeps_the_lineage(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt, output = tiny.best("spam"), tmp_path / "merged"
+    monkeypatch.chdir(ckpt.parent)
+    code, _, err = said("merge", f"--ckpt={ckpt.name}", f"--output={output}")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    names = [step["name"] for step in lineage(load(output))]
+    assert names[1:] == [short_name(tiny.best(stage)) for stage in ("spam", "pretrain")]
 
 
 def spoilt(by: float) -> Any:

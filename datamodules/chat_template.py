@@ -62,7 +62,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
         text: str = template.render(
             messages=list(messages),
             add_generation_prompt=opening,
-            bos_token=vocabulary.bos or "",
+            bos_token=vocabulary.bos_token or "",
             eos_token=vocabulary.eos,
             tools=None,
             documents=None,

@@ -56,6 +56,7 @@ class Vocabulary:
         eos: the special token that ends a text, or an answer.
         bos: the special token that its makers put before every text, if any.
         chat_template: Jinja source of its makers' conversations, if any.
+        template_bos: the special token that the template calls `bos_token`, where it is not `bos`.
     """
 
     name: str
@@ -65,6 +66,12 @@ class Vocabulary:
     eos: str = ENDOFTEXT
     bos: str | None = None
     chat_template: str | None = None
+    template_bos: str | None = None
+
+    @property
+    def bos_token(self) -> str | None:
+        """What a chat template calls so, whether or not it stands before other texts."""
+        return self.template_bos or self.bos
 
     @property
     def size(self) -> int:
@@ -79,15 +86,20 @@ class Vocabulary:
 
     def content(self) -> dict[str, Any]:
         """As primitives; what is at its default is left out."""
-        optional = {"eos": self.eos, "bos": self.bos, "chat_template": self.chat_template}
-        defaults = {"eos": ENDOFTEXT, "bos": None, "chat_template": None}
+        optional = {
+            "eos": self.eos,
+            "bos": self.bos,
+            "chat_template": self.chat_template,
+            "template_bos": self.template_bos,
+        }
+        defaults = {"eos": ENDOFTEXT}
         return {
             "format": _FORMAT,
             "name": self.name,
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
             "tokens": [base64.b64encode(token).decode() for token in self.tokens],
-            **{key: value for key, value in optional.items() if value != defaults[key]},
+            **{key: value for key, value in optional.items() if value != defaults.get(key)},
         }
 
 

@@ -134,6 +134,20 @@ def test_a_template_of_its_own_is_kept(tiny_gpt: MakeGPT, tmp_path: Path) -> Non
         assert found == encode_prompt(tokenizer, "template", messages), messages
 
 
+def test_a_template_with_a_bos_that_plain_texts_lack(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    template = "{{ bos_token }}" + SMOLLM2
+    known = replace(vocabulary().vocabulary, chat_template=template, template_bos="<|system|>")
+    tokenizer = Tokenizer.of(known)
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out", prompt_style="template")
+    assert theirs(TEXTS[0]).input_ids == tokenizer.encode(TEXTS[0])
+    for messages in CHATS:
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert found == encode_prompt(tokenizer, "template", messages), messages
+    assert found[0] == tokenizer.special_ids["<|system|>"]
+    again = open_huggingface(tmp_path / "out").tokenizer.vocabulary
+    assert again == replace(known, name=again.name)
+
+
 def test_ollamas_templates() -> None:
     tokenizer = vocabulary()
     assert go(tokenizer, "chatml") == (

@@ -12,9 +12,20 @@ import gguf
 import pytest
 import torch
 
+from datamodules.chat_template import render
+from datamodules.prompts import Message
 from pipeline.gpt import RopeScaling
 from pipeline.models import load
-from tests.published import CHATML, EOS, random_model, refusal, said_of, train, write_gguf
+from tests.published import (
+    CHATML,
+    EOS,
+    START,
+    random_model,
+    refusal,
+    said_of,
+    train,
+    write_gguf,
+)
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -146,6 +157,15 @@ def test_ids_that_nothing_has_and_a_leading_token(tmp_path: Path) -> None:
     loaded = load(tmp_path / "a.gguf")
     assert loaded.tokenizer.n_vocab == n_tokens(bpe)
     assert loaded.tokenizer.vocabulary.bos == "<|im_start|>"
+
+
+def test_a_bos_of_its_template_alone(tmp_path: Path, bpe: Any) -> None:
+    model = random_model("llama", n_tokens(bpe), num_hidden_layers=1)
+    write_gguf(tmp_path / "a.gguf", model, bpe, chat_template="{{ bos_token }}" + CHATML)
+    tokenizer = load(tmp_path / "a.gguf").tokenizer
+    assert tokenizer.bos_ids == []
+    message = Message(role="user", content="hi")
+    assert render(tokenizer, [message], opening=True).startswith(START * 2)
 
 
 def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:

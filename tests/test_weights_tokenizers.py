@@ -228,13 +228,15 @@ def test_merges_that_do_not_make_their_token(tmp_path: Path) -> None:
 # Conversations
 
 
-@pytest.fixture(params=["chatml", "llama3"], scope="module")
+@pytest.fixture(params=["chatml", "llama3", "llama3, plain texts without BOS"], scope="module")
 def chatting(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "chatml":
         theirs = save_tokenizer(train("smollm"), folder)
     else:
-        bpe = with_leading(train("llama-bpe", LLAMA3_SPECIAL), LLAMA3_SPECIAL[0])
+        bpe = train("llama-bpe", LLAMA3_SPECIAL)
+        if request.param == "llama3":
+            bpe = with_leading(bpe, LLAMA3_SPECIAL[0])
         names = {"bos_token": LLAMA3_SPECIAL[0], "eos": "<|eot_id|>"}
         theirs = save_tokenizer(bpe, folder, template=LLAMA3, **names)
     return of_others(folder), theirs

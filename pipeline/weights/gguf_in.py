@@ -143,6 +143,7 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     if len(tokens) < len(used):
         raise ValueError("its tokenizer has a token twice.")
     eos, bos = (metadata.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
+    bos_token = None if bos is None else names[bos]
     adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", is_llama3)
     return make_tokenizer(
         tokens=tokens,
@@ -150,7 +151,8 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
         special_tokens={names[i]: i for i in used if kinds[i] == _CONTROL},
         pre=pre,
         eos=None if eos is None else names[eos],
-        bos=names[bos] if adds_bos and bos is not None else None,
+        bos=bos_token if adds_bos else None,
+        bos_token=bos_token,
         chat_template=metadata.fields.get("tokenizer.chat_template"),
         whole_pieces=is_llama3,
     )

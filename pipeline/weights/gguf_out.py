@@ -132,8 +132,8 @@ def _add_tokenizer(writer: GGUFWriter, loaded: Loaded, pre: str, merges: list[st
         if stop != tokenizer.vocabulary.eos:
             writer.add_eot_token_id(tokenizer.special_ids[stop])
     writer.add_add_bos_token(bool(tokenizer.bos_ids))
-    if tokenizer.bos_ids:
-        writer.add_bos_token_id(tokenizer.bos_ids[0])
+    if bos := tokenizer.vocabulary.bos_token:
+        writer.add_bos_token_id(tokenizer.special_ids[bos])
     if template := chat_template(loaded):
         writer.add_chat_template(template)
 

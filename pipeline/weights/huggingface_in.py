@@ -212,6 +212,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         pre=name_of_steps(content.get("pre_tokenizer")),
         eos=_name(options.get("eos_token")) or by_id.get(eos_id),
         bos=_leading_token(content.get("post_processor")),
+        bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
         whole_pieces=model.get("ignore_merges", False),
     )

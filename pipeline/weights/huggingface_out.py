@@ -165,7 +165,7 @@ def _tokenizer_config(loaded: Loaded) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": vocabulary.eos,
         "pad_token": vocabulary.eos,  # never made from text, so it marks nothing real as padding
-        **({"bos_token": vocabulary.bos} if vocabulary.bos else {}),
+        **({"bos_token": vocabulary.bos_token} if vocabulary.bos_token else {}),
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
         "model_max_length": loaded.meta.get("max_length", _NEVER_SHORTENS),

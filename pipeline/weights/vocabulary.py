@@ -137,6 +137,7 @@ def make_tokenizer(
     pre: str,
     eos: str | None,
     bos: str | None,
+    bos_token: str | None,
     chat_template: str | None,
     whole_pieces: bool = False,
 ) -> Tokenizer:
@@ -149,6 +150,7 @@ def make_tokenizer(
         pre: llama.cpp's name of the pre-tokenizer.
         eos: special token that ends a text.
         bos: special token that stands before every text, if any.
+        bos_token: what a chat template calls so, whether or not it stands there.
         chat_template: Jinja source.
         whole_pieces: a piece that is a token is not merged; tokens may be made by no merge.
 
@@ -159,7 +161,10 @@ def make_tokenizer(
         raise ValueError(
             f"its pre-tokenizer {pre!r} is not supported; there are {', '.join(PRE_TOKENIZERS)}."
         )
-    for token in filter(None, (eos, bos)):
+    # kept only where it decides ids, so that other digests stay as they were
+    is_written = bos_token != bos and "bos_token" in (chat_template or "")
+    template_bos = bos_token if is_written else None
+    for token in filter(None, (eos, bos, template_bos)):
         if token not in special_tokens:
             raise ValueError(f"its token {token!r} is not among its special tokens.")
     if eos is None:
@@ -182,6 +187,7 @@ def make_tokenizer(
             eos=eos,
             bos=bos,
             chat_template=chat_template,
+            template_bos=template_bos,
         )
     )
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Theirs
 from tokenizers import models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from datamodules.chat_template import render
 from datamodules.prompts import TEMPLATE, Message, encode_conversation, encode_prompt, stop_ids
@@ -262,6 +263,42 @@ def test_conversations_have_the_ids_of_transformers(
 def test_plain_text_starts_as_transformers_starts_it(chatting: tuple[Tokenizer, Any]) -> None:
     ours, theirs = chatting
     assert ours.bos_ids + ours.encode("Hello 12") == theirs("Hello 12")["input_ids"]
+
+
+def option(folder: Path, key: str, value: bool) -> Any:
+    """A tokenizer_config.json with an option; what transformers makes of it."""
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_what_stands_around_a_text_is_in_tokenizer_json(leads: bool, tmp_path: Path) -> None:
+    """Both options are for tokenizers without that file; transformers passes them over, too."""
+    bpe = train("llama-bpe", LLAMA3_SPECIAL)
+    bpe = with_leading(bpe, LLAMA3_SPECIAL[0]) if leads else bpe
+    save_tokenizer(bpe, tmp_path, eos="<|eot_id|>", bos_token=LLAMA3_SPECIAL[0])
+    ours = of_others(tmp_path)
+    for key in ("add_bos_token", "add_eos_token"):
+        for value in (leads, not leads):
+            theirs = option(tmp_path, key, value)
+            assert of_others(tmp_path).digest == ours.digest
+            assert ours.bos_ids + ours.encode("Hello 12") == theirs("Hello 12")["input_ids"]
+
+
+def test_a_blank_before_every_text_is_refused(tmp_path: Path) -> None:
+    """Some of transformers' classes put it there whatever tokenizer.json says."""
+    bpe = train("gpt-2")
+    save_tokenizer(bpe, tmp_path)
+    random_model("gpt2", 500).save_pretrained(tmp_path)
+    option(tmp_path, "add_prefix_space", False)
+    ours = of_others(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("TokenizersBackend", "GPT2Tokenizer"))
+    theirs = option(tmp_path, "add_prefix_space", True)
+    assert theirs("Hello")["input_ids"] == ours.encode(" Hello")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json has add_prefix_space True"):
+        of_others(tmp_path)
 
 
 def test_markers_of_a_user_stay_ordinary(chatting: tuple[Tokenizer, Any]) -> None:

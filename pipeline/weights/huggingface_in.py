@@ -144,10 +144,10 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise ValueError(f"its rope scaling is {kind}; there are linear and llama3.")
 
 
-def _expect(settings: dict[str, Any], key: str, value: Any) -> None:
+def _expect(settings: dict[str, Any], key: str, value: Any, file: str = CONFIG) -> None:
     found = settings.get(key)
     if found is not None and found != value:
-        raise ValueError(f"its {CONFIG} has {key} {found}; only {value} is supported.")
+        raise ValueError(f"its {file} has {key} {found}; only {value} is supported.")
 
 
 class _Stored(NamedTuple):
@@ -194,6 +194,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     content, options = _read_json(path / TOKENIZER), _read_json(path / TOKENIZER_CONFIG, {})
     model = content["model"]
     _check_algorithm(content, model)
+    _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
     odd = [name for name, token in added.items() if not token["special"]]
     odd += [name for name, token in added.items() if token.get("lstrip") or token.get("rstrip")]

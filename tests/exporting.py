@@ -53,6 +53,19 @@ def vocabulary(pre: str = "qwen2", *, bos: str | None = None) -> Tokenizer:
     )
 
 
+def with_whole_pieces(pre: str) -> Tokenizer:
+    """The same with words and parts of words among its tokens, most of which no merge makes."""
+    known, draw = vocabulary(pre).vocabulary, random.Random(0)
+    tokens, words = list(known.tokens), "".join(strings(300)).split()
+    for word in draw.sample(words, 120):
+        start = draw.randrange(3)
+        token = draw.choice(("", " ")).encode() + word[start : start + 5].encode()
+        if token.strip() and token not in tokens:
+            tokens.insert(draw.randint(256, len(tokens)), token)
+    specials = {name: len(tokens) + i for i, name in enumerate(known.special_tokens)}
+    return Tokenizer.of(replace(known, tokens=tokens, special_tokens=specials))
+
+
 def loaded(model: Any, tokenizer: Tokenizer, **meta: Any) -> Loaded:
     """As `models.load` gives it."""
     gpt = getattr(model, "gpt", model)

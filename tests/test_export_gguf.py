@@ -10,11 +10,19 @@ import gguf
 import pytest
 import torch
 
-from datamodules.tokenizer import ENDOFTEXT
+from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.gpt import GPT, RopeScaling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.reading import open_foreign, read_model
-from tests.exporting import N_ROWS, MakeGPT, classifier, loaded, vocabulary, write
+from tests.exporting import (
+    N_ROWS,
+    MakeGPT,
+    classifier,
+    loaded,
+    vocabulary,
+    with_whole_pieces,
+    write,
+)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
@@ -74,6 +82,27 @@ def test_metadata(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
         found = fields.get("tokenizer.ggml.eot_token_id")
         assert found == (tokenizer.special_ids[eot] if eot else None)
         assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{N_ROWS - 1}]"
+
+
+def test_tokens_that_no_merge_makes(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    """llama.cpp leaves a piece that is a token whole with Llama 3's pre-tokenizer alone."""
+    tokenizer, other = with_whole_pieces("llama-bpe"), with_whole_pieces("qwen2")
+    model = tiny_gpt("llama", vocab_size=tokenizer.n_vocab)
+    options: dict[str, Any] = {"name": "tiny", "license": None}
+    path = write(gguf_writers(loaded(model, tokenizer), "f32", **options), tmp_path / "out")
+    again = open_foreign(path / "model.gguf").tokenizer.vocabulary
+    assert again == replace(tokenizer.vocabulary, name=again.name)
+    with pytest.raises(ValueError, match="that no merge makes, for which llama"):
+        gguf_writers(loaded(model, other), "f32", **options)
+
+
+def test_a_bos_of_its_template_alone(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    known = replace(vocabulary().vocabulary, chat_template=template, template_bos="<|system|>")
+    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS), Tokenizer.of(known))
+    writers = gguf_writers(exported, "f32", name="tiny", license=None)
+    again = open_foreign(write(writers, tmp_path / "out") / "model.gguf").tokenizer.vocabulary
+    assert again == replace(known, name=again.name)
 
 
 def test_rows_that_q8_0_cannot_hold_stay_f16(

@@ -17,7 +17,15 @@ from pipeline.weights.huggingface_in import open_huggingface
 from pipeline.weights.huggingface_out import huggingface_writers, tokenizer_json
 from pipeline.weights.templates import default_system, go, jinja, known_style
 from pipeline.weights.vocabulary import PRE_TOKENIZERS
-from tests.exporting import N_ROWS, MakeGPT, loaded, strings, vocabulary, write
+from tests.exporting import (
+    N_ROWS,
+    MakeGPT,
+    loaded,
+    strings,
+    vocabulary,
+    with_whole_pieces,
+    write,
+)
 
 N_STRINGS = 3000
 TEXTS = strings(N_STRINGS)
@@ -87,11 +95,21 @@ def test_a_pattern_of_its_own_is_refused() -> None:
         tokenizer_json(odd)
 
 
-def test_a_token_that_no_merge_makes_is_refused() -> None:
-    known = vocabulary().vocabulary
-    odd = replace(known, name="odd", tokens=[*known.tokens, b"zqx"])
-    with pytest.raises(ValueError, match="token b'zqx' that no merge makes"):
-        tokenizer_json(odd)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_tokens_that_no_merge_makes(tiny_gpt: MakeGPT, tmp_path: Path, pre: str) -> None:
+    """Words, parts of words and of one another, anywhere in the order, as Llama 3 has them."""
+    tokenizer = with_whole_pieces(pre)
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out")
+    model = json.loads((tmp_path / "out/tokenizer.json").read_text())["model"]
+    assert model["ignore_merges"] is True
+    whole = set(tokenizer.vocabulary.tokens) - set(vocabulary(pre).vocabulary.tokens)
+    texts = [*TEXTS, *(token.decode() for token in sorted(whole))]
+    ours = [tokenizer.encode(text) for text in texts]
+    assert theirs(texts).input_ids == ours
+    had = {tokenizer.vocabulary.tokens[i] for ids in ours for i in ids}
+    assert len(whole & had) > 40
+    again = open_huggingface(tmp_path / "out").tokenizer.vocabulary
+    assert again == replace(tokenizer.vocabulary, name=again.name)
 
 
 def chat(*contents: str, system: str | None = None) -> list[Message]:

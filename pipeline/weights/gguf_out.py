@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from datamodules.tokenizer import Vocabulary
 from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig, stretched
@@ -50,9 +51,8 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
             f"{loaded.path} is a classifier, which llama.cpp cannot run; "
             "export it with --format huggingface."
         )
-    merges = [" ".join(pair) for pair in merges_of(loaded.tokenizer.vocabulary)]
     family = family_of(loaded.gpt.config)
-    pre = pre_tokenizer_of(loaded.tokenizer.vocabulary)
+    pre, merges = _tokenizer_parts(loaded.tokenizer.vocabulary)
 
     def write(path: Path) -> None:
         from gguf import GGUFWriter
@@ -109,6 +109,17 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def _tokenizer_parts(vocabulary: Vocabulary) -> tuple[str, list[str]]:
+    """Its pre-tokenizer's name and its merges."""
+    pre, merges = pre_tokenizer_of(vocabulary), merges_of(vocabulary)
+    if merges.whole is not None and pre != "llama-bpe":
+        raise ValueError(
+            f"the tokenizer {vocabulary.name} has a token {merges.whole!r} that no merge makes, "
+            "for which llama.cpp would give other ids; export it with --format huggingface."
+        )
+    return pre, [" ".join(pair) for pair in merges.pairs]
 
 
 def _add_tokenizer(writer: GGUFWriter, loaded: Loaded, pre: str, merges: list[str]) -> None:

@@ -107,6 +107,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
         for step in PRE_TOKENIZERS[pre_tokenizer_of(vocabulary)].steps
     ]
+    merges = merges_of(vocabulary)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
@@ -133,9 +134,9 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            "ignore_merges": merges.whole is not None,
             "vocab": spelled(vocabulary),
-            "merges": merges_of(vocabulary),
+            "merges": merges.pairs,
         },
     }
 

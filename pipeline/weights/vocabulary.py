@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -80,30 +80,53 @@ def spelled(vocabulary: Vocabulary) -> dict[str, int]:
     return ordinary | vocabulary.special_tokens
 
 
-def merges_of(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """The merges that make each token, in order: what is left of it without its own rank.
+class Merges(NamedTuple):
+    """A list of merges as tokenizer.json and GGUF hold it.
 
-    Raises:
-        ValueError: for a token that merges cannot make.
+    Attributes:
+        pairs: in GPT-2's spelling of bytes, in their order.
+        whole: a token that no merge makes; it is had only where a piece that is a token is not
+            merged (`ignore_merges`). None where merges make all.
+    """
+
+    pairs: list[tuple[str, str]]
+    whole: bytes | None
+
+
+def merges_of(vocabulary: Vocabulary) -> Merges:
+    """The merge that makes each token; all pairs that spell one where some are made by none.
+
+    tiktoken merges any neighbours that spell a token. Where merges make every token these are
+    always the same two; otherwise they may be others, and the order is that of Llama 3's list.
     """
     ranks = {token: rank for rank, token in enumerate(vocabulary.tokens) if token}
-    merges = []
-    for token, rank in ranks.items():
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            lowest = min(pairs)
-            if lowest >= rank:
-                raise ValueError(
-                    f"the tokenizer {vocabulary.name} has a token {token!r} that no merge makes, "
-                    "so other tools would give other ids."
-                )
-            i = pairs.index(lowest)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append((token_spelling(parts[0]), token_spelling(parts[1])))
-    return merges
+    made = {token: _last_merge(token, ranks) for token in ranks if len(token) > 1}
+    whole = next((token for token, pair in made.items() if pair is None), None)
+    pairs = [pair for pair in made.values() if pair is not None]
+    if whole is not None:
+        pairs = [cut for token in made for cut in _cuts(token, ranks)]
+    return Merges([(token_spelling(a), token_spelling(b)) for a, b in pairs], whole)
+
+
+def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two parts that are left of a token without its own rank; none where there are more."""
+    rank, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+        lowest = min(pairs)
+        if lowest >= rank:
+            return None
+        i = pairs.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    left, right = parts
+    return (left, right) if left in ranks and right in ranks else None
+
+
+def _cuts(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """All pairs of tokens that spell a token, by the id of the first."""
+    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+    known = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+    return sorted(known, key=lambda cut: ranks[cut[0]])
 
 
 def name_of_steps(pre_tokenizer: Any) -> str:

@@ -10,16 +10,17 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from datamodules.tokenizer import Tokenizer
 
-_MAX_ROUNDS = 100_000  # of all loops together, for a conversation
+_MAX_ROUNDS = 100_000  # of loops, repetitions and bits of products, together, for a conversation
 
 
 class Message(TypedDict):
@@ -113,7 +114,9 @@ def _compiled(source: str) -> Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers gives a template; and its loops end."""
+    """What transformers gives a template; and its loops end, its products stay small."""
+
+    intercepted_binops = frozenset(("*", "**"))  # not computed while compiling, either
 
     def __init__(self) -> None:
         super().__init__(
@@ -131,10 +134,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
-            self.rounds_left -= 1
-            if self.rounds_left < 0:
-                raise TemplateError(f"it loops more than {_MAX_ROUNDS} times.")
+            self._spend(1)
             yield item
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power, at the price of its length in items or bits."""
+        match operator, left, right:
+            case "**", int(), int():
+                self._spend(left.bit_length() * right)
+            case "*", int(), int():
+                self._spend(left.bit_length() + right.bit_length())
+            case ("*", int(n), Sized() as items) | ("*", Sized() as items, int(n)):
+                self._spend(len(items) * n)
+        return super().call_binop(context, operator, left, right)
+
+    def _spend(self, rounds: int) -> None:
+        self.rounds_left -= max(0, rounds)
+        if self.rounds_left < 0:
+            raise TemplateError(f"it loops or multiplies more than {_MAX_ROUNDS} times.")
 
 
 def _refuse(message: str) -> NoReturn:

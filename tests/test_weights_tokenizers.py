@@ -324,6 +324,9 @@ def speaking(template: str) -> Tokenizer:
     return Tokenizer.of(vocabulary)
 
 
+SQUARES = (
+    "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"
+)
 EACH = "{% for message in messages %}{{ message['content'] FILTER }}<|im_end|>{% endfor %}"
 
 
@@ -334,7 +337,12 @@ EACH = "{% for message in messages %}{{ message['content'] FILTER }}<|im_end|>{%
         (EACH.replace("FILTER", "| replace('i', '')"), "rewrites"),
         ("{{ messages[0]['role'] }}", "rewrites"),
         ("{{ raise_exception('only cats may ask') }}", "only cats may ask"),
-        ("{% for i in range(400) %}" * 3 + "{% endfor %}" * 3, "loops more than"),
+        ("{% for i in range(400) %}" * 3 + "{% endfor %}" * 3, "loops or multiplies more than"),
+        ("{{ 9 ** (10 ** 9) }}", "multiplies more than"),
+        ("{{ 'a' * 10 ** 11 }}", "multiplies more than"),
+        ("{{ 10 ** 11 * [7] }}", "multiplies more than"),
+        ("{% if 9 ** (9 ** 9) %}{% endif %}", "multiplies more than"),
+        (SQUARES, "multiplies more than"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ messages[7]['content'] }}", "refuses"),
@@ -378,10 +386,11 @@ def test_templates_may_break_and_write_json() -> None:
     template = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m['content'] }}"
         "{% endfor %}{{ {'a': \"<'é\"} | tojson }}{{ loop is defined }}{{ tools is none }}"
+        "{{ '=' * 3 }}{{ 2 * 3 ** 2 }}{{ 2 ** -1 }}{{ 1.5 * 2 }}{{ [7] * 2 }}"
     )
     messages = [Message(role="user", content="hi"), Message(role="user", content="no")]
     text = render(speaking(template), messages, opening=True)
-    assert text == 'hi{"a": "<\'é"}FalseTrue'
+    assert text == 'hi{"a": "<\'é"}FalseTrue===180.53.0[7, 7]'
 
 
 def test_chatml_is_that_of_smollm2(smollm2: Path) -> None:

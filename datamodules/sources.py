@@ -161,7 +161,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     try:
         if suffix == ".parquet":
             return pd.read_parquet(path)
-        return pd.read_csv(
+        table = pd.read_csv(
             io.StringIO(text.replace("\r\n", "\n")),
             sep="," if suffix == ".csv" else "\t",
             quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
@@ -171,6 +171,14 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
             dtype=str,
             keep_default_na=False,
         )
+        if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
+            raise ValueError(_surplus(len(table.columns), table.index.nlevels, suffix))
+        return table
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
+
+
+def _surplus(n_columns: int, n_more: int, suffix: str) -> str:
+    remedy = "quote the text with a comma" if suffix == ".csv" else "drop a tab"
+    return f"row 1 has {n_columns + n_more} fields but there are {n_columns} columns; {remedy}."

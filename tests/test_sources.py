@@ -162,6 +162,9 @@ def test_all_messages_of_the_spam_collection_arrive(real_data: Path) -> None:
         ("a.xlsx", b"PK", r"a\.xlsx is no table; give a \.csv"),
         ("a.csv", b"", r"a\.csv cannot be read as \.csv: No columns"),
         ("a.tsv", b"a\tb\n1\t2\n1\t2\t3\t4\n", r"a\.tsv cannot be read as \.tsv: .*line 3"),
+        ("a.csv", b"a,b\n1,2,3\n4,5\n", r"a\.csv .*: row 1 has 3 fields but there are 2 columns"),
+        ("a.csv", b"a,b\n1,2,\n4,5,\n", r"a\.csv .*: row 1 has 3 fields .*; quote"),
+        ("a.tsv", b"a\tb\n1\t2\t3\t4\n", r"a\.tsv .*: row 1 has 4 fields .* drop a tab"),
         ("a.csv", b"a\n\xff\n", r"a\.csv: byte 2 \(0xff\) is not UTF-8"),
         ("a.parquet", b"text", r"a\.parquet cannot be read as \.parquet"),
     ],
@@ -169,6 +172,11 @@ def test_all_messages_of_the_spam_collection_arrive(real_data: Path) -> None:
 def test_a_table_that_cannot_be_read(name: str, content: bytes, message: str, write: Write) -> None:
     with pytest.raises(ValueError, match=message):
         read_table(write(name, content))
+
+
+def test_a_surplus_field_without_a_header(write: Write) -> None:
+    with pytest.raises(ValueError, match=r"messages .*: row 1 has 3 fields but there are 2"):
+        read_table(write("messages", "ham\tHello\tthere\nspam\twin\n"), ["label", "text"])
 
 
 # --- the documentation of this Python

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from datamodules.batching import Sample, pad
+from datamodules.files import replacing
 from datamodules.prompts import Message, encode_prompt, encode_text, stop_ids
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
@@ -132,11 +134,14 @@ def classify_table(
     """Copies a table with a label and a probability a class for the texts of a column.
 
     Raises:
-        ValueError: for a missing column, a cell without text, or a form that cannot be written.
+        ValueError: for an output that is there, a missing column, a cell without text, or a form
+            that cannot be written.
     """
     writers = {".csv": "to_csv", ".tsv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
     if output.suffix not in writers:
         raise ValueError(f"output is {output}; give a file that ends in {', '.join(writers)}.")
+    if output.exists():
+        raise ValueError(f"output {output} exists; give a new file.")
     frame = read_table(file)
     if column not in frame:
         raise ValueError(f"{file} has no column {column!r}; set --column to one of {list(frame)}.")
@@ -146,17 +151,31 @@ def classify_table(
             raise ValueError(f"{file}: row {row} has no text in {column!r}; complete or drop it.")
     loaded = load_classifier(source)
     names = loaded.meta["label_names"]
+    if output.suffix == ".tsv":
+        _check_unquoted({**frame, "label": names}, output)
     probabilities = label_probabilities(loaded, texts, batch_size)
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
     for i, name in enumerate(names):
         frame[f"probability_{name}"] = [round(p[i], 6) for p in probabilities]
     options: dict[str, Any] = {"index": False}
     if output.suffix == ".tsv":
-        options["sep"] = "\t"
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}  # as `read_table` reads it
     if output.suffix == ".jsonl":
         options = {"orient": "records", "lines": True, "force_ascii": False}
-    getattr(frame, writers[output.suffix])(output, **options)
+    with replacing(output) as temporary:  # killed here, it is not in the way of the next
+        getattr(frame, writers[output.suffix])(temporary, **options)
     print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
+
+
+def _check_unquoted(columns: Mapping[str, Iterable[Any]], output: Path) -> None:
+    """ValueError for a text that a tab-separated file, which has no quotes, cannot hold."""
+    for name, cells in columns.items():
+        for cell in (name, *cells):
+            if isinstance(cell, str) and any(character in cell for character in "\t\n\r"):
+                raise ValueError(
+                    f"output is {output}, which cannot hold the tab or line break in {cell[:60]!r} "
+                    f"(column {name!r}); give a .csv or .jsonl file."
+                )
 
 
 def load_classifier(source: str) -> Loaded:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.sources import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.journal import read_journal
@@ -178,8 +179,31 @@ def test_classify_labels_a_column(tiny: Journey, tmp_path: Path) -> None:
     header, *rows = out.read_text().splitlines()
     assert header == "id,text,predicted,probability_ham,probability_spam"
     assert len(rows) == 2
+    code, _, err = said("classify", "--ckpt=nowhere", *words[1:])
+    assert code == 2
+    assert f"output {out} exists; give a new file" in err
+    assert out.read_text().splitlines() == [header, *rows]
+    out.unlink()
     assert said("classify", *words, "--threshold=0.000001")[0] == 0
     assert all(",spam," in row for row in out.read_text().splitlines()[1:])
+
+
+def test_classify_writes_what_is_read_here(tiny: Journey, tmp_path: Path) -> None:
+    """A tab-separated file is never quoted: quotation marks are text, a tab in one is refused."""
+    table = tmp_path / "messages.jsonl"
+    texts = ['"Win, now"', 'she said "no"']
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tmp_path / "labelled.tsv"
+    words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
+    assert said("classify", *words)[0] == 0
+    assert read_table(out)["text"].tolist() == texts
+    out.unlink()
+    for text in ("one\ttwo", "one\ntwo"):
+        table.write_text(json.dumps({"text": text}))
+        code, _, err = said("classify", *words)
+        assert code == 2
+        assert f"cannot hold the tab or line break in {text!r} (column 'text'); give a .csv" in err
+        assert not out.exists()
 
 
 def test_the_same_command_does_nothing_twice(

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
@@ -293,11 +295,24 @@ class StepDataModule(pl.LightningDataModule):
             dataset,
             collate_fn=Collate(self.max_tokens, self.tokenizer.eos_id),
             num_workers=self.num_workers,
+            worker_init_fn=let_server_end,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # otherwise every iter() draws from the global generator
             **options,
         )
+
+
+def let_server_end(worker_id: int) -> None:
+    """Closes a worker's end of the pipe by which a fork server knows that its run is there.
+
+    Otherwise, after a run was killed, the server lives as long as its workers, and these, which
+    look whether the server is there, as long as it. It is Python's way to start them since 3.14.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 @rank_zero_only

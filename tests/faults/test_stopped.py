@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -100,6 +101,18 @@ def test_stopped_by_every_signal(words: list[str], home: Path, whole: Path, tmp_
     assert text.count("model.safetensors is missing or damaged") == text.count("Set aside as") == 2
     assert_nothing_is_lost(home, whole)
     assert_in_mlflow_once(home, whole)
+
+
+def test_a_killed_run_leaves_no_process(words: list[str], home: Path, tmp_path: Path) -> None:
+    """Workers are started by a server here, as they are everywhere since Python 3.14."""
+    started = Started([*words, *at("Hang", 6)], tmp_path / "said.txt")
+    started.until(lambda: bool(list(home.glob("default/*/hangs"))))
+    left = psutil.Process(started.process.pid).children(recursive=True)
+    assert len(left) >= 2, "a server and its worker"
+    started.send(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
 
 
 @pytest.mark.slow

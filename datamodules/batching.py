@@ -309,7 +309,7 @@ def let_server_end(worker_id: int) -> None:
     Otherwise, after a run was killed, the server lives as long as its workers, and these, which
     look whether the server is there, as long as it. It is Python's way to start them since 3.14.
     """
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_alive_fd = None

@@ -191,11 +191,16 @@ def plot(results: dict[str, list[tuple[Point, Measured]]]) -> Figure:
     axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
     for column, (varied, points) in enumerate(results.items()):
         xs = [getattr(point, varied) for point, _ in points]
-        axes[0, column].plot(xs, [measured.step_s[1] for _, measured in points], marker="o")
-        axes[1, column].plot(xs, [measured.peak_memory_gib for _, measured in points], marker="o")
+        if isinstance(xs[0], bool):
+            xs = ["on" if x else "off" for x in xs]
         axes[1, column].set_xlabel(varied)
-        for row in (0, 1):
-            axes[row, column].set_ylim(bottom=0)
+        rows = (
+            [measured.step_s[1] for _, measured in points],
+            [measured.peak_memory_gib for _, measured in points],
+        )
+        for row, ys in enumerate(rows):
+            axes[row, column].plot(xs, ys, marker="o")
+            axes[row, column].set_ylim(0, 1.1 * max(ys))
             axes[row, column].grid(alpha=0.25, linewidth=0.6)
     axes[0, 0].set_ylabel("step (s)")
     axes[1, 0].set_ylabel("peak memory (GiB)")

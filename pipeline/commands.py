@@ -286,7 +286,7 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
     from pipeline.tracking import open_ui, sync_all
 
     if sync:
-        counts = sync_all(mlruns_root())
+        counts = sync_all(mlruns_root(), ask=True)
         print(f"{counts['runs']} runs, {counts['lines']} lines sent", file=sys.stderr)
     else:
         open_ui(mlruns_root(), host, port)

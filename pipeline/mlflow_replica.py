@@ -65,6 +65,21 @@ def send_missing(run: Path, uri: str) -> int:
     return _catch_up(run, uri) if _is_behind(run, uri) else 0
 
 
+def forget_lost(root: Path, uri: str) -> None:
+    """Forgets what was sent of runs that the store has no more, so that they are sent anew."""
+    client = open_store(root, uri)
+    for path in root.glob(f"*/*/{REPLICATED}"):
+        replicated = _remembered(path.parent, uri)
+        if replicated is None:
+            continue
+        try:
+            client.get_run(replicated.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            path.unlink()
+
+
 def _catch_up(run: Path, uri: str) -> int:
     client = open_store(run.parent.parent, uri)
     with FileLock(run / "mlflow.lock"):

@@ -111,8 +111,13 @@ class Replica:
             _log.warning("%s", message)
 
 
-def sync_all(root: Path, uri: str | None = None) -> dict[str, int]:
+def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[str, int]:
     """Sends what the store lacks of any run below a root.
+
+    Args:
+        root: of the runs.
+        uri: of the store; by default `tracking_uri` of the root.
+        ask: ask the store for every run, as it may have lost some that were sent.
 
     Returns:
         How many `runs` there are, the `lines` sent, and how many journals are `damaged`,
@@ -125,10 +130,13 @@ def sync_all(root: Path, uri: str | None = None) -> dict[str, int]:
     uri = uri or tracking_uri(root)
     counts = {"runs": 0, "lines": 0, "damaged": 0}
     _prepare_mlflow()
+    from pipeline.mlflow_replica import forget_lost
     from pipeline.mlflow_store import open_store
 
     with _one_error(root, uri):
         open_store(root, uri)
+        if ask:
+            forget_lost(root, uri)
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
         counts["runs"] += 1
         try:
@@ -150,7 +158,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     """
     root = root.resolve()
     uri = tracking_uri(root)
-    sync_all(root, uri)
+    sync_all(root, uri, ask=True)
     if uri.startswith("http"):
         print(redact(uri))
         return

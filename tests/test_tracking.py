@@ -301,6 +301,26 @@ def test_a_lost_database_is_filled_anew_by_whoever_comes(root: Path) -> None:
         assert history(root, f"run-{number}", "loss") == [(s, float(s)) for s in range(300)]
 
 
+def test_a_store_elsewhere_that_lost_its_runs_is_filled_when_asked(
+    root: Path, tmp_path: Path
+) -> None:
+    run = Run.open(root / "spam" / "one")
+    run.log_metrics({"loss": 1.0}, 3)
+    run.finish({}, {}, {})
+    uri = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
+    assert sync_all(root, uri)["lines"] > 0
+    client = MlflowClient(uri)
+    database = sqlite3.connect(tmp_path / "elsewhere" / "mlflow.db")
+    with closing(database), database:  # as where a server was set up anew
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {table}")
+    assert sync_all(root, uri)["lines"] == 0
+    assert sync_all(root, uri, ask=True)["lines"] > 0
+    assert len(client.search_runs([client.get_experiment_by_name("spam").experiment_id])) == 1
+    assert history(root, "one", "loss", uri) == [(3, 1.0)]
+    assert sync_all(root, uri, ask=True)["lines"] == 0
+
+
 def test_a_replica_follows_and_fills_in(root: Path) -> None:
     earlier = Run.open(root / "spam" / "earlier")
     earlier.log_metrics({"loss": 1.0}, 0)

@@ -132,8 +132,10 @@ def _damaged(folder: Path) -> Path | None:
         facts = json.loads(path.read_text())
         width = np.dtype(facts["dtype"]).itemsize
         expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
-        _ = facts["documents"], facts["bytes"], facts["split"]
+        is_whole = facts.pop("checksum") == _checksum(facts)
     except (ValueError, LookupError, TypeError):
+        return path
+    if not is_whole:
         return path
     for split, (n_bytes, digest) in expected.items():
         path = folder / f"{split}.bin"
@@ -141,6 +143,10 @@ def _damaged(folder: Path) -> Path | None:
         if not is_whole or file_digests([path])[str(path)] != digest:
             return path
     return None
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _make(
@@ -172,6 +178,7 @@ def _make(
     for fact in ("documents", "tokens", "bytes", "sha256"):
         facts[fact] = {split: written[split][fact] for split in SPLITS}
     facts["documents"] = {"kept": len(ends), **counts, **facts["documents"]}
+    facts["checksum"] = _checksum(facts)
     (temporary / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
     whole.unlink()
     shutil.rmtree(folder, ignore_errors=True)

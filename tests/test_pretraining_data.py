@@ -429,13 +429,25 @@ def flip_a_bit(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
+def miscount(content: bytes) -> bytes:
+    facts = json.loads(content)
+    facts["bytes"]["val"] += 1
+    return json.dumps(facts).encode()
+
+
 def empty(content: bytes) -> bytes:
     return b""
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("val.bin", cut), ("val.bin", flip_a_bit), ("corpus.json", cut), ("corpus.json", empty)],
+    [
+        ("val.bin", cut),
+        ("val.bin", flip_a_bit),
+        ("corpus.json", cut),
+        ("corpus.json", empty),
+        ("corpus.json", miscount),
+    ],
 )
 def test_a_damaged_cache_is_made_again(
     name: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from pipeline.callbacks import SampleTexts
@@ -139,6 +141,47 @@ def test_many_such_steps_end_the_run(tiny: Journey, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"step 7; .* Lower model\.optimizer\.lr"):
         fit(language_model(), data, tmp_path, max_steps=20, limit_val_batches=0, callbacks=[spoil])
     assert MAX_SKIPPED_STEPS == 5
+
+
+class Diverge(pl.Callback):
+    """Has no loss but NaN from the third step on."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step == 2:
+            module.loss_sum = lambda batch: math.nan * type(module).loss_sum(module, batch)
+
+
+class UnscaledFirst(pl.Callback):
+    """Has gradients unscaled before they are clipped, as it is on a GPU: only on a CPU AdamW is
+    fused, and would do that by itself."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def test_under_a_scaler_overflows_are_routine_and_losses_are_not(
+    tiny: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(callback: pl.Callback) -> pl.Trainer:
+        data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+        options: dict[str, Any] = {"max_steps": 20, "limit_val_batches": 0}
+        plugins = [MixedPrecision("16-mixed", "cpu")]  # on a GPU, Lightning adds it by itself
+        folder = tmp_path / type(callback).__name__
+        return fit(
+            language_model(),
+            data,
+            folder,
+            callbacks=[callback, UnscaledFirst()],
+            plugins=plugins,
+            **options,
+        )[0]
+
+    trainer = half(Spoil({2, 3}))
+    assert float(trainer.callback_metrics["train/skipped_steps"]) == 0
+    assert "skipped" not in capsys.readouterr().err
+    with pytest.raises(NonFiniteLossError, match="step 7"):
+        half(Diverge())
 
 
 def test_gradients_are_clipped(tiny: Journey, tmp_path: Path) -> None:

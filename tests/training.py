@@ -131,6 +131,7 @@ def fit(
     ckpt_path: Path | None = None,
     callbacks: Sequence[pl.Callback] = (),
     every_n_steps: int = 1_000,
+    plugins: Sequence[Any] = (),
     **options: Any,
 ) -> tuple[pl.Trainer, Losses]:
     """Trains on the CPU, seeded; Lightning's own bars and files left out."""
@@ -144,7 +145,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=str(folder),
-        plugins=[DirectoryCheckpointIO()],
+        plugins=[DirectoryCheckpointIO(), *plugins],
         callbacks=[Checkpoints(every_n_steps, "val/loss", "min"), losses, *callbacks],
         **options,
     )

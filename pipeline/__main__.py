@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import safe
 from pipeline.commands import FUNCTIONS
+from pipeline.interrupts import PARENT_VARIABLE, end_with_parent
 
 LIGHTNING = {
     "fit": "Train a model: pretraining, classification or instruction tuning.",
@@ -45,6 +46,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     sys.argv[1:] = words  # what a run records as its command, and what launchers start again
+    if PARENT_VARIABLE in os.environ:
+        end_with_parent()
     debug = "--debug" in words
     if "--safe" in words:
         os.environ[safe.VARIABLE] = "1"

@@ -21,12 +21,12 @@ from typing import Any
 
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
-from pipeline.interrupts import Child
+from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
 from pipeline.reuse import Outcome, code_digest, find_run, new_run, still_holds
 from pipeline.run_directory import Run, read_outcome, write_atomically
-from pipeline.stage_run import PARENT_VARIABLE, RUN_VARIABLE, digest, mlruns_root
+from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root
 from pipeline.tracking import sync_all
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it

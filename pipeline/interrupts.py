@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
@@ -15,6 +17,16 @@ FORWARDED = {  # signal -> what the child gets
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGHUP: signal.SIGTERM,
 }
+
+
+PARENT_VARIABLE = "GPT_PIPELINE_PARENT"  # run directory of the chain that a stage belongs to
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent() -> None:
+    """Has the kernel send this process SIGTERM once its parent is gone, killed or not (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class StopRequest:

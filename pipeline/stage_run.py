@@ -13,11 +13,12 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.provenance import environment
 from pipeline.run_directory import AlreadyFinished, Run, read_outcome
 from pipeline.tracking import Replica
 
-RUN_VARIABLE, PARENT_VARIABLE = "GPT_PIPELINE_RUN", "GPT_PIPELINE_PARENT"
+RUN_VARIABLE = "GPT_PIPELINE_RUN"
 HOME_VARIABLE = "GPT_PIPELINE_HOME"
 
 

@@ -21,7 +21,7 @@ from pipeline.__main__ import main
 from pipeline.chain import RECORD, _finished, _plan, run_chain
 from pipeline.chain_config import load_chain
 from pipeline.journal import read_journal
-from pipeline.run_directory import read_outcome
+from pipeline.run_directory import is_open, read_outcome
 
 Write = Callable[[str, str | bytes], Path]
 WORDS = "the cat sat on the mat and the dog barked at the cat. "
@@ -374,6 +374,20 @@ def started(slow_chain: Path, home: Path) -> Iterator[subprocess.Popen[str]]:
             time.sleep(0.05)
         yield process
         process.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel has to tell it")
+def test_a_stage_ends_with_a_chain_that_is_killed(
+    started: subprocess.Popen[str], home: Path
+) -> None:
+    started.kill()
+    started.wait()
+    (stage,) = runs(home, "slow")
+    deadline = time.monotonic() + 60
+    while is_open(stage):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert read_outcome(stage) is None, "it was not left to go on by itself"
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_a_lost_database_is_filled_anew_by_whoever_comes(root: Path) -> None:
 
     killed = PROCESSES.Process(target=sync_all, args=(root,))
     killed.start()
-    wait_for(lambda: bool(list(root.glob(".mlflow-*/mlflow.db"))), 60)
+    wait_for(lambda: bool(list(root.glob(".mlflow-*/mlflow.db"))), 240)
     killed.kill()  # while it makes the database
     killed.join()
     assert not (root / "mlflow.db").exists()

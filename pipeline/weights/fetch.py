@@ -150,14 +150,15 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
+    cached: Path | None
     try:
         cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
-        if _is_whole(cached):
-            return cached
     except LocalEntryNotFoundError:
-        pass
+        cached = None
     except HFValidationError as error:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
+    if cached is not None and _is_whole(cached):
+        return cached
     print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
     try:
         return Path(snapshot(allow_patterns=[*FILES, CARD]))

@@ -152,6 +152,17 @@ def name_of_steps(pre_tokenizer: Any) -> str:
     )
 
 
+def _by_id(ordinary: Mapping[str, int]) -> list[bytes]:
+    """Bytes of every token at the place of its id; empty where there is none."""
+    by_id = [b""] * (1 + max(ordinary.values(), default=-1))
+    for token, i in ordinary.items():
+        try:
+            by_id[i] = token_bytes(token)
+        except KeyError as error:
+            raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
+    return by_id
+
+
 def make_tokenizer(
     *,
     tokens: Mapping[str, int],
@@ -195,17 +206,11 @@ def make_tokenizer(
     ordinary = {token: i for token, i in tokens.items() if token not in special_tokens}
     _check_ids([*ordinary.values(), *special_tokens.values()])
     _check_merges(ordinary, merges, whole_pieces=whole_pieces)
-    by_id = [b""] * (1 + max(ordinary.values(), default=-1))
-    for token, i in ordinary.items():
-        try:
-            by_id[i] = token_bytes(token)
-        except KeyError as error:
-            raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
     return Tokenizer.of(
         Vocabulary(
             name=f"{pre}-{1 + max(tokens.values(), default=-1)}",
             pattern=PRE_TOKENIZERS[pre].pattern,
-            tokens=by_id,
+            tokens=_by_id(ordinary),
             special_tokens=dict(sorted(special_tokens.items(), key=lambda item: item[1])),
             eos=eos,
             bos=bos,

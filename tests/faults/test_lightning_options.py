@@ -8,22 +8,14 @@ import pytest
 
 from pipeline.journal import read_journal
 from tests.faults.processes import at
-from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
+from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
 
 
 @pytest.fixture
-def words(tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def words(words: list[str], home: Path) -> list[str]:
     """A pretraining of eight steps, logged every five, validated every four."""
-    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
-    return [
-        "fit",
-        f"--config={CONFIGS}/pretrain.yaml",
-        *TINY,
-        *PLAIN,
-        f"--data.source=[{tiny.folder / 'prose'}]",
-        f"--data.tokenizer={tiny.tokenizer}",
-        "--data.near_duplicates=null",
-    ]
+    shorter = ["--trainer.max_steps=8", "--trainer.val_check_interval=4"]
+    return [*words, *shorter, "--data.num_workers=0", "--checkpoints.every_n_steps=100"]
 
 
 @pytest.mark.parametrize(

@@ -170,14 +170,14 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
         ) from None
     print(f"http://{host}:{port}", flush=True)
     print("runs are under 'Model training', at the top left", file=sys.stderr, flush=True)
-    os.environ |= {
+    environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_DEFAULT_ARTIFACT_ROOT": (root / "artifacts").as_uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = ["-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    os.execv(sys.executable, [sys.executable, *command])  # it gets this process's signals
+    os.execve(sys.executable, [sys.executable, *command], environment)  # it gets our signals
 
 
 def _prepare_mlflow() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from mlflow.entities import ViewType
 from pipeline.journal import JOURNAL
 from pipeline.run_directory import Run
 from pipeline.tracking import Replica, open_ui, sync, sync_all, tracking_uri
+from tests.faults.processes import PATIENCE_S, PROCESSES
 
 WRITER = """
 import sys, time
@@ -43,8 +43,6 @@ from pathlib import Path
 from pipeline.tracking import open_ui
 open_ui(Path(sys.argv[1]), port=int(sys.argv[2]))
 """
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pipeline.mlflow_replica"])  # which takes seconds to import
 
 
 @pytest.fixture(autouse=True)
@@ -284,13 +282,14 @@ def test_a_lost_database_is_filled_anew_by_whoever_comes(root: Path) -> None:
     root = root.rename(root.parent / "elsewhere")  # to which this process has no connection
     (root / "mlflow.db").unlink()
 
-    killed = PROCESSES.Process(target=sync_all, args=(root,))
+    arguments = (root, tracking_uri(root))
+    killed = PROCESSES.Process(target=sync_all, args=arguments)
     killed.start()
-    wait_for(lambda: bool(list(root.glob(".mlflow-*/mlflow.db"))), 240)
+    wait_for(lambda: bool(list(root.glob(".mlflow-*/mlflow.db"))), PATIENCE_S)
     killed.kill()  # while it makes the database
     killed.join()
     assert not (root / "mlflow.db").exists()
-    both = [PROCESSES.Process(target=sync_all, args=(root,)) for _ in range(2)]
+    both = [PROCESSES.Process(target=sync_all, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:

@@ -93,8 +93,8 @@ def whole(body: bytes, *headers: bytes) -> Answer:
 
 
 def status(code: int, body: bytes, *headers: bytes) -> Answer:
-    lines = [b"HTTP/1.1 %d Said" % code, b"Content-Length: %d" % len(body), *headers]
-    return lambda to: to.send(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+    lines = [b"HTTP/1.1 %d Said" % code, b"Content-Length: %d" % len(body), b"Connection: close"]
+    return lambda to: to.send(b"\r\n".join([*lines, *headers]) + b"\r\n\r\n" + body)
 
 
 def short(body: bytes) -> Answer:
@@ -146,4 +146,4 @@ def no_http(to: Connection) -> None:
 
 
 def moved(target: bytes) -> Answer:
-    return status(302, b"", b"Location: " + target, b"Connection: close")
+    return status(302, b"", b"Location: " + target)

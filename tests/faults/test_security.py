@@ -410,8 +410,10 @@ def test_a_report_shows_scripts_as_text(judged: list[str], server: Server, home:
 
 def test_the_ui_listens_on_loopback(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append(words))
+    before = dict(os.environ)
     assert run("ui", "--port=50917") == 0
+    assert os.environ == before
     (words,) = started
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert not {"0.0.0.0", "::"} & set(words)

@@ -105,7 +105,7 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
     ids=lambda asked: asked[:20],
 )
 def test_a_wait_that_cannot_be_meant(asked: str, server: Server, tmp_path: Path) -> None:
-    busy = servers.status(429, b"busy", b"Retry-After: " + asked.encode(), b"Connection: close")
+    busy = servers.status(429, b"busy", b"Retry-After: " + asked.encode())
     first, _ = judge(server, tmp_path, busy, chat(verdict(7)))
     assert first.verdict is not None
 

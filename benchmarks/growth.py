@@ -80,7 +80,7 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
 
     from pipeline import lora
     from pipeline.gpt import GPT, GPTConfig
-    from pipeline.hardware import multiplies_bf16, peak_memory_bytes
+    from pipeline.hardware import default_device, multiplies_bf16, peak_memory_bytes
     from pipeline.loss import next_token_loss
 
     torch.manual_seed(0)
@@ -102,8 +102,8 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
         dropout=0.0,
         causal=True,
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, is_half = GPT(config), multiplies_bf16()
+    device = default_device()
+    model, is_half = GPT(config), multiplies_bf16(device)
     model.gradient_checkpointing = point.gradient_checkpointing
     if point.rank:
         targets = lora.LoRAConfig(point.rank, 2 * point.rank, 0.0, ["all-linear"], False, False)

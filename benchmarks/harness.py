@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from pipeline.hardware import multiplies_bf16
+from pipeline.hardware import default_device, multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -29,11 +29,10 @@ Precision = Literal["float32", "bf16"]
 CEILINGS = """
 import json, torch
 from pipeline.callbacks import matrix_product_ceiling
-from pipeline.hardware import multiplies_bf16
-types = {"float32": torch.float32}
-if multiplies_bf16():
+from pipeline.hardware import default_device, multiplies_bf16
+device, types = default_device(), {"float32": torch.float32}
+if multiplies_bf16(device):
     types["bf16"] = torch.bfloat16
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print(json.dumps({name: matrix_product_ceiling(device, dtype) for name, dtype in types.items()}))
 """
 
@@ -184,7 +183,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     instructions = torch.backends.cpu.get_cpu_capability().lower()
-    return f"{torch.get_num_threads()}-cores-{instructions}{'-bf16' * multiplies_bf16()}"
+    bf16 = "-bf16" if multiplies_bf16(default_device()) else ""
+    return f"{torch.get_num_threads()}-cores-{instructions}{bf16}"
 
 
 def results_folder() -> Path:

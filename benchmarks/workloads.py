@@ -13,12 +13,13 @@ from benchmarks import prepare
 from benchmarks.harness import Contestant, Precision, Workload
 from benchmarks.peers import HUGGING_FACE, python_with
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.hardware import multiplies_bf16
+from pipeline.hardware import default_device, multiplies_bf16
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
 from pipeline.models import load
 
 # bf16 where the hardware multiplies it: emulated, it would say nothing about anyone
-PRECISIONS: tuple[Precision, ...] = ("bf16", "float32") if multiplies_bf16() else ("float32",)
+HAS_BF16 = multiplies_bf16(default_device())
+PRECISIONS: tuple[Precision, ...] = ("bf16", "float32") if HAS_BF16 else ("float32",)
 OURS = {"bf16": "bf16-mixed", "float32": "32-true"}
 TRANSFORMERS, TRL, PEFT = "transformers Trainer", "TRL", "transformers + PEFT"
 N_NEW = 64  # tokens of every prompt in P5

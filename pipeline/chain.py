@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
-from pipeline.reuse import Outcome, code_digest, find_run, new_run, still_holds
+from pipeline.reuse import code_digest, still_holds
 from pipeline.run_directory import Run, read_outcome, write_atomically
 from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root
 from pipeline.tracking import sync_all
@@ -107,10 +108,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
             done = _go_on(chain, folder, parent, anew)
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
-            hint = f"to go on: python -m pipeline {shlex.join(again)}"
-            if anew:
-                hint = "with --resume never it starts anew"
-            print(f"{failure}; {hint}", file=sys.stderr)
+            print(f"{failure}; to go on: python -m pipeline {shlex.join(again)}", file=sys.stderr)
             return failure.exit_code
     _warn_of_code(done.values())
     summarise(done.values())

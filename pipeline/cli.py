@@ -23,13 +23,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
+from pipeline.attempts import find_run, new_run
 from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.evaluation.responses import write_lines
 from pipeline.failures import GIB, explain
-from pipeline.hardware import available_memory_bytes, multiplies_bf16
+from pipeline.hardware import available_memory_bytes, default_device, multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.progress import ProgressDisplay
@@ -37,7 +38,7 @@ from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, r
 from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
 from pipeline.run_logger import RunLogger
-from pipeline.stage_run import RUN_VARIABLE, attempts, digest, mlruns_root, open_run, unfinished
+from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
@@ -74,11 +75,17 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def resolve_precision(precision: str) -> str:
-    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true."""
+def resolve_precision(precision: str, accelerator: object) -> str:
+    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
+
+    Args:
+        precision: what is asked for.
+        accelerator: Lightning's: its name, or an object, which is believed to be the default.
+    """
     if precision != "auto":
         return precision
-    return "bf16-mixed" if multiplies_bf16() else "32-true"
+    device = torch.device("cpu") if accelerator == "cpu" else default_device()
+    return "bf16-mixed" if multiplies_bf16(device) else "32-true"
 
 
 class PipelineCLI(LightningCLI):
@@ -94,7 +101,9 @@ class PipelineCLI(LightningCLI):
         parser.add_argument(
             "--precision", type=Precision, default="auto", help="Of the arithmetic."
         )
-        parser.link_arguments("precision", "trainer.precision", compute_fn=resolve_precision)
+        parser.link_arguments(
+            ("precision", "trainer.accelerator"), "trainer.precision", compute_fn=resolve_precision
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Throughput, "throughput")
 
@@ -190,7 +199,7 @@ class PipelineCLI(LightningCLI):
         self.run_path = Path(os.environ.get(RUN_VARIABLE) or mlruns_root() / experiment / name)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             run = self.stack.enter_context(self.open_run())
-            run.log_tags({"precision.resolved": resolve_precision(self.stage.precision)})
+            run.log_tags({"precision.resolved": self.stage.trainer.precision})
             self.run, self.run_path = run, run.path
             if RUN_VARIABLE not in os.environ:  # for processes that Lightning starts
                 os.environ[RUN_VARIABLE] = str(run.path)
@@ -206,9 +215,9 @@ class PipelineCLI(LightningCLI):
         deciding = [self.subcommand, decisive(options), weights_digest]
         name = f"{self.stage.run.name}-{digest(deciding)[:8]}"
         folder = mlruns_root() / self.stage.run.experiment
-        if self.stage.run.resume != "never":
-            return (unfinished(folder / name) or folder / name).name
-        return next(path.name for path in attempts(folder / name) if not path.exists())
+        if self.stage.run.resume == "never":
+            return new_run(folder / name).name
+        return find_run(folder / name, lambda outcome: True)[0].name
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what a library says when memory is short or a worker dies becomes one line."""

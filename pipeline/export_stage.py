@@ -19,7 +19,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.models import Loaded, load
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, keep
+from pipeline.stage_run import digest, run_once
 from pipeline.weights.card import CARD, card, license_of
 from pipeline.weights.fetch import locate
 from pipeline.weights.gguf_out import GGUFType, gguf_writers
@@ -43,7 +43,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
     options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
     name = f"{form}-{digest([options, path_digest(path)])[:8]}"
     make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)
-    keep("export", name, options, make, "exported")
+    print(run_once("export", name, options, make, "exported"))
 
 
 def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> None:

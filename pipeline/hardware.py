@@ -14,18 +14,25 @@ _STATUS, _CONTAINER = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
 
 
+def default_device() -> torch.device:
+    """Where models run unless something else is asked for: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def inference_dtype(precision: Precision) -> torch.dtype:
     """Of the weights: bf16 where it is asked for, or `auto` and the hardware multiplies it."""
-    is_half = precision == "bf16-true" or (precision == "auto" and multiplies_bf16())
+    is_half = precision == "bf16-true" or (
+        precision == "auto" and multiplies_bf16(default_device())
+    )
     return torch.bfloat16 if is_half else torch.float32
 
 
-def multiplies_bf16() -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware: CUDA since Ampere; AVX-512-BF16 or AMX on CPUs.
 
     Other hardware emulates them, which is many times slower than float32.
     """
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))

@@ -21,7 +21,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.models import foreign_meta
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, keep
+from pipeline.stage_run import digest, run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.lineage import short_name
 from pipeline.weights.reading import open_foreign, read_model
@@ -39,7 +39,7 @@ def import_stage(source: str, *, output: Path | None) -> None:
     stem = re.sub(r"[^\w-]+", "-", Path(source).name)
     name = f"{stem}-{digest([options, content])[:8]}"
     make = partial(_import, source=source, path=path, content=content, output=output)
-    keep("import", name, options, make, "best")
+    print(run_once("import", name, options, make, "best"))
 
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:

@@ -18,6 +18,7 @@ from datamodules.prompts import Message, encode_prompt, encode_text, stop_ids
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate, stream
+from pipeline.hardware import default_device
 from pipeline.models import Loaded, load
 from pipeline.packed import pack
 
@@ -65,7 +66,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
 
 
 def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A checkpoint that continues text, its weights in that dtype and laid out for decoding.
+    """A checkpoint that continues text, on the GPU if there is one, laid out for decoding.
 
     Raises:
         ValueError: for a classifier.
@@ -73,7 +74,7 @@ def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) 
     loaded = load(source, dtype)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
-    pack(loaded.model)
+    pack(loaded.model.to(default_device()))
     return loaded
 
 
@@ -151,12 +152,15 @@ def classify_table(
             raise ValueError(f"{file}: row {row} has no text in {column!r}; complete or drop it.")
     loaded = load_classifier(source)
     names = loaded.meta["label_names"]
+    made = ["predicted", *(f"probability_{name}" for name in names)]
+    if taken := [name for name in made if name in frame]:
+        raise ValueError(f"{file} has columns {taken}, which would be written over; rename them.")
     if output.suffix == ".tsv":
-        _check_unquoted({**frame, "label": names}, output)
+        _check_unquoted({**frame, "predicted": names}, output)
     probabilities = label_probabilities(loaded, texts, batch_size)
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
-    for i, name in enumerate(names):
-        frame[f"probability_{name}"] = [round(p[i], 6) for p in probabilities]
+    for i, name in enumerate(made[1:]):
+        frame[name] = [round(p[i], 6) for p in probabilities]
     options: dict[str, Any] = {"index": False}
     if output.suffix == ".tsv":
         options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}  # as `read_table` reads it
@@ -179,7 +183,7 @@ def _check_unquoted(columns: Mapping[str, Iterable[Any]], output: Path) -> None:
 
 
 def load_classifier(source: str) -> Loaded:
-    """A checkpoint that labels texts.
+    """A checkpoint that labels texts, on the GPU if there is one.
 
     Raises:
         ValueError: for a language model.
@@ -187,6 +191,7 @@ def load_classifier(source: str) -> Loaded:
     loaded = load(source)
     if not isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
+    loaded.model.to(default_device())
     return loaded
 
 
@@ -207,7 +212,10 @@ def label_probabilities(
     rows: dict[int, list[float]] = {}
     for start in range(0, len(samples), batch_size):
         batch = pad(samples[start : start + batch_size], loaded.tokenizer.eos_id)
-        logits = loaded.model(batch["input_ids"], batch.get("attention_mask"))
+        mask = batch.get("attention_mask")
+        logits = loaded.model(
+            batch["input_ids"].to(loaded.device), None if mask is None else mask.to(loaded.device)
+        )
         for sample_id, p in zip(batch["sample_ids"].tolist(), logits.softmax(-1), strict=True):
             rows[sample_id] = p.tolist()
     return [rows[i] for i in range(len(texts))]

@@ -35,7 +35,7 @@ from pipeline.generate import Sampling, generate
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_adapted
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, keep
+from pipeline.stage_run import digest, run_once
 
 CERTIFICATE = "certificate.json"
 # Float32 rounds W x + B A x and (W + B A) x apart by some 1e-5 of logits of size 10; a merge in
@@ -69,7 +69,8 @@ def merge_stage(ckpt: Path, *, data: dict[str, Any] | None, output: Path | None)
         check_output(output, MANIFEST)
     options = {"ckpt": str(ckpt), "data": data, "output": output and str(output)}
     name = f"merge-{digest([options, path_digest(ckpt)])[:8]}"
-    keep("merge", name, options, partial(_merge, ckpt=ckpt, data=data, output=output), "best")
+    make = partial(_merge, ckpt=ckpt, data=data, output=output)
+    print(run_once("merge", name, options, make, "best"))
 
 
 def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | None) -> None:

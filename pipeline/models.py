@@ -35,7 +35,7 @@ Model = GPT | GPTClassifier
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, plain (adapters merged), with its tokenizer.
+    """A model with its tokenizer.
 
     Attributes:
         meta: meta.json of its checkpoint; of weights of others the same keys, where they apply.
@@ -53,6 +53,11 @@ class Loaded:
     def gpt(self) -> GPT:
         """The transformer, without a classifier's head."""
         return self.model.gpt if isinstance(self.model, GPTClassifier) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.gpt.token_embedding.weight.device
 
 
 def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:

@@ -98,9 +98,10 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         raise ValueError(
             "model.optimizer.name is muon, but no matrix of a block is trainable; use adamw."
         )
-    kind = torch.optim.Muon if multiplies_bf16() else Float32Muon
+    parameters = list(matrices.values())
+    kind = torch.optim.Muon if multiplies_bf16(parameters[0].device) else Float32Muon
     muon = kind(
-        list(matrices.values()),
+        parameters,
         lr=config.lr,
         weight_decay=config.weight_decay,
         adjust_lr_fn=MUON_LR_RULE,

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import cache_dir, file_digests, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
-from pipeline.run_directory import read_outcome
-from pipeline.stage_run import attempts, digest
-
-Outcome = Mapping[str, Any]
-
-
-def find_run(base: Path, holds: Callable[[Outcome], bool]) -> tuple[Path, Outcome | None]:
-    """The run whose outcome still holds; if there is none, the one to start or to go on with.
-
-    Args:
-        base: run directory of the first attempt; see `attempts`.
-        holds: whether an outcome may be used.
-    """
-    for path in attempts(base):
-        outcome = read_outcome(path)
-        if outcome is None or holds(outcome):
-            return path, outcome
-    raise AssertionError("attempts never end")
-
-
-def new_run(base: Path) -> Path:
-    """The directory of the first attempt that was never made."""
-    return next(path for path in attempts(base) if not path.exists())
+from pipeline.attempts import Outcome
+from pipeline.stage_run import digest
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:

@@ -15,6 +15,7 @@ from datamodules.files import sha256
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
+from pipeline.attempts import find_run
 from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -27,7 +28,7 @@ from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.resume import check_held_out
-from pipeline.reuse import find_run, still_holds
+from pipeline.reuse import still_holds
 from pipeline.run_directory import AlreadyFinished, Run, flat
 from pipeline.stage_run import digest, mlruns_root, open_run
 from pipeline.weights.fetch import locate
@@ -292,7 +293,7 @@ def reference_nats(
     loaded.model.eval()
     sums = []
     for sample in (samples[i] for i in range(len(samples))):
-        hidden = loaded.gpt(sample["input_ids"][None])
-        losses = next_token_losses(hidden, loaded.gpt.head.weight, sample["labels"][None])
+        input_ids, labels = (sample[key][None].to(loaded.device) for key in ("input_ids", "labels"))
+        losses = next_token_losses(loaded.gpt(input_ids), loaded.gpt.head.weight, labels)
         sums.append((float(losses.sum()), len(losses)))
     return sums

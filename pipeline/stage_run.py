@@ -9,10 +9,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from pipeline.attempts import find_run
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.provenance import environment
 from pipeline.run_directory import AlreadyFinished, Run, read_outcome
@@ -32,33 +32,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def attempts(base: Path) -> Iterator[Path]:
-    """Run directories for the same thing done again: `base`, `base-2`, `base-3`, ..."""
-    yield base
-    for number in count(2):
-        yield base.with_name(f"{base.name}-{number}")
-
-
-def unfinished(base: Path) -> Path | None:
-    """The newest of the attempts that was begun and has not ended."""
-    made = list(takewhile(Path.exists, attempts(base)))
-    return next((path for path in reversed(made) if read_outcome(path) is None), None)
-
-
-def keep(
+def run_once(
     experiment: str, name: str, config: Mapping[str, Any], make: Callable[[Run], None], output: str
-) -> None:
-    """Makes something in a run of its own, unless that was done and is still there; prints where.
+) -> Path:
+    """Makes something in a run of its own, unless that was done and is still there.
 
     Args:
-        experiment: folder below `mlruns_root()`; as for `open_run`.
-        name: of the run.
+        experiment: folder below `mlruns_root()`.
+        name: of the run; the same for the same options and inputs.
         config: resolved options, primitives.
-        make: finishes the run.
-        output: key of what it makes among the outputs of the run.
+        make: makes it, and finishes the run.
+        output: its key among the outputs of the run.
+
+    Returns:
+        Where it lies.
     """
     base = mlruns_root() / experiment / name
-    attempt = next(path for path in attempts(base) if not _is_gone(path, output))
+    attempt, _ = find_run(base, lambda outcome: Path(outcome["outputs"][output]).exists())
     try:
         with open_run(experiment, attempt.name, config) as run:
             make(run)
@@ -66,13 +56,9 @@ def keep(
     except AlreadyFinished as finished:
         path = finished.path
         print(f"already finished: {path}", file=sys.stderr)
-    print((read_outcome(path) or {})["outputs"][output])
-
-
-def _is_gone(path: Path, output: str) -> bool:
-    """Whether a run is finished, but what it made is no more."""
     outcome = read_outcome(path)
-    return outcome is not None and not Path(outcome["outputs"][output]).exists()
+    assert outcome is not None, f"{path} was not finished"
+    return Path(outcome["outputs"][output])
 
 
 @contextmanager

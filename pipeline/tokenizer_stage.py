@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
-from pipeline.run_directory import AlreadyFinished, Run
-from pipeline.stage_run import digest, open_run
+from pipeline.run_directory import Run
+from pipeline.stage_run import digest, run_once
 
 MEASURED_BYTES = 4 << 20  # of text that compression is measured on
 
@@ -35,12 +35,15 @@ def train_stage(
     }
     digests = source_digests(sources)
     name = f"bpe-{vocab_size}-{digest([config, digests])[:8]}"
-    try:
-        with open_run("tokenizer", name, config) as run:
-            path = _train(run, sources, digests, text_column, vocab_size, min_frequency)
-    except AlreadyFinished as finished:
-        path = finished.path / FILE_NAME
-        print(f"already finished: {finished.path}", file=sys.stderr)
+    make = partial(
+        _train,
+        sources=sources,
+        digests=digests,
+        text_column=text_column,
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+    )
+    path = run_once("tokenizer", name, config, make, "tokenizer")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, output)
@@ -54,7 +57,7 @@ def _train(
     text_column: str,
     vocab_size: int,
     min_frequency: int,
-) -> Path:
+) -> None:
     counts: Counter[str] = Counter()
     texts = cleaned(documents(sources, text_column), near_duplicates=None, counts=counts)
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, min_frequency=min_frequency)
@@ -74,7 +77,6 @@ def _train(
         sources=digests,
         headline=[{"metric": "bytes per token", "before": 1.0, "after": ratio}],
     )
-    return path
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:

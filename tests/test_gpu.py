@@ -12,6 +12,8 @@ import torch
 
 from pipeline.generate import Sampling, generate
 from pipeline.gpt import GPT
+from pipeline.inference import label_probabilities, load_classifier
+from pipeline.models import load
 from pipeline.packed import pack
 from tests.journey import Journey
 from tests.training import LORA, classifier, language_model, pretraining_data, spam_data
@@ -61,3 +63,12 @@ def test_the_text_of_a_cpu(tiny_gpt: Callable[..., GPT], family: str) -> None:
     settings = Sampling(max_new_tokens=30)
     expected = generate(tiny_gpt(family), PROMPTS, settings)
     assert generate(pack(tiny_gpt(family).to("cuda")), PROMPTS, settings) == expected
+
+
+def test_the_labels_of_a_cpu(tiny: Journey) -> None:
+    path, texts = tiny.best("spam"), ["Win a prize now", "See you at six", "ok"]
+    there, here = load_classifier(str(path)), load(path)
+    assert there.device.type == "cuda"
+    assert label_probabilities(there, texts) == [
+        pytest.approx(row, abs=1e-4) for row in label_probabilities(here, texts)
+    ]

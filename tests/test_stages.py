@@ -206,6 +206,42 @@ def test_classify_writes_what_is_read_here(tiny: Journey, tmp_path: Path) -> Non
         assert not out.exists()
 
 
+def test_classify_refuses_what_it_cannot_keep(tiny: Journey, tmp_path: Path) -> None:
+    table, out = tmp_path / "messages.jsonl", tmp_path / "labelled.tsv"
+    words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
+    table.write_text(json.dumps({"text": "ok", "label": "ham\tspam"}))
+    code, _, err = said("classify", *words)
+    assert code == 2
+    assert "cannot hold the tab or line break in 'ham\\tspam' (column 'label')" in err
+    table.write_text(json.dumps({"text": "ok", "predicted": "ham", "probability_spam": 1}))
+    code, _, err = said("classify", *words)
+    assert code == 2
+    assert "columns ['predicted', 'probability_spam'], which would be written over" in err
+    assert not out.exists()
+
+
+def test_a_vocabulary_that_was_removed_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    (tmp_path / "a.txt").write_text("one two three four five six seven " * 50)
+    words = [
+        "tokenizer",
+        "train",
+        f"--source=[{tmp_path}/a.txt]",
+        "--vocab_size=270",
+        "--min_frequency=2",
+    ]
+    code, out, _ = said(*words)
+    assert code == 0
+    assert said(*words)[1] == out
+    Path(out.strip()).unlink()
+    code, again, _ = said(*words)
+    assert code == 0
+    assert Path(again.strip()).is_file()
+    assert again != out
+
+
 def test_the_same_command_does_nothing_twice(
     tiny: Journey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipeline.callbacks import SampleTexts
 from pipeline.cli import resolve_precision
+from pipeline.hardware import inference_dtype
 from pipeline.lit_base import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.optim import OptimizerConfig
 from pipeline.run_directory import Run
@@ -200,11 +201,19 @@ def test_gradients_are_clipped(tiny: Journey, tmp_path: Path) -> None:
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_auto_precision_follows_the_hardware() -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_precision_follows_the_hardware(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16") or torch.cuda.is_available()
-    assert resolve_precision("auto") == ("bf16-mixed" if has_bf16 else "32-true")
-    assert resolve_precision("16-mixed") == "16-mixed"
+    of_cpu = "bf16-mixed" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32-true"
+    assert resolve_precision("auto", "cpu") == of_cpu
+    assert resolve_precision("16-mixed", "cpu") == "16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert resolve_precision("auto", "cpu") == of_cpu
+    assert resolve_precision("auto", "auto") == ("bf16-mixed" if has_bf16 else "32-true")
+    assert inference_dtype("auto") == (torch.bfloat16 if has_bf16 else torch.float32)
 
 
 def test_bf16_mixed_trains_close_to_float32(tiny: Journey, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.attempts import find_run, new_run
+from pipeline.run_directory import Run
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tmp_path / "spam" / "one"
+
+
+def attempt(base: Path, *, finished: bool) -> Path:
+    run = Run.open(new_run(base))
+    if finished:
+        run.finish({}, {}, {})
+    else:
+        run.fail("stop")
+    return run.path
+
+
+def found(base: Path, *, stale: tuple[Path, ...] = ()) -> Path:
+    def holds(outcome: object) -> bool:
+        return next(made) not in stale
+
+    made = iter(sorted(p for p in base.parent.iterdir() if (p / "outcome.json").exists())[::-1])
+    path, outcome = find_run(base, holds)
+    assert (outcome is not None) == (path / "outcome.json").exists()
+    return path
+
+
+def test_the_first_is_new(base: Path) -> None:
+    assert find_run(base, lambda outcome: True) == (base, None)
+
+
+def test_of_finished_ones_the_last_is_used(base: Path) -> None:
+    first, second = attempt(base, finished=True), attempt(base, finished=True)
+    assert found(base) == second
+    assert found(base, stale=(second,)) == first
+    assert found(base, stale=(first, second)) == new_run(base) == base.with_name("one-3")
+
+
+def test_an_interrupted_one_is_gone_on_with_unless_a_later_one_is_finished(base: Path) -> None:
+    attempt(base, finished=True)
+    interrupted = attempt(base, finished=False)
+    assert found(base) == interrupted
+    later = attempt(base, finished=True)
+    assert found(base) == later

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from functools import partial
@@ -108,10 +109,9 @@ class Checkpoints(pl.Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
-        self.best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+        self.best: dict[int, dict[str, Any]] = {}  # step -> value and metrics, best first
         self.keep_last, self.keep_best = keep_last, keep_best
         self.asynchronous, self._background = asynchronous, Background()
-        self.scores: dict[int, float] = {}  # step -> value, of the best that are kept
         self.last_step: int | None = None
         self.should_stop = False  # something had asked for the run's end, as early stopping does
         self._is_due = False
@@ -199,15 +199,18 @@ class Checkpoints(pl.Callback):
                 f"checkpoints.monitor is {self.monitor!r}, but validation logs {logged}; "
                 "name one of them."
             )
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
         value = float(trainer.callback_metrics[self.monitor])
-        sign = 1 if self.mode == "max" else -1
-        self.scores[trainer.global_step] = value
-        best_first = sorted(self.scores.items(), key=lambda item: -sign * item[1])
-        self.scores = dict(best_first[: self.keep_best])
-        if self.best is None or sign * value > sign * self.best["value"]:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
-            self.best = {"step": trainer.global_step, "value": value, "metrics": metrics}
+        self.best[trainer.global_step] = {"value": value, "metrics": metrics}
+        best_first = sorted(self.best.items(), key=self._rank, reverse=True)  # of equals the first
+        self.best = dict(best_first[: self.keep_best])
         self._save(trainer)
+
+    def _rank(self, item: tuple[int, dict[str, Any]]) -> float:
+        value = item[1]["value"]
+        if math.isnan(value):  # worse than any
+            return -math.inf
+        return value if self.mode == "max" else -value
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, where it is not saved already; all is on disk then."""
@@ -234,8 +237,8 @@ class Checkpoints(pl.Callback):
         background = self._background if self.asynchronous else None
         trainer.save_checkpoint(path, weights_only=False, storage_options=background)
         if trainer.is_global_zero:
-            best = {*self.scores, (self.best or {}).get("step", 0)}
-            prune = partial(self._prune, trainer, path, {files.step_name(step) for step in best})
+            best = {files.step_name(step) for step in self.best}
+            prune = partial(self._prune, trainer, path, best)
             if background:
                 background.add(prune)
             else:
@@ -274,21 +277,20 @@ class Checkpoints(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and whether the run was to end."""
-        names = ("best", "scores", "last_step", "should_stop")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("best", "last_step", "should_stop")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
-        self.scores, self.should_stop = state_dict["scores"], state_dict["should_stop"]
+        self.should_stop = state_dict["should_stop"]
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""
-        return self.best["metrics"] if self.best else {}
+        return next(iter(self.best.values()))["metrics"] if self.best else {}
 
     def outputs(self, trainer: pl.Trainer) -> dict[str, str]:
         """What a stage hands over: the last checkpoint, and the best by the monitored metric."""
-        best = self.best["step"] if self.best else trainer.global_step
+        best = next(iter(self.best), trainer.global_step)
         return {
             "last": str(self.path(trainer, trainer.global_step)),
             "best": str(self.path(trainer, best)),

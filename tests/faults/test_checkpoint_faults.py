@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -83,11 +84,34 @@ def test_the_last_and_the_best_are_kept(tiny: Journey, tmp_path: Path) -> None:
     data = spam_data(tiny.tokenizer)
     trainer, _ = fit(classifier(), data, tmp_path, callbacks=[keep], **VALIDATED)
     (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore
-    assert len(checkpoints.scores) == 2
-    assert not {8, 10} & set(checkpoints.scores), "the last are the best: nothing is shown"
-    assert checkpoints.best is not None
-    assert checkpoints.best["step"] in checkpoints.scores
-    assert set(steps(tmp_path)) == {8, 10} | set(checkpoints.scores)
+    assert len(checkpoints.best) == 2
+    assert not {8, 10} & set(checkpoints.best), "the last are the best: nothing is shown"
+    assert set(steps(tmp_path)) == {8, 10} | set(checkpoints.best)
+
+
+class SpoilFirst(pl.Callback):
+    """Makes a number of nothing of the first validation; the weights are what they were."""
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step == 2:
+            self.weight = module.model.classifier.weight.detach().clone()
+            module.model.classifier.weight.fill_(math.nan)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step == 2:
+            module.model.classifier.weight.copy_(self.weight)
+
+
+def test_no_number_is_worse_than_any(tiny: Journey, tmp_path: Path) -> None:
+    data, callbacks = spam_data(tiny.tokenizer), [SpoilFirst(), Keep(keep_best=5)]
+    trainer, _ = fit(classifier(), data, tmp_path, callbacks=callbacks, **VALIDATED)
+    (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore
+    *better, (worst, entry) = checkpoints.best.items()
+    assert worst == 2
+    assert math.isnan(entry["value"])
+    values = [entry["value"] for _, entry in better]
+    assert values == sorted(values)
+    assert math.isfinite(values[0])
 
 
 class DamageNewest(pl.Callback):

@@ -25,6 +25,11 @@ NEUTRAL = {  # options that decide memory, speed, names or what is seen, never t
     "data.max_tokens",
     "data.num_workers",
     "checkpoints.asynchronous",
+    "judge.api_key_env",
+    "judge.max_attempts",
+    "judge.max_concurrency",
+    "judge.max_wait_s",
+    "judge.timeout_s",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
 }

@@ -14,7 +14,7 @@ from pipeline.stage_run import digest
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the outputs are still there, and the data what they were.
+    """Whether all was got, the outputs are still there, and the data what they were.
 
     Args:
         outcome: of the run.
@@ -29,7 +29,8 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
         for source in (value if isinstance(value, list) else [value])
     ]
     return (
-        all(Path(path).exists() for path in outcome["outputs"].values())
+        outcome.get("complete", True)
+        and all(Path(path).exists() for path in outcome["outputs"].values())
         and all(_is_unchanged(name, recorded[name]) for name in recorded)
         and not any(_has_grown(source, set(recorded)) for source in sources)
     )

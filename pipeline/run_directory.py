@@ -201,6 +201,8 @@ class Run:
         metrics: Mapping[str, float],
         sources: Mapping[str, str],
         headline: Sequence[Mapping[str, Any]] = (),
+        *,
+        complete: bool = True,
     ) -> None:
         """Ends the run well: outcome.json, status FINISHED.
 
@@ -209,9 +211,11 @@ class Run:
             metrics: its result.
             sources: path -> SHA-256 of the files that it read.
             headline: its rows of the chain's table.
+            complete: nothing is left that the same command could still get.
         """
         outcome = {
             "status": "FINISHED",
+            "complete": complete,
             "command": self.command,
             "outputs": outputs,
             "metrics": {key: float(value) for key, value in metrics.items()},

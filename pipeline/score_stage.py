@@ -16,6 +16,7 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.attempts import find_run
+from pipeline.chain_config import decisive
 from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -35,6 +36,7 @@ from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 
 BOOTSTRAP_SEED = 0
+VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
 FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
 
 
@@ -83,7 +85,7 @@ def score_stage(
         "dtype": str(answering.dtype),
         "judge": judge and vars(judge),
     }
-    deciding = [options, content, before and path_digest(locate(before))]
+    deciding = [decisive(options), content, before and path_digest(locate(before))]
     base = mlruns_root() / "score" / f"score-{digest(deciding)[:8]}"
     attempt, _ = find_run(base, lambda outcome: still_holds(outcome, [flat(options)]))
     try:
@@ -99,6 +101,7 @@ def score_stage(
                 before=earlier,
                 judge=judge,
                 directory=run.path,
+                verdicts=mlruns_root() / VERDICTS,
                 lineage=lineage,
                 seed=BOOTSTRAP_SEED,
             )
@@ -128,7 +131,14 @@ def _record(
     run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
     names = {"responses": FILES[0], "scores": FILES[2], "report": "report.html"}
     outputs = {key: str(run.path / name) for key, name in names.items()}
-    run.finish(outputs=outputs, metrics=metrics, sources=sources, headline=headline(metrics))
+    unscored = int(sum(v for name, v in metrics.items() if name.endswith("_unscored")))
+    if unscored:
+        print(
+            f"warning: {unscored} items have no verdict of the judge (see the report); the same "
+            "command asks for them again.",
+            file=sys.stderr,
+        )
+    run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)
 
 
 def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:

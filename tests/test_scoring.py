@@ -244,12 +244,13 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
         before=before,
         judge=judge,
         directory=tmp_path,
+        verdicts=tmp_path / "verdicts.jsonl",
         lineage={"checkpoint": "runs/a & b (sha256 1234)", "data": "<none>"},
         seed=0,
     )
     files = {path.name for path in tmp_path.iterdir()}
     sides = {f"{kind}{side}.jsonl" for kind in ("responses", "scores") for side in ("", "-before")}
-    assert files == sides | {"judge-cache.jsonl", "summary.json", "report.html"}
+    assert files == sides | {"verdicts.jsonl", "summary.json", "report.html"}
     assert read_responses(tmp_path / "responses.jsonl") == after
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_bytes().splitlines()]
     assert rows == [score.as_row() for score in summary.after.scores]
@@ -274,7 +275,15 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
 
 def test_a_report_of_one_model(tmp_path: Path) -> None:
     items = responses("answer 0", "answer two", "no")
-    evaluate(items, before=None, judge=None, directory=tmp_path, lineage={}, seed=0)
+    evaluate(
+        items,
+        before=None,
+        judge=None,
+        directory=tmp_path,
+        verdicts=tmp_path / "verdicts.jsonl",
+        lineage={},
+        seed=0,
+    )
     assert not list(tmp_path.glob("*-before*"))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 1
@@ -287,7 +296,15 @@ def test_a_report_of_one_model(tmp_path: Path) -> None:
 def test_the_responses_survive_a_missing_judge(tmp_path: Path) -> None:
     nobody = JudgeConfig(base_url="http://127.0.0.1:9/v1", model="m", max_attempts=1)
     with pytest.raises(ValueError, match=r"judge\.base_url"):
-        evaluate(responses("a"), before=None, judge=nobody, directory=tmp_path, lineage={}, seed=0)
+        evaluate(
+            responses("a"),
+            before=None,
+            judge=nobody,
+            directory=tmp_path,
+            verdicts=tmp_path / "verdicts.jsonl",
+            lineage={},
+            seed=0,
+        )
     assert len(read_responses(tmp_path / "responses.jsonl")) == 1
 
 
@@ -309,7 +326,15 @@ def test_real_responses(real_data: Path, tmp_path: Path) -> None:
     items = read_responses(path)
     assert len(items) == 100
     gpt4 = [json.loads(line)["gpt4_score"] for line in path.read_text("utf-8").splitlines()]
-    summary = evaluate(items, before=None, judge=None, directory=tmp_path, lineage={}, seed=0)
+    summary = evaluate(
+        items,
+        before=None,
+        judge=None,
+        directory=tmp_path,
+        verdicts=tmp_path / "verdicts.jsonl",
+        lineage={},
+        seed=0,
+    )
     chrf = [score.score or 0.0 for score in summary.after.by("chrf")]
     from scipy.stats import spearmanr
 

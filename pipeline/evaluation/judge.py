@@ -128,7 +128,7 @@ def judge_responses(
         ValueError: if nothing could be asked: no connection, no key, or the first request refused.
     """
     config.check()
-    keys = [_key(config.model, response) for response in responses]
+    keys = [_key(config, response) for response in responses]
     known = VerdictCache(cache)
     asked = {
         key: response
@@ -222,10 +222,11 @@ def _ask(endpoint: Endpoint, response: Response) -> Judgement:
     return Judgement(replies, None, f"unreadable, also when asked again: {problem}")
 
 
-def _key(model: str, response: Response) -> str:
+def _key(config: JudgeConfig, response: Response) -> str:
     """What a verdict depends on: the judge, the rubric and the item's content, not its id."""
+    judge = [config.base_url, config.model, config.max_tokens, RUBRIC_DIGEST]
     content = [response.instruction, response.input, response.reference, response.response]
-    return hashlib.sha256(json.dumps([model, RUBRIC_DIGEST, content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([judge, content]).encode()).hexdigest()
 
 
 def _check_url(base_url: str) -> None:

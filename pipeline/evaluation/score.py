@@ -20,20 +20,22 @@ def evaluate(
     before: Sequence[Response] | None,
     judge: JudgeConfig | None,
     directory: Path,
+    verdicts: Path,
     lineage: Mapping[str, str],
     seed: int,
 ) -> Summary:
     """Scores one model's responses, or two models' to the same items, and writes what came of it.
 
     `directory` then holds `responses.jsonl`, `scores.jsonl`, `summary.json` and `report.html`, with
-    `before` also `responses-before.jsonl` and `scores-before.jsonl`, with a judge its cache. The
-    responses are written first: whatever happens to the judge, they are not lost.
+    `before` also `responses-before.jsonl` and `scores-before.jsonl`. The responses are written
+    first: whatever happens to the judge, they are not lost.
 
     Args:
         after: responses of the model in question.
         before: responses to the same items to compare with.
         judge: an LLM judge to ask as well.
         directory: where the files go.
+        verdicts: JSONL file of what judges have said already; see `judge_responses`.
         lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
         seed: of the bootstrap.
 
@@ -46,9 +48,8 @@ def evaluate(
     sides = {"": after} | ({"-before": before} if before is not None else {})
     for side, responses in sides.items():
         write_responses(directory / f"responses{side}.jsonl", responses)
-    cache = directory / "judge-cache.jsonl"
     scored = {
-        side: Scored(responses, score_responses(responses, judge=judge, cache=cache))
+        side: Scored(responses, score_responses(responses, judge=judge, cache=verdicts))
         for side, responses in sides.items()
     }
     for side, result in scored.items():

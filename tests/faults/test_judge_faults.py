@@ -189,3 +189,27 @@ def test_without_a_judge_there_is_one_line_and_no_report(
     code, _, err = said(*command)  # the same command goes on
     assert code == 0, err
     assert (run / "report.html").exists()
+
+
+def test_items_without_a_verdict_are_asked_for_by_the_same_command(
+    command: list[str], server: Server, home: Path
+) -> None:
+    """However patient it is then; those with one are not asked about again."""
+    server.answers = [chat(verdict(50)), servers.hang_up]
+    code, _, err = said(*command)
+    assert code == 0, err
+    n_asked = len(server.requests)
+    (first,) = home.glob("score/*/report.html")
+    assert "items have no verdict of the judge (see the report); the same command asks" in err
+
+    server.answers = [chat(verdict(70))]
+    code, _, err = said(*command, "--judge.max_attempts=3", "--judge.timeout_s=20")
+    assert code == 0, err
+    assert "no verdict" not in err
+    (second,) = set(home.glob("score/*/report.html")) - {first}
+    scored = json.loads((second.parent / "summary.json").read_text())["measures"]["judge"]["after"]
+    assert scored["n_unscored"] == 0
+    assert len(server.requests) == n_asked + 2
+
+    assert "already finished" in said(*command)[2]
+    assert len(server.requests) == n_asked + 2

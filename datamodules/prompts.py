@@ -181,8 +181,20 @@ def surplus(n_prompt: int, room: int, n_opening: int) -> slice:
     return slice(room - n_end, n_prompt - n_end)
 
 
-def stop_ids(tokenizer: Tokenizer, style: str) -> list[int]:
-    """Ids that end a response: the style's own end where the tokenizer declares it, and EOS."""
+def encode_start(tokenizer: Tokenizer, style: str | None, text: str) -> list[int]:
+    """Ids that a model goes on from: what a user says in a style, or without one a text's start."""
+    if style is None:
+        return tokenizer.bos_ids + tokenizer.encode(text)
+    return encode_prompt(tokenizer, style, [Message(role="user", content=text)])
+
+
+def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
+    """Ids that end a response: the style's own end where the tokenizer declares it, and EOS.
+
+    Without a style, that of a text.
+    """
+    if style is None:
+        return [tokenizer.eos_id]
     check_style(style, tokenizer)
     if style == TEMPLATE:
         after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)

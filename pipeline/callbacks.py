@@ -11,9 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from datamodules.batching import MicroBatch
-from datamodules.prompts import Message, encode_prompt, stop_ids
-from pipeline.generate import Sampling, generate
+from datamodules.batching import MicroBatch, StepDataModule
+from datamodules.prompts import encode_start, stop_ids
+from pipeline.generate import Sampling, check_prompt, generate
 from pipeline.run_directory import Run
 from pipeline.sharding import gather_shared, of_ranks
 
@@ -180,6 +180,14 @@ class SampleTexts(pl.Callback):
     def __init__(self, prompts: list[str], max_new_tokens: int) -> None:
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuses prompts that the model could not go on from."""
+        for prompt, ids in zip(self.prompts, self._ids(pl_module.data), strict=True):
+            try:
+                check_prompt(len(ids), pl_module.model.config.block_size)
+            except ValueError as error:
+                raise ValueError(f"SampleTexts.prompts, {prompt[:60]!r}: {error}") from None
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Generates and logs a table."""
         run = run_of(trainer)
@@ -189,15 +197,13 @@ class SampleTexts(pl.Callback):
             return
         gather_shared(pl_module.model)  # so every rank generates, where each has a share
         tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
-        ids = [self._ids(tokenizer, style, prompt) for prompt in self.prompts]
-        stops = stop_ids(tokenizer, style) if style else {tokenizer.eos_id}
         settings = Sampling(
             max_new_tokens=self.max_new_tokens,
-            stop_ids=frozenset(stops),
+            stop_ids=frozenset(stop_ids(tokenizer, style)),
             n_vocab=tokenizer.n_vocab,
         )
         with trainer.precision_plugin.forward_context():  # the base of adapters may be bf16
-            new = generate(pl_module.model, ids, settings)
+            new = generate(pl_module.model, self._ids(pl_module.data), settings)
         texts = [tokenizer.decode(answer) for answer in new]
         pl_module.train()
         if run is None:
@@ -208,8 +214,6 @@ class SampleTexts(pl.Callback):
         ]
         run.log_table(rows, f"samples/step-{step:08d}.json")
 
-    @staticmethod
-    def _ids(tokenizer: Any, style: str | None, prompt: str) -> list[int]:
-        if style is None:
-            return tokenizer.encode(prompt)
-        return encode_prompt(tokenizer, style, [Message(role="user", content=prompt)])
+    def _ids(self, data: StepDataModule) -> list[list[int]]:
+        style = data.meta().get("prompt_style")
+        return [encode_start(data.tokenizer, style, prompt) for prompt in self.prompts]

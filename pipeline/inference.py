@@ -14,7 +14,7 @@ import torch
 
 from datamodules.batching import Sample, pad
 from datamodules.files import replacing
-from datamodules.prompts import Message, encode_prompt, encode_text, stop_ids
+from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate, stream
@@ -36,10 +36,7 @@ def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling
         ValueError: for a checkpoint without the template, or a prompt that does not fit.
     """
     loaded = load_language_model(source)
-    ids = loaded.tokenizer.bos_ids + loaded.tokenizer.encode(prompt)
-    if is_message:
-        message = Message(role="user", content=prompt)
-        ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), [message])
+    ids = encode_start(loaded.tokenizer, prompt_style(loaded) if is_message else None, prompt)
     for piece in pieces(loaded, ids, settings_for(loaded, **sampling)):
         print(piece, end="", flush=True)
     print()
@@ -94,9 +91,7 @@ def prompt_style(loaded: Loaded) -> str:
 
 def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
     """Sampling that stops where the checkpoint's texts end."""
-    style = loaded.meta.get("prompt_style")
-    eos = [loaded.tokenizer.eos_id]
-    stops = stop_ids(loaded.tokenizer, style) if style else eos
+    stops = stop_ids(loaded.tokenizer, loaded.meta.get("prompt_style"))
     return Sampling(stop_ids=frozenset(stops), n_vocab=loaded.tokenizer.n_vocab, **sampling)
 
 

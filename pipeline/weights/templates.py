@@ -83,9 +83,8 @@ def default_system(tokenizer: Tokenizer) -> str | None:
 
 def stop_words(tokenizer: Tokenizer, style: str | None) -> list[str]:
     """Special tokens that end an answer, or a text where there is no style."""
-    ids = stop_ids(tokenizer, style) if style else [tokenizer.eos_id]
     names = {i: name for name, i in tokenizer.special_ids.items()}
-    return [names[i] for i in ids]
+    return [names[i] for i in stop_ids(tokenizer, style)]
 
 
 def _around(tokenizer: Tokenizer, style: PromptStyle, role: str) -> tuple[str, str]:

@@ -189,10 +189,6 @@ class PretrainingDataModule(StepDataModule):
         """UTF-8 of the held-out text, a zero byte between documents."""
         return self._corpus.text("val", self.tokenizer)
 
-    def meta(self) -> dict[str, object]:
-        """What a checkpoint has to know to use the model: nothing, for plain text."""
-        return {}
-
     @property
     def _corpus(self) -> Corpus:
         assert self.corpus is not None, "setup() comes first"

@@ -28,13 +28,19 @@ from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
-from pipeline.evaluation.responses import write_lines
 from pipeline.failures import GIB, explain
 from pipeline.hardware import available_memory_bytes, default_device, multiplies_bf16
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.progress import ProgressDisplay
-from pipeline.reports import PREDICTIONS, Report, prediction_rows, report_fit, report_test
+from pipeline.reports import (
+    PREDICTIONS,
+    Report,
+    log_predictions,
+    prediction_rows,
+    report_fit,
+    report_test,
+)
 from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
 from pipeline.run_logger import RunLogger
@@ -284,8 +290,7 @@ class PipelineCLI(LightningCLI):
         outputs = self.trainer.predict(model, datamodule=datamodule, **kwargs) or []
         if self.run is None:
             return
-        write_lines(self.run.path / PREDICTIONS, prediction_rows(datamodule, outputs))
-        self.run.log_artifact(PREDICTIONS)
+        log_predictions(self.run, prediction_rows(datamodule, outputs))
         self._finish(self.run, Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
 
     def _log_lineage(self, run: Run) -> None:

@@ -115,3 +115,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def metric_history(run: Path) -> dict[str, dict[int, float]]:
+    """Metric -> step -> value, by step; of a step that was taken again after a resume the last."""
+    history: dict[str, dict[int, float]] = {}
+    for line, _ in read_journal(run):
+        if line["kind"] == "metric":
+            for name, value in line["values"].items():
+                history.setdefault(name, {})[line["step"]] = float(value)
+    return {name: dict(sorted(values.items())) for name, values in history.items()}

@@ -16,8 +16,6 @@ from pipeline.loss import count_supervised, next_token_loss
 from pipeline.models import Loaded
 from pipeline.optim import OptimizerConfig
 
-MAX_LOG_PERPLEXITY = 50.0  # nats; beyond it exp() says nothing
-
 
 class LitLanguageModel(LitStep):
     """Next-token prediction.
@@ -102,10 +100,10 @@ class LitLanguageModel(LitStep):
         self._log_means("test", self.test_mean)
 
     def _log_means(self, split: str, metric: MeanMetric) -> None:
-        nats = float(metric.compute())
+        nats = metric.compute()
         metric.reset()
         self.log(f"{split}/loss", nats, prog_bar=True)
-        self.log(f"{split}/perplexity", math.exp(min(nats, MAX_LOG_PERPLEXITY)))
+        self.log(f"{split}/perplexity", nats.exp())
         bytes_per_token = getattr(self.data, "val_bytes_per_token", None)
         if bytes_per_token:
             self.log(f"{split}/bits_per_byte", nats / math.log(2) / bytes_per_token, prog_bar=True)

@@ -30,7 +30,10 @@ class Float32Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 scale = 0.2 * math.sqrt(max(p.shape)) * group["lr"]

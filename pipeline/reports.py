@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap, difference
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
-from pipeline.journal import read_journal
+from pipeline.journal import metric_history
 from pipeline.run_directory import Run
 
 Prediction = dict[str, Tensor]
@@ -48,7 +48,7 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
         data: that was trained on.
         metrics: of the best checkpoint.
     """
-    history = metric_history(run)
+    history = metric_history(run.path)
     tokens = history.get("train/tokens", {})
     losses = [
         (step, int(tokens[step]), loss)
@@ -74,16 +74,6 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
     return Report({**metrics, **named}, [row])
 
 
-def metric_history(run: Run) -> dict[str, dict[int, float]]:
-    """Metric -> step -> value, from the journal; of a step taken again after a resume the last."""
-    history: dict[str, dict[int, float]] = {}
-    for line, _ in read_journal(run.path):
-        if line["kind"] == "metric":
-            for name, value in line["values"].items():
-                history.setdefault(name, {})[line["step"]] = float(value)
-    return {name: dict(sorted(values.items())) for name, values in history.items()}
-
-
 def report_test(
     run: Run, data: StepDataModule, metrics: dict[str, float], predictions: Sequence[Prediction]
 ) -> Report:
@@ -107,7 +97,9 @@ def report_test(
         data.labels("val"),
         data.texts("test"),
     )
-    write_predictions(run, data, ours)
+    named = {sample["sample_id"]: data.label_names[sample["label"]] for sample in data.test_samples}
+    predicted = prediction_rows(data, [predictions])
+    log_predictions(run, [{**row, "label": named[row["sample_id"]]} for row in predicted])
     counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
@@ -154,17 +146,12 @@ def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         if "probabilities" not in prediction:
             rows.append(prediction)
             continue
-        for i, probabilities in zip(
-            prediction["sample_ids"].tolist(), prediction["probabilities"].tolist(), strict=True
+        for i, row in zip(
+            prediction["sample_ids"].tolist(), prediction["probabilities"], strict=True
         ):
-            named = dict(zip(data.label_names, (round(p, 6) for p in probabilities), strict=True))
-            rows.append(
-                {
-                    "sample_id": i,
-                    "predicted": max(named, key=named.__getitem__),
-                    "probabilities": named,
-                }
-            )
+            named = dict(zip(data.label_names, (round(p, 6) for p in row.tolist()), strict=True))
+            predicted = data.label_names[int(row.argmax())]
+            rows.append({"sample_id": i, "predicted": predicted, "probabilities": named})
     return sorted(rows, key=lambda row: row["sample_id"])
 
 
@@ -180,16 +167,7 @@ def in_order(predictions: Sequence[Prediction], data: TextClassificationDataModu
     return np.array([by_id[sample["sample_id"]] for sample in data.test_samples], np.float64)
 
 
-def write_predictions(run: Run, data: TextClassificationDataModule, probabilities: Array) -> None:
-    """One JSON line a test text: its row, label, predicted label and probabilities."""
-    rows = [
-        {
-            "row": sample["sample_id"],
-            "label": data.label_names[sample["label"]],
-            "predicted": data.label_names[int(p.argmax())],
-            "probabilities": dict(zip(data.label_names, p.round(6).tolist(), strict=True)),
-        }
-        for sample, p in zip(data.test_samples, probabilities, strict=True)
-    ]
+def log_predictions(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Keeps them in the run, one JSON line a sample."""
     write_lines(run.path / PREDICTIONS, rows)
     run.log_artifact(PREDICTIONS)

@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from datamodules.files import replacing
-from pipeline.journal import Journal, dumps, read_journal
+from pipeline.journal import Journal, dumps
 from pipeline.provenance import redact
 
 if TYPE_CHECKING:
@@ -186,15 +186,6 @@ class Run:
         """Records something that happened."""
         self._journal.append("event", name=name, **facts)
 
-    def metric_history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric by step; of a step that was taken again, its last value."""
-        history = {
-            line["step"]: float(line["values"][key])
-            for line, _ in read_journal(self.path)
-            if line["kind"] == "metric" and key in line["values"]
-        }
-        return sorted(history.items())
-
     def finish(
         self,
         outputs: Mapping[str, str],
@@ -237,10 +228,6 @@ class Run:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
         except OSError as error:  # a full disk; the reason goes on its way all the same
             print(f"warning: {error}", file=sys.stderr)
-
-    def outcome(self) -> dict[str, Any] | None:
-        """What `finish` wrote, None before."""
-        return read_outcome(self.path)
 
     def _inside(self, name: str) -> Path:
         path = (self.path / name).resolve()

@@ -173,11 +173,12 @@ def answer(
     after, *earlier = (respond(loaded, tuned, held_out, prompts, answering) for loaded in models)
     lineage = {
         "checkpoint": ckpt,
-        "before": str(origin),
         "data": held_out.fingerprint["digest"],
         "max_new_tokens": str(answering.max_new_tokens),
         "dtype": str(answering.dtype),
     }
+    if origin:
+        lineage["before"] = origin
     return after, earlier[0] if earlier else None, lineage, held_out.fingerprint["sources"]
 
 

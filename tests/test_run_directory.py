@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipeline import run_directory
-from pipeline.journal import JOURNAL, read_journal
+from pipeline.journal import JOURNAL, metric_history, read_journal
 from pipeline.provenance import _git_facts, environment, redact
 from pipeline.run_directory import AlreadyFinished, Run, is_open, read_outcome
 
@@ -73,7 +73,7 @@ def test_journal_holds_what_was_logged(path: Path) -> None:
 
 def test_outcome_is_there_only_for_a_finished_run(path: Path) -> None:
     run = Run.open(path, command="fit")
-    assert run.outcome() is None
+    assert read_outcome(run.path) is None
     headline = [{"metric": "accuracy", "before": 0.5, "after": 0.9}]
     run.finish({"best": "b"}, {"f1": 0.5, "worst": math.inf}, {}, headline)
     outcome = read_outcome(path)
@@ -166,15 +166,16 @@ def test_threads_share_a_run(path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    history = metric_history(run.path)
     for number in range(6):
-        assert run.metric_history(f"thread{number}") == [(s, float(s)) for s in range(300)]
+        assert history[f"thread{number}"] == {s: float(s) for s in range(300)}
 
 
 def test_history_takes_the_last_value_of_a_repeated_step(path: Path) -> None:
     run = Run.open(path)
     for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)):
         run.log_metrics({"loss": loss}, step)
-    assert run.metric_history("loss") == [(1, 3.0), (2, 2.5), (3, 1.0)]
+    assert metric_history(run.path)["loss"] == {1: 3.0, 2: 2.5, 3: 1.0}
 
 
 def test_elapsed_time_leaves_out_the_time_between_attempts(path: Path) -> None:
@@ -200,7 +201,7 @@ def test_how_a_run_can_fail(path: Path, reason: BaseException | str, status: str
     run.fail(reason)
     run.fail("again")  # it has ended
     assert [line["status"] for line in lines(path, "status")] == ["RUNNING", status]
-    assert run.outcome() is None
+    assert read_outcome(run.path) is None
 
 
 def test_secrets_are_written_nowhere(path: Path) -> None:

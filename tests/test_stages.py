@@ -115,7 +115,7 @@ def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
     folder = next((tiny.folder / "mlruns/spam-test").glob("*/predictions.jsonl"))
     rows = [json.loads(line) for line in folder.read_text().splitlines()]
     _, out, _ = said(
-        "classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["row"])
+        "classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["sample_id"])
     )
     given = json.loads(out)
     assert given["label"] == rows[0]["predicted"]

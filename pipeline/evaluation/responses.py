@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def write_responses(path: Path, responses: Sequence[Response]) -> None:
     write_lines(path, [asdict(response) for response in responses])
 
 
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON Lines (UTF-8) in one move."""
     replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -133,7 +133,7 @@ def _damaged(folder: Path) -> Path | None:
         width = np.dtype(facts["dtype"]).itemsize
         expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
         is_whole = facts.pop("checksum") == _checksum(facts)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return path
     if not is_whole:
         return path

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 _REMEMBERED_BYTES = 64 << 20  # digests of files from this size on are remembered
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
@@ -48,10 +50,11 @@ def _remembered_sha256(path: Path) -> str:
         return sha256(path)
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     note = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
-    if not note.is_file():
-        with replacing(note) as temporary:
-            temporary.write_text(sha256(path))
-    return note.read_text()
+    if note.is_file() and _DIGEST.fullmatch(known := note.read_text(errors="replace")):
+        return known
+    with replacing(note) as temporary:
+        temporary.write_text(digest := sha256(path))
+    return digest
 
 
 def decode(data: bytes, path: Path, offset: int = 0) -> str:

@@ -230,6 +230,8 @@ def _json_list(path: Path) -> list[Any]:
             f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "
             "or name the file .jsonl where it has an object a line."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
+        raise ValueError(f"{path}: {error}; correct the JSON.") from error
     if not isinstance(entries, list):
         raise ValueError(
             f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."

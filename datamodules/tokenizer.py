@@ -344,7 +344,7 @@ def _read(path: Path) -> Tokenizer:
     try:
         content = json.loads(path.read_bytes())
         stored = content.pop("digest")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(damaged) from error
     if content.get("format") != _FORMAT or stored != _digest(content):
         raise ValueError(damaged)

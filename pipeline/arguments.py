@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, get_loader, set_loader
 
 from pipeline.safe import refusal
 
@@ -24,6 +25,42 @@ _NOISE = re.compile(
 )
 
 _UNKNOWN_KEY = re.compile("unrecognized arguments|is not accepted|does not accept option")
+_MAX_DEPTH = 100  # of values in one another: what reads YAML recurses, in C until it crashes
+_PARSERS_LOADER = get_loader("yaml")
+
+
+def guard_yaml() -> None:
+    """From now on jsonargparse too refuses what `check_nesting` does."""
+    set_loader("yaml", _guarded, (yaml.YAMLError,))
+
+
+def _guarded(text: str) -> Any:
+    check_nesting(text)
+    return _PARSERS_LOADER(text)
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds, in primitives.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or nested too deeply.
+    """
+    check_nesting(text)
+    return yaml.safe_load(text)
+
+
+def check_nesting(text: str) -> None:
+    """Raises yaml.YAMLError where values lie too deep in one another, or one in itself."""
+    anchors: list[str | None] = []  # of the values around
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchors.pop()
+        elif isinstance(event, yaml.AliasEvent) and event.anchor in anchors:
+            raise yaml.YAMLError(f"*{event.anchor} stands in what it names; write it out.")
+        if len(anchors) > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep; flatten it.")
 
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:

@@ -231,12 +231,19 @@ def _outcome(run: StageRun, parent: Run) -> Outcome | None:
 
 
 def _warn_of_code(runs: Iterable[StageRun]) -> None:
-    now = code_digest()
-    older = [
-        run.stage.name
-        for run in runs
-        if run.is_reused and json.loads((run.path / RECORD).read_text())["code"] != now
-    ]
+    now, older = code_digest(), []
+    for run in (run for run in runs if run.is_reused):
+        try:
+            code = json.loads((run.path / RECORD).read_text("utf-8"))["code"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            print(
+                f"warning: {run.path / RECORD} is missing or damaged: whether the code has changed "
+                "since is not known; the result is reused.",
+                file=sys.stderr,
+            )
+            continue
+        if code != now:
+            older.append(run.stage.name)
     if older:
         print(
             f"warning: the code has changed since {', '.join(older)} ran; the results are reused. "

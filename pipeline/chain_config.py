@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.arguments import build, parse
+from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
 from pipeline.run_directory import check_name
 
@@ -112,7 +112,7 @@ class Stage:
         return {
             "command": self.command,
             "schema": STAGE_COMMANDS[self.command].schema,
-            "config": [decisive(yaml.safe_load(text)) for text in texts],
+            "config": [decisive(load_yaml(text)) for text in texts],
             "set": decisive(self.overrides),
         }
 
@@ -153,7 +153,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
         OSError: a file cannot be read.
     """
     try:
-        chain = build(_ChainYaml, _expand(yaml.safe_load(_read(path)), "chain"), "chain")
+        chain = build(_ChainYaml, _expand(load_yaml(_read(path)), "chain"), "chain")
         check_name(chain.experiment, "experiment")
         stages: dict[str, Stage] = {}
         for i, raw in enumerate(chain.stages):
@@ -224,7 +224,7 @@ def _override(stages: dict[str, Stage], text: str) -> None:
         raise ValueError(
             f"--set {text}: no stage is called {name!r}; there are {', '.join(stages)}."
         )
-    overrides = {**stages[name].overrides, key: yaml.safe_load(value)}
+    overrides = {**stages[name].overrides, key: load_yaml(value)}
     stages[name] = replace(stages[name], overrides=overrides)
 
 

@@ -83,7 +83,7 @@ def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
                 return
             try:
                 parsed = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(
                     f"{run / JOURNAL} is damaged at byte {offset} ({line[:40]!r}); "
                     "take that line out."

@@ -165,7 +165,7 @@ def _remembered(run: Path, uri: str) -> _Replicated | None:
     """What mlflow.json says, where it is about this store and of this version."""
     try:
         replicated = _Replicated(**json.loads((run / REPLICATED).read_text("utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
     return replicated if replicated.store == _store_name(run, uri) else None
 

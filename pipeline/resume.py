@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.arguments import load_yaml
 from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS
 from pipeline.run_directory import CONFIG, OUTCOME
@@ -105,16 +106,25 @@ def interrupted_like(run: Path) -> str:
         for folder in run.parent.glob(f"{prefix}-*/{CHECKPOINTS}/step-*")
         if folder.parents[1] != run and not (folder.parents[1] / OUTCOME).exists()
     ]
+    others = [other for other in others if (other / CONFIG).is_file()]
     if not others:
         return ""
     other = max(others, key=lambda path: (path / CONFIG).stat().st_mtime)
-    theirs, ours = (_decisive(yaml.safe_load((path / CONFIG).read_text())) for path in (other, run))
+    theirs, ours = _options(other), _options(run)
+    if not theirs:
+        return f"there is an interrupted run {other}, but its {CONFIG} is damaged"
     found = "; ".join(differences(theirs, ours).values())
     return f"the interrupted run {other} is another: {found}"
 
 
-def _decisive(config: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in decisive(config).items()}
+def _options(run: Path) -> dict[str, str]:
+    """What decides the result of a run, by dotted key; nothing where the file is damaged."""
+    try:
+        config = load_yaml((run / CONFIG).read_text("utf-8"))
+    except (ValueError, yaml.YAMLError):
+        return {}
+    found = decisive(config) if isinstance(config, dict) else {}
+    return {key: str(value) for key, value in found.items()}
 
 
 def changed_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:

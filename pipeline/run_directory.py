@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 OUTCOME, CONFIG, LOCK = "outcome.json", "config.yaml", "run.lock"
+_PARTS = {"outputs": dict, "metrics": dict, "sources": dict, "headline": list, "elapsed_s": float}
 _LOCK_TIMEOUT_S = 6  # data workers of a killed process may hold on for five seconds
 
 
@@ -177,7 +178,7 @@ class Run:
         """Writes config.yaml, secrets masked; one that differs from it is kept under a number."""
         path = self.path / CONFIG
         text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
-        if path.exists() and path.read_text("utf-8") != text:
+        if path.exists() and path.read_bytes() != text.encode():
             number = len(list(self.path.glob("config-*.yaml"))) + 1
             self.log_artifact(path.replace(self.path / f"config-{number}.yaml").name)
         return self.log_text(text, CONFIG)
@@ -249,11 +250,24 @@ def is_open(path: Path) -> bool:
 
 
 def read_outcome(path: Path) -> dict[str, Any] | None:
-    """The outcome of a run directory, None where it has not finished."""
+    """The outcome of a run directory, None where it has not finished.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not (path / OUTCOME).exists():
         return None
-    outcome = json.loads((path / OUTCOME).read_text("utf-8"))
-    outcome["metrics"] = {key: float(value) for key, value in outcome["metrics"].items()}
+    try:
+        outcome = json.loads((path / OUTCOME).read_text("utf-8"))
+        outcome["metrics"] = {key: float(value) for key, value in outcome["metrics"].items()}
+        is_whole = all(isinstance(outcome[key], kind) for key, kind in _PARTS.items())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{path / OUTCOME} is damaged; remove it, and the command that wrote it goes on with "
+            "that run and writes it anew."
+        )
     return outcome
 
 

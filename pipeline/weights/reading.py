@@ -63,7 +63,7 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors name the path; what is of the wrong type in a file is an error like any other."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())  # names in a file may hold anything
         raise ValueError(f"{path} cannot be used: {said}") from error
     except KeyError as error:

@@ -11,9 +11,9 @@ import pytest
 from tests.journey import CONFIGS, PLAIN, TINY, Journey
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def words(tiny: Journey) -> list[str]:
-    """A pretraining with dropout, over epochs, with validation and a worker."""
+    """A pretraining with dropout, over epochs, of micro-batches, with validation and a worker."""
     return [
         "fit",
         f"--config={CONFIGS}/pretrain.yaml",
@@ -23,6 +23,7 @@ def words(tiny: Journey) -> list[str]:
         f"--data.tokenizer={tiny.tokenizer}",
         "--data.near_duplicates=null",
         "--data.num_workers=1",
+        "--data.max_tokens=192",  # of the 512 of a step
         "--model.gpt.dropout=0.1",
         f"--trainer.max_steps={60}",
         "--trainer.val_check_interval=20",

@@ -162,6 +162,22 @@ class HangInSave(At):
             files.write_files = write_one
 
 
+class HangInReport(At):
+    """Stays for ever in what is made of a trained model, the first time that it is made."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        from pipeline import cli
+
+        reports = Path(trainer.default_root_dir) / "reports"
+
+        def hang(*args: Any) -> Any:
+            reports.touch()
+            time.sleep(10 * PATIENCE_S)
+
+        if not reports.exists():
+            cli.report_fit = hang  # type: ignore[assignment]
+
+
 class LoseFolder(At):
     """Puts a file where the folder of checkpoints was."""
 
@@ -185,6 +201,26 @@ class RemoveSource(At):
     def act(self, trainer: pl.Trainer, module: Any) -> None:
         for name in module.data.fingerprint["sources"]:
             Path(name).unlink()
+
+
+class ChangeSource(At):
+    """Adds a line to the files that are trained on."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        for name in module.data.fingerprint["sources"]:
+            with Path(name).open("a") as file:
+                file.write("One more line.\n")
+
+
+class Diverge(At):
+    """Makes the loss of a step, and of those after it, no number."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            module.loss_sum = lambda batch: torch.nan * type(module).loss_sum(module, batch)
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        """The guard has to see it first."""
 
 
 class Spike(At):

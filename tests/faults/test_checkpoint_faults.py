@@ -174,6 +174,37 @@ def test_a_full_disk_costs_the_last_steps_alone(
     assert f"resuming from {whole[-1]}" in err
 
 
+def test_all_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a machine that stops leaves a whole checkpoint, or none of that name."""
+    done: list[tuple[str, Any]] = []
+    fsync, rename, write_text = os.fsync, Path.rename, Path.write_text
+
+    def recording_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("flush", os.fstat(descriptor).st_ino))
+
+    def recording_rename(self: Path, target: Path) -> Path:
+        done.append(("rename", target))
+        return rename(self, target)
+
+    def recording_write(self: Path, *args: Any, **options: Any) -> int:
+        done.append(("write", self.name))
+        return write_text(self, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    monkeypatch.setattr(Path, "write_text", recording_write)
+    path = tmp_path / "step-00000001"
+    files.write_checkpoint(path, {name: lambda file: file.write_text("x") for name in ("z", "b")})
+    inside = {("flush", file.stat().st_ino) for file in (*path.iterdir(), path)}
+    assert done[:3] == [("write", "z"), ("write", "b"), ("write", files.MANIFEST)]
+    assert len(inside) == 4
+    assert set(done[3:7]) == inside
+    assert done[7:] == [("rename", path), ("flush", tmp_path.stat().st_ino)]
+
+
 def test_a_file_system_that_refuses_is_named(tmp_path: Path) -> None:
     def full(path: Path) -> None:
         with Path("/dev/full").open("wb") as file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +21,26 @@ from pipeline.run_directory import read_outcome
 from pipeline.tracking import sync_all, tracking_uri
 from tests.faults.processes import Started, at
 from tests.faults.test_exact_resume import assert_equal_checkpoints
-from tests.journey import Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 
 MAX_STEPS = 60
-LAST = f"default/*/checkpoints/step-{MAX_STEPS:08}"
 BY_THE_CLOCK = ("perf/",)  # metrics that no two runs share
 
 
-@pytest.fixture
-def whole(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that an uninterrupted run ends with."""
-    with monkeypatch.context() as patch:
-        patch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "whole"))
-        started = Started(words, tmp_path / "whole.txt")
-        assert started.wait() == 0, started.said()
-    (path,) = (tmp_path / "whole").glob(LAST)
-    return path
+    return uninterrupted(words, tmp_path_factory.mktemp("whole"))
+
+
+def uninterrupted(words: Sequence[str], folder: Path) -> Path:
+    """The last checkpoint of a run below a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "GPT_PIPELINE_HOME": str(folder)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    started = Started(words, folder / "said.txt", environment)
+    assert started.wait() == 0, started.said()
+    return max(folder.glob("default/*/checkpoints/step-*"))
 
 
 def journaled(home: Path) -> int:
@@ -58,16 +64,19 @@ def stop_and_go_on(
 ) -> list[int]:
     """Starts the command again and again, and stops it when a step is in the journal; exit codes.
 
+    One that is killed finds its newest checkpoint damaged too.
+
     Args:
         stops: step and signal.
     """
     codes = []
     for step, number in stops:
-        damage_newest(home)
         started = Started(words, output)
         started.until(lambda step=step: journaled(home) >= step)  # type: ignore[misc]
         started.send(number)
         codes.append(started.wait())
+        if number == signal.SIGKILL:
+            damage_newest(home)
     started = Started(words, output)
     assert started.wait() == 0, started.said()
     return codes
@@ -83,7 +92,7 @@ def damage_newest(home: Path) -> None:
 
 
 def assert_nothing_is_lost(home: Path, whole: Path) -> None:
-    (last,) = home.glob(LAST)
+    (last,) = home.glob(f"default/*/checkpoints/{whole.name}")
     assert_equal_checkpoints(last, whole)
     assert metrics(last.parents[1]) == metrics(whole.parents[1])
     ours, theirs = (read_outcome(path.parents[1]) for path in (last, whole))
@@ -97,10 +106,44 @@ def test_stopped_by_every_signal(words: list[str], home: Path, whole: Path, tmp_
     stops = [(10, signal.SIGKILL), (25, signal.SIGTERM), (40, signal.SIGINT)]
     assert stop_and_go_on(words, home, output, stops) == [-9, 143, 130]
     text = output.read_text()
-    assert text.count("the same command goes on") == 2
-    assert text.count("model.safetensors is missing or damaged") == text.count("Set aside as") == 2
+    assert text.count("model.safetensors is missing or damaged") == text.count("Set aside as") == 1
+    stopped = [int(n) for n in re.findall(r"stopped after step (\d+); the same command goes", text)]
+    resumed = [int(n) for n in re.findall(r"resuming from .*/step-(\d+)\n", text)]
+    assert resumed[1:] == stopped, "the step of each signal was saved"
+    assert 25 <= stopped[0] < 40 <= stopped[1] < MAX_STEPS
     assert_nothing_is_lost(home, whole)
     assert_in_mlflow_once(home, whole)
+
+
+def test_killed_in_a_save_and_before_the_outcome(
+    words: list[str], home: Path, whole: Path, tmp_path: Path
+) -> None:
+    words = [*words, *at("HangInSave", 8), *at("HangInReport", MAX_STEPS)]
+    for mark, left in (("hangs", ".step-00000008-*.draft"), ("reports", whole.name)):
+        started = Started(words, tmp_path / "said.txt")
+        started.until(lambda mark=mark: bool(list(home.glob(f"default/*/{mark}"))))  # type: ignore[misc]
+        assert list(home.glob(f"default/*/checkpoints/{left}"))
+        started.send(signal.SIGKILL)
+        assert started.wait() == -signal.SIGKILL
+    assert not list(home.glob("default/*/outcome.json"))
+    started = Started(words, tmp_path / "said.txt")
+    assert started.wait() == 0, started.said()
+    assert re.findall(r"resuming from .*/(step-\d+)\n", started.said()) == [
+        "step-00000004",
+        whole.name,
+    ]
+    assert not list(home.glob("default/*/checkpoints/.*")), "half of one is left"
+    assert_nothing_is_lost(home, whole)
+
+
+def test_an_adapter_goes_on_after_a_kill(tiny: Journey, home: Path, tmp_path: Path) -> None:
+    words = ["fit", f"--config={CONFIGS}/instruct.yaml", *SHORT, *PLAIN]
+    words += [f"--model.init_from={tiny.best('pretrain')}", "--model.lora.dropout=0.1"]
+    words += ["--data.batch_size=4", "--data.max_tokens=512", "--trainer.max_steps=8"]
+    words += ["--checkpoints.every_n_steps=2"]
+    whole = uninterrupted(words, tmp_path / "whole")
+    assert stop_and_go_on(words, home, tmp_path / "said.txt", [(5, signal.SIGKILL)]) == [-9]
+    assert_nothing_is_lost(home, whole)
 
 
 def test_a_killed_run_leaves_no_process(words: list[str], home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from pipeline.callbacks import robust_z
+from pipeline.checkpoint import CHECKPOINTS, newest_valid, read_tensors
 from pipeline.journal import read_journal
 from tests.faults.processes import at, finish, start
 from tests.journey import said
@@ -33,8 +36,8 @@ def events(home: Path, name: str) -> list[dict[str, Any]]:
 def test_an_allocator_that_refuses_is_one_line(words: list[str], home: Path) -> None:
     line = refused(*words, *at("Allocate", 6), "--data.num_workers=0")
     assert "out of memory" in line
-    assert "data.max_tokens (it is 4096, and changes no result)" in line
-    assert "model.lora" in line
+    assert "data.max_tokens (it is 192, and changes no result)" in line
+    assert re.search(r"needs about \d+\.\d GiB, \d+\.\d GiB are free: lower", line)
     (ended,) = (e for e in read_events(home, "status") if e["status"] == "FAILED")
     assert "out of memory" in ended["reason"]
 
@@ -66,17 +69,36 @@ def test_a_killed_data_worker_is_named(words: list[str], home: Path) -> None:
     assert "data.num_workers" in line
 
 
-def test_sources_that_vanish_while_it_trains(words: list[str], home: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A text to be lost or changed."""
+    path = tmp_path / "prose.txt"
+    path.write_text("".join(f"Line {i} of a text about the number {i * i}.\n" for i in range(900)))
+    return path
+
+
+def test_sources_that_vanish_while_it_trains(words: list[str], home: Path, source: Path) -> None:
     """The tokens are in the cache; a resume without the sources is refused."""
-    source = tmp_path / "prose.txt"
-    source.write_text(
-        "".join(f"Line {i} of a text about the number {i * i}.\n" for i in range(900))
-    )
     options = [f"--data.source=[{source}]", "--data.num_workers=0", "--trainer.max_steps=24"]
     code, _, err = said(*words, *options, *at("RemoveSource", 6))
     assert code == 0, err
     assert not source.exists()
     assert str(source) in refused(*words, *options, "--trainer.max_steps=30")
+
+
+def test_sources_that_change_while_it_trains(words: list[str], home: Path, source: Path) -> None:
+    """The tokens are in the cache; a resume is refused, for the rest would be of another text."""
+    words = [*words, f"--data.source=[{source}]", "--data.num_workers=0", "--trainer.max_steps=12"]
+    words += at("ChangeSource", 6)
+    before = source.read_text()
+    code, _, err = said(*words)
+    assert code == 0, err
+    assert source.read_text() != before
+    words += at("Allocate", 10)  # it ends before it is finished
+    assert "out of memory" in refused(*words)
+    line = refused(*words)
+    assert f"(changed: {source})" in line
+    assert "--run.resume never" in line
 
 
 def test_a_loss_that_stands_out_is_flagged(words: list[str], home: Path) -> None:
@@ -101,6 +123,18 @@ def test_a_robust_score_by_hand() -> None:
     assert robust_z(0.0, [0.0] * 9) == 0, "losses of an overfitted classifier"
     assert robust_z(1e-6, [0.0] * 9) < 2
     assert robust_z(1000, [1, 2, 3, 4, 5, 900]) > 100  # an outlier before hides none after it
+
+
+def test_losses_that_are_no_numbers_end_the_run(words: list[str], home: Path) -> None:
+    """What is kept is whole, and good to go on from."""
+    line = refused(*words, *at("Diverge", 10), "--data.num_workers=0")
+    assert "5 steps in a row" in line
+    assert [event["step"] for event in events(home, "skipped_step")] == [10, 11, 12, 13, 14]
+    (folder,) = home.glob(f"default/*/{CHECKPOINTS}")
+    newest = newest_valid(folder)
+    assert newest is not None
+    assert newest.name == "step-00000012"
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(newest).values())
 
 
 def test_steps_that_were_skipped_are_in_the_journal(words: list[str], home: Path) -> None:

@@ -1,0 +1,117 @@
+"""Small files that a run leaves, damaged: one clear line, or noticed and made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datamodules import files
+from pipeline.chain import RECORD, StageRun, _warn_of_code
+from pipeline.chain_config import Stage
+from pipeline.checkpoint import CHECKPOINTS
+from pipeline.resume import interrupted_like
+from pipeline.run_directory import CONFIG, OUTCOME, Run, read_outcome
+from tests.faults.test_checkpoint_faults import empty
+from tests.journey import Journey, said
+
+Damage = Callable[[Path], None]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    """One that leaves no UTF-8."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
+def lose_a_key(path: Path) -> None:
+    path.write_text(path.read_text().replace('"outputs"', '"0utputs"'))
+
+
+damages = pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
+
+
+def test_an_outcome(home: Path, tiny: Journey) -> None:
+    words = ["merge", f"--ckpt={tiny.best('instruct')}"]
+    assert said(*words)[0] == 0
+    (path,) = home.glob(f"*/*/{OUTCOME}")
+    content, before = path.read_bytes(), read_outcome(path.parent)
+    assert before is not None
+    for damage in (truncate, empty, flip_a_bit, lose_a_key):
+        path.write_bytes(content)
+        damage(path)
+        code, _, err = said(*words)
+        (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+        assert code == 2
+        assert f"{path} is damaged; remove it" in line
+    path.unlink()
+    assert said(*words)[0] == 0
+    again = read_outcome(path.parent)
+    assert again is not None
+    assert (again["outputs"], again["metrics"]) == (before["outputs"], before["metrics"])
+
+
+@damages
+def test_the_config_of_an_interrupted_run(damage: Damage, tmp_path: Path) -> None:
+    paths = [tmp_path / "demo" / f"pretrain-{i}" for i in range(2)]
+    for i, path in enumerate(paths):
+        run = Run.open(path)
+        run.config({"data": {"seed": i}})
+        run.fail("killed")
+    (paths[0] / CHECKPOINTS / "step-00000001").mkdir(parents=True)
+    assert interrupted_like(paths[1]).endswith("pretrain-0 is another: data.seed was 0, is 1")
+    damage(paths[0] / CONFIG)
+    text = interrupted_like(paths[1])
+    assert str(paths[0]) in text
+    assert f"its {CONFIG} is damaged" in text or damage is truncate, "which may be YAML"
+    (paths[0] / CONFIG).unlink()
+    assert interrupted_like(paths[1]) == ""
+
+
+@damages
+def test_the_config_of_a_run_that_goes_on(damage: Damage, tmp_path: Path) -> None:
+    config = {"data": {"seed": 1}}
+    run = Run.open(tmp_path / "demo" / "one")
+    run.config(config)
+    run.fail("killed")
+    whole = (run.path / CONFIG).read_text()
+    damage(run.path / CONFIG)
+    again = Run.open(run.path)
+    again.config(config)
+    again.fail("killed")
+    assert (run.path / CONFIG).read_text() == whole
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, Path.unlink])
+def test_a_stages_record(
+    damage: Damage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / RECORD).write_text('{"inputs": {}, "code": "' + "0" * 64 + '"}')
+    run = StageRun(Stage("small", "fit", (), {}, {}), tmp_path, {}, {}, None)
+    _warn_of_code([run])
+    assert "the code has changed since small ran" in capsys.readouterr().err
+    damage(tmp_path / RECORD)
+    _warn_of_code([run])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / RECORD} is missing or damaged" in line
+
+
+@damages
+def test_a_remembered_digest(
+    damage: Damage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "big.txt"
+    path.write_text("what is read once")
+    digest = files.file_digests([path])
+    (note,) = (tmp_path / "cache" / "digests").iterdir()
+    damage(note)
+    assert files.file_digests([path]) == digest
+    assert note.read_text() == digest[str(path)]

@@ -1,0 +1,43 @@
+"""What is said when memory is short: what is needed, and what to change first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.failures import GIB, estimate_gib, explain
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
+def test_the_cheapest_remedy_comes_first(error: BaseException) -> None:
+    """First what changes no result, then what costs time, then what trains something else."""
+    text = explain(error, max_tokens=512, needed_gib=3.26, free_gib=1.5)
+    assert text is not None
+    assert "Training needs about 3.3 GiB, 1.5 GiB are free: lower data.max_tokens (it is 5" in text
+    knobs = ["data.max_tokens", "model.gradient_checkpointing", "model.lora", "a smaller model"]
+    places = [text.index(knob) for knob in knobs]
+    assert places == sorted(places)
+
+
+def test_other_errors_are_not_explained() -> None:
+    assert explain(RuntimeError("no"), max_tokens=1, needed_gib=0, free_gib=0) is None
+
+
+def test_the_estimate_by_hand(tiny_gpt: Callable[..., Any]) -> None:
+    model = tiny_gpt()
+    n = sum(p.numel() for p in model.parameters())
+
+    def estimate(max_tokens: int, *, half: bool = False) -> float:
+        return estimate_gib(model, model.config, max_tokens, half=half) * GIB
+
+    # float32: the weight, its gradient, two moments
+    assert estimate(0) == pytest.approx(16 * n)
+    # a token: in each of 2 blocks 16 x 32 and 3 x 64 numbers; 96 logits, twice, and their gradient
+    token = 4 * 2 * (16 * 32 + 3 * 64) + 96 * (4 + 8)
+    assert estimate(100) - estimate(0) == pytest.approx(100 * token)
+    assert estimate(100, half=True) < estimate(100)
+    model.requires_grad_(False)
+    assert estimate(0) == pytest.approx(4 * n)

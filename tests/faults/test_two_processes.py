@@ -3,25 +3,120 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from lightning.pytorch.utilities import rank_zero_only
+from mlflow import MlflowClient
 
+from datamodules.prompts import IGNORE
 from pipeline.checkpoint import ADAPTER_WEIGHTS, read_tensors, verify_checkpoint
 from pipeline.journal import read_journal
-from tests.faults.processes import TORCHRUN, at, finish, start
-from tests.journey import CONFIGS, PLAIN, SHORT, Journey
-from tests.training import spam_data
+from pipeline.tracking import sync_all
+from tests.faults.processes import PROCESSES, TORCHRUN, Started, at, finish, go_on, pauses, start
+from tests.faults.test_exact_resume import assert_equal_checkpoints
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, run
+from tests.training import instruction_data, spam_data
 
 SAME = 1e-6  # float32: the sums over two processes round otherwise
+BESIDE = ["--checkpoints.asynchronous=true"]
+IDS = ["--trainer.log_every_n_steps=1", "--trainer.callbacks+=tests.faults.processes.Ids"]
+NewHome = Callable[[str], Path]  # by a name for it
+
+
+class Rank(Started):
+    """One of two processes, forked from one that has imported everything."""
+
+    def __init__(self, words: list[str], output: Path, environment: dict[str, str]) -> None:
+        self.output = output
+        self.process: Any = PROCESSES.Process(target=_rank, args=(words, output, environment))
+        self.process.start()
+
+
+def _rank(words: list[str], output: Path, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    rank_zero_only.rank = int(environment["RANK"])  # what Lightning reads when it is imported
+    raise SystemExit(run(*words))
+
+
+class Two:
+    """A command as torchrun starts it: each process is told which of the two it is."""
+
+    def __init__(self, words: list[str], home: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        shared = {"GPT_PIPELINE_HOME": str(home), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "two"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.ranks = [
+            Rank(words, home / "said.txt", {**os.environ, **shared, "RANK": i, "LOCAL_RANK": i})
+            for i in "01"
+        ]
+
+    def is_running(self) -> bool:
+        return all(rank.process.is_alive() for rank in self.ranks)
+
+    def stop(self) -> None:
+        """SIGTERM to the one that logs nothing."""
+        self.ranks[1].send(signal.SIGTERM)
+
+    def end(self) -> tuple[int, str]:
+        """Their exit code, and what they wrote."""
+        try:
+            codes = {rank.wait() for rank in self.ranks}
+        finally:
+            for rank in self.ranks:
+                rank.process.kill()
+        text = self.ranks[0].said()
+        assert len(codes) == 1, (codes, text)
+        return codes.pop(), text
+
+
+class Launched:
+    """A command as a shell starts it: Lightning starts the second process."""
+
+    def __init__(self, words: list[str], home: Path) -> None:
+        self.process = start(words, home)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and what both wrote."""
+        return finish(self.process)
+
+
+@pytest.fixture(scope="module")
+def new_home(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> NewHome:
+    """Makes a folder of runs, with a tracking store in it: to make one takes seconds."""
+
+    def make(name: str) -> Path:
+        home = tmp_path_factory.mktemp(name)
+        shutil.copy(empty_database, home / "mlflow.db")
+        return home
+
+    return make
 
 
 @pytest.fixture(scope="module")
 def words(tiny: Journey) -> list[str]:
     """Texts of very unequal length; the last step has one sample, so that a process has none."""
-    data = spam_data(tiny.tokenizer, train_fraction=0.12, val_fraction=0.1)
+    data = spam_data(tiny.tokenizer, train_fraction=0.06, val_fraction=0.1)
     data.setup("fit")
     n_samples = len(data.train_set)
     batch_size = next(n for n in range(6, n_samples) if n_samples % n == 1)
@@ -32,55 +127,37 @@ def words(tiny: Journey) -> list[str]:
         f"--model.init_from={tiny.best('pretrain')}",
         "--model.optimizer.warmup_steps=2",
         "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=8",
-        "--trainer.log_every_n_steps=1",
+        "--trainer.max_epochs=2",
         "--trainer.limit_val_batches=0",
-        "--data.train_fraction=0.12",
+        "--data.train_fraction=0.06",
         f"--data.batch_size={batch_size}",
         "--data.max_tokens=150",
         "--checkpoints.every_n_steps=5",
-        "--trainer.callbacks+=tests.faults.processes.Ids",
+        *IDS,
         *at("Infinite", 7),
     ]
 
 
 @pytest.fixture(scope="module")
-def one(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process does."""
-    home = tmp_path_factory.mktemp("one")
-    code, errors = finish(start(words, home))
-    assert code == 0, errors
+def adapters(tiny: Journey) -> list[str]:
+    """Adapters and a tied head, with validation and sample texts."""
+    return [
+        "fit",
+        f"--config={CONFIGS}/instruct.yaml",
+        *SHORT,
+        *PLAIN,
+        f"--model.init_from={tiny.best('pretrain')}",
+        "--trainer.accelerator=cpu",
+        "--data.max_tokens=300",
+        *IDS,
+    ]
+
+
+def of_one(words: list[str], home: Path) -> Path:
+    """The folder in which one process has run a command."""
+    started = Started(words, home / "said.txt", {**os.environ, "GPT_PIPELINE_HOME": str(home)})
+    assert started.wait() == 0, started.said()
     return home
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["values"]["train/loss"]
-        for line, _ in read_journal(run)
-        if line["kind"] == "metric" and "train/loss" in line["values"]
-    }
-
-
-def assert_same(ours: dict[int, float], theirs: dict[int, float]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert max(abs(ours[step] - theirs[step]) for step in theirs) < SAME
-
-
-def names(run: Path) -> list[str]:
-    """Of the events of a run."""
-    return [line["name"] for line, _ in read_journal(run) if line["kind"] == "event"]
-
-
-def skipped(run: Path) -> list[int]:
-    """Ids of the samples of the step that was skipped."""
-    (event,) = (line for line, _ in read_journal(run) if line.get("name") == "skipped_step")
-    return sorted(event["sample_ids"])
-
-
-def ids(home: Path, rank: int) -> dict[int, list[int]]:
-    (path,) = home.glob(f"default/*/ids-{rank}.jsonl")
-    lines = map(json.loads, path.read_text().splitlines())
-    return {line["step"]: line["ids"] for line in lines}
 
 
 def of_two(words: list[str], overlay: str) -> list[str]:
@@ -88,96 +165,200 @@ def of_two(words: list[str], overlay: str) -> list[str]:
     return [*words, f"--config={CONFIGS}/trainer/{overlay}.yaml", "--trainer.accelerator=cpu"]
 
 
-def stop_and_go_on(words: list[str], home: Path) -> None:
-    """SIGTERM once there is a checkpoint; the same command then ends the run."""
-    process = start(words, home)
-    while not list(home.glob("default/*/checkpoints/step-*")):
-        assert process.poll() is None, finish(process)[1]
-    process.send_signal(signal.SIGTERM)
-    code, errors = finish(process)
-    assert code == 143, errors
-    assert not list(home.glob("default/*/outcome.json"))
-    code, errors = finish(start(words, home))
-    assert code == 0, errors
-    assert "resuming from" in errors
+@pytest.fixture(scope="module")
+def one(words: list[str], new_home: NewHome) -> Path:
+    """What one process does."""
+    return of_one(words, new_home("one"))
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
-def test_two_equal_one_also_when_they_were_stopped(
-    overlay: str, words: list[str], one: Path, tmp_path: Path
-) -> None:
-    """A step with an infinite gradient is skipped by both, whichever of them has it."""
-    words = of_two(words, overlay)
-    stop_and_go_on(words, tmp_path)
+@pytest.fixture(scope="module")
+def adapters_of_one(adapters: list[str], new_home: NewHome) -> Path:
+    return of_one(adapters, new_home("adapters"))
 
-    (run,), (alone,) = (home.glob("default/*") for home in (tmp_path, one))
-    assert_same(losses(run), losses(alone))
-    shares = [ids(tmp_path, rank) for rank in (0, 1)]
-    whole = ids(one, 0)
-    assert any(not shares[1][step] for step in whole), "every process had a sample in every step"
-    for step, members in whole.items():
+
+@pytest.fixture(scope="module")
+def two(words: list[str], new_home: NewHome) -> Callable[[str], Path]:
+    """What two processes do that nothing stops, by the overlay that they share the work by."""
+
+    @cache
+    def of(overlay: str) -> Path:
+        home = new_home(overlay)
+        code, errors = Two(of_two(words, overlay), home).end()
+        assert code == 0, errors
+        return home
+
+    return of
+
+
+def only_run(home: Path) -> Path:
+    (run,) = home.glob("default/*")
+    return run
+
+
+def last_checkpoint(home: Path) -> Path:
+    return max(only_run(home).glob("checkpoints/step-*"))
+
+
+def losses(home: Path) -> dict[int, float]:
+    return {
+        line["step"]: line["values"]["train/loss"]
+        for line, _ in read_journal(only_run(home))
+        if line["kind"] == "metric" and "train/loss" in line["values"]
+    }
+
+
+def assert_same_losses(home: Path, other: Path) -> None:
+    ours, theirs = losses(home), losses(other)
+    assert list(ours) == list(theirs) == list(range(1, len(theirs) + 1))
+    assert max(abs(ours[step] - theirs[step]) for step in theirs) < SAME
+
+
+def assert_logged_once(home: Path) -> None:
+    """Every metric of every step, in the one run that there is; in MLflow too."""
+    lines = [line for line, _ in read_journal(only_run(home)) if line["kind"] == "metric"]
+    points = Counter((line["step"], name) for line in lines for name in line["values"])
+    assert set(points.values()) == {1}
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    sync_all(home, uri)
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments)
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(losses(home))
+
+
+def names(home: Path) -> list[str]:
+    """Of the events of a run."""
+    return [line["name"] for line, _ in read_journal(only_run(home)) if line["kind"] == "event"]
+
+
+def skipped(home: Path) -> list[int]:
+    """Ids of the samples of the step that was skipped."""
+    lines = (line for line, _ in read_journal(only_run(home)))
+    (event,) = (line for line in lines if line.get("name") == "skipped_step")
+    return sorted(event["sample_ids"])
+
+
+def ids(home: Path, rank: int) -> dict[int, list[int]]:
+    lines = map(json.loads, (only_run(home) / f"ids-{rank}.jsonl").read_text().splitlines())
+    return {line["step"]: line["ids"] for line in lines}
+
+
+def assert_shared_out(home: Path, alone: Path) -> None:
+    """Every sample of a step went to one of two."""
+    shares = [ids(home, rank) for rank in (0, 1)]
+    for step, members in ids(alone, 0).items():
         assert sorted(shares[0][step] + shares[1][step]) == sorted(members)
-    assert names(run).count("created") == 1
-    assert skipped(run) == skipped(alone) == sorted(whole[7]), "the samples of both processes"
-    ours, theirs = (read_tensors(max(folder.glob("checkpoints/step-*"))) for folder in (run, alone))
+
+
+def assert_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         # AdamW divides by the root of what may be near nothing: its rounding is the rate's size
         assert float((ours[name] - tensor).abs().max()) < 1e-4, name
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
-def test_two_that_were_stopped_equal_two_that_were_not_to_the_last_bit(
-    overlay: str, words: list[str], tmp_path: Path
-) -> None:
-    words = of_two(words, overlay)
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    stop_and_go_on(words, stopped)
-    code, errors = finish(start(words, whole))
-    assert code == 0, errors
-    (ours,), (theirs,) = (home.glob("default/*") for home in (stopped, whole))
-    assert losses(ours) == losses(theirs)
-    ours, theirs = (max(run.glob("checkpoints/step-*")) for run in (ours, theirs))
-    assert ours.name == theirs.name
-    ours, theirs = read_tensors(ours), read_tensors(theirs)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny: Journey) -> list[str]:
-    """Adapters and a tied head shared out, with validation and sample texts."""
-    return [
-        "fit",
-        f"--config={CONFIGS}/instruct.yaml",
-        f"--config={CONFIGS}/trainer/fsdp2.yaml",
-        *SHORT,
-        *PLAIN,
-        f"--model.init_from={tiny.best('pretrain')}",
-        "--trainer.accelerator=cpu",
-    ]
+def test_two_equal_one(overlay: str, two: Callable[[str], Path], one: Path) -> None:
+    """A step with an infinite gradient is skipped by both, whichever of them has it."""
+    home, whole = two(overlay), ids(one, 0)
+    assert_same_losses(home, one)
+    assert_logged_once(home)
+    assert_shared_out(home, one)
+    assert any(not ids(home, 1)[step] for step in whole), "every process had samples in every step"
+    assert skipped(home) == skipped(one) == sorted(whole[7]), "the samples of both processes"
+    assert_close(*(read_tensors(last_checkpoint(of)) for of in (home, one)))
 
 
 @pytest.mark.timeout(900)
-def test_torchrun_starts_one_run_anew(adapters: list[str], tiny: Journey, tmp_path: Path) -> None:
-    code, errors = finish(start([*adapters, "--run.resume=never"], tmp_path, TORCHRUN))
+@pytest.mark.parametrize(
+    ("overlay", "begin", "options"),
+    [
+        ("ddp", Two, BESIDE),
+        ("ddp", Launched, []),
+        ("fsdp2", Two, BESIDE),
+        pytest.param("fsdp2", Launched, [], marks=pytest.mark.slow),
+    ],
+    ids=["ddp-asynchronous", "ddp-launched", "fsdp2-asynchronous", "fsdp2-launched"],
+)
+def test_two_that_were_stopped_equal_two_that_were_not_to_the_last_bit(
+    overlay: str,
+    begin: type[Two] | type[Launched],
+    options: list[str],
+    two: Callable[[str], Path],
+    words: list[str],
+    new_home: NewHome,
+) -> None:
+    """SIGTERM to one of them in a step after the first checkpoint; the same command goes on."""
+    home, words = new_home("stopped"), [*of_two(words, overlay), *options, *at("Pause", 6)]
+    running = begin(words, home)
+    while not pauses(home, 6):
+        assert running.is_running(), running.end()[1]
+        time.sleep(0.05)
+    running.stop()
+    go_on(home, 6)
+    code, errors = running.end()
+    assert code == 143, errors
+    assert not list(home.glob("default/*/outcome.json"))
+    code, errors = begin(words, home).end()
     assert code == 0, errors
-    (run,) = tmp_path.glob("default/*")
-    assert names(run).count("created") == 1
-    (path,) = run.glob("checkpoints/step-*")
-    verify_checkpoint(path)
-    assert (run / "samples/step-00000004.json").is_file()
-    ours, theirs = (read_tensors(of, ADAPTER_WEIGHTS) for of in (path, tiny.best("instruct")))
-    assert ours.keys() == theirs.keys()
-    assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-4  # as above
+    assert "checkpoints/step-00000006\n" in errors, "it goes on after the step of the signal"
+    assert names(home).count("created") == 1
+    assert losses(home) == losses(two(overlay))
+    ours, theirs = (last_checkpoint(of) for of in (home, two(overlay)))
+    assert ours.name == theirs.name
+    assert_equal_checkpoints(ours, theirs)
+
+
+def assert_adapters_are_those_of_one(home: Path, alone: Path, tokenizer: Path) -> None:
+    """Though in every step one of the two has more tokens to learn from than the other."""
+    assert_same_losses(home, alone)
+    assert_logged_once(home)
+    assert_shared_out(home, alone)
+    data = instruction_data(tokenizer, train_fraction=0.8, val_fraction=0.1)
+    data.setup("fit")
+    n_targets = {
+        sample["sample_id"]: int((sample["labels"][1:] != IGNORE).sum())
+        for sample in data.train_set.samples
+    }
+    counts = [
+        [sum(n_targets[i] for i in members) for members in ids(home, rank).values()]
+        for rank in (0, 1)
+    ]
+    assert all(a != b for a, b in zip(*counts, strict=True))
+    verify_checkpoint(last_checkpoint(home))
+    assert_close(*(read_tensors(last_checkpoint(of), ADAPTER_WEIGHTS) for of in (home, alone)))
+    assert (only_run(home) / "samples/step-00000004.json").is_file()
+
+
+@pytest.mark.timeout(900)
+def test_two_learn_adapters_as_one_does(
+    adapters: list[str], adapters_of_one: Path, tiny: Journey, new_home: NewHome
+) -> None:
+    home = new_home("adapters-ddp")
+    code, errors = Two(of_two(adapters, "ddp"), home).end()
+    assert code == 0, errors
+    assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
+
+
+@pytest.mark.timeout(900)
+def test_torchrun_starts_one_run_anew(
+    adapters: list[str], adapters_of_one: Path, tiny: Journey, new_home: NewHome
+) -> None:
+    """With what adapters leave as it is shared out too, the tied head among it."""
+    home = new_home("adapters-fsdp2")
+    words = [*of_two(adapters, "fsdp2"), "--run.resume=never"]
+    code, errors = finish(start(words, home, TORCHRUN))
+    assert code == 0, errors
+    assert names(home).count("created") == 1
+    assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_torchrun_of_a_run_that_is_finished(adapters: list[str], tmp_path: Path) -> None:
+    adapters = of_two(adapters, "fsdp2")
     for words in (adapters, [*adapters, "--run.resume=never"]):
         code, errors = finish(start(words, tmp_path, TORCHRUN))
         assert code == 0, errors

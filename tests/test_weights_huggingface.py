@@ -135,6 +135,28 @@ def test_a_gpt2_directory_of_the_first_years(tmp_path: Path) -> None:
     assert "a tensor twice" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_beside_the_embedding_that_it_is_tied_to(family: str, tmp_path: Path) -> None:
+    """Equal it is nothing new, also in another type; other than the embedding one is wrong."""
+    theirs = published(tmp_path, family, tie_word_embeddings=True)
+    stored = load_file(tmp_path / WEIGHTS)
+    (name,) = (name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight")))
+    stored[name] = stored[name].bfloat16()
+    theirs.get_input_embeddings().weight.data.copy_(stored[name])
+
+    def with_head(head: Tensor) -> None:
+        save_file(stored | {"lm_head.weight": head}, tmp_path / WEIGHTS)
+
+    head = stored[name].float()
+    with_head(head)
+    assert logits_differ(tmp_path, theirs) < LOGITS_TOLERANCE
+    changed = head.clone()
+    changed[-1, -1] += 2**-10
+    for other in (changed, head[:-1].clone(), head.T.contiguous()):
+        with_head(other)
+        assert f"its {WEIGHTS} has a lm_head.weight other than {name}" in refusal(tmp_path)
+
+
 def test_a_llama_directory_of_the_first_years(tmp_path: Path) -> None:
     theirs = published(tmp_path)
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Foreign:
         form: of the file.
         skipped: tensors that carry nothing (masks that old files kept).
         license: of the weights, where the file says.
+        check: refuses what no tensor shows alone: two that must be equal, and are not.
     """
 
     config: GPTConfig
@@ -38,6 +39,7 @@ class Foreign:
     form: Format
     skipped: Iterable[str] = ()
     license: str | None = None
+    check: Callable[[], None] = lambda: None
 
     @property
     def entries(self) -> list[Entry]:
@@ -70,6 +72,7 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
                 f"its tensor {entry.theirs} has the shape {found}, but its configuration asks for "
                 f"{wanted}."
             )
+    foreign.check()
     tensors: dict[str, Tensor] = {}
     for entry in foreign.entries:
         # made before anything is read: what is freed then lies behind, and leaves no holes
@@ -79,11 +82,18 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
     return GPT.from_tensors(foreign.config, tensors)
 
 
-def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
-    n_rows, *row = foreign.shapes[entry.theirs]
-    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows and row else n_rows
+def few_rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    """All rows of a matrix, a few at a time."""
+    n_rows, *row = shape
+    step = max(1, _CHUNK_VALUES // math.prod(row))
     for start in range(0, n_rows, step):
-        rows = slice(start, start + step)
+        yield slice(start, start + step)
+
+
+def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
+    shape = foreign.shapes[entry.theirs]
+    is_in_parts = entry.keeps_rows and len(shape) > 1
+    for rows in few_rows(shape) if is_in_parts else [slice(shape[0])]:
         for name, part in entry.split(foreign.read(entry.theirs, rows)).items():
             place = ours[name][rows] if entry.keeps_rows else ours[name]
             place.copy_(part)

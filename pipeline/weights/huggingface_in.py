@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig, RopeScaling
-from pipeline.weights.foreign import Foreign
+from pipeline.weights.foreign import Foreign, few_rows
 from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
@@ -43,8 +47,9 @@ def open_huggingface(path: Path) -> Foreign:
         raise ValueError(f"it has a tensor twice, with and without {own_prefix} before its name.")
     shapes = {name: files[given].shape for name, given in stored.items()}
     skipped = [name for name in shapes if _DERIVED.fullmatch(name)]
-    if config.tie_embeddings and "lm_head.weight" in shapes:
-        skipped.append("lm_head.weight")  # the embedding again
+    is_tied = config.tie_embeddings and _HEAD in shapes
+    if is_tied:
+        skipped.append(_HEAD)  # the embedding again
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
 
     def read(name: str, rows: slice) -> Tensor:
@@ -55,8 +60,25 @@ def open_huggingface(path: Path) -> Foreign:
             raise ValueError(f"its tensor {name} is {tensor.dtype}; only plain weights are read.")
         return tensor
 
-    tokenizer = _tokenizer(path, settings)
-    return Foreign(config, tokenizer, wanted, read, "huggingface", skipped, license=_license(path))
+    def check() -> None:
+        embedding = _EMBEDDINGS[settings["model_type"]]
+        if is_tied and not _are_equal(_HEAD, embedding, shapes, read):
+            raise ValueError(
+                f"its {files[_HEAD].file.name} has a {_HEAD} other than {embedding}, but its "
+                f"{CONFIG} ties the two; set tie_word_embeddings to false there if both are meant."
+            )
+
+    tokenizer, license = _tokenizer(path, settings), _license(path)
+    return Foreign(config, tokenizer, wanted, read, "huggingface", skipped, license, check)
+
+
+def _are_equal(
+    a: str, b: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, slice], Tensor]
+) -> bool:
+    """Whether two tensors have the same shape and numbers, whatever type those have."""
+    return shapes[a] == shapes[b] and all(
+        torch.equal(read(a, rows).double(), read(b, rows).double()) for rows in few_rows(shapes[a])
+    )
 
 
 def _with_prefix(name: str, prefix: str) -> str:

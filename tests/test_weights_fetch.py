@@ -25,6 +25,7 @@ from datamodules.files import cache_dir
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
+from pipeline.weights.huggingface_in import OPTIONAL_FILES
 from pipeline.weights.reading import open_foreign
 from tests.faults.servers import Answer, Connection, endless_body, moved, serving, silence, whole
 from tests.published import random_model, save_tokenizer, train
@@ -162,7 +163,8 @@ def test_a_repository_once_online_then_offline(hub: Hub, published: Path) -> Non
     asked = len(hub.requests)
     hub.shutdown()
     assert locate("me/tiny") == path
-    (path / "README.md").unlink()  # as in a cache that was filled before cards were fetched
+    for name in OPTIONAL_FILES:  # as in a cache that was filled before these were fetched
+        (path / name).unlink()
     assert locate("me/tiny") == path
     assert len(hub.requests) == asked
 

@@ -18,10 +18,10 @@ from filelock import FileLock
 
 from datamodules.files import cache_dir, file_digests, replacing
 from pipeline.weights.huggingface_in import (
-    CARD,
     CONFIG,
     FILES,
     INDEX,
+    OPTIONAL_FILES,
     TOKENIZER,
     WEIGHTS,
     no_weights,
@@ -171,7 +171,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
     asked = f"{repository}@{revision}" if revision else repository
     try:
-        fetched = Path(snapshot(allow_patterns=[*FILES, CARD]))
+        fetched = Path(snapshot(allow_patterns=[*FILES, *OPTIONAL_FILES]))
         names = [] if _has_weights(fetched) else list_files()
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]

@@ -20,7 +20,9 @@ from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
+GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
+OPTIONAL_FILES = (CARD, GENERATION_CONFIG)  # a cache of the hub without them is whole
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
@@ -235,19 +237,25 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         )
     special = {name: token["id"] for name, token in added.items()}
     by_id = {i: name for name, i in special.items()}
-    eos_id = settings.get("eos_token_id")
-    eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     return make_tokenizer(
         tokens=model["vocab"],
         merges=model["merges"],
         special_tokens=special,
         pre=name_of_steps(content.get("pre_tokenizer")),
-        eos=_name(options.get("eos_token")) or by_id.get(eos_id),
+        eos=_name(options.get("eos_token")) or by_id.get(_eos_id(path, settings)),
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
         whole_pieces=model.get("ignore_merges", False),
     )
+
+
+def _eos_id(path: Path, settings: dict[str, Any]) -> Any:
+    """The (first) id that ends a text; some keep it with the options of writing alone."""
+    found = settings.get("eos_token_id")
+    if found is None:
+        found = _read_json(path / GENERATION_CONFIG, {}).get("eos_token_id")
+    return next(iter(found), None) if isinstance(found, list) else found
 
 
 def _check_algorithm(content: dict[str, Any], model: dict[str, Any]) -> None:

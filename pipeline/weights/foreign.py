@@ -60,7 +60,16 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
     """The model, read straight into that dtype.
 
     Raises:
-        ValueError: naming a tensor that is missing, unknown, of another shape, or not finite.
+        ValueError: as `read_parameters`.
+    """
+    return GPT.from_tensors(foreign.config, dict(read_parameters(foreign, dtype)))
+
+
+def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
+    """Of every parameter of the model, by our names.
+
+    Raises:
+        ValueError: naming a tensor that is missing, unknown or of another shape.
     """
     _check_sizes(foreign)
     _check_names({entry.theirs for entry in foreign.entries}, set(foreign.shapes))
@@ -72,14 +81,23 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
                 f"its tensor {entry.theirs} has the shape {found}, but its configuration asks for "
                 f"{wanted}."
             )
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+
+def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with our name for it, in that dtype; those of one of their tensors at a time.
+
+    Raises:
+        ValueError: as `parameter_shapes`; or for a tensor that is not finite, or that should
+            equal another and does not.
+    """
+    shapes = parameter_shapes(foreign)
     foreign.check()
-    tensors: dict[str, Tensor] = {}
     for entry in foreign.entries:
         # made before anything is read: what is freed then lies behind, and leaves no holes
-        ours = {name: torch.empty(parameters[name].shape, dtype=dtype) for name in entry.ours}
+        ours = {name: torch.empty(shapes[name], dtype=dtype) for name in entry.ours}
         _fill(ours, entry, foreign)
-        tensors |= ours
-    return GPT.from_tensors(foreign.config, tensors)
+        yield from ours.items()
 
 
 def few_rows(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from pipeline.models import load
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
+from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.names import entries
+from tests.exporting import write
 from tests.published import CHATML, EOS, random_model, refusal, said_of, save_tokenizer, train
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
@@ -40,6 +43,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama, llama3": ("llama", {"rope_parameters": SCALED}),
 }
+
+# ids of the tokenizer, which the models above do not name; what only training looks at
+OF_THE_EXPORT = {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"}
+OF_THE_EXPORT |= {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
 
 
 def published(folder: Path, family: str = "llama", **changes: Any) -> Any:
@@ -90,6 +97,28 @@ def test_logits_and_every_bit(family: str, changes: dict[str, Any], tmp_path: Pa
     assert written.keys() == stored.keys()
     for name, tensor in stored.items():
         assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES.keys())
+def test_there_and_back_through_the_exporter(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same file of weights, and a configuration that is the same to transformers."""
+    published(tmp_path / "theirs", family, **changes)
+    writers = huggingface_writers(load(tmp_path / "theirs"), torch.float32)
+    write(writers, tmp_path / "again")
+    stored, again = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "again"))
+    assert again.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name].view(torch.int32), tensor.view(torch.int32)), name
+    before, after = (
+        AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "again")
+    )
+    if family == "gpt2":
+        before["n_inner"] = before["n_inner"] or 4 * before["n_embd"]
+    assert {key for key in before if before[key] != after[key]} <= OF_THE_EXPORT
+    assert before.keys() == after.keys()
 
 
 def test_shards(tmp_path: Path) -> None:

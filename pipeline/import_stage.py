@@ -13,6 +13,7 @@ from pipeline.checkpoint import (
     MANIFEST,
     WEIGHTS,
     check_output,
+    json_writer,
     model_writers,
     path_digest,
     step_name,
@@ -23,8 +24,11 @@ from pipeline.models import foreign_meta
 from pipeline.run_directory import Run
 from pipeline.stage_run import digest, keep
 from pipeline.weights.fetch import locate
+from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name
 from pipeline.weights.reading import open_foreign, weights_writer
+
+MAPPING = "mapping.json"  # what became of every tensor, in the run
 
 
 def import_stage(source: str, *, output: Path | None) -> None:
@@ -56,6 +60,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         target,
         {**model_writers({}, meta, foreign.tokenizer), WEIGHTS: weights_writer(foreign, path)},
     )
+    json_writer(mapping(foreign))(run.path / MAPPING)
     n_parameters = GPT.skeleton(foreign.config).n_parameters()
     skipped = f"; left out: {', '.join(foreign.skipped)}" if foreign.skipped else ""
     print(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class Foreign:
         shapes: of the tensors that it has, by name.
         read: rows of a matrix, or a whole vector, read from the file when they are asked for.
         form: of the file.
-        skipped: tensors that carry nothing (masks that old files kept).
+        skipped: tensors that carry nothing (masks that old files kept), and why they do not.
+        stored_as: names in the file, where they are others than in `shapes`.
         license: of the weights, where the file says.
         check: refuses what no tensor shows alone: two that must be equal, and are not.
     """
@@ -37,7 +39,8 @@ class Foreign:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str, slice], Tensor]
     form: Format
-    skipped: Iterable[str] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
     check: Callable[[], None] = lambda: None
 
@@ -82,6 +85,18 @@ def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
                 f"{wanted}."
             )
     return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+
+def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
+    """What becomes of every tensor of the file, by its name there: primitives."""
+    used = {
+        foreign.stored_as.get(entry.theirs, entry.theirs): {
+            "ours": list(entry.ours),
+            "shape": list(foreign.shapes[entry.theirs]),
+        }
+        for entry in foreign.entries
+    }
+    return used | {name: {"left_out": why} for name, why in foreign.skipped.items()}
 
 
 def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -48,10 +48,10 @@ def open_huggingface(path: Path) -> Foreign:
     if len(stored) < len(files):
         raise ValueError(f"it has a tensor twice, with and without {own_prefix} before its name.")
     shapes = {name: files[given].shape for name, given in stored.items()}
-    skipped = [name for name in shapes if _DERIVED.fullmatch(name)]
+    skipped = {name: "computed anew" for name in shapes if _DERIVED.fullmatch(name)}
     is_tied = config.tie_embeddings and _HEAD in shapes
     if is_tied:
-        skipped.append(_HEAD)  # the embedding again
+        skipped[_HEAD] = "the embedding again"
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
 
     def read(name: str, rows: slice) -> Tensor:
@@ -70,8 +70,17 @@ def open_huggingface(path: Path) -> Foreign:
                 f"{CONFIG} ties the two; set tie_word_embeddings to false there if both are meant."
             )
 
-    tokenizer, license = _tokenizer(path, settings), _license(path)
-    return Foreign(config, tokenizer, wanted, read, "huggingface", skipped, license, check)
+    return Foreign(
+        config,
+        _tokenizer(path, settings),
+        wanted,
+        read,
+        "huggingface",
+        skipped={stored[name]: why for name, why in skipped.items()},
+        stored_as=stored,
+        license=_license(path),
+        check=check,
+    )
 
 
 def _are_equal(

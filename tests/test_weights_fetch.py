@@ -8,9 +8,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -253,7 +255,35 @@ def test_the_hub_with_a_full_disk(hub: Hub, tmp_path: Path) -> None:
     with limited(10_000):
         assert "could not be fetched" in refusal("me/tiny")
     assert not list((tmp_path / "hub").rglob(f"snapshots/*/{BIG}"))
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
     assert (locate("me/tiny") / BIG).exists()
+
+
+KILLED = """
+import os, signal
+from huggingface_hub import file_download
+file_download._chmod_and_move = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+from pipeline.weights.fetch import locate
+locate("me/tiny")
+"""
+
+
+def test_what_a_killed_download_left_is_cleared_by_the_next(hub: Hub, tmp_path: Path) -> None:
+    """Once nobody wrote to it for long: it could be another's that still goes on."""
+    cache = tmp_path / "hub"
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", KILLED]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = list(cache.rglob("*.incomplete"))
+    assert left
+    long_ago = time.time() - fetch.ABANDONED_AFTER_S - 1
+    for file in left:
+        os.utime(file, (long_ago, long_ago))
+    others = left[0].with_name("c0ffee.0badcafe.incomplete")
+    others.touch()
+    assert (locate("me/tiny") / BIG).exists()
+    assert list(cache.rglob("*.incomplete")) == [others]
 
 
 def test_the_hub_through_its_environment(hub: Hub, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from pipeline.weights.huggingface_in import (
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
+ABANDONED_AFTER_S = 3600.0  # since a download wrote the last time
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -171,6 +173,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
     asked = f"{repository}@{revision}" if revision else repository
     try:
+        _clear_abandoned(repository)
         fetched = Path(snapshot(allow_patterns=[*FILES, *OPTIONAL_FILES]))
         names = [] if _has_weights(fetched) else list_files()
     except Exception as error:  # of its own, of its HTTP library's, of the system's
@@ -182,6 +185,17 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     if names:
         raise ValueError(f"{asked} cannot be used: {no_weights(names)}")
     return fetched
+
+
+def _clear_abandoned(repository: str) -> None:
+    """Removes what killed downloads left in the hub's cache: no other goes on with such a file."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    for file in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
+        if time.time() - file.stat().st_mtime > ABANDONED_AFTER_S:
+            file.unlink(missing_ok=True)
 
 
 def _has_weights(snapshot: Path) -> bool:

@@ -7,24 +7,28 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from datamodules.files import file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
+    WEIGHTS,
     check_output,
+    json_writer,
     model_writers,
     path_digest,
     step_name,
     write_checkpoint,
 )
+from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
 from pipeline.run_directory import Run
 from pipeline.stage_run import digest, run_once
 from pipeline.weights.fetch import locate
+from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name
-from pipeline.weights.reading import open_foreign, read_model
+from pipeline.weights.reading import open_foreign, weights_writer
+
+MAPPING = "mapping.json"  # what became of every tensor, in the run
 
 
 def import_stage(source: str, *, output: Path | None) -> None:
@@ -44,7 +48,6 @@ def import_stage(source: str, *, output: Path | None) -> None:
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:
     foreign = open_foreign(path)
-    model = read_model(foreign, path, torch.float32)
     is_name = not Path(source).expanduser().exists()
     origin = {"name": source if is_name else short_name(path), "digest": content}
     meta = {
@@ -53,10 +56,15 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         "source": {**origin, "file": path.name, "license": foreign.license},
     }
     target = output or run.path / CHECKPOINTS / step_name(0)
-    write_checkpoint(target, model_writers(model.tensors(), meta, foreign.tokenizer))
+    write_checkpoint(
+        target,
+        {**model_writers({}, meta, foreign.tokenizer), WEIGHTS: weights_writer(foreign, path)},
+    )
+    json_writer(mapping(foreign))(run.path / MAPPING)
+    n_parameters = GPT.skeleton(foreign.config).n_parameters()
     skipped = f"; left out: {', '.join(foreign.skipped)}" if foreign.skipped else ""
     print(
-        f"{len(foreign.entries)} tensors became {model.n_parameters():,} parameters in float32, "
+        f"{len(foreign.entries)} tensors became {n_parameters:,} parameters in float32, "
         f"each tensor used once{skipped}",
         file=sys.stderr,
     )
@@ -64,6 +72,6 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     run.finish(
         outputs={"best": str(target)},
-        metrics={"n_parameters": model.n_parameters()},
+        metrics={"n_parameters": n_parameters},
         sources=file_digests(files),
     )

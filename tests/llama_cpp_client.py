@@ -1,7 +1,7 @@
 """Run by a Python that has llama-cpp-python: what llama.cpp makes of a GGUF file, as JSON.
 
-stdin: {"model", "prompts": [[id]], "n_new", "rows": [[id]], "texts": [str], "messages", "logits"}
-stdout: {"greedy": [[id]], "ids": [[id]], "chat": {...}}; logits of the rows go to the .npy named.
+stdin: {"model", "prompts": [[id]], "n_new", "rows": [[id]], "texts": [str], "chats", "logits"}
+stdout: {"greedy": [[id]], "ids": [[id]], "chats": [{...}]}; logits of rows go to the .npy named.
 """
 
 import json
@@ -36,17 +36,20 @@ for row in asked["rows"]:
     llama.eval(row)
     rows.append(np.array(llama.scores[: len(row)], dtype=np.float32))
 np.save(asked["logits"], np.concatenate(rows))
-ids = [llama.tokenize(t.encode(), add_bos=False, special=False) for t in asked["texts"]]
-chat = None
-if asked.get("messages"):
+# BOS where the file says so
+ids = [llama.tokenize(t.encode(), add_bos=True, special=False) for t in asked["texts"]]
+chats = []
+for messages in asked["chats"]:
     llama.reset()
     answer = llama.create_chat_completion(
-        asked["messages"], temperature=0.0, repeat_penalty=1.0, max_tokens=200
+        messages, temperature=0.0, repeat_penalty=1.0, max_tokens=200
     )
     choice = answer["choices"][0]
-    chat = {
-        "text": choice["message"]["content"],
-        "finish": choice["finish_reason"],
-        "n_prompt": answer["usage"]["prompt_tokens"],
-    }
-json.dump({"greedy": greedy, "ids": ids, "chat": chat}, sys.stdout)
+    chats.append(
+        {
+            "text": choice["message"]["content"],
+            "finish": choice["finish_reason"],
+            "n_prompt": answer["usage"]["prompt_tokens"],
+        }
+    )
+json.dump({"greedy": greedy, "ids": ids, "chats": chats}, sys.stdout)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.checkpoint import verify_checkpoint
+from pipeline.checkpoint import path_digest, read_meta, verify_checkpoint
 from pipeline.inference import label_probabilities
 from pipeline.models import load
 from pipeline.weights.huggingface_out import huggingface_writers
@@ -167,6 +167,22 @@ def test_a_card_says_what_it_was_made_from(tiny: Journey, tmp_path: Path) -> Non
     assert str(tiny.folder) not in (path / "export.json").read_text(), "no path of this machine"
     steps = json.loads((path / "export.json").read_text())["lineage"]
     assert [step["kind"] for step in steps] == ["classifier", "language_model"]
+
+
+@pytest.mark.parametrize("form", ["huggingface", "peft", "gguf"])
+def test_every_card_has_the_digests_of_data_and_ancestors(form: str, tiny: Journey) -> None:
+    path = export(tiny.best("instruct"), f"--format={form}")
+    card = (path / "README.md").read_text()
+    samples = read_meta(tiny.best("instruct"))["dataset"]["digest"]
+    assert f"SHA-256 of the samples `{samples}`" in card
+    assert len(samples) == 64
+    for stage in ("instruct", "pretrain"):
+        ckpt = tiny.best(stage)
+        name, digest = "/".join(ckpt.parts[-4:]), path_digest(ckpt)
+        data = read_meta(ckpt)["dataset"]["digest"]
+        (line,) = (line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| `{digest[:12]}` |" in line
+        assert f"(`{data[:12]}`)" in line
 
 
 def test_a_license_goes_along(tiny_gpt: MakeGPT, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +27,7 @@ from datamodules.files import cache_dir
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
+from pipeline.weights.huggingface_in import OPTIONAL_FILES
 from pipeline.weights.reading import open_foreign
 from tests.faults.servers import Answer, Connection, endless_body, moved, serving, silence, whole
 from tests.published import random_model, save_tokenizer, train
@@ -162,7 +165,8 @@ def test_a_repository_once_online_then_offline(hub: Hub, published: Path) -> Non
     asked = len(hub.requests)
     hub.shutdown()
     assert locate("me/tiny") == path
-    (path / "README.md").unlink()  # as in a cache that was filled before cards were fetched
+    for name in OPTIONAL_FILES:  # as in a cache that was filled before these were fetched
+        (path / name).unlink()
     assert locate("me/tiny") == path
     assert len(hub.requests) == asked
 
@@ -185,6 +189,22 @@ def test_shards_that_are_not_all_there(hub: Hub, tmp_path: Path) -> None:
     asked = len(hub.requests)
     assert (locate("me/tiny") / shards[0]).is_file()
     assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("others", [["pytorch_model.bin", "tf_model.h5"], ["tf_model.h5"]])
+def test_a_repository_of_pickles_alone(hub: Hub, tmp_path: Path, others: list[str]) -> None:
+    """They are not fetched; what is said is what is said of a directory with such files."""
+    hub.folder = tmp_path / "pickles"
+    hub.folder.mkdir()
+    (hub.folder / "config.json").write_text('{"model_type": "gpt2"}')
+    for name in others:
+        (hub.folder / name).write_bytes(b"never fetched")
+    for source in ("me/tiny", "me/tiny@v1"):
+        said = refusal(source)
+        assert said.startswith(f"{source} cannot be used: it has no {BIG}; ")
+        assert ("pytorch_model.bin is a pickle" in said) == (len(others) == 2)
+        assert ("save_pretrained(..., safe_serialization=True)" in said) == (len(others) == 2)
+    assert not any("GET" in request and "_model." in request for request in hub.requests)
 
 
 def test_a_revision(hub: Hub) -> None:
@@ -235,7 +255,35 @@ def test_the_hub_with_a_full_disk(hub: Hub, tmp_path: Path) -> None:
     with limited(10_000):
         assert "could not be fetched" in refusal("me/tiny")
     assert not list((tmp_path / "hub").rglob(f"snapshots/*/{BIG}"))
+    assert not list((tmp_path / "hub").rglob("*.incomplete"))
     assert (locate("me/tiny") / BIG).exists()
+
+
+KILLED = """
+import os, signal
+from huggingface_hub import file_download
+file_download._chmod_and_move = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+from pipeline.weights.fetch import locate
+locate("me/tiny")
+"""
+
+
+def test_what_a_killed_download_left_is_cleared_by_the_next(hub: Hub, tmp_path: Path) -> None:
+    """Once nobody wrote to it for long: it could be another's that still goes on."""
+    cache = tmp_path / "hub"
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", KILLED]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = list(cache.rglob("*.incomplete"))
+    assert left
+    long_ago = time.time() - fetch.ABANDONED_AFTER_S - 1
+    for file in left:
+        os.utime(file, (long_ago, long_ago))
+    others = left[0].with_name("c0ffee.0badcafe.incomplete")
+    others.touch()
+    assert (locate("me/tiny") / BIG).exists()
+    assert list(cache.rglob("*.incomplete")) == [others]
 
 
 def test_the_hub_through_its_environment(hub: Hub, tmp_path: Path) -> None:

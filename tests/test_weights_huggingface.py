@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from pipeline.models import load
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
+from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.names import entries
+from tests.exporting import write
 from tests.published import CHATML, EOS, random_model, refusal, said_of, save_tokenizer, train
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
@@ -40,6 +43,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama, llama3": ("llama", {"rope_parameters": SCALED}),
 }
+
+# ids of the tokenizer, which the models above do not name; what only training looks at
+OF_THE_EXPORT = {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"}
+OF_THE_EXPORT |= {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
 
 
 def published(folder: Path, family: str = "llama", **changes: Any) -> Any:
@@ -92,6 +99,28 @@ def test_logits_and_every_bit(family: str, changes: dict[str, Any], tmp_path: Pa
         assert torch.equal(written[name], tensor), name
 
 
+@pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES.keys())
+def test_there_and_back_through_the_exporter(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same file of weights, and a configuration that is the same to transformers."""
+    published(tmp_path / "theirs", family, **changes)
+    writers = huggingface_writers(load(tmp_path / "theirs"), torch.float32)
+    write(writers, tmp_path / "again")
+    stored, again = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "again"))
+    assert again.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name].view(torch.int32), tensor.view(torch.int32)), name
+    before, after = (
+        AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "again")
+    )
+    if family == "gpt2":
+        before["n_inner"] = before["n_inner"] or 4 * before["n_embd"]
+    assert {key for key in before if before[key] != after[key]} <= OF_THE_EXPORT
+    assert before.keys() == after.keys()
+
+
 def test_shards(tmp_path: Path) -> None:
     theirs = published(tmp_path)
     (tmp_path / WEIGHTS).unlink()
@@ -133,6 +162,28 @@ def test_a_gpt2_directory_of_the_first_years(tmp_path: Path) -> None:
     again = {"transformer.wte.weight": stored["transformer.wte.weight"].clone()}
     save_file(old | again, tmp_path / WEIGHTS)
     assert "a tensor twice" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_beside_the_embedding_that_it_is_tied_to(family: str, tmp_path: Path) -> None:
+    """Equal it is nothing new, also in another type; other than the embedding one is wrong."""
+    theirs = published(tmp_path, family, tie_word_embeddings=True)
+    stored = load_file(tmp_path / WEIGHTS)
+    (name,) = (name for name in stored if name.endswith(("wte.weight", "embed_tokens.weight")))
+    stored[name] = stored[name].bfloat16()
+    theirs.get_input_embeddings().weight.data.copy_(stored[name])
+
+    def with_head(head: Tensor) -> None:
+        save_file(stored | {"lm_head.weight": head}, tmp_path / WEIGHTS)
+
+    head = stored[name].float()
+    with_head(head)
+    assert logits_differ(tmp_path, theirs) < LOGITS_TOLERANCE
+    changed = head.clone()
+    changed[-1, -1] += 2**-10
+    for other in (changed, head[:-1].clone(), head.T.contiguous()):
+        with_head(other)
+        assert f"its {WEIGHTS} has a lm_head.weight other than {name}" in refusal(tmp_path)
 
 
 def test_a_llama_directory_of_the_first_years(tmp_path: Path) -> None:

@@ -114,17 +114,26 @@ def test_the_chat_template(ours: Loaded, smollm2: Path) -> None:
             )
 
 
-def test_importing_takes_little_memory(smollm2: Path) -> None:
+def test_loading_takes_little_memory(smollm2: Path) -> None:
     """All of a process, of which torch and the other modules alone are 0.44 of the float32 size."""
     modules, whole = peak(""), peak(f"load({str(smollm2)!r})")
     assert whole - modules < 1.15 * FLOAT32_BYTES, f"{(whole - modules) / 1e6:.0f} MB"
     assert whole < 1.56 * FLOAT32_BYTES, f"{whole / 1e6:.0f} MB"
 
 
+def test_importing_takes_less_than_the_model(smollm2: Path, tmp_path: Path) -> None:
+    """The command with all that it starts, MLflow too; one tensor is in memory at a time."""
+    output = tmp_path / "imported"
+    whole = peak(f"main(['import', '--source={smollm2}', '--output={output}'])")
+    assert (output / "model.safetensors").stat().st_size > FLOAT32_BYTES
+    assert whole < 1.1 * FLOAT32_BYTES, f"{whole / 1e6:.0f} MB"
+
+
 def peak(statement: str) -> int:
     """Bytes of memory that a process had at most; ru_maxrss would count what it was forked from."""
     code = (
-        f"from pathlib import Path\nfrom pipeline.models import load\nkept = {statement or None}\n"
+        "from pathlib import Path\nfrom pipeline.__main__ import main\n"
+        f"from pipeline.models import load\nkept = {statement or None}\n"
         "print(Path('/proc/self/status').read_text())"
     )
     command = [sys.executable, "-c", code]

@@ -21,7 +21,7 @@ from datamodules.chat_template import render
 from datamodules.prompts import TEMPLATE, Message, encode_conversation, encode_prompt, stop_ids
 from datamodules.tokenizer import Tokenizer, Vocabulary
 from pipeline.weights.gguf_file import read_header
-from pipeline.weights.huggingface_in import CONFIG
+from pipeline.weights.huggingface_in import CONFIG, GENERATION_CONFIG
 from pipeline.weights.reading import open_foreign
 from tests.published import (
     CHATML,
@@ -270,6 +270,31 @@ def option(folder: Path, key: str, value: bool) -> Any:
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", [CONFIG, GENERATION_CONFIG])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_the_end_of_a_text_by_its_id(file: str, is_list: bool, tmp_path: Path) -> None:
+    """As GPT-2 is on the hub: its tokenizer_config.json names no token."""
+    bpe = train("gpt-2")
+    save_tokenizer(bpe, tmp_path)
+    random_model("llama", 500).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / GENERATION_CONFIG).unlink()
+
+    def with_id(value: Any) -> None:
+        known = json.loads((tmp_path / CONFIG).read_text()) | {"eos_token_id": None}
+        (tmp_path / CONFIG).write_text(json.dumps(known))
+        others = known if file == CONFIG else {}
+        (tmp_path / file).write_text(json.dumps({**others, "eos_token_id": value}))
+
+    end = bpe.token_to_id("<|endoftext|>")
+    with_id([end, bpe.token_to_id(EOS)] if is_list else end)
+    assert of_others(tmp_path).vocabulary.eos == "<|endoftext|>"
+    for other in (None, 400, 10**6, []):
+        with_id([other] if is_list and other != [] else other)
+        with pytest.raises(ValueError, match=r"names no token that ends a text \(eos_token\)"):
+            of_others(tmp_path)
 
 
 @pytest.mark.parametrize("leads", [True, False])

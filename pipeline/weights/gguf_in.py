@@ -42,9 +42,14 @@ def open_gguf(path: Path) -> Foreign:
     is_tied = "output.weight" not in tensors
     vocab_size = shapes.get("token_embd.weight", (0,))[0]
     config = _config(metadata, vocab_size, is_tied, factors)
-    weights = {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}
     return Foreign(
-        config, _tokenizer(metadata), weights, read, "gguf", license=fields.get("general.license")
+        config,
+        _tokenizer(metadata),
+        {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS},
+        read,
+        "gguf",
+        skipped={ROPE_FACTORS: "part of the configuration"} if ROPE_FACTORS in shapes else {},
+        license=fields.get("general.license"),
     )
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig, RopeScaling
-from pipeline.weights.foreign import Foreign
+from pipeline.weights.foreign import Foreign, few_rows
 from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE, CARD = "chat_template.jinja", "README.md"
+GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
+OPTIONAL_FILES = (CARD, GENERATION_CONFIG)  # a cache of the hub without them is whole
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
@@ -42,9 +48,10 @@ def open_huggingface(path: Path) -> Foreign:
     if len(stored) < len(files):
         raise ValueError(f"it has a tensor twice, with and without {own_prefix} before its name.")
     shapes = {name: files[given].shape for name, given in stored.items()}
-    skipped = [name for name in shapes if _DERIVED.fullmatch(name)]
-    if config.tie_embeddings and "lm_head.weight" in shapes:
-        skipped.append("lm_head.weight")  # the embedding again
+    skipped = {name: "computed anew" for name in shapes if _DERIVED.fullmatch(name)}
+    is_tied = config.tie_embeddings and _HEAD in shapes
+    if is_tied:
+        skipped[_HEAD] = "the embedding again"
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
 
     def read(name: str, rows: slice) -> Tensor:
@@ -55,8 +62,34 @@ def open_huggingface(path: Path) -> Foreign:
             raise ValueError(f"its tensor {name} is {tensor.dtype}; only plain weights are read.")
         return tensor
 
-    tokenizer = _tokenizer(path, settings)
-    return Foreign(config, tokenizer, wanted, read, "huggingface", skipped, license=_license(path))
+    def check() -> None:
+        embedding = _EMBEDDINGS[settings["model_type"]]
+        if is_tied and not _are_equal(_HEAD, embedding, shapes, read):
+            raise ValueError(
+                f"its {files[_HEAD].file.name} has a {_HEAD} other than {embedding}, but its "
+                f"{CONFIG} ties the two; set tie_word_embeddings to false there if both are meant."
+            )
+
+    return Foreign(
+        config,
+        _tokenizer(path, settings),
+        wanted,
+        read,
+        "huggingface",
+        skipped={stored[name]: why for name, why in skipped.items()},
+        stored_as=stored,
+        license=_license(path),
+        check=check,
+    )
+
+
+def _are_equal(
+    a: str, b: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, slice], Tensor]
+) -> bool:
+    """Whether two tensors have the same shape and numbers, whatever type those have."""
+    return shapes[a] == shapes[b] and all(
+        torch.equal(read(a, rows).double(), read(b, rows).double()) for rows in few_rows(shapes[a])
+    )
 
 
 def _with_prefix(name: str, prefix: str) -> str:
@@ -170,15 +203,24 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
             raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
         return found
     if not (path / WEIGHTS).is_file():
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        remedy = (
-            f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
-            "save_pretrained(..., safe_serialization=True)."
-            if pickles
-            else "give a directory that has one."
-        )
-        raise ValueError(f"it has no {WEIGHTS}; {remedy}")
+        raise ValueError(no_weights(file.name for file in path.iterdir()))
     return _stored_in(path / WEIGHTS)
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """What is said where there are no weights that are read.
+
+    Args:
+        names: of the files that there are.
+    """
+    pickles = sorted(name for name in names if name.endswith(".bin"))
+    remedy = (
+        f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
+        "save_pretrained(..., safe_serialization=True)."
+        if pickles
+        else "give a directory that has one."
+    )
+    return f"it has no {WEIGHTS}; {remedy}"
 
 
 def _stored_in(file: Path) -> dict[str, _Stored]:
@@ -204,19 +246,25 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         )
     special = {name: token["id"] for name, token in added.items()}
     by_id = {i: name for name, i in special.items()}
-    eos_id = settings.get("eos_token_id")
-    eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
     return make_tokenizer(
         tokens=model["vocab"],
         merges=model["merges"],
         special_tokens=special,
         pre=name_of_steps(content.get("pre_tokenizer")),
-        eos=_name(options.get("eos_token")) or by_id.get(eos_id),
+        eos=_name(options.get("eos_token")) or by_id.get(_eos_id(path, settings)),
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
         whole_pieces=model.get("ignore_merges", False),
     )
+
+
+def _eos_id(path: Path, settings: dict[str, Any]) -> Any:
+    """The (first) id that ends a text; some keep it with the options of writing alone."""
+    found = settings.get("eos_token_id")
+    if found is None:
+        found = _read_json(path / GENERATION_CONFIG, {}).get("eos_token_id")
+    return next(iter(found), None) if isinstance(found, list) else found
 
 
 def _check_algorithm(content: dict[str, Any], model: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
 from pipeline.weights.huggingface_in import (
     CONFIG,
+    GENERATION_CONFIG,
     TEMPLATE,
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -30,7 +31,6 @@ from pipeline.weights.names import entries, family_of
 from pipeline.weights.templates import jinja, stop_words
 from pipeline.weights.vocabulary import PRE_TOKENIZERS, merges_of, pre_tokenizer_of, spelled
 
-GENERATION_CONFIG = "generation_config.json"
 _CLASSES = {"llama": ("LlamaForCausalLM", "LlamaForSequenceClassification")}
 _CLASSES["gpt2"] = ("GPT2LMHeadModel", "GPT2ForSequenceClassification")
 _NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts no text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from datamodules.tokenizer import FILE_NAME, Tokenizer
 from pipeline.checkpoint import damaged
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
-from pipeline.weights.foreign import Foreign, build
+from pipeline.weights.foreign import Foreign, build, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
+from pipeline.weights.safetensors_out import write_one_by_one
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
 
@@ -56,6 +57,20 @@ def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
     """
     with _naming(path):
         return build(foreign, dtype)
+
+
+def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
+    """Writes opened weights as safetensors in float32, never all of them in memory.
+
+    It raises ValueError as `read_model` does, then half-way through the file.
+    """
+
+    def write(file: Path) -> None:
+        with _naming(path):
+            tensors = read_parameters(foreign, torch.float32)
+            write_one_by_one(file, parameter_shapes(foreign), tensors)
+
+    return write
 
 
 @contextmanager

@@ -33,6 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that is whole, or as it was before, whatever happens; makes its folder."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:

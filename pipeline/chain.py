@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import write_atomically
 from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
@@ -26,7 +27,7 @@ from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
 from pipeline.reuse import code_digest, still_holds
-from pipeline.run_directory import Run, read_outcome, write_atomically
+from pipeline.run_directory import Run, read_outcome
 from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root
 from pipeline.tracking import sync_all
 
@@ -275,7 +276,7 @@ class _Mirror:
     def _sync(self) -> None:
         try:
             sync_all(self._root)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the chain goes on
             self._warn(str(error))
 
     def _warn(self, message: str) -> None:

@@ -36,10 +36,11 @@ from mlflow.utils.validation import (
     MAX_TAG_VAL_LENGTH,
 )
 
+from datamodules.files import write_atomically
 from pipeline.journal import JOURNAL, read_journal
 from pipeline.mlflow_store import REPLICATED, experiment_id, open_store
 from pipeline.provenance import redact
-from pipeline.run_directory import is_open, read_outcome, write_atomically
+from pipeline.run_directory import is_open, read_outcome
 
 _log = logging.getLogger(__name__)
 

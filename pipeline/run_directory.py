@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from datamodules.files import replacing
+from datamodules.files import write_atomically
 from pipeline.journal import Journal, dumps
 from pipeline.provenance import redact
 
@@ -269,14 +269,6 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
             "that run and writes it anew."
         )
     return outcome
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is whole, or as it was before, whatever happens; makes its folder."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

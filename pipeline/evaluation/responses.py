@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from datamodules.files import write_atomically
 
 Primitive = str | int | float | bool | None
 
@@ -99,15 +100,8 @@ def write_responses(path: Path, responses: Sequence[Response]) -> None:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON Lines (UTF-8) in one move."""
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file in one move, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8", newline="")
-    unfinished.replace(path)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, "".join(lines).encode())
 
 
 def _parse(line: bytes) -> Response:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datamodules.files import write_atomically
 from pipeline.evaluation import metrics
 from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
-from pipeline.evaluation.responses import Response, replace_text, write_lines, write_responses
+from pipeline.evaluation.responses import Response, write_lines, write_responses
 from pipeline.evaluation.rubric import RUBRIC_DIGEST
 from pipeline.evaluation.summary import Score, Scored, Summary, summarize
 
@@ -55,11 +56,13 @@ def evaluate(
     for side, result in scored.items():
         write_lines(directory / f"scores{side}.jsonl", [score.as_row() for score in result.scores])
     summary = summarize(scored[""], before=scored.get("-before"), seed=seed)
-    replace_text(directory / "summary.json", json.dumps(summary.as_dict(), indent=2) + "\n")
+    text = json.dumps(summary.as_dict(), indent=2) + "\n"
+    write_atomically(directory / "summary.json", text.encode())
     if judge:
         asked = f"{judge.model} at {judge.base_url}, rubric {RUBRIC_DIGEST[:12]}"
         lineage = {**lineage, "judge": asked}
-    replace_text(directory / "report.html", render_report(summary, lineage=lineage))
+    html = render_report(summary, lineage=lineage)
+    write_atomically(directory / "report.html", html.encode())
     return summary
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.record import Record
 from datamodules.batching import MicroBatch
-from pipeline.callbacks import n_real_tokens
+from pipeline.steps import n_real_tokens
 
 
 class StepClock(pl.Callback):

@@ -14,43 +14,14 @@ import torch
 from datamodules.batching import MicroBatch, StepDataModule
 from datamodules.prompts import encode_start, stop_ids
 from pipeline.generate import Sampling, check_prompt, generate
-from pipeline.run_directory import Run
-from pipeline.sharding import gather_shared, of_ranks
+from pipeline.sharding import gather_shared
+from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
 
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
 SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
 NORMAL_MAD = 1.4826  # standard deviations of a normal distribution in its median distance
-
-
-def run_of(trainer: pl.Trainer) -> Run | None:
-    """The open run, where there is one to log to."""
-    run = getattr(trainer.logger, "run", None)
-    return run if isinstance(run, Run) else None
-
-
-def is_logged_step(trainer: pl.Trainer) -> bool:
-    """Whether the step just taken is one that Lightning logs, or the last of an epoch or the run.
-
-    `log` costs the better part of a millisecond, whether Lightning writes the value or not.
-    """
-    step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-    is_due = every > 0 and step % every == 0
-    return is_due or trainer.is_last_batch or step == trainer.max_steps
-
-
-def n_real_tokens(batch: list[MicroBatch]) -> int:
-    """Tokens of a step, padding left out."""
-    return sum(
-        int(mb.get("attention_mask", torch.ones_like(mb["input_ids"])).sum()) for mb in batch
-    )
-
-
-def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:
-    """Of the samples of a step, over all ranks, which must all call it."""
-    own = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
-    return [i for ids in of_ranks(trainer, own) for i in ids]
 
 
 class Throughput(pl.Callback):

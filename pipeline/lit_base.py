@@ -18,22 +18,18 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch, StepDataModule
 from pipeline import lora, sharding
-from pipeline.callbacks import is_logged_step, run_of, sample_ids
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.failures import GIB, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes
 from pipeline.models import Loaded, describe_base, load
+from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
-from pipeline.resume import check_held_out, check_resumable
+from pipeline.resume import check_base, check_held_out, check_resumable, check_tensors
 from pipeline.run_directory import flat
+from pipeline.steps import is_logged_step, run_of
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
-MAX_SKIPPED_STEPS = 5  # in a row
-
-
-class NonFiniteLossError(ValueError):
-    """Training diverged: several steps in a row had a loss or gradient that is not finite."""
 
 
 class LitStep(pl.LightningModule):
@@ -77,7 +73,7 @@ class LitStep(pl.LightningModule):
         self.parent: dict[str, str] | None = None
         self._step: list[MicroBatch] = []  # that is being taken
         self._loss = self._norm = torch.zeros(())  # its mean loss, the norm of its gradients
-        self._skipped = {"in_a_row": 0, "in_all": 0}  # steps
+        self._guard = NonFiniteGuard()
 
     # What a subclass decides
 
@@ -204,7 +200,7 @@ class LitStep(pl.LightningModule):
             self.log("train/loss", mean, prog_bar=True)
             self.log("train/lr", rate)
             self.log("train/grad_norm", self._norm)
-            self.log("train/skipped_steps", float(self._skipped["in_all"]))
+            self.log("train/skipped_steps", float(self._guard.in_all))
         return mean
 
     def over_ranks(self, count: int, operation: str = "sum") -> int:
@@ -224,7 +220,7 @@ class LitStep(pl.LightningModule):
         return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the (unscaled) gradients; drops them and counts where their norm is not finite."""
+        """Clips the (unscaled) gradients, and drops them where they or the loss are not finite."""
         trained = [p for p in self.parameters() if p.grad is not None]
         max_norm = self.optimizer_config.max_grad_norm
         norm = sharding.gathered(nn.utils.clip_grad_norm_(trained, max_norm), keep=True)
@@ -233,28 +229,9 @@ class LitStep(pl.LightningModule):
         # those steps by itself, but a loss that is not finite is what it is elsewhere
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         is_finite = bool(torch.isfinite(self._loss if has_scaler else norm + self._loss))
-        self._skipped["in_a_row"] = 0 if is_finite else self._skipped["in_a_row"] + 1
-        self._skipped["in_all"] += not is_finite
         if not is_finite:
             optimizer.zero_grad(set_to_none=True)
-            self._say_what_was_skipped()
-        if self._skipped["in_a_row"] >= MAX_SKIPPED_STEPS:
-            raise NonFiniteLossError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite, the last "
-                f"of them step {self.global_step + 1}; the last checkpoint is untouched by them. "
-                "Lower model.optimizer.lr, or look at the samples that the journal names."
-            )
-
-    def _say_what_was_skipped(self) -> None:
-        """The samples of a step that was not taken, in the journal and on stderr."""
-        ids, step = sample_ids(self.trainer, self._step), self.global_step + 1
-        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        print(
-            f"warning: step {step} was skipped: its gradients are not finite (samples {shown})",
-            file=sys.stderr,
-        )
-        if run := run_of(self.trainer):
-            run.event("skipped_step", step=step, sample_ids=ids)
+        self._guard.saw(is_finite, self.trainer, self._step)
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
@@ -312,35 +289,20 @@ class LitStep(pl.LightningModule):
         checkpoint["state_dict"] = self._gathered(self._own_tensors())
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
-        checkpoint["skipped"] = dict(self._skipped)
+        checkpoint["skipped"] = self._guard.state_dict()
         if self.lora_config is not None:
             checkpoint["adapter"] = self._gathered(lora.adapter_state(self.model))
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that a checkpoint is of this model, on this base, to the last tensor."""
-        theirs, ours = checkpoint["meta"]["base"], self.base
-        if (theirs or {}).get("digest") != (ours or {}).get("digest"):
-            raise ValueError(
-                f"the checkpoint belongs to the base {theirs and theirs['path']}, "
-                f"model.init_from gives {ours and ours['path']}, which holds other weights."
-            )
+        check_base(checkpoint["meta"]["base"], self.base)
         changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
         if changes:
             self._say_what_changed(changes)
-        self._skipped = checkpoint["skipped"]
-        tensors, expected = checkpoint["state_dict"], self._own_tensors()
-        if tensors.keys() != expected.keys():
-            wrong = sorted(tensors.keys() ^ expected.keys())
-            raise ValueError(
-                f"the checkpoint is of another model: {wrong[0]} is only in one of them."
-            )
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there "
-                    f"and {tuple(expected[name].shape)} here."
-                )
+        tensors = checkpoint["state_dict"]
+        check_tensors(tensors, self._own_tensors())
+        self._guard.load_state_dict(checkpoint["skipped"])
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
             own = lora.adapter_state(self.model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from pipeline.arguments import load_yaml
 from pipeline.chain_config import decisive
@@ -61,6 +62,36 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
             "--run.resume never, or go on all the same with --run.allow_changes true."
         )
     return text
+
+
+def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> None:
+    """Refuses an adapter's checkpoint on another base; None where a run has no adapter.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if (theirs or {}).get("digest") != (ours or {}).get("digest"):
+        raise ValueError(
+            f"the checkpoint belongs to the base {theirs and theirs['path']}, "
+            f"model.init_from gives {ours and ours['path']}, which holds other weights."
+        )
+
+
+def check_tensors(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of other names or shapes.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if theirs.keys() != ours.keys():
+        wrong = sorted(theirs.keys() ^ ours.keys())
+        raise ValueError(f"the checkpoint is of another model: {wrong[0]} is only in one of them.")
+    for name, tensor in theirs.items():
+        if tensor.shape != ours[name].shape:
+            raise ValueError(
+                f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there "
+                f"and {tuple(ours[name].shape)} here."
+            )
 
 
 def check_held_out(

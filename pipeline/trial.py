@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batching import MicroBatch, StepDataModule, cut, pad
-from pipeline.callbacks import n_real_tokens
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
+from pipeline.steps import n_real_tokens
 
 QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
 N_WARMUP = 3  # steps before any is timed: the largest, then two of median size

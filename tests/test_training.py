@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.callbacks import SampleTexts
 from pipeline.cli import resolve_precision
 from pipeline.hardware import inference_dtype
-from pipeline.lit_base import MAX_SKIPPED_STEPS, NonFiniteLossError
+from pipeline.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.optim import OptimizerConfig
 from pipeline.run_directory import Run
 from pipeline.run_logger import RunLogger

@@ -1,0 +1,39 @@
+"""What the trainer knows of a step: whether it is logged, its samples, the run that it is of."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+from datamodules.batching import MicroBatch
+from pipeline.run_directory import Run
+from pipeline.sharding import of_ranks
+
+
+def run_of(trainer: pl.Trainer) -> Run | None:
+    """The open run, where there is one to log to."""
+    run = getattr(trainer.logger, "run", None)
+    return run if isinstance(run, Run) else None
+
+
+def is_logged_step(trainer: pl.Trainer) -> bool:
+    """Whether the step just taken is one that Lightning logs, or the last of an epoch or the run.
+
+    `log` costs the better part of a millisecond, whether Lightning writes the value or not.
+    """
+    step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    is_due = every > 0 and step % every == 0
+    return is_due or trainer.is_last_batch or step == trainer.max_steps
+
+
+def n_real_tokens(batch: list[MicroBatch]) -> int:
+    """Tokens of a step, padding left out."""
+    return sum(
+        int(mb.get("attention_mask", torch.ones_like(mb["input_ids"])).sum()) for mb in batch
+    )
+
+
+def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:
+    """Of the samples of a step, over all ranks, which must all call it."""
+    own = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
+    return [i for ids in of_ranks(trainer, own) for i in ids]

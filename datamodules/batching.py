@@ -144,7 +144,7 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:
 
     Args:
         lengths: tokens of the rows, the longest first.
-        max_tokens: of a micro-batch, padding included; a longer row goes alone.
+        max_tokens: limit of a micro-batch, padding included; a longer row goes alone.
     """
     slices, start = [], 0
     while start < len(lengths):
@@ -183,7 +183,7 @@ class StepDataModule(pl.LightningDataModule):
     Args:
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: of the order of training samples.
+        seed: random seed of the order of training samples.
         num_workers: processes that prepare batches.
     """
 
@@ -251,7 +251,7 @@ class StepDataModule(pl.LightningDataModule):
         self._at = dict(state_dict)
 
     def identity(self) -> dict[str, Any]:
-        """What a position in the data is a position in; primitives, by the key that decides it."""
+        """What must be the same for a saved position in the data to hold, by key; primitives."""
         key, n_tokens = self.context
         return {
             "seed": self.seed,

@@ -50,7 +50,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
 
     Args:
         tokenizer: with a chat template.
-        messages: of the conversation.
+        messages: the conversation.
         opening: whether the assistant's next turn is opened.
 
     Raises:

@@ -71,7 +71,7 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
     Args:
         data: bytes that stand at `offset` in the file.
         path: for the message.
-        offset: of the first byte in its file.
+        offset: place of its first byte in the file.
 
     Raises:
         ValueError: naming the file and the first byte that is not UTF-8.

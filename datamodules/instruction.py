@@ -68,8 +68,8 @@ class InstructionDataModule(StepDataModule):
         shuffle_split: split at random; otherwise in file order.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: of the order of training samples.
-        split_seed: of the split, where it is shuffled.
+        seed: random seed of the order of training samples.
+        split_seed: random seed of the split, where it is shuffled.
         num_workers: processes that prepare batches.
 
     Raises:

@@ -56,9 +56,9 @@ class PretrainingDataModule(StepDataModule):
         block_size: tokens a sample.
         batch_size: blocks an optimizer step, over all ranks.
         max_tokens: tokens a micro-batch; memory, not learning.
-        val_fraction: of the text that is held out, above 0 and below 1.
+        val_fraction: share of the text that is held out, above 0 and below 1.
         near_duplicates: Jaccard similarity from which a document is dropped; null: keep all.
-        seed: of where blocks begin and of their order.
+        seed: random seed of where blocks begin and of their order.
         num_workers: processes that prepare batches.
     """
 

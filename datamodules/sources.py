@@ -144,8 +144,8 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     never quoted: a lone quotation mark in a text swallows no rows.
 
     Args:
-        path: of the file.
-        names: of the columns, where a CSV or TSV file has no header line.
+        path: the file.
+        names: column names, where a CSV or TSV file has no header line.
 
     Raises:
         ValueError: naming the file, if it cannot be read as what its suffix says.

@@ -61,7 +61,7 @@ def split_groups(
     Args:
         keys: one for each item.
         fractions: the share of each part, summing to 1.
-        seed: of the order of groups.
+        seed: random seed of the order of groups.
         labels: where given, each label is split on its own (a group counts as its first item).
 
     Returns:

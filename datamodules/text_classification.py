@@ -44,8 +44,8 @@ class TextClassificationDataModule(StepDataModule):
         balance: in each split, keep as many rows of every class as the rarest one has.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: of the order of training samples.
-        split_seed: of the split and of balancing.
+        seed: random seed of the order of training samples.
+        split_seed: random seed of the split and of balancing.
         num_workers: processes that prepare batches.
 
     Raises:

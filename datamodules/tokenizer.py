@@ -49,7 +49,7 @@ class Vocabulary:
     """Everything that decides ids, and how its makers write conversations.
 
     Attributes:
-        name: of the encoding; `bpe-<size>` where it was trained here.
+        name: what the encoding is called; `bpe-<size>` where it was trained here.
         pattern: regular expression of the pieces that merges stay within.
         tokens: bytes of every id in the order of merges; empty for an id that no text has.
         special_tokens: name -> id; never made from text.

@@ -72,10 +72,11 @@ def _dispatch(words: list[str]) -> int | None:
     name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
     if name is None:
         return _explain(words)
-    from pipeline.arguments import guard_yaml
+    from pipeline.arguments import check_configs, guard_yaml
 
     guard_yaml()
     rest = words[len(name.split()) :]
+    check_configs(rest)
     if name != "run" and not {"-h", "--help"} & set(rest):  # a chain's stages choose for themselves
         choose_waiting()
     if name in LIGHTNING:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import yaml
@@ -63,12 +65,31 @@ def check_nesting(text: str) -> None:
             raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep; flatten it.")
 
 
+def check_configs(words: Sequence[str]) -> None:
+    """Refuses a file of options that is no YAML, by its name, which jsonargparse would leave out.
+
+    Args:
+        words: the command line after the command; a missing file is left to jsonargparse.
+
+    Raises:
+        ValueError: naming the file and the place in it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[], type=Path)
+    for path in parser.parse_known_args(words)[0].config:
+        try:
+            if path.is_file():
+                load_yaml(path.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+
+
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:
     """Checked keyword arguments for a function, its dataclasses built.
 
     Args:
         function: typed, with a Google docstring; a flag that is False by default needs no value.
-        words: of the command line, after the command.
+        words: the command line after the command.
         prog: how the command is called, for its help.
 
     Raises:

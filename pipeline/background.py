@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 class Background:
     """Pieces of work, done one after the other while the caller goes on.
 
-    After one that fails none is done until its error was raised. The process ends after the work.
+    After a failure, later tasks are skipped until the error was raised. The process waits for
+    the work before it ends.
     """
 
     def __init__(self) -> None:

@@ -145,7 +145,7 @@ class SampleTexts(pl.Callback):
 
     Args:
         prompts: texts to go on from; of an instruction-tuned model, what the user asks.
-        max_new_tokens: of each answer.
+        max_new_tokens: length limit of each answer.
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int) -> None:

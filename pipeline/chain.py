@@ -77,7 +77,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     """Runs what is not done yet of a chain, and says what came out.
 
     Args:
-        path: of the chain's YAML.
+        path: the chain's YAML.
         overrides: `stage.key=value` each.
         resume: auto goes on where it can, must insists on an interrupted run, never starts anew.
 

@@ -145,7 +145,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
     """Reads a chain and checks it as a whole.
 
     Args:
-        path: of the YAML; the paths of configs in it are relative to its folder.
+        path: the chain's YAML; the paths of configs in it are relative to its folder.
         overrides: `stage.key=value` each, stronger than the YAML.
 
     Raises:

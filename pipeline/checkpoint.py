@@ -89,7 +89,7 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
 
     Args:
         path: the checkpoint's directory.
-        writers: of its files.
+        writers: what writes each file, by file name.
 
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
@@ -175,7 +175,7 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
     """The newest whole checkpoint below a folder; damaged ones are set aside, loudly.
 
     Args:
-        folder: of checkpoints.
+        folder: the folder that holds the checkpoints.
         set_aside: of several processes, one alone does that.
     """
     for path in sorted(folder.glob("step-*"), reverse=True):

@@ -32,8 +32,8 @@ class DirectoryCheckpointIO(CheckpointIO):
         """Writes the directory, whole or not at all.
 
         Args:
-            checkpoint: as Lightning makes it.
-            path: of the directory.
+            checkpoint: the dictionary that Lightning makes.
+            path: the checkpoint directory.
             storage_options: what is to write it, from a copy on the CPU, while training goes on;
                 without, it is written when this returns.
         """

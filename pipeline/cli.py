@@ -60,10 +60,10 @@ class RunConfig:
 
     Args:
         experiment: folder below the root, and the experiment in MLflow.
-        name: of the run; a digest of its configuration is added.
+        name: name of the run; a digest of its configuration is added.
         resume: auto goes on from the newest whole checkpoint of the same configuration, must
             insists on one, never starts anew.
-        allow_changes: go on where data, model or processes are not those of the checkpoint.
+        allow_changes: resume even where data, model or number of processes have changed.
     """
 
     experiment: str
@@ -105,7 +105,7 @@ class PipelineCLI(LightningCLI):
         """`run`, `checkpoints` and `precision` beside Lightning's own groups."""
         parser.add_argument("--run", type=RunConfig, help="Where the run is kept.")
         parser.add_argument(
-            "--precision", type=Precision, default="auto", help="Of the arithmetic."
+            "--precision", type=Precision, default="auto", help="Numerical precision of training."
         )
         parser.link_arguments(
             ("precision", "trainer.accelerator"), "trainer.precision", compute_fn=resolve_precision

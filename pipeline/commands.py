@@ -77,12 +77,12 @@ def generate(
         ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
             file, smollm2-135m-instruct.
         prompt: the text, as it stands; - reads it from stdin.
-        max_new_tokens: at most.
+        max_new_tokens: length limit of the continuation.
         temperature: 0 takes the likeliest token.
         top_k: draw only from the k likeliest tokens; 0 is all.
         top_p: draw only from the likeliest tokens that together reach this probability.
         num_beams: beams of beam search, printed when it is done; 1 is none.
-        seed: of the draws.
+        seed: random seed of sampling.
         chat: take the prompt as a user's message, in the checkpoint's template.
     """
     _check_draws(temperature, top_k, top_p)
@@ -117,11 +117,11 @@ def chat(
         ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
             file, smollm2-135m-instruct.
         system: what the model is told before the conversation.
-        max_new_tokens: of each answer, at most.
+        max_new_tokens: length limit of each answer.
         temperature: 0 takes the likeliest token.
         top_k: draw only from the k likeliest tokens; 0 is all.
         top_p: draw only from the likeliest tokens that together reach this probability.
-        seed: of the draws.
+        seed: random seed of sampling.
     """
     _check_draws(temperature, top_k, top_p)
     from pipeline.inference import converse
@@ -153,9 +153,9 @@ def classify(
         ckpt: checkpoint directory of a classifier.
         text: to label; - reads it from stdin.
         file: a .csv, .tsv, .jsonl or .parquet table to label instead.
-        column: of the table, that holds the texts.
+        column: name of the column that holds the texts.
         output: the table with labels and probabilities, a new file.
-        threshold: probability from which a text gets the second of two labels; null: the likelier.
+        threshold: probability from which on the second of two labels is given; null: the likelier.
         batch_size: texts at a time.
     """
     if (text is None) == (file is None):
@@ -193,10 +193,10 @@ def score(
         before: what to compare with, likewise; by default what ckpt was tuned from.
         responses: a responses.jsonl to score instead of a checkpoint's.
         data: arguments of InstructionDataModule; those not given are what ckpt was tuned with.
-        split: of the data, that is answered.
-        max_new_tokens: of each response, at most.
+        split: which split is answered: train, val or test.
+        max_new_tokens: length limit of each response.
         batch_size: responses at a time.
-        precision: of the models; auto is bf16 where the hardware multiplies it, else float32.
+        precision: arithmetic; auto is bf16 where the hardware multiplies it, else float32.
         judge: a language model that grades from 0 to 100; null for text metrics alone.
     """
     if (ckpt is None) == (responses is None):
@@ -248,7 +248,7 @@ def export(
         ckpt: checkpoint directory, or what `import` takes as a source.
         format: huggingface (adapters merged), peft (the adapter alone, for the exported base), or
             gguf (with a Modelfile for Ollama).
-        dtype: of the weights: float32 or bfloat16; of gguf f32, f16 or q8_0; by default the first.
+        dtype: of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0.
         output: the directory; by default it stays with its run.
     """
     from pipeline.export_stage import export_stage

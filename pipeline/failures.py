@@ -19,11 +19,11 @@ _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by sig
 def explain(
     error: BaseException, *, max_tokens: int, needed_gib: float, free_gib: float
 ) -> str | None:
-    """What happened and what to do, for an error that says it to nobody; None for any other.
+    """What happened and what to do, for known errors of libraries; None for any other.
 
     Args:
-        error: as it was raised.
-        max_tokens: of a micro-batch.
+        error: the error that was raised.
+        max_tokens: the limit of a micro-batch.
         needed_gib: see `estimate_gib`.
         free_gib: at the time.
     """
@@ -55,8 +55,8 @@ def estimate_gib(model: nn.Module, config: GPTConfig, max_tokens: int, *, half: 
 
     Args:
         model: with the gradients that it needs.
-        config: of its transformer.
-        max_tokens: of a micro-batch.
+        config: configuration of its transformer.
+        max_tokens: the limit of a micro-batch.
         half: whether it computes in two bytes a number.
     """
     parameters = [local(p) for p in model.parameters()]

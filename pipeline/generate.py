@@ -19,13 +19,13 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        max_new_tokens: at most, a row.
+        max_new_tokens: length limit of each row.
         temperature: 0 is greedy.
         top_k: only the k likeliest tokens; 0 is all.
         top_p: only the likeliest tokens that together reach this probability; 1 is all.
         num_beams: beams of beam search; 1 is none. Needs temperature 0.
         stop_ids: tokens that end a row; they are not part of the text.
-        seed: of the draws; row i draws with seed + i.
+        seed: random seed; row i draws with seed + i.
         n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
             never chosen.
     """

@@ -32,10 +32,10 @@ class RopeScaling:
 
     Args:
         kind: linear (every frequency divided by factor), or llama3 (only low ones, smoothly).
-        factor: of the stretch.
-        low_freq_factor: of llama3: waves longer than original_context / this are stretched fully.
-        high_freq_factor: of llama3: waves shorter than original_context / this are left alone.
-        original_context: of llama3: tokens of the context before.
+        factor: how much the context is stretched.
+        low_freq_factor: for llama3: waves longer than original_context / this are stretched fully.
+        high_freq_factor: for llama3: waves shorter than original_context / this are left alone.
+        original_context: for llama3: tokens of the context before.
     """
 
     kind: Literal["linear", "llama3"]
@@ -132,7 +132,7 @@ class KVCache:
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
 
     Args:
-        config: of a causal model.
+        config: configuration of a causal model.
         n_rows: B.
         like: a tensor of the device and dtype wanted.
 
@@ -209,8 +209,8 @@ class Rows:
         rotation: cosines and sines of their places, where positions are rotary.
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
         bias: the same to add to scores, broadcast to (B G, H/G T, S), where attention is products.
-        cache: of what was seen before.
-        packing: of the tokens that all but attention works on.
+        cache: keys and values of what was seen before.
+        packing: where the tokens lie that all but attention works on.
     """
 
     rotation: Rotation = None
@@ -275,8 +275,8 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
 
     Args:
         x: (B, T, C) what enters the first block.
-        mask: of what a cache holds, (B, 1, T, S); none is the causal rule.
-        config: of the model.
+        mask: what may be attended to in a cache, (B, 1, T, S); none is the causal rule.
+        config: configuration of the model.
 
     Returns:
         0 or -inf, broadcast to (B G, H/G T, S); none where the fused kernel is to be taken.

@@ -46,7 +46,7 @@ class Journal:
         return self._file.closed
 
     def append(self, kind: str, **facts: Any) -> None:
-        """Writes one line, past this process's death; past the machine's where it is a status.
+        """Appends one line and flushes it; a status is on disk before this returns.
 
         Raises:
             OSError: the disk is full, or refuses.

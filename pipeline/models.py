@@ -40,7 +40,7 @@ class Loaded:
     Attributes:
         meta: meta.json of its checkpoint; of weights of others the same keys, where they apply.
         path: where it was read from.
-        name: that it was fetched by, where it was not asked for by its path.
+        name: name that it was fetched by, where it was not asked for by its path.
     """
 
     model: Model
@@ -65,7 +65,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
     Args:
         source: a checkpoint directory, verified; or what `weights.fetch.locate` takes.
-        dtype: of the weights.
+        dtype: type of the weights.
 
     Raises:
         ValueError: where it is no whole model, or an adapter's base is gone or another one.

@@ -28,7 +28,7 @@ class OptimizerConfig:
         final_lr_fraction: what is left of it at the end of the cosine.
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: on matrices and embeddings; never on biases and norms.
-        betas: of AdamW.
+        betas: AdamW's decay rates of its two averages.
         max_grad_norm: gradients are scaled down to this Euclidean norm.
     """
 
@@ -73,7 +73,7 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, fina
     Args:
         step: optimizer steps taken so far; step 0 already has a rate above 0.
         warmup_steps: optimizer steps until the peak.
-        total_steps: of the run.
+        total_steps: optimizer steps of the run.
         final: fraction of the peak that is left at the end.
     """
     if step < warmup_steps:

@@ -44,9 +44,9 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
     """Loss curves; for pretraining, what a compressor and a 5-gram model reach on the same text.
 
     Args:
-        run: whose journal holds the losses.
-        data: that was trained on.
-        metrics: of the best checkpoint.
+        run: the run, whose journal holds the losses.
+        data: the data that was trained on.
+        metrics: validation metrics of the best checkpoint.
     """
     history = metric_history(run.path)
     tokens = history.get("train/tokens", {})
@@ -81,8 +81,8 @@ def report_test(
 
     Args:
         run: gets the confusion matrix and the predictions.
-        data: whose test set was predicted.
-        metrics: that the module logged itself.
+        data: the data module whose test set was predicted.
+        metrics: what the module logged itself.
         predictions: micro-batches of a classifier's `predict_step`; empty for a language model.
     """
     if not isinstance(data, TextClassificationDataModule):

@@ -102,9 +102,9 @@ def check_held_out(
     Data that shares no file with what it was trained on is all held out.
 
     Args:
-        meta: of the checkpoint.
-        config: of the data here, with `init_args`.
-        fingerprint: of the data here.
+        meta: the checkpoint's meta.json.
+        config: configuration of the data here, with `init_args`.
+        fingerprint: fingerprint of the data here.
 
     Raises:
         ValueError: naming what differs.

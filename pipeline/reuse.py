@@ -17,7 +17,7 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
     """Whether all was got, the outputs are still there, and the data what they were.
 
     Args:
-        outcome: of the run.
+        outcome: the run's outcome.
         options: by dotted key; where `source` is a folder, a file that joined it is a change.
     """
     recorded = outcome["sources"]

@@ -43,7 +43,7 @@ def refusal(message: str) -> str | None:
     """What the parser refused to import, in one line; None where it says something else.
 
     Args:
-        message: of the parser.
+        message: what the parser said.
     """
     denied = _DENIED.search(message)
     if denied is None:

@@ -45,10 +45,10 @@ class Answering:
     """How responses are made.
 
     Attributes:
-        split: of the data, that is answered: train, val or test.
-        max_new_tokens: at most; less where the context is full.
+        split: which split is answered: train, val or test.
+        max_new_tokens: length limit; less where the context is full.
         batch_size: prompts that are decoded together, of like length.
-        precision: of the models.
+        precision: arithmetic of the models.
     """
 
     split: str

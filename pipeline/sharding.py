@@ -73,7 +73,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Args:
         model: with the gradients that it will need, and in the dtypes that it will have.
-        mesh: of one dimension, all processes.
+        mesh: device mesh of one dimension, all processes.
     """
     model.to(mesh.device_type)
     for tensor in model.parameters():
@@ -101,7 +101,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     """A tree with its shared-out tensors whole, on the CPU; all ranks must call it.
 
     Args:
-        tree: of containers and tensors; plain tensors stay as they are.
+        tree: containers and tensors; plain tensors stay as they are.
         keep: false where whole tensors are not wanted: they are left empty, to save memory.
     """
 

@@ -39,7 +39,7 @@ def run_once(
 
     Args:
         experiment: folder below `mlruns_root()`.
-        name: of the run; the same for the same options and inputs.
+        name: name of the run; the same for the same options and inputs.
         config: resolved options, primitives.
         make: makes it, and finishes the run.
         output: its key among the outputs of the run.
@@ -69,7 +69,7 @@ def open_run(experiment: str, name: str, config: Mapping[str, Any]) -> Iterator[
 
     Args:
         experiment: folder below `mlruns_root()`, unless a chain gives the run directory.
-        name: of the run, likewise.
+        name: name of the run, likewise.
         config: resolved options, primitives.
 
     Raises:

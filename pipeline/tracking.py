@@ -40,7 +40,7 @@ def sync(run: Path, uri: str | None = None) -> int:
 
     Args:
         run: `<root>/<experiment>/<run>`.
-        uri: of the store; by default `tracking_uri` of the root.
+        uri: address of the store; by default `tracking_uri` of the root.
 
     Returns:
         The number of lines sent.
@@ -66,7 +66,7 @@ class Replica:
 
     Args:
         run: the run directory, in which the run is open.
-        uri: of the store; by default `tracking_uri` of the root.
+        uri: address of the store; by default `tracking_uri` of the root.
         interval_s: between looks at the journal.
     """
 
@@ -115,8 +115,8 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     """Sends what the store lacks of any run below a root.
 
     Args:
-        root: of the runs.
-        uri: of the store; by default `tracking_uri` of the root.
+        root: folder of all runs.
+        uri: address of the store; by default `tracking_uri` of the root.
         ask: ask the store for every run, as it may have lost some that were sent.
 
     Returns:

@@ -33,7 +33,7 @@ class Epoch:
     """The first pass over the training samples, in numbers.
 
     Attributes:
-        keys: of its samples, in order, step by step.
+        keys: keys of its samples, in order, step by step.
         step_tokens: (steps,) tokens without padding.
         n_padded: tokens in all with padding.
         largest: rows and tokens a row of the micro-batch with the most tokens.
@@ -96,7 +96,7 @@ class Trial(pl.Callback):
         kept_bytes: what the largest micro-batch keeps for the backward pass, by count.
         needed_bytes: the memory that the run needs at least, by count.
         peak_bytes: the memory that was used.
-        flops_per_token: of passes and optimizer, by count, on a step of median size.
+        flops_per_token: of passes and optimizer, counted on a step of median size.
         step_s, step_tokens: seconds and tokens of the timed steps.
         val_batch_s: seconds of each batch of validation.
         val_rest_s: seconds of what a validation does beside its batches: checkpoint, sample texts.

@@ -263,3 +263,11 @@ def test_sample_texts_that_cannot_be_gone_on_from(tiny: Journey, prompt: str, sa
     line = pretrain(tiny, *words, "--trainer.callbacks.max_new_tokens=3")
     assert f"SampleTexts.prompts, {prompt[:60]!r}" in line
     assert said in line
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "score", "generate", "run"])
+@pytest.mark.parametrize("content", [b"data: [", b"a: \xff"])
+def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_bytes(content)
+    assert f"{path} is no YAML" in refused(command, "-c", str(path))

@@ -36,11 +36,11 @@ class JudgeConfig:
     """Where the judge is and how patiently it is asked.
 
     Args:
-        base_url: of an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
+        base_url: address of an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
         model: the name by which the server knows it.
         api_key_env: name of the environment variable that holds the key; empty if none is needed.
         max_concurrency: requests at a time.
-        max_tokens: of one reply.
+        max_tokens: length limit of one reply.
         timeout_s: for one request, from connecting to the last byte.
         max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
         max_wait_s: between two attempts, whatever a Retry-After asks for.

@@ -38,7 +38,7 @@ def evaluate(
         directory: where the files go.
         verdicts: JSONL file of what judges have said already; see `judge_responses`.
         lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
 
     Raises:
         ValueError: if ids repeat, if the two sets differ in their items, or if there is no judge at
@@ -72,7 +72,7 @@ def score_responses(
     """Scores every response by every scorer: the judge if there is one, chrF, ROUGE-L, exact match.
 
     Args:
-        responses: of one model, each with its own id.
+        responses: what one model answered, each with its own id.
         judge: an LLM judge to ask as well.
         cache: JSONL file of the judge's verdicts; see `judge_responses`.
 

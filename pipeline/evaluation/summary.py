@@ -147,7 +147,7 @@ def summarize(after: Scored, *, before: Scored | None, seed: int) -> Summary:
     Args:
         after: the model in question.
         before: another model's responses to the same items, in any order.
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
 
     Raises:
         ValueError: if the two sets do not hold the same items.

@@ -48,7 +48,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
     Args:
         loaded: what is exported.
         steps: its lineage.
-        name: of the exported directory.
+        name: name of the exported directory.
         form: huggingface, peft or gguf.
     """
     sections = [

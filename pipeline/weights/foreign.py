@@ -23,14 +23,14 @@ class Foreign:
     """A model in a file of others, not read yet.
 
     Attributes:
-        config: of the model.
+        config: configuration of the model.
         tokenizer: its own.
-        shapes: of the tensors that it has, by name.
+        shapes: shapes of the tensors that it has, by name.
         read: rows of a matrix, or a whole vector, read from the file when they are asked for.
-        form: of the file.
+        form: format of the file.
         skipped: tensors that carry nothing (masks that old files kept), and why they do not.
         stored_as: names in the file, where they are others than in `shapes`.
-        license: of the weights, where the file says.
+        license: licence of the weights, where the file says.
         check: refuses what no tensor shows alone: two that must be equal, and are not.
     """
 
@@ -137,7 +137,10 @@ def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
 
 def _check_sizes(foreign: Foreign) -> None:
     if foreign.config.block_size > _MAX_CONTEXT:
-        raise ValueError(f"its context of {foreign.config.block_size} tokens cannot be meant.")
+        raise ValueError(
+            f"its context is {foreign.config.block_size} tokens; {_MAX_CONTEXT:,} is the most "
+            "that is supported."
+        )
     longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
     for key in ("vocab_size", "n_embd", "mlp_hidden"):
         if getattr(foreign.config, key) > longest:

@@ -44,7 +44,7 @@ class StoredTensor:
     Attributes:
         shape: outermost dimension first, as in torch.
         kind: how its numbers are stored.
-        offset: of its first byte.
+        offset: place of its first byte.
     """
 
     shape: tuple[int, ...]

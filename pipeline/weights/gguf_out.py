@@ -40,9 +40,9 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
 
     Args:
         loaded: a language model, plain.
-        kind: of the matrices; norms and biases stay in float32.
-        name: of the model.
-        license: of the weights, as an SPDX identifier, if known.
+        kind: type of the matrices; norms and biases stay in float32.
+        name: name of the model.
+        license: licence of the weights, as an SPDX identifier, if known.
 
     Raises:
         ValueError: where llama.cpp has no such model, or cannot run its tokenizer.

@@ -211,7 +211,7 @@ def no_weights(names: Iterable[str]) -> str:
     """What is said where there are no weights that are read.
 
     Args:
-        names: of the files that there are.
+        names: names of the files that there are.
     """
     pickles = sorted(name for name in names if name.endswith(".bin"))
     remedy = (

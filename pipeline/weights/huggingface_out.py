@@ -41,7 +41,7 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
 
     Args:
         loaded: the model, plain.
-        dtype: of the weights.
+        dtype: type of the weights.
 
     Raises:
         ValueError: where the architecture or the tokenizer has no counterpart there.

@@ -37,7 +37,7 @@ def peft_writers(loaded: Loaded) -> Writers:
     """A writer for each of PEFT's two files.
 
     Args:
-        loaded: of a LoRA checkpoint.
+        loaded: what was read from a LoRA checkpoint.
 
     Raises:
         ValueError: for another checkpoint, or DoRA on a part of GPT-2's joined matrix.

@@ -18,8 +18,8 @@ def write_one_by_one(
     """Writes float32 tensors, the bytes that `safetensors.torch.save_file` writes.
 
     Args:
-        path: of the file.
-        shapes: of all tensors, by name.
+        path: the file.
+        shapes: shapes of all tensors, by name.
         tensors: each by its name, in any order.
     """
     places: dict[str, tuple[int, int]] = {}

@@ -550,13 +550,17 @@ def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
 
     Sines of the first half are negative: what `rotate` adds them to is subtracted there.
     """
-    exponents = torch.arange(0, config.head_size, 2, device="cpu") / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents  # (D / 2,)
+    frequencies = rotary_frequencies(config.rope_theta, config.head_size)
     if config.rope_scaling is not None:
         frequencies = stretched(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)
     cos, sin = angles.cos(), angles.sin()  # (block_size, D / 2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotary_frequencies(theta: float, head_size: int) -> Tensor:
+    """Radians that each pair of a head's channels turns a token, (D / 2,), on the CPU."""
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu") / head_size)
 
 
 def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -36,7 +36,7 @@ class JudgeConfig:
     """Where the judge is and how patiently it is asked.
 
     Args:
-        base_url: address of an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
+        base_url: an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
         model: the name by which the server knows it.
         api_key_env: name of the environment variable that holds the key; empty if none is needed.
         max_concurrency: requests at a time.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from pipeline.gpt import GPTConfig, RopeScaling, stretched
+from pipeline.gpt import GPTConfig, RopeScaling, rotary_frequencies, stretched
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.vocabulary import make_tokenizer
@@ -111,7 +111,7 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        frequencies = rope_theta ** -(torch.arange(0, head_size, 2) / head_size)
+        frequencies = rotary_frequencies(rope_theta, head_size)
         for scaling in _LLAMA3_SCALINGS:
             expected = frequencies / stretched(frequencies, scaling)
             if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):

@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
 from datamodules.tokenizer import Vocabulary
 from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
-from pipeline.gpt import GPTConfig, stretched
+from pipeline.gpt import GPTConfig, rotary_frequencies, stretched
 from pipeline.models import Loaded
 from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ROPE_FACTORS
@@ -192,6 +191,5 @@ def _stored_as(name: str, tensor: Tensor, kind: GGUFType) -> GGUFType:
 def rope_factors(config: GPTConfig) -> Tensor:
     """What llama.cpp divides rotary frequencies by, (D / 2,) float32."""
     assert config.rope_scaling is not None
-    exponents = torch.arange(0, config.head_size, 2) / config.head_size
-    frequencies = config.rope_theta**-exponents
+    frequencies = rotary_frequencies(config.rope_theta, config.head_size)
     return frequencies / stretched(frequencies, config.rope_scaling)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.gpt import GPT, KVCache
+from pipeline.gpt import GPT
+from pipeline.kv_cache import KVCache
 
 
 @dataclass(frozen=True)

@@ -20,29 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.cpu_attention import attention_bias, attention_products, product_dtype
+from pipeline.kv_cache import KVCache
+from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
+from pipeline.unpadding import Unpadding
+
 INIT_STD = 0.02  # GPT-2
-CACHE_GROWTH = 64  # tokens
-PACK_MULTIPLE = 32  # of packed tokens; for every shape that it meets oneDNN makes, and keeps, code
 Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies were stretched for a context longer than the model was made for.
-
-    Args:
-        kind: linear (every frequency divided by factor), or llama3 (only low ones, smoothly).
-        factor: how much the context is stretched.
-        low_freq_factor: for llama3: waves longer than original_context / this are stretched fully.
-        high_freq_factor: for llama3: waves shorter than original_context / this are left alone.
-        original_context: for llama3: tokens of the context before.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
 
 
 @dataclass(frozen=True)
@@ -126,81 +110,6 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far; every row has a place of its own.
-
-    It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
-
-    Args:
-        config: configuration of a causal model.
-        n_rows: B.
-        like: a tensor of the device and dtype wanted.
-
-    Raises:
-        ValueError: where the model is not causal: what it has seen changes with every token.
-    """
-
-    def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:
-        if not config.causal:
-            raise ValueError("model.gpt.causal is false; only a causal model can write text.")
-        shape = (config.n_layer, n_rows, config.n_kv_head, 0, config.head_size)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-
-    def seek(self, positions: Tensor) -> Tensor:
-        """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-        self.positions = positions
-        missing = int(positions.max()) + 1 - self.keys.shape[3]
-        if missing > 0:
-            growth = (0, 0, 0, missing + -missing % CACHE_GROWTH)
-            self.keys, self.values = F.pad(self.keys, growth), F.pad(self.values, growth)
-        places = torch.arange(self.keys.shape[3], device=positions.device)
-        return places <= positions[:, None, :, None]
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, G, T, D) where `seek` went; all keys and values so far, (B, G, S, D)."""
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            new = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
-            store[self.rows, :, self.positions] = new
-        return self.keys[layer], self.values[layer]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops or repeats rows: (B',) int64 indices, for finished sequences and for beams."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-
-
-class Packing:
-    """Rows without their padding, and the tokens that all of them begin with taken once.
-
-    In a causal model such tokens have the same states in every row, so all but attention works on
-    N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
-    run meets few shapes.
-
-    Args:
-        input_ids: (B, T).
-        mask: (B, T) bool, true where a token is real.
-        is_causal: whether what rows begin with can be shared.
-    """
-
-    def __init__(self, input_ids: Tensor, mask: Tensor, *, is_causal: bool) -> None:
-        shared = (mask & (input_ids == input_ids[:1])).all(0).cumprod(0).bool() & is_causal  # (T,)
-        is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
-        kept = mask & (is_first | ~shared)
-        places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # in the pack
-        indices = kept.flatten().nonzero().squeeze(1)
-        filler = indices.new_zeros(-len(indices) % PACK_MULTIPLE)  # computed, never looked at
-        self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
-        self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (1, N, C)."""
-        return x.flatten(0, 1).index_select(0, self.kept)[None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(1, N, C) -> (B, T, C); a pad gets the state of a real token."""
-        return x[0].index_select(0, self.sources).unflatten(0, self.shape)
-
-
 @dataclass(frozen=True)
 class Rows:
     """What attention must know of the rows that it sees, the same in every block.
@@ -210,14 +119,14 @@ class Rows:
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
         bias: the same to add to scores, broadcast to (B G, H/G T, S), where attention is products.
         cache: keys and values of what was seen before.
-        packing: where the tokens lie that all but attention works on.
+        unpadding: where the tokens lie that all but attention works on.
     """
 
     rotation: Rotation = None
     mask: Tensor | None = None
     bias: Tensor | None = None
     cache: KVCache | None = None
-    packing: Packing | None = None
+    unpadding: Unpadding | None = None
 
 
 class Attention(nn.Module):
@@ -238,7 +147,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width, bias=config.bias)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """(B, T, C) -> (B, T, C), or packed (1, N, C) -> (1, N, C)."""
+        """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         q, k, v = (self._heads(part, rows) for part in self._project(x))
         if rows.rotation is not None:
             q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
@@ -254,7 +163,7 @@ class Attention(nn.Module):
                 q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
             )  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.o(y if rows.packing is None else rows.packing.pack(y))
+        return self.o(y if rows.unpadding is None else rows.unpadding.drop(y))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.joint is None:
@@ -263,59 +172,8 @@ class Attention(nn.Module):
         return self.joint(x).split((self.config.n_embd, kv_width, kv_width), dim=-1)
 
     def _heads(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x if rows.packing is None else rows.packing.unpack(x)
+        x = x if rows.unpadding is None else rows.unpadding.restore(x)
         return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
-
-
-def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
-    """What is added to attention's scores where two products are faster than the fused kernel.
-
-    On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
-    pass for one new token a row as much.
-
-    Args:
-        x: (B, T, C) what enters the first block.
-        mask: what may be attended to in a cache, (B, 1, T, S); none is the causal rule.
-        config: configuration of the model.
-
-    Returns:
-        0 or -inf, broadcast to (B G, H/G T, S); none where the fused kernel is to be taken.
-    """
-    if x.device.type != "cpu" or not config.causal:
-        return None
-    if mask is not None and x.shape[1] == 1:
-        seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, 1, S)
-        return x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    if mask is None and torch.is_grad_enabled() and _product_dtype(x) == torch.bfloat16:
-        future = x.new_full((x.shape[1], x.shape[1]), -torch.inf, dtype=torch.bfloat16).triu_(1)
-        return future.repeat(config.n_head // config.n_kv_head, 1)  # (H/G T, T)
-    return None
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    is_autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-
-
-def attention_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """Attention as two batched products: q (B, H, T, D), k and v (B, G, S, D) -> as q.
-
-    The rows of the H / G query heads of a group stand below each other, so that keys and values
-    are not repeated.
-    """
-    n_rows, n_head, n_tokens, size = q.shape
-    per_group = n_head // k.shape[1]
-    queries = (q * size**-0.5).reshape(-1, per_group * n_tokens, size)  # (B G, H/G T, D)
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B G, S, D)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).add_(bias)  # (B G, H/G T, S)
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
-    return torch.bmm(weights, values).view(n_rows, n_head, n_tokens, size)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class MLP(nn.Module):
@@ -361,7 +219,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """(B, T, C) -> (B, T, C), or packed (1, N, C) -> (1, N, C)."""
+        """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rows))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -408,7 +266,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        cos, sin = rotary_table(config)  # (block_size, D)
+        theta, scaling = config.rope_theta, config.rope_scaling
+        frequencies = rotary_frequencies(theta, config.head_size, scaling)
+        cos, sin = rotary_table(frequencies, config.block_size)  # (block_size, D)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()
@@ -471,8 +331,8 @@ class GPT(nn.Module):
         """Final hidden states.
 
         Rows are padded on the right, so in a causal model nothing real ever sees a pad. Given the
-        mask, rows are packed: padding, and again what all begin with, costs attention alone.
-        Dropout then falls on what they begin with once for all.
+        mask, padding, and again what all rows begin with, costs attention alone. Dropout then falls
+        on what they begin with once for all.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
@@ -498,8 +358,8 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[places]
         else:
-            rotation = self._rotation(places, _product_dtype(x))
-        mask, packing = None, None
+            rotation = self._rotation(places, product_dtype(x))
+        mask, unpadding = None, None
         if cache is not None:
             assert positions is not None, "a cache needs positions"
             mask = cache.seek(positions)
@@ -507,14 +367,14 @@ class GPT(nn.Module):
             mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
         bias = attention_bias(x, mask, self.config)
         if attention_mask is not None:
-            packing = Packing(input_ids, attention_mask, is_causal=self.config.causal)
-            x = packing.pack(x)
-        x, rows = self.dropout(x), Rows(rotation, mask, bias, cache, packing)
+            unpadding = Unpadding(input_ids, attention_mask, is_causal=self.config.causal)
+            x = unpadding.drop(x)
+        x, rows = self.dropout(x), Rows(rotation, mask, bias, cache, unpadding)
         is_lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             x = checkpoint(block, x, rows, use_reentrant=False) if is_lean else block(x, rows)
         x = self.final_norm(x)
-        return x if packing is None else packing.unpack(x)
+        return x if unpadding is None else unpadding.restore(x)
 
     def _rotation(self, places: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         cos, sin = self.cos[places].to(dtype), self.sin[places].to(dtype)  # (T, D) or (B, T, D)
@@ -543,35 +403,3 @@ class GPT(nn.Module):
         if not training:
             return int(2 * (linear + attention))
         return int(2 * (2 * linear + trained + 3 * attention))
-
-
-def rotary_table(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (block_size, D) float32 each, on the CPU in any case.
-
-    Sines of the first half are negative: what `rotate` adds them to is subtracted there.
-    """
-    frequencies = rotary_frequencies(config.rope_theta, config.head_size)
-    if config.rope_scaling is not None:
-        frequencies = stretched(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies)
-    cos, sin = angles.cos(), angles.sin()  # (block_size, D / 2)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotary_frequencies(theta: float, head_size: int) -> Tensor:
-    """Radians that each pair of a head's channels turns a token, (D / 2,), on the CPU."""
-    return 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu") / head_size)
-
-
-def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Rotary frequencies (D / 2,) for a longer context.
-
-    Sources: linear, Chen et al. 2023; llama3, Grattafiori et al. 2024 (parity with transformers in
-    tests/test_weights_huggingface.py).
-    """
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    waves = scaling.original_context * frequencies / (2 * math.pi)  # that fit in the old context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
-from pipeline.gpt import GPT, RopeScaling
+from pipeline.gpt import GPT
+from pipeline.rotary import RopeScaling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.reading import open_foreign, read_model
 from tests.exporting import (

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.gpt import GPT, RopeScaling
+from pipeline.gpt import GPT
+from pipeline.rotary import RopeScaling
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign, read_model
 from tests.exporting import (

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.gpt import GPT, INIT_STD, GPTConfig, KVCache, attention_products
+from pipeline.cpu_attention import attention_products
+from pipeline.gpt import GPT, INIT_STD, GPTConfig
+from pipeline.kv_cache import KVCache
 from pipeline.loss import next_token_loss
 
 MakeGPT = Callable[..., GPT]
@@ -83,7 +85,7 @@ def rows_that_begin_alike() -> tuple[Tensor, Tensor]:
 def test_linear_layers_see_no_pad_and_a_common_start_once(
     tiny_gpt: MakeGPT, causal: bool, n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.gpt.PACK_MULTIPLE", 1)  # to the token
+    monkeypatch.setattr("pipeline.unpadding.MULTIPLE", 1)  # to the token
     model, seen = tiny_gpt(causal=causal), []
     model.blocks[0].mlp.up.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     model(*rows_that_begin_alike())

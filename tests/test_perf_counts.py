@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batching import MicroBatch
 from pipeline.callbacks import LossSpikes, Throughput
-from pipeline.gpt import PACK_MULTIPLE
 from pipeline.loss import count_supervised
+from pipeline.unpadding import MULTIPLE
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
 
@@ -103,7 +103,7 @@ def n_distinct(micro_batch: MicroBatch) -> int:
     while all(len(row) > shared and row[shared] == real[0][shared] for row in real):
         shared += 1
     n = sum(map(len, real)) - (len(real) - 1) * shared
-    return -(-n // PACK_MULTIPLE) * PACK_MULTIPLE
+    return -(-n // MULTIPLE) * MULTIPLE
 
 
 def test_logits_exist_where_there_is_a_loss(tiny: Journey, tmp_path: Path) -> None:

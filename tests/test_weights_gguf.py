@@ -14,8 +14,8 @@ import torch
 
 from datamodules.chat_template import render
 from datamodules.prompts import Message
-from pipeline.gpt import RopeScaling
 from pipeline.models import load
+from pipeline.rotary import RopeScaling
 from tests.published import (
     CHATML,
     EOS,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import WEIGHTS, verify_checkpoint
-from pipeline.gpt import RopeScaling, stretched
 from pipeline.models import load
+from pipeline.rotary import RopeScaling, stretched
 from pipeline.weights.huggingface_in import WEIGHTS as THEIRS
 from tests.journey import said
 from tests.published import random_model, save_tokenizer, train, write_gguf

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from pipeline.gpt import GPTConfig, RopeScaling, rotary_frequencies, stretched
+from pipeline.gpt import GPTConfig
+from pipeline.rotary import RopeScaling, rotary_frequencies, stretched
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.vocabulary import make_tokenizer

@@ -16,8 +16,9 @@ from torch import Tensor
 from datamodules.tokenizer import Vocabulary
 from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
-from pipeline.gpt import GPTConfig, rotary_frequencies, stretched
+from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
+from pipeline.rotary import rotary_frequencies, stretched
 from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
-from pipeline.gpt import GPTConfig, RopeScaling
+from pipeline.gpt import GPTConfig
+from pipeline.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
 from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
 

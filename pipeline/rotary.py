@@ -1,0 +1,72 @@
+"""Rotary positions (Su et al. 2021), also stretched to longer contexts.
+
+Shapes: B rows, H heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies were stretched for a context longer than the model was made for.
+
+    Args:
+        kind: linear (every frequency divided by factor), or llama3 (only low ones, smoothly).
+        factor: how much the context is stretched.
+        low_freq_factor: for llama3: waves longer than original_context / this are stretched fully.
+        high_freq_factor: for llama3: waves shorter than original_context / this are left alone.
+        original_context: for llama3: tokens of the context before.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+
+
+def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, (positions, D) float32 each, on the CPU in any case.
+
+    Sines of the first half are negative: what `rotate` adds them to is subtracted there.
+
+    Args:
+        frequencies: (D / 2,), as `rotary_frequencies` gives them.
+        n_positions: how many positions there are.
+    """
+    angles = torch.outer(torch.arange(n_positions, device="cpu"), frequencies)
+    cos, sin = angles.cos(), angles.sin()  # (positions, D / 2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotary_frequencies(theta: float, head_size: int, scaling: RopeScaling | None = None) -> Tensor:
+    """Radians that each pair of a head's channels turns a token, (D / 2,), on the CPU."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu") / head_size)
+    return frequencies if scaling is None else stretched(frequencies, scaling)
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies (D / 2,) for a longer context.
+
+    Sources: linear, Chen et al. 2023; llama3, Grattafiori et al. 2024 (parity with transformers in
+    tests/test_weights_huggingface.py).
+    """
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    waves = scaling.original_context * frequencies / (2 * math.pi)  # that fit in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -1,0 +1,43 @@
+"""Rows without their padding: attention alone has to know which token is where.
+
+Shapes: B rows, T tokens, N tokens that are kept of them all, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MULTIPLE = 32  # of kept tokens; for every shape that it meets oneDNN makes, and keeps, code
+
+
+class Unpadding:
+    """Rows without their padding, and the tokens that all of them begin with taken once.
+
+    In a causal model such tokens have the same states in every row, so all but attention works on
+    N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
+    run meets few shapes.
+
+    Args:
+        input_ids: (B, T).
+        mask: (B, T) bool, true where a token is real.
+        is_causal: whether what rows begin with can be shared.
+    """
+
+    def __init__(self, input_ids: Tensor, mask: Tensor, *, is_causal: bool) -> None:
+        shared = (mask & (input_ids == input_ids[:1])).all(0).cumprod(0).bool() & is_causal  # (T,)
+        is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
+        kept = mask & (is_first | ~shared)
+        places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # among those kept
+        indices = kept.flatten().nonzero().squeeze(1)
+        filler = indices.new_zeros(-len(indices) % MULTIPLE)  # computed, never looked at
+        self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
+        self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (1, N, C)."""
+        return x.flatten(0, 1).index_select(0, self.kept)[None]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(1, N, C) -> (B, T, C); a pad gets the state of a real token."""
+        return x[0].index_select(0, self.sources).unflatten(0, self.shape)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.judge_config import JudgeConfig
 
 
 def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"] = "auto") -> int:

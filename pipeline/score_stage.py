@@ -18,7 +18,7 @@ from pipeline.arguments import construct
 from pipeline.attempts import find_run
 from pipeline.chain_config import decisive
 from pipeline.checkpoint import path_digest
-from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate

@@ -91,7 +91,7 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         (("run", "-c", "no.yaml"), ["no.yaml"]),
         (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
-        (("tokenizer", "train", "-c", "broken.yaml"), ["config"]),
+        (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is no YAML"]),
         (("tokenizer", "train", "-c", "good.yaml"), ["source 'nowhere.txt' does not exist"]),
     ],
 )

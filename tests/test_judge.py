@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation.endpoint import MAX_REPLY_BYTES
-from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
+from pipeline.evaluation.judge import Judgement, judge_responses
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
 from pipeline.evaluation.rubric import RUBRIC, parse_verdict
 
@@ -498,7 +499,8 @@ def test_a_damaged_cache_costs_one_question(server: Server, tmp_path: Path, dama
 KILLED = """
 import sys
 from pathlib import Path
-from pipeline.evaluation.judge import JudgeConfig, judge_responses
+from pipeline.evaluation.judge import judge_responses
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
 items = [Response(id=n, instruction="How long?", reference="It is 10 cm.", response=t)
          for n, t in enumerate("abcde")]

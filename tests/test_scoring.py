@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, render_report, score_histogram
 from pipeline.evaluation.responses import Response, read_responses, write_responses
 from pipeline.evaluation.score import evaluate, score_responses

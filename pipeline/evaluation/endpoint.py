@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import tenacity
 
-from pipeline.evaluation.judge import JudgeConfig
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
 
 log = logging.getLogger(__name__)

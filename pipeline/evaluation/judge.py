@@ -6,13 +6,16 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import track
+
+from pipeline.evaluation.endpoint import Endpoint, EndpointError
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
 from pipeline.evaluation.rubric import (
     RUBRIC_DIGEST,
@@ -23,79 +26,9 @@ from pipeline.evaluation.rubric import (
     parse_verdict,
 )
 
-if TYPE_CHECKING:
-    from pipeline.evaluation.endpoint import Endpoint, EndpointError
-
 log = logging.getLogger(__name__)
 
 BETWEEN_REPLIES = "\n\n[asked again]\n\n"
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Where the judge is and how patiently it is asked.
-
-    Args:
-        base_url: an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
-        model: the name by which the server knows it.
-        api_key_env: name of the environment variable that holds the key; empty if none is needed.
-        max_concurrency: requests at a time.
-        max_tokens: length limit of one reply.
-        timeout_s: for one request, from connecting to the last byte.
-        max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
-        max_wait_s: between two attempts, whatever a Retry-After asks for.
-    """
-
-    base_url: str
-    model: str
-    api_key_env: str = ""
-    max_concurrency: int = 4
-    max_tokens: int = 1024
-    timeout_s: float = 120.0
-    max_attempts: int = 5
-    max_wait_s: float = 30.0
-
-    def check(self) -> None:
-        """Checks what can be checked without asking; worth doing before any long work.
-
-        Not done on construction: the command line would print the values beside the error.
-
-        Raises:
-            ValueError: naming the field that makes no sense, or if the key is not there.
-        """
-        _check_url(self.base_url)
-        if not self.model:
-            raise ValueError("judge.model is empty; give the name by which the server knows it.")
-        for name in ("max_concurrency", "max_tokens", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not (self.timeout_s > 0 and self.max_wait_s >= 0):
-            raise ValueError(
-                f"judge.timeout_s is {self.timeout_s} and judge.max_wait_s {self.max_wait_s}; "
-                "a timeout must be positive and a wait not negative."
-            )
-        self.api_key()
-
-    def api_key(self) -> str:
-        """The key, or nothing where none is needed; errors show neither it nor its name.
-
-        Raises:
-            ValueError: if the environment variable has no name, is not set, or holds no key.
-        """
-        if not self.api_key_env:
-            return ""
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # the key itself?
-            raise ValueError(
-                "judge.api_key_env is no name of an environment variable; "
-                "export the key under some name and give that name here."
-            )
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ValueError(
-                "the environment variable that judge.api_key_env names is not set or holds no key; "
-                "export it, or leave judge.api_key_env empty for a server without keys."
-            )
-        return key
 
 
 @dataclass(frozen=True)
@@ -137,8 +70,6 @@ def judge_responses(
     }
     judgements = dict(known.judgements)
     if asked:
-        from pipeline.evaluation.endpoint import Endpoint
-
         with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
             for key, judgement in _ask_all(endpoint, asked):
                 judgements[key] = judgement
@@ -181,9 +112,6 @@ class VerdictCache:
 
 def _ask_all(endpoint: Endpoint, asked: Mapping[str, Response]) -> Iterator[tuple[str, Judgement]]:
     """Yields judgements as they come; the first item goes alone, to see if there is a judge."""
-    from rich.console import Console
-    from rich.progress import track
-
     (first_key, first), *others = asked.items()
     judgement = _ask(endpoint, first)
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
@@ -204,8 +132,6 @@ def _ask_all(endpoint: Endpoint, asked: Mapping[str, Response]) -> Iterator[tupl
 
 def _ask(endpoint: Endpoint, response: Response) -> Judgement:
     """One item: a question, and one more where the reply cannot be read."""
-    from pipeline.evaluation.endpoint import EndpointError
-
     messages, problem = conversation(response), ""
     replies: tuple[str, ...] = ()
     for _ in range(2):
@@ -227,15 +153,3 @@ def _key(config: JudgeConfig, response: Response) -> str:
     judge = [config.base_url, config.model, config.max_tokens, RUBRIC_DIGEST]
     content = [response.instruction, response.input, response.reference, response.response]
     return hashlib.sha256(json.dumps([judge, content]).encode()).hexdigest()
-
-
-def _check_url(base_url: str) -> None:
-    host = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)"
-    url = re.fullmatch(rf"https?://{host}(:(?P<port>[0-9]{{1,5}}))?(/[!-~]*)?", base_url)
-    may_hold_a_secret = any(mark in base_url for mark in "@?#")
-    if not url or may_hold_a_secret or int(url["port"] or 80) not in range(1, 65536):
-        shown = "[hidden: it may hold a password or a key]" if may_hold_a_secret else base_url
-        raise ValueError(
-            f"judge.base_url is {shown}; it takes http(s)://host[:port]/v1 and nothing more. "
-            "A key goes into the environment variable that judge.api_key_env names."
-        )

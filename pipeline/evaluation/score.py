@@ -9,7 +9,8 @@ from pathlib import Path
 
 from datamodules.files import write_atomically
 from pipeline.evaluation import metrics
-from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
+from pipeline.evaluation.judge import Judgement, judge_responses
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response, write_lines, write_responses
 from pipeline.evaluation.rubric import RUBRIC_DIGEST
 from pipeline.evaluation.summary import Score, Scored, Summary, summarize

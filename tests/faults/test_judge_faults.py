@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.evaluation.endpoint import MAX_REPLY_BYTES
-from pipeline.evaluation.judge import JudgeConfig, Judgement, judge_responses
+from pipeline.evaluation.judge import Judgement, judge_responses
+from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
 from tests.faults import servers
 from tests.faults.servers import Answer, Server

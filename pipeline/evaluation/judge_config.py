@@ -1,0 +1,86 @@
+"""Where a judge is, and how patiently it is asked; checked before anything is sent."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Where the judge is and how patiently it is asked.
+
+    Args:
+        base_url: an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
+        model: the name by which the server knows it.
+        api_key_env: name of the environment variable that holds the key; empty if none is needed.
+        max_concurrency: requests at a time.
+        max_tokens: length limit of one reply.
+        timeout_s: for one request, from connecting to the last byte.
+        max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
+        max_wait_s: between two attempts, whatever a Retry-After asks for.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = ""
+    max_concurrency: int = 4
+    max_tokens: int = 1024
+    timeout_s: float = 120.0
+    max_attempts: int = 5
+    max_wait_s: float = 30.0
+
+    def check(self) -> None:
+        """Checks what can be checked without asking; worth doing before any long work.
+
+        Not done on construction: the command line would print the values beside the error.
+
+        Raises:
+            ValueError: naming the field that makes no sense, or if the key is not there.
+        """
+        _check_url(self.base_url)
+        if not self.model:
+            raise ValueError("judge.model is empty; give the name by which the server knows it.")
+        for name in ("max_concurrency", "max_tokens", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"judge.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not (self.timeout_s > 0 and self.max_wait_s >= 0):
+            raise ValueError(
+                f"judge.timeout_s is {self.timeout_s} and judge.max_wait_s {self.max_wait_s}; "
+                "a timeout must be positive and a wait not negative."
+            )
+        self.api_key()
+
+    def api_key(self) -> str:
+        """The key, or nothing where none is needed; errors show neither it nor its name.
+
+        Raises:
+            ValueError: if the environment variable has no name, is not set, or holds no key.
+        """
+        if not self.api_key_env:
+            return ""
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # the key itself?
+            raise ValueError(
+                "judge.api_key_env is no name of an environment variable; "
+                "export the key under some name and give that name here."
+            )
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ValueError(
+                "the environment variable that judge.api_key_env names is not set or holds no key; "
+                "export it, or leave judge.api_key_env empty for a server without keys."
+            )
+        return key
+
+
+def _check_url(base_url: str) -> None:
+    host = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)"
+    url = re.fullmatch(rf"https?://{host}(:(?P<port>[0-9]{{1,5}}))?(/[!-~]*)?", base_url)
+    may_hold_a_secret = any(mark in base_url for mark in "@?#")
+    if not url or may_hold_a_secret or int(url["port"] or 80) not in range(1, 65536):
+        shown = "[hidden: it may hold a password or a key]" if may_hold_a_secret else base_url
+        raise ValueError(
+            f"judge.base_url is {shown}; it takes http(s)://host[:port]/v1 and nothing more. "
+            "A key goes into the environment variable that judge.api_key_env names."
+        )

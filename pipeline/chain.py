@@ -23,12 +23,13 @@ from datamodules.files import write_atomically
 from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
+from pipeline.identity import digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
 from pipeline.reuse import code_digest, still_holds
 from pipeline.run_directory import Run, read_outcome
-from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root
+from pipeline.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.tracking import sync_all
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it

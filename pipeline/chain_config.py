@@ -14,25 +14,10 @@ import yaml
 
 from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
+from pipeline.identity import decisive
 from pipeline.run_directory import check_name
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
-    "run.experiment",
-    "run.name",
-    "run.resume",
-    "run.allow_changes",
-    "data.max_tokens",
-    "data.num_workers",
-    "checkpoints.asynchronous",
-    "judge.api_key_env",
-    "judge.max_attempts",
-    "judge.max_concurrency",
-    "judge.max_wait_s",
-    "judge.timeout_s",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-}
 
 
 @dataclass(frozen=True)
@@ -244,17 +229,6 @@ def _read(path: Path) -> str:
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def decisive(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Options by dotted key, as the command line has them; of those, what decides the result."""
-    if not isinstance(options, dict) or not options:
-        key = prefix.rstrip(".").replace(".init_args", "")
-        return {} if key in NEUTRAL else {key: options}
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= decisive(value, f"{prefix}{key}.")
-    return flat
 
 
 def _expand(value: Any, key: str) -> Any:

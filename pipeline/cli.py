@@ -25,11 +25,11 @@ from datamodules.batching import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.attempts import find_run, new_run
 from pipeline.callbacks import LossSpikes, Throughput
-from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import GIB, explain
 from pipeline.hardware import available_memory_bytes, default_device, multiplies_bf16
+from pipeline.identity import decisive, digest
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
 from pipeline.progress import ProgressDisplay
@@ -44,7 +44,7 @@ from pipeline.reports import (
 from pipeline.resume import interrupted_like
 from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
 from pipeline.run_logger import RunLogger
-from pipeline.stage_run import RUN_VARIABLE, digest, mlruns_root, open_run
+from pipeline.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 

@@ -17,9 +17,10 @@ from pipeline.checkpoint import (
     write_files,
     writing_directory,
 )
+from pipeline.identity import digest
 from pipeline.models import Loaded, load
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, run_once
+from pipeline.stage_run import run_once
 from pipeline.weights.card import CARD, card, license_of
 from pipeline.weights.fetch import locate
 from pipeline.weights.gguf_out import GGUFType, gguf_writers

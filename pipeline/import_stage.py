@@ -20,9 +20,10 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.gpt import GPT
+from pipeline.identity import digest
 from pipeline.models import foreign_meta
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, run_once
+from pipeline.stage_run import run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name

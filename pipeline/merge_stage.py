@@ -32,10 +32,11 @@ from pipeline.checkpoint import (
 )
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import Sampling, generate
+from pipeline.identity import digest
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_adapted
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, run_once
+from pipeline.stage_run import run_once
 
 CERTIFICATE = "certificate.json"
 # Float32 rounds W x + B A x and (W + B A) x apart by some 1e-5 of logits of size 10; a merge in

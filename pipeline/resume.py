@@ -13,8 +13,8 @@ import yaml
 from torch import Tensor
 
 from pipeline.arguments import load_yaml
-from pipeline.chain_config import decisive
 from pipeline.checkpoint import CHECKPOINTS
+from pipeline.identity import decisive
 from pipeline.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so

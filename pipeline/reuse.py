@@ -10,7 +10,7 @@ from typing import Any
 from datamodules.files import cache_dir, file_digests, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
 from pipeline.attempts import Outcome
-from pipeline.stage_run import digest
+from pipeline.identity import digest
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:

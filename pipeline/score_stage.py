@@ -16,7 +16,6 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.attempts import find_run
-from pipeline.chain_config import decisive
 from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -25,13 +24,14 @@ from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
 from pipeline.generate import generate
 from pipeline.hardware import Precision, inference_dtype
+from pipeline.identity import decisive, digest
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.resume import check_held_out
 from pipeline.reuse import still_holds
 from pipeline.run_directory import AlreadyFinished, Run, flat
-from pipeline.stage_run import digest, mlruns_root, open_run
+from pipeline.stage_run import mlruns_root, open_run
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
 import sys
@@ -25,11 +23,6 @@ HOME_VARIABLE = "GPT_PIPELINE_HOME"
 def mlruns_root() -> Path:
     """Folder of all runs and of the tracking store: GPT_PIPELINE_HOME, else `mlruns` here."""
     return Path(os.environ.get(HOME_VARIABLE) or "mlruns").expanduser().resolve()
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value of primitives; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run_once(

@@ -12,8 +12,9 @@ from datamodules.cleaning import cleaned
 from datamodules.documents import documents
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+from pipeline.identity import digest
 from pipeline.run_directory import Run
-from pipeline.stage_run import digest, run_once
+from pipeline.stage_run import run_once
 
 MEASURED_BYTES = 4 << 20  # of text that compression is measured on
 

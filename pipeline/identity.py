@@ -1,0 +1,40 @@
+"""What makes two runs the same: the options that decide a result, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
+    "run.experiment",
+    "run.name",
+    "run.resume",
+    "run.allow_changes",
+    "data.max_tokens",
+    "data.num_workers",
+    "checkpoints.asynchronous",
+    "judge.api_key_env",
+    "judge.max_attempts",
+    "judge.max_concurrency",
+    "judge.max_wait_s",
+    "judge.timeout_s",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+}
+
+
+def decisive(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Options by dotted key, as the command line has them; of those, what decides the result."""
+    if not isinstance(options, dict) or not options:
+        key = prefix.rstrip(".").replace(".init_args", "")
+        return {} if key in NEUTRAL else {key: options}
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= decisive(value, f"{prefix}{key}.")
+    return flat
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value of primitives; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

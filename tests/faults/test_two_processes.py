@@ -276,7 +276,7 @@ def test_two_equal_one(overlay: str, two: Callable[[str], Path], one: Path) -> N
     ("overlay", "begin", "options"),
     [
         ("ddp", Two, BESIDE),
-        ("ddp", Launched, []),
+        pytest.param("ddp", Launched, [], marks=pytest.mark.slow),
         ("fsdp2", Two, BESIDE),
         pytest.param("fsdp2", Launched, [], marks=pytest.mark.slow),
     ],

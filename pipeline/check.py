@@ -148,7 +148,7 @@ class CheckCLI(PipelineCLI):
                 f"warning: the longest sample has {trial.epoch.largest[1]} tokens, which is more "
                 f"than data.max_tokens {data.max_tokens}: it goes alone"
             )
-        slow = "32-true" if multiplies_bf16(self.model.device) else "bf16-mixed"
+        slow = "32-true" if multiplies_bf16(self.trainer.strategy.root_device) else "bf16-mixed"
         if self.trainer.precision == slow:
             yield f"warning: precision {slow} is slow on this machine; auto takes the faster one"
 

@@ -234,7 +234,7 @@ class PipelineCLI(LightningCLI):
                 error,
                 max_tokens=self.datamodule.max_tokens,
                 needed_gib=self.model.memory_gib() if self.model.model is not None else 0.0,
-                free_gib=available_memory_bytes(self.model.device) / GIB,
+                free_gib=available_memory_bytes(self.trainer.strategy.root_device) / GIB,
             )
             if text is None:
                 raise

@@ -78,6 +78,7 @@ def stages(home: Path) -> list[tuple[str, str]]:
     return [(line["stage"], line["state"]) for line in lines if line.get("name") == "stage"]
 
 
+@pytest.mark.slow
 def test_a_killed_chain_ends_as_one_that_was_not(
     chain: Path, tmp_path: Path, empty_database: Path
 ) -> None:

@@ -18,7 +18,7 @@ from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, render_report, score_histogram
 from pipeline.evaluation.responses import Response, read_responses, write_responses
 from pipeline.evaluation.score import evaluate, score_responses
-from pipeline.evaluation.summary import Score, Scored, summarize
+from pipeline.evaluation.summary import Score, Scored, Summary, summarize
 
 GOOD = {"id": 1, "instruction": "Name it.", "reference": "an owl", "response": "an owl"}
 
@@ -273,17 +273,21 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
     assert "x" * 2001 not in html
 
 
-def test_a_report_of_one_model(tmp_path: Path) -> None:
-    items = responses("answer 0", "answer two", "no")
-    evaluate(
+def evaluated(items: list[Response], folder: Path, judge: JudgeConfig | None = None) -> Summary:
+    return evaluate(
         items,
         before=None,
-        judge=None,
-        directory=tmp_path,
-        verdicts=tmp_path / "verdicts.jsonl",
+        judge=judge,
+        directory=folder,
+        verdicts=folder / "verdicts.jsonl",
         lineage={},
         seed=0,
     )
+
+
+def test_a_report_of_one_model(tmp_path: Path) -> None:
+    items = responses("answer 0", "answer two", "no")
+    evaluated(items, tmp_path)
     assert not list(tmp_path.glob("*-before*"))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 1
@@ -296,15 +300,7 @@ def test_a_report_of_one_model(tmp_path: Path) -> None:
 def test_the_responses_survive_a_missing_judge(tmp_path: Path) -> None:
     nobody = JudgeConfig(base_url="http://127.0.0.1:9/v1", model="m", max_attempts=1)
     with pytest.raises(ValueError, match=r"judge\.base_url"):
-        evaluate(
-            responses("a"),
-            before=None,
-            judge=nobody,
-            directory=tmp_path,
-            verdicts=tmp_path / "verdicts.jsonl",
-            lineage={},
-            seed=0,
-        )
+        evaluated(responses("a"), tmp_path, judge=nobody)
     assert len(read_responses(tmp_path / "responses.jsonl")) == 1
 
 
@@ -326,15 +322,7 @@ def test_real_responses(real_data: Path, tmp_path: Path) -> None:
     items = read_responses(path)
     assert len(items) == 100
     gpt4 = [json.loads(line)["gpt4_score"] for line in path.read_text("utf-8").splitlines()]
-    summary = evaluate(
-        items,
-        before=None,
-        judge=None,
-        directory=tmp_path,
-        verdicts=tmp_path / "verdicts.jsonl",
-        lineage={},
-        seed=0,
-    )
+    summary = evaluated(items, tmp_path)
     chrf = [score.score or 0.0 for score in summary.after.by("chrf")]
     from scipy.stats import spearmanr
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import WEIGHTS, verify_checkpoint
+from pipeline.checkpoint import WEIGHTS, verify_checkpoint, write_checkpoint
 from pipeline.models import load
 from pipeline.rotary import RopeScaling, stretched
 from pipeline.weights.huggingface_in import WEIGHTS as THEIRS
+from pipeline.weights.reading import open_foreign, weights_writer
 from tests.journey import said
 from tests.published import random_model, save_tokenizer, train, write_gguf
 
@@ -52,6 +53,17 @@ def test_the_same_bytes_as_of_a_whole_model(published: Path, tmp_path: Path) -> 
     save_file(model.tensors(), tmp_path / "whole")
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole").read_bytes()
     assert f"became {model.n_parameters():,} parameters" in err
+
+
+def test_what_cannot_be_read_is_not_taken_for_what_cannot_be_written(
+    published: Path, tmp_path: Path
+) -> None:
+    foreign = open_foreign(published)
+    published.rename(tmp_path / "gone")
+    output = tmp_path / "imported"
+    with pytest.raises(ValueError, match=f"{published} cannot be used: it could not be read"):
+        write_checkpoint(output, {WEIGHTS: weights_writer(foreign, published)})
+    assert not output.exists()
 
 
 def test_the_mapping_names_every_tensor(published: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import FILE_NAME, Tokenizer
@@ -67,8 +68,13 @@ def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
 
     def write(file: Path) -> None:
         with _naming(path):
-            tensors = read_parameters(foreign, torch.float32)
-            write_one_by_one(file, parameter_shapes(foreign), tensors)
+            write_one_by_one(file, parameter_shapes(foreign), tensors())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from read_parameters(foreign, torch.float32)
+        except OSError as error:  # else it would be taken for one of writing
+            raise ValueError(f"it could not be read ({error}).") from error
 
     return write
 

@@ -170,17 +170,13 @@ def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
             metavar="STAGE.KEY=VALUE",
             help="option of a stage, stronger than the chain's YAML; repeatable",
         )
+    else:
         parser.add_argument(
-            "--resume",
-            type=hints["resume"],
-            default="auto",
-            help="auto goes on where it can; must insists on an interrupted run; never starts anew",
+            "-c", "--config", action=ActionConfigFile, help="YAML of these options; repeatable"
         )
-        return parser
-    parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="YAML of these options; repeatable"
+    parser.add_function_arguments(
+        function, as_group=False, fail_untyped=True, skip={"config", "set"}
     )
-    parser.add_function_arguments(function, as_group=False, fail_untyped=True)
     for action in parser._actions:
         if hints.get(action.dest) is bool:
             action.nargs, action.const = "?", True

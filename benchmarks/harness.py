@@ -25,7 +25,7 @@ from pipeline.hardware import default_device, multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "float16", "q8_0"]
 CEILINGS = """
 import json, torch
 from pipeline.callbacks import matrix_product_ceiling
@@ -93,7 +93,7 @@ class Result:
     rss: list[int] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
-    def add(self, record: dict[str, Any], workload: Workload, ceiling: float) -> None:
+    def add(self, record: dict[str, Any], workload: Workload, ceiling: float | None) -> None:
         """Takes in the record of a round."""
         warmup, steps = record["steps"][: workload.n_warmup], record["steps"][workload.n_warmup :]
         seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
@@ -105,7 +105,7 @@ class Result:
         self.losses += [statistics.mean(last)] if last else []
         self.outputs.append(_digest(record["outputs"]) if "outputs" in record else None)
         self.rss.append(record["rss"])
-        if workload.flops_per_token:
+        if workload.flops_per_token and ceiling:
             self.shares.append(self.rates[-1] * workload.flops_per_token / ceiling)
 
     @property
@@ -126,7 +126,7 @@ def measure(workload: Workload, n_rounds: int) -> list[Result]:
         ceilings = json.loads(_run([sys.executable, "-c", CEILINGS]))
         for contestant, result in zip(workload.contestants, results, strict=True):
             record = record_of(contestant)
-            result.add(record, workload, ceilings[contestant.precision])
+            result.add(record, workload, ceilings.get(contestant.precision))
             console.print(
                 f"{workload.key} round {round_}/{n_rounds}  {contestant.name:34} "
                 f"{contestant.precision:8} {result.rates[-1]:9,.1f} {workload.unit}"

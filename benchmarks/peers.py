@@ -5,23 +5,60 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness import machine
 from datamodules.files import cache_dir
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-HUGGING_FACE = ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft", "datasets")
 
 
-def python_with(packages: tuple[str, ...]) -> str:
-    """The interpreter of an environment with these packages, which is made where it is missing."""
-    name = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
+@dataclass(frozen=True)
+class Environment:
+    """What is installed for a peer.
+
+    Attributes:
+        packages: as pip has them; what they need is as in constraints.txt.
+        own_bounds: names in constraints.txt whose version is left to the packages.
+        is_compiled: for the processor at hand: another one gets an environment of its own.
+    """
+
+    packages: Sequence[str]
+    own_bounds: Sequence[str] = ()
+    is_compiled: bool = False
+
+
+HUGGING_FACE = Environment(
+    ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft", "datasets")
+)
+LITGPT = Environment(  # its command line misses requests, which only its extras name
+    ("torch==2.13.0", "lightning==2.6.6", "litgpt==0.5.13", "requests"),
+    own_bounds=("huggingface_hub", "jsonargparse"),
+)
+LLAMA_CPP = Environment(("llama-cpp-python==0.3.36",), is_compiled=True)
+
+
+def python_with(environment: Environment) -> str:
+    """The interpreter of an environment, which is made where it is missing."""
+    words = [*environment.packages, *([machine()] if environment.is_compiled else [])]
+    name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
     folder = cache_dir() / "benchmarks" / f"peers-{name}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        print(f"installing {', '.join(packages)} into {folder}", file=sys.stderr)
+        print(f"installing {', '.join(words)} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text(constraints_of(environment))
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", str(CONSTRAINTS), *packages], check=True)
+        pip += ["--no-cache-dir"] if environment.is_compiled else []  # may be another processor's
+        subprocess.run([*pip, "-c", str(constraints), *environment.packages], check=True)
         (folder / "complete").touch()
     return str(python)
+
+
+def constraints_of(environment: Environment) -> str:
+    """Our constraints without those that the packages would contradict."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    return "\n".join(line for line in lines if line.split("==")[0] not in environment.own_bounds)

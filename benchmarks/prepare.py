@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -137,6 +139,31 @@ def smollm2() -> Path:
     if not path.exists():
         os.environ["GPT_PIPELINE_HOME"] = str(folder() / "runs")
         export_stage(SMOLLM2, form="huggingface", dtype="float32", output=path)
+    return path
+
+
+def smollm2_gguf(kind: str) -> Path:
+    """The same as llama.cpp reads it, by our own export, its weights in `kind`."""
+    path = folder() / f"{SMOLLM2}-{kind}"
+    if not path.exists():
+        os.environ["GPT_PIPELINE_HOME"] = str(folder() / "runs")
+        export_stage(SMOLLM2, form="gguf", dtype=kind, output=path)
+    return path / "model.gguf"
+
+
+def smollm2_for_litgpt(python: str) -> Path:
+    """The same by litgpt's own conversion; of a folder with another name it would add a BOS.
+
+    Args:
+        python: of an environment that has litgpt.
+    """
+    path = folder() / f"litgpt-{SMOLLM2}"
+    if not path.exists():
+        with writing_directory(path) as draft:
+            shutil.copytree(smollm2(), draft, dirs_exist_ok=True)
+            convert = [python, "-m", "litgpt", "convert_to_litgpt", str(draft)]
+            subprocess.run([*convert, "--model_name", "SmolLM2-135M-Instruct"], check=True)
+            (draft / "model.safetensors").unlink()
     return path
 
 

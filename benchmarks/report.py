@@ -60,8 +60,13 @@ def _number(value: float) -> str:
 
 def plot(workloads: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars: rate of every contestant as a multiple of the best peer's."""
+    bars_of = [len(workload["results"]) for workload in workloads]
     figure, axes = plt.subplots(
-        len(workloads), 1, figsize=(8, 1.1 + 1.15 * len(workloads)), layout="constrained"
+        len(workloads),
+        1,
+        figsize=(8, 1.1 + 0.23 * sum(bars_of) + 0.25 * len(workloads)),
+        height_ratios=bars_of,
+        layout="constrained",
     )
     for axis, workload in zip([axes] if len(workloads) == 1 else axes, workloads, strict=True):
         results = sorted(workload["results"], key=lambda r: statistics.median(r["rates"]))

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import prepare
 from benchmarks.harness import Contestant, Precision, Workload
-from benchmarks.peers import HUGGING_FACE, python_with
+from benchmarks.peers import HUGGING_FACE, LITGPT, LLAMA_CPP, Environment, python_with
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import default_device, multiplies_bf16
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
@@ -20,8 +20,10 @@ from pipeline.models import load
 # bf16 where the hardware multiplies it: emulated, it would say nothing about anyone
 HAS_BF16 = multiplies_bf16(default_device())
 PRECISIONS: tuple[Precision, ...] = ("bf16", "float32") if HAS_BF16 else ("float32",)
-OURS = {"bf16": "bf16-mixed", "float32": "32-true"}
+# Lightning's names; litgpt's bf16-true was slower than its bf16-mixed where both were measured
+FABRIC: dict[Precision, str] = {"bf16": "bf16-mixed", "float32": "32-true"}
 TRANSFORMERS, TRL, PEFT = "transformers Trainer", "TRL", "transformers + PEFT"
+GGUF: dict[Precision, str] = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 N_NEW = 64  # tokens of every prompt in P5
 
 
@@ -106,6 +108,10 @@ def _instructions(key: str, title: str, rank: int, ours: list[str], theirs: str)
         for precision in PRECISIONS:
             words = ("{record}", str(weights), str(entries), precision, str(rank), theirs)
             yield _peer(TRL, precision, "trl_sft", *words)
+        converted = prepare.smollm2_for_litgpt(python_with(LITGPT))
+        for precision in PRECISIONS:
+            words = ("{record}", str(converted), str(entries), FABRIC[precision], str(rank), theirs)
+            yield _peer("litgpt", precision, "litgpt_lora", *words, of=LITGPT)
 
     flops = _adapted_flops(rank, ours)
     return Workload(key, title, list(contestants()), 2, flops, loss_tolerance=0.05)
@@ -151,6 +157,10 @@ def generation(n_prompts: int) -> Workload:
             yield _with_our_python("ours", precision, "generate_ours", *words, precision, ours=True)
         for precision in PRECISIONS:
             yield _peer("transformers", precision, "generate_transformers", *words, precision)
+        if default_device().type == "cpu":  # pip builds llama.cpp for CPUs
+            for precision, kind in GGUF.items():
+                llama = ("{record}", str(prepare.smollm2_gguf(kind)), *words[2:], precision)
+                yield _peer("llama.cpp", precision, "generate_llama_cpp", *llama, of=LLAMA_CPP)
 
     title = f"greedy generation, {n_prompts} prompts, {N_NEW} tokens each"
     return Workload(f"P5-{n_prompts}", title, list(contestants()), 1, None, 0.0)
@@ -199,7 +209,7 @@ def _pretraining_fit(
 
 def _fit(config: str, precision: Precision, options: dict[str, object]) -> Contestant:
     words = [sys.executable, "-m", "pipeline", "fit", "-c", f"configs/{config}"]
-    words += [f"--precision={OURS[precision]}", "--run.name=bench"]
+    words += [f"--precision={FABRIC[precision]}", "--run.name=bench"]
     words += [f"--{key}={_word(value)}" for key, value in options.items()]
     return Contestant("ours, through fit", precision, words, is_ours=True)
 
@@ -214,8 +224,14 @@ def _with_our_python(
     return Contestant(name, precision, [sys.executable, *_module(module), *words], is_ours=ours)
 
 
-def _peer(name: str, precision: Precision, module: str, *words: str) -> Contestant:
-    python = python_with(HUGGING_FACE)
+def _peer(
+    name: str,
+    precision: Precision,
+    module: str,
+    *words: str,
+    of: Environment = HUGGING_FACE,
+) -> Contestant:
+    python = python_with(of)
     return Contestant(name, precision, [python, *_module(module), *words])
 
 

@@ -7,8 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.harness import Contestant, Result, Workload, check_equal_work, measure
+from benchmarks import prepare, workloads
+from benchmarks.harness import (
+    Contestant,
+    Precision,
+    Result,
+    Workload,
+    check_equal_work,
+    measure,
+)
+from benchmarks.peers import CONSTRAINTS, LITGPT, LLAMA_CPP, Environment, constraints_of
 from benchmarks.report import plot, table
 
 STEPS = """
@@ -22,10 +32,15 @@ record.save()
 
 
 def contestant(
-    name: str, *, tokens: int = 100, loss: float = 1.0, ours: bool = False
+    name: str,
+    *,
+    tokens: int = 100,
+    loss: float = 1.0,
+    precision: Precision = "float32",
+    ours: bool = False,
 ) -> Contestant:
     program = STEPS.format(tokens=tokens, loss=loss)
-    return Contestant(name, "float32", [sys.executable, "-c", program, "{record}"], is_ours=ours)
+    return Contestant(name, precision, [sys.executable, "-c", program, "{record}"], is_ours=ours)
 
 
 def workload(*contestants: Contestant) -> Workload:
@@ -67,16 +82,80 @@ def test_a_contestant_that_fails_says_why() -> None:
         measure(workload(broken), n_rounds=1)
 
 
+def test_no_ceiling_is_known_of_what_torch_does_not_multiply() -> None:
+    others = [contestant("theirs", precision=precision) for precision in ("float16", "q8_0")]
+    ours, *rest = measure(workload(contestant("ours", ours=True), *others), n_rounds=1)
+    assert len(ours.shares) == 1
+    assert [result.shares for result in rest] == [[], []]
+
+
+def test_constraints_but_those_that_a_peer_contradicts() -> None:
+    ours = CONSTRAINTS.read_text().splitlines()
+    assert constraints_of(LLAMA_CPP).splitlines() == ours
+    left_out = set(ours) - set(constraints_of(LITGPT).splitlines())
+    assert {line.split("==")[0] for line in left_out} == {"huggingface_hub", "jsonargparse"}
+    torch = next(line for line in ours if line.startswith("torch=="))
+    assert torch in LITGPT.packages
+
+
+@pytest.fixture
+def nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths alone, and neither weights nor environments."""
+    names = {LITGPT: "python of litgpt", LLAMA_CPP: "python of llama.cpp"}
+
+    def python_with(environment: Environment) -> str:
+        return names.get(environment, "python of another")
+
+    monkeypatch.setattr(workloads, "python_with", python_with)
+    monkeypatch.setattr(workloads, "PRECISIONS", ("bf16", "float32"))
+    monkeypatch.setattr(workloads, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(workloads, "_adapted_flops", lambda *_: 1.0)
+    monkeypatch.setattr(prepare, "smollm2", lambda: Path("smollm2"))
+    monkeypatch.setattr(prepare, "smollm2_gguf", lambda kind: Path(f"{kind}.gguf"))
+    monkeypatch.setattr(prepare, "smollm2_for_litgpt", lambda python: Path(f"by {python}"))
+    monkeypatch.setattr(prepare, "prompts", lambda n: Path(f"prompts-{n}"))
+    monkeypatch.setattr(prepare, "instructions", lambda: None)
+    monkeypatch.setattr(prepare, "steps_of", lambda _: iter("abc"))
+    monkeypatch.setattr(prepare, "instruction_entries", lambda n: Path(f"entries-{n}"))
+
+
+@pytest.mark.usefixtures("nothing_prepared")
+def test_litgpt_has_the_entries_of_trl() -> None:
+    for work in (workloads.instruction_tuning(), workloads.instruction_tuning_all()):
+        trl = [c.words for c in work.contestants if c.name == "TRL"]
+        litgpt = [c for c in work.contestants if c.name == "litgpt"]
+        assert [c.precision for c in litgpt] == ["bf16", "float32"]
+        for peer, mine, precision in zip(litgpt, trl, ("bf16-mixed", "32-true"), strict=True):
+            python, _, module, _, weights, *words = peer.words
+            assert (python, weights) == ("python of litgpt", "by python of litgpt")
+            assert module == "benchmarks.contestants.litgpt_lora"
+            assert words == [mine[5], precision, *mine[7:]]
+
+
+@pytest.mark.usefixtures("nothing_prepared")
+def test_llama_cpp_has_our_prompts_in_files_of_its_precisions() -> None:
+    work = workloads.generation(16)
+    ours = next(c.words for c in work.contestants if c.is_ours)
+    found = {c.precision: list(c.words[3:]) for c in work.contestants if c.name == "llama.cpp"}
+    kinds = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
+    assert found == {
+        precision: ["{record}", f"{kind}.gguf", *ours[5:7], precision]
+        for precision, kind in kinds.items()
+    }
+
+
 def test_table_and_plot(tmp_path: Path) -> None:
     rows = [
         Result("ours", "bf16", True, rates=[300.0, 310.0, 320.0], rss=[2 * 10**9], shares=[0.5]),
         Result("theirs", "float32", False, rates=[100.0, 103.0, 104.0], rss=[10**9]),
+        Result("theirs", "q8_0", False, rates=[620.0], rss=[10**8]),
     ]
     kept = {"key": "P0", "title": "nothing", "unit": "tokens/s"}
     kept["results"] = json.loads(json.dumps([vars(row) for row in rows]))
     text = table([kept])
     assert "310 (300 to 320) tokens/s" in text
     assert "| 3.0x |" in text
+    assert "| theirs | q8_0 | 620 (620 to 620) tokens/s | 0.5x |  | 0.10 GB |" in text
     assert "| 50% | 2.00 GB |" in text
     plot([kept], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

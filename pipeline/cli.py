@@ -50,7 +50,6 @@ from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
-PARSER_OPTIONS = {**RAISE, **dict.fromkeys(("fit", "validate", "test", "predict"), RAISE)}
 Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
@@ -99,7 +98,12 @@ class PipelineCLI(LightningCLI):
 
     def __init__(self, stack: ExitStack, **options: Any) -> None:
         self.stack = stack  # ends the run, well or not
-        super().__init__(**options)
+        self.name = options["args"][0]
+        super().__init__(parser_kwargs={**RAISE, self.name: RAISE}, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for: to make parsers of all four takes longer than to parse."""
+        return {self.name: super().subcommands()[self.name]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`run`, `checkpoints` and `precision` beside Lightning's own groups."""
@@ -382,7 +386,6 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 save_config_callback=None,
-                parser_kwargs=PARSER_OPTIONS,
                 args=list(args),
             )
     except (ArgumentError, MisconfigurationException) as error:

@@ -8,7 +8,7 @@ import yaml
 
 from datamodules.batching import StepDataModule
 from pipeline.chain_config import load_chain
-from pipeline.cli import PARSER_OPTIONS, PipelineCLI
+from pipeline.cli import PipelineCLI
 from pipeline.lit_base import LitStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -39,7 +39,6 @@ def parse(*words: str) -> PipelineCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_callback=None,
-        parser_kwargs=PARSER_OPTIONS,
         args=list(words),
     )
 

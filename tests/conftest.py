@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,21 @@ def smollm2() -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cache, the tracking store (to make one takes seconds), runs that are no one test's."""
+    folder = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_PIPELINE_HOME", str(folder / "mlruns"))
+        patch.setenv("GPT_PIPELINE_CACHE", str(folder / "cache"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_folders(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs of a test are its own; caches are those of the session."""
+def own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a test are its own."""
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
-    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -135,5 +143,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("journey")
         patch.setenv("GPT_PIPELINE_HOME", str(folder / "mlruns"))
-        patch.setenv("GPT_PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         return Journey.make(folder)

@@ -22,21 +22,14 @@ from pipeline.chain import RECORD, _finished, _plan, run_chain
 from pipeline.chain_config import load_chain
 from pipeline.journal import read_journal
 from pipeline.run_directory import is_open, read_outcome
+from pipeline.tracking import tracking_uri
 
 Write = Callable[[str, str | bytes], Path]
 WORDS = "the cat sat on the mat and the dog barked at the cat. "
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One tracking store for all: making a database takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path / "mlruns"
 
@@ -81,7 +74,7 @@ def status(run: Path) -> str:
 
 
 def test_a_chain_from_start_to_table(
-    chain: Path, home: Path, store: str, capfd: pytest.CaptureFixture[str]
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_chain(chain) == 0
     captured = capfd.readouterr()
@@ -108,7 +101,7 @@ def test_a_chain_from_start_to_table(
     record = json.loads((big / RECORD).read_text())
     assert record["arguments"][-2:] == ["--source=texts", "--vocab_size=280"]
 
-    client = MlflowClient(store)
+    client = MlflowClient(tracking_uri(home))
     ids = {path: json.loads((path / "mlflow.json").read_text())["run_id"] for path in (parent, big)}
     child = client.get_run(ids[big])
     assert child.data.tags["mlflow.parentRunId"] == ids[parent]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def fresh_cache(own_folders: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache a test, but for the documentation of this Python, which takes seconds to extract."""
     shared = cache_dir() / "python-docs"
     shared.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +34,14 @@ def words(tiny: Journey) -> list[str]:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of runs, with a tracking store in it: to make one takes seconds."""
+    home = tmp_path / "mlruns"
+    home.mkdir()
+    shutil.copy(empty_database, home / "mlflow.db")
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path / "mlruns"
+    return home
 
 
 @pytest.fixture

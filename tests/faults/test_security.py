@@ -364,7 +364,7 @@ def test_the_key_is_nowhere_but_in_the_request(
     assert len(server.requests) == 3 + 4  # the second item is asked about twice
     assert all(f"Authorization: Bearer {KEY}".encode() in request for request in server.requests)
     (run_path,) = home.glob("score/*")
-    assert (home / "mlflow.db").exists()
+    assert run_path.name.encode() in (home / "mlflow.db").read_bytes()
     assert "you sent [key]" in (run_path / "scores.jsonl").read_text()
     assert holding_the_key(home, out, err, caplog.text) == []
 

@@ -221,21 +221,13 @@ def test_a_slow_server_slows_no_training(
     assert_arrived(run_in(home), server.uri)
 
 
-@pytest.fixture
-def database(home: Path, empty_database: Path) -> Path:
-    """The store beside the runs."""
-    home.mkdir()
-    shutil.copy(empty_database, home / "mlflow.db")
-    return home / "mlflow.db"
-
-
 @pytest.mark.timeout(900)
 def test_a_locked_database_is_waited_for_beside_training(
-    logging_words: list[str], home: Path, database: Path, tmp_path: Path
+    logging_words: list[str], home: Path, tmp_path: Path
 ) -> None:
     """Another writer has it from before the start until half of the run is over."""
     words = [*logging_words, *at("Pause", 30)]
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+    with closing(sqlite3.connect(home / "mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = Started(words, tmp_path / "said.txt")
         started.until(lambda: pauses(home, 30))
@@ -250,9 +242,9 @@ def test_a_locked_database_is_waited_for_beside_training(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_database_that_stays_locked_ends_no_run(
-    logging_words: list[str], home: Path, database: Path, tmp_path: Path
+    logging_words: list[str], home: Path, tmp_path: Path
 ) -> None:
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+    with closing(sqlite3.connect(home / "mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         started = Started(logging_words, tmp_path / "said.txt")
         assert started.wait() == 0, started.said()
@@ -298,6 +290,7 @@ def test_eight_runs_at_once_make_one_store(
     logging_words: list[str], home: Path, tmp_path: Path
 ) -> None:
     """The database is not there yet, so that they also race to make it."""
+    (home / "mlflow.db").unlink()
     names = [f"run{number}" for number in range(8)]
     every = [
         Started([*logging_words, f"--run.name={name}"], tmp_path / f"{name}.txt") for name in names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ PROCESSES.set_forkserver_preload(
         "pipeline.mlflow_replica",
         "pipeline.lit_language_model",
         "datamodules.pretraining",
+        "mlflow.store.tracking.sqlalchemy_store",
         "peft",
     ]
 )
@@ -33,13 +35,21 @@ PATIENCE_S = 240  # of a machine that does much else
 
 
 class Started:
-    """A running command; what it writes goes to a file."""
+    """A running command; what it writes goes to a file.
+
+    Its data workers start as they do in this Python, or else as `workers` says.
+    """
 
     def __init__(
-        self, words: Sequence[str], output: Path, environment: Mapping[str, str] = os.environ
+        self,
+        words: Sequence[str],
+        output: Path,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        workers: str | None = None,
     ) -> None:
         self.output = output
-        arguments = ([str(word) for word in words], dict(environment), output)
+        arguments = ([str(word) for word in words], dict(environment), output, workers)
         self.process: Any = PROCESSES.Process(target=_command, args=arguments)
         self.process.start()
 
@@ -74,7 +84,11 @@ def at(callback: str, step: int) -> list[str]:
     return [f"--trainer.callbacks+={name}", f"--trainer.callbacks.step={step}"]
 
 
-def _command(words: list[str], environment: dict[str, str], output: Path) -> None:
+def _command(
+    words: list[str], environment: dict[str, str], output: Path, workers: str | None
+) -> None:
+    multiprocessing.set_start_method(workers, force=True)  # else as this process was started
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -148,7 +148,8 @@ def test_an_adapter_goes_on_after_a_kill(tiny: Journey, home: Path, tmp_path: Pa
 
 def test_a_killed_run_leaves_no_process(words: list[str], home: Path, tmp_path: Path) -> None:
     """Workers are started by a server here, as they are everywhere since Python 3.14."""
-    started = Started([*words, *at("Hang", 6)], tmp_path / "said.txt")
+    output = tmp_path / "said.txt"
+    started = Started([*words, *at("Hang", 6)], output, workers="forkserver")
     started.until(lambda: bool(list(home.glob("default/*/hangs"))))
     left = psutil.Process(started.process.pid).children(recursive=True)
     assert len(left) >= 2, "a server and its worker"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from pipeline.callbacks import robust_z
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, read_tensors
 from pipeline.journal import read_journal
-from tests.faults.processes import at, finish, start
+from tests.faults.processes import Started, at
 from tests.journey import said
 
 
@@ -55,17 +54,14 @@ def test_too_little_memory_is_said_before(words: list[str], home: Path) -> None:
     assert "lower data.max_tokens" in err
 
 
-def test_a_killed_data_worker_is_named(words: list[str], home: Path) -> None:
-    process = start([*words, *at("Hang", 6)], home)
-    while not list(home.glob("default/*/hangs")):
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.05)
-    (worker,) = psutil.Process(process.pid).children()
+def test_a_killed_data_worker_is_named(words: list[str], home: Path, tmp_path: Path) -> None:
+    started = Started([*words, *at("Hang", 6)], tmp_path / "said.txt")
+    started.until(lambda: bool(list(home.glob("default/*/hangs"))))
+    (worker,) = psutil.Process(started.process.pid).children()
     worker.send_signal(signal.SIGKILL)
-    code, errors = finish(process)
-    assert code == 2
-    line = errors.splitlines()[-1]
-    assert line.startswith("error: a data worker was killed"), errors
+    assert started.wait() == 2
+    line = started.said().splitlines()[-1]
+    assert line.startswith("error: a data worker was killed"), started.said()
     assert "data.num_workers" in line
 
 

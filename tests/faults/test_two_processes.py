@@ -53,7 +53,7 @@ def _rank(words: list[str], output: Path, environment: dict[str, str]) -> None:
 
 
 class Two:
-    """A command as torchrun starts it: each process is told which of the two it is."""
+    """A command as torchrun's processes are started: each is told which of the two it is."""
 
     def __init__(self, words: list[str], home: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -99,6 +99,13 @@ class Launched:
     def end(self) -> tuple[int, str]:
         """Its exit code, and what both wrote."""
         return finish(self.process)
+
+
+class Torchrun(Launched):
+    """A command as torchrun starts it, by torchrun."""
+
+    def __init__(self, words: list[str], home: Path) -> None:
+        self.process = start(words, home, TORCHRUN)
 
 
 @pytest.fixture(scope="module")
@@ -333,23 +340,27 @@ def assert_adapters_are_those_of_one(home: Path, alone: Path, tokenizer: Path) -
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("overlay", "begin", "options"),
+    [
+        ("ddp", Two, []),
+        ("fsdp2", Two, ["--run.resume=never"]),
+        pytest.param("fsdp2", Torchrun, ["--run.resume=never"], marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp2-anew", "fsdp2-anew-torchrun"],
+)
 def test_two_learn_adapters_as_one_does(
-    adapters: list[str], adapters_of_one: Path, tiny: Journey, new_home: NewHome
+    overlay: str,
+    begin: type[Two] | type[Torchrun],
+    options: list[str],
+    adapters: list[str],
+    adapters_of_one: Path,
+    tiny: Journey,
+    new_home: NewHome,
 ) -> None:
-    home = new_home("adapters-ddp")
-    code, errors = Two(of_two(adapters, "ddp"), home).end()
-    assert code == 0, errors
-    assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
-
-
-@pytest.mark.timeout(900)
-def test_torchrun_starts_one_run_anew(
-    adapters: list[str], adapters_of_one: Path, tiny: Journey, new_home: NewHome
-) -> None:
-    """With what adapters leave as it is shared out too, the tied head among it."""
-    home = new_home("adapters-fsdp2")
-    words = [*of_two(adapters, "fsdp2"), "--run.resume=never"]
-    code, errors = finish(start(words, home, TORCHRUN))
+    """By fsdp2, what adapters leave as it is is shared out too, the tied head among it."""
+    home = new_home("adapters-two")
+    code, errors = begin([*of_two(adapters, overlay), *options], home).end()
     assert code == 0, errors
     assert names(home).count("created") == 1
     assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
@@ -360,10 +371,10 @@ def test_torchrun_starts_one_run_anew(
 def test_torchrun_of_a_run_that_is_finished(adapters: list[str], tmp_path: Path) -> None:
     adapters = of_two(adapters, "fsdp2")
     for words in (adapters, [*adapters, "--run.resume=never"]):
-        code, errors = finish(start(words, tmp_path, TORCHRUN))
+        code, errors = Torchrun(words, tmp_path).end()
         assert code == 0, errors
     first, second = sorted(tmp_path.glob("default/*"))
     assert second.name == f"{first.name}-2"
-    code, errors = finish(start(adapters, tmp_path, TORCHRUN))
+    code, errors = Torchrun(adapters, tmp_path).end()
     assert code == 0, errors
     assert errors.count("already finished") == 1

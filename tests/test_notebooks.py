@@ -25,6 +25,7 @@ SHORTER = {  # what the notebooks say -> what the tests run
     "--trainer.val_check_interval=100": "--trainer.val_check_interval=20",
     "--trainer.max_epochs=3": "--trainer.max_epochs=1",
     "--trainer.max_epochs=4": "--trainer.max_epochs=1",
+    "--data.batch_size=16": "--data.batch_size=4",
 }
 
 each_notebook = pytest.mark.parametrize("name", NAMES)
@@ -108,8 +109,8 @@ def shortened(notebook: NotebookNode) -> NotebookNode:
 
 def test_every_training_is_shortened() -> None:
     everything = "".join(cell.source for name in NAMES for cell in code_cells(read(name)))
-    lengths = re.findall(r"--trainer\.(?:max_\w+|val_check_interval)=\d+", everything)
-    assert set(lengths) == set(SHORTER)
+    sizes = r"--(?:trainer\.(?:max_\w+|val_check_interval)|data\.batch_size)=\d+"
+    assert set(re.findall(sizes, everything)) == set(SHORTER)
 
 
 @each_notebook

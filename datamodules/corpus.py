@@ -220,7 +220,7 @@ def _tail(
     cut = round((1 - val_fraction) * len(tokens))
     end = next((end for end in ends if end > cut), cut)
     near = tokens[cut : cut + min((end - cut) // 2, 10_000)].tolist()
-    pieces = [tokenizer.decode_bytes([token]) for token in near]
+    pieces = [tokenizer.decode_bytes([token], near) for token in near]
     lines = [i + 1 for i, piece in enumerate(pieces) if piece.endswith(b"\n")]
     words = [i for i, piece in enumerate(pieces) if piece.startswith(b" ")]
     cut += (lines + words + [0])[0]
@@ -249,7 +249,8 @@ def _write(
             file.write(document.data)
             digest.update(document.data)
             n_tokens += end - start
-            n_bytes += int(lengths[tokens[start:end]].sum())
+            first, others = tokens[start:end][:1], tokens[start:end][1:]
+            n_bytes += len(tokenizer.decode_bytes(first.tolist())) + int(lengths[others].sum())
         file.flush()
         os.fsync(file.fileno())
     return {

@@ -138,7 +138,8 @@ def encode_text(
     Raises:
         ValueError: for a text that has no ids, or a suffix that leaves it no room.
     """
-    ids, end = tokenizer.bos_ids + tokenizer.encode(text), tokenizer.encode(suffix)
+    ids = tokenizer.bos_ids + tokenizer.encode(text)
+    end = tokenizer.encode(suffix, ids)
     room = max_length - len(end)
     if room < 1:
         raise ValueError(
@@ -198,7 +199,7 @@ def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
     check_style(style, tokenizer)
     if style == TEMPLATE:
         after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
-        ends = [tokenizer.special_ids[text] for text, _, supervised in after_reply if supervised]
+        ends = [tokenizer.special_ids[s.text] for s in after_reply if s.marker and s.supervised]
     else:
         ends = [tokenizer.special_ids[reply_end(tokenizer, STYLES[style])]]
     return sorted({*ends, tokenizer.eos_id})
@@ -237,20 +238,34 @@ def _in_style(
 
 def _by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Segment]:
     """Contents as ordinary text, what the template writes around them with its markers."""
-    parts = split_by_template(tokenizer, messages)
-    yield from _marked(tokenizer, parts.between[0])
-    for message, content, after in zip(messages, parts.contents, parts.between[1:], strict=True):
+    parts, lead = split_by_template(tokenizer, messages), _reply_lead(tokenizer)
+    was_reply = False
+    for message, content, before in zip(messages, parts.contents, parts.between, strict=False):
         is_reply = message["role"] == "assistant"
-        yield Segment(content, supervised=is_reply)
-        yield from _marked(tokenizer, after, supervised=is_reply)
+        own = lead if is_reply and before.endswith(lead) else ""
+        yield from _marked(tokenizer, before.removesuffix(own), supervised=was_reply)
+        yield Segment(own + content, supervised=is_reply)
+        was_reply = is_reply
+    yield from _marked(tokenizer, parts.between[-1], supervised=was_reply)
+
+
+def _reply_lead(tokenizer: Tokenizer) -> str:
+    """Blanks before a reply that are not in the prompt: Llama 2 writes `[/INST]`, and ` 7 `."""
+    asked = split_by_template(tokenizer, [Message(role="user", content="?")])
+    opened = asked.between[1] + asked.reply_opening
+    answered = _example(tokenizer).between[1]
+    lead = answered.removeprefix(opened)
+    return lead if answered.startswith(opened) and lead.isspace() else ""
 
 
 def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> Iterator[Segment]:
-    """What a template writes: text, and markers; the first marker after a reply is learned."""
+    """What a template writes: text, and markers; after a reply all up to the first is learned."""
     names = sorted(tokenizer.special_ids, key=len, reverse=True)
-    for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
+    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    supervised = supervised and len(pieces) > 1
+    for piece in pieces:
         is_marker = piece in tokenizer.special_ids
-        yield Segment(piece, marker=is_marker, supervised=supervised and is_marker)
+        yield Segment(piece, marker=is_marker, supervised=supervised)
         supervised = supervised and not is_marker
 
 
@@ -285,7 +300,7 @@ def _encode(tokenizer: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int
     for (special, supervised), pieces in groupby(segments, kind):
         together = list(pieces)
         text = "".join(segment.text for segment in together)
-        piece = tokenizer.encode(text) if special is None else [special] * len(together)
+        piece = tokenizer.encode(text, ids) if special is None else [special] * len(together)
         ids += piece
         labels += piece if supervised else [IGNORE] * len(piece)
     return ids, labels

@@ -1,26 +1,26 @@
-"""One tokenizer for everything: tiktoken runs it, be it named, trained here or of a checkpoint.
+"""One tokenizer for everything, be it named, trained here or of a checkpoint.
 
-Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): every text has an encoding, and decoding
-gives it back. Special tokens are never made from text: `<|endoftext|>` typed by a user is encoded
-as the characters that it is.
+Byte-level BPE, or SentencePiece's where a checkpoint of others has that: every text has an
+encoding, and decoding gives it back. Special tokens are never made from text: `<|endoftext|>` typed
+by a user is encoded as the characters that it is.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tiktoken
 
+from datamodules.byte_level import ByteLevel, token_bytes
 from datamodules.files import replacing
+from datamodules.sentencepiece import CharacterLevel, SentencePiece
 
 ENDOFTEXT = "<|endoftext|>"
 CHAT_MARKERS = (
@@ -40,8 +40,6 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tiktoken's regex engine overflows its stack on a million blanks in a row: such runs are cut
-_BLANKS = re.compile(r"\s{100000}")
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,14 @@ class Vocabulary:
     Attributes:
         name: what the encoding is called; `bpe-<size>` where it was trained here.
         pattern: regular expression of the pieces that merges stay within.
-        tokens: bytes of every id in the order of merges; empty for an id that no text has.
+        tokens: bytes of every id (without `sentencepiece` in the order of merges); empty for an id
+            that no text has.
         special_tokens: name -> id; never made from text.
         eos: the special token that ends a text, or an answer.
         bos: the special token that its makers put before every text, if any.
         chat_template: Jinja source of its makers' conversations, if any.
         template_bos: the special token that the template calls `bos_token`, where it is not `bos`.
+        sentencepiece: what else decides ids where characters are merged; None at byte level.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Vocabulary:
     bos: str | None = None
     chat_template: str | None = None
     template_bos: str | None = None
+    sentencepiece: SentencePiece | None = None
 
     @property
     def bos_token(self) -> str | None:
@@ -91,6 +92,7 @@ class Vocabulary:
             "bos": self.bos,
             "chat_template": self.chat_template,
             "template_bos": self.template_bos,
+            "sentencepiece": vars(self.sentencepiece) if self.sentencepiece else None,
         }
         defaults = {"eos": ENDOFTEXT}
         return {
@@ -103,9 +105,19 @@ class Vocabulary:
         }
 
 
+class Encoder(Protocol):
+    """What runs a vocabulary."""
+
+    def encode(self, text: str, before: Sequence[int]) -> list[int]:
+        """See `Tokenizer.encode`."""
+
+    def decode(self, ids: Sequence[int], before: Sequence[int]) -> bytes:
+        """See `Tokenizer.decode_bytes`."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary that tiktoken runs, with a digest.
+    """A vocabulary that is run, with a digest.
 
     Attributes:
         vocabulary: everything that decides ids.
@@ -114,7 +126,7 @@ class Tokenizer:
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
     digest: str
-    encoding: tiktoken.Encoding = field(repr=False, compare=False)
+    encoder: Encoder = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Tokenizer:
@@ -125,16 +137,9 @@ class Tokenizer:
         """
         if vocabulary.eos not in vocabulary.special_tokens:
             raise ValueError(f"encoding {vocabulary.name!r} has no {vocabulary.eos}.")
-        # tiktoken needs an id for every byte: those without get ids beyond the vocabulary
-        ranks = {token: rank for rank, token in enumerate(vocabulary.tokens) if token}
-        missing = enumerate(vocabulary.missing_bytes, start=vocabulary.size)
-        encoding = tiktoken.Encoding(
-            vocabulary.name,
-            pat_str=vocabulary.pattern,
-            mergeable_ranks=ranks | {byte: rank for rank, byte in missing},
-            special_tokens=vocabulary.special_tokens,
-        )
-        return cls(vocabulary, _digest(vocabulary.content()), encoding)
+        form = vocabulary.sentencepiece
+        encoder = CharacterLevel(vocabulary, form) if form else ByteLevel(vocabulary)
+        return cls(vocabulary, _digest(vocabulary.content()), encoder)
 
     @property
     def name(self) -> str:
@@ -161,41 +166,42 @@ class Tokenizer:
         """What stands before every text: one id where the vocabulary's makers want it, or none."""
         return [self.special_ids[self.vocabulary.bos]] if self.vocabulary.bos else []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, before: Sequence[int] = ()) -> list[int]:
         """Ids of a text, all of it ordinary; bytes that the vocabulary cannot spell are left out.
 
         Vocabularies made here spell every byte.
+
+        Args:
+            text: any.
+            before: ids that it follows; some vocabularies begin a text otherwise than go on in one.
         """
-        ids = [i for part in _cut_blanks(text) for i in self.encoding.encode_ordinary(part)]
-        spells_all = max(ids, default=0) < self.n_vocab
-        return ids if spells_all else self._encode_spelled(text)
+        return self.encoder.encode(text, before)
 
-    def _encode_spelled(self, text: str) -> list[int]:
-        """As `tokenizers`: what stood around a byte left out may be merged, within its piece."""
-        missing = b"".join(self.vocabulary.missing_bytes)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
-        pieces = _splitter(self.vocabulary.pattern).pre_tokenize_str(text)
-        spelled = (piece.encode().translate(None, missing) for piece, _ in pieces)
-        return [i for piece in spelled if piece for i in self.encoding._encode_single_piece(piece)]
-
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD.
 
         Raises:
             KeyError: for an id that the vocabulary does not have.
         """
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids, before).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int], before: Sequence[int] = ()) -> bytes:
         """Bytes of ids, exactly.
+
+        Args:
+            ids: ordinary ones alone, where bytes of a text are asked for.
+            before: ids that they follow; a blank that `encode` put there is taken away.
 
         Raises:
             KeyError: for an id that the vocabulary does not have.
         """
-        return self.encoding.decode_bytes(list(ids))
+        return self.encoder.decode(list(ids), before)
 
     def lengths(self) -> list[int]:
-        """Bytes of every id; none for a special token."""
+        """Bytes of every id; none for a special token.
+
+        Of a text's first id they count the blank that `encode` puts there, if it does.
+        """
         lengths = list(map(len, self.vocabulary.tokens))
         return lengths + [0] * (self.n_vocab - len(lengths))
 
@@ -221,6 +227,12 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer {str(source)!r} does not exist; give a file of `tokenizer train`, "
                 f"a checkpoint directory, or one of {', '.join(tiktoken.list_encoding_names())}."
+            )
+        if path.suffix == ".model":
+            raise ValueError(
+                f"{path} is SentencePiece's own form, which is not read; convert it with "
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...), and give "
+                "a checkpoint that `import` makes of that model."
             )
         return _read(path)
 
@@ -277,48 +289,6 @@ def _byte(value: int) -> bytes:
     return bytes([value])
 
 
-def token_bytes(token: str) -> bytes:
-    """Undoes GPT-2's spelling of bytes: printable ones are themselves, others U+0100 onwards.
-
-    Raises:
-        KeyError: for a character that spells no byte.
-    """
-    return bytes(_BYTE_OF[character] for character in token)
-
-
-def token_spelling(token: bytes) -> str:
-    """GPT-2's spelling of a token's bytes, as tokenizer.json and GGUF hold it."""
-    return "".join(_CHARACTER_OF[byte] for byte in token)
-
-
-def _spelling() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {
-        **{chr(byte): byte for byte in printable},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
-    }
-
-
-_BYTE_OF = _spelling()
-_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
-
-
-@functools.cache
-def _splitter(pattern: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    return pre_tokenizers.Split(Regex(pattern), "isolated")
-
-
-def _cut_blanks(text: str) -> Iterator[str]:
-    start = 0
-    for run in _BLANKS.finditer(text):
-        yield text[start : run.end()]
-        start = run.end()
-    yield text[start:]
-
-
 def _named(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
@@ -349,5 +319,8 @@ def _read(path: Path) -> Tokenizer:
     if content.get("format") != _FORMAT or stored != _digest(content):
         raise ValueError(damaged)
     del content["format"]
-    tokens = [base64.b64decode(token) for token in content.pop("tokens")]
-    return Tokenizer.of(Vocabulary(tokens=tokens, **content))
+    content["tokens"] = [base64.b64decode(token) for token in content["tokens"]]
+    if form := content.pop("sentencepiece", None):
+        merges = [(left, right) for left, right in form.pop("merges")]
+        content["sentencepiece"] = SentencePiece(merges, **form)
+    return Tokenizer.of(Vocabulary(**content))

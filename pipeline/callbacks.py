@@ -173,9 +173,10 @@ class SampleTexts(pl.Callback):
             stop_ids=frozenset(stop_ids(tokenizer, style)),
             n_vocab=tokenizer.n_vocab,
         )
+        ids = self._ids(pl_module.data)
         with trainer.precision_plugin.forward_context():  # the base of adapters may be bf16
-            new = generate(pl_module.model, self._ids(pl_module.data), settings)
-        texts = [tokenizer.decode(answer) for answer in new]
+            new = generate(pl_module.model, ids, settings)
+        texts = [tokenizer.decode(answer, prompt) for answer, prompt in zip(new, ids, strict=True)]
         pl_module.train()
         if run is None:
             return

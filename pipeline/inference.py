@@ -98,8 +98,10 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
 def pieces(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[str]:
     """Text as it is made; a character whose bytes span tokens waits until it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    before = ids
     for token in _new_tokens(loaded, ids, settings):
-        yield decoder.decode(loaded.tokenizer.decode_bytes([token]))
+        yield decoder.decode(loaded.tokenizer.decode_bytes([token], before))
+        before = [token]
     yield decoder.decode(b"", final=True)
 
 

@@ -41,7 +41,7 @@ _WORDS = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TEXT = (
+TEXT = (
     "the quick brown fox doesn't jump over 12 lazy dogs, and it'll say: 'Hello, World!'\n\n"
     "def main(arguments: list[str]) -> None:\n    return {'a': 1, 'b': [2, 3]}  # done\n"
     "Ünïcödé naïve café — 你好，世界！中国的人在这里。 こんにちは "
@@ -93,7 +93,7 @@ def train(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if every_byte else [],
         show_progress=False,
     )
-    bpe.train_from_iterator([_TEXT] * 2 + list(fuzz(200, seed=1)), trainer)
+    bpe.train_from_iterator([TEXT] * 2 + list(fuzz(200, seed=1)), trainer)
     bpe.add_special_tokens(list(special))
     return bpe
 
@@ -154,7 +154,7 @@ def random_model(family: str, vocab_size: int, **changes: Any) -> Any:
 def write_gguf(
     path: Path,
     model: Any,
-    bpe: Tokenizer,
+    bpe: Tokenizer | None,
     *,
     pre: str = "smollm",
     kind: str = "F32",
@@ -166,7 +166,7 @@ def write_gguf(
     Args:
         path: of the file.
         model: of transformers.
-        bpe: its tokenizer.
+        bpe: its tokenizer, unless `change` adds one.
         pre: llama.cpp's name of the pre-tokenizer.
         kind: how matrices are stored.
         change: called with the writer before the file is written.
@@ -187,7 +187,8 @@ def write_gguf(
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    _add_tokenizer(writer, bpe, pre, chat_template)
+    if bpe is not None:
+        _add_tokenizer(writer, bpe, pre, chat_template)
     if change:
         change(writer)
     stored = {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.tokenizer import CHAT_MARKERS, ENDOFTEXT, Tokenizer, train_tokenizer
+from datamodules.tokenizer import (
+    CHAT_MARKERS,
+    ENDOFTEXT,
+    Tokenizer,
+    Vocabulary,
+    train_tokenizer,
+)
 
 TEXTS = [
     "the lower the slower, the lowest is the slowest of the low. " * 20,
@@ -127,6 +134,16 @@ def test_a_file_is_rebuilt_with_the_same_digest(tmp_path: Path) -> None:
     loaded = Tokenizer.load(str(tmp_path / "own.json"))
     assert (loaded.name, loaded.digest) == (TOKENIZER.name, TOKENIZER.digest)
     assert loaded.special_ids == TOKENIZER.special_ids
+
+
+def test_digests_do_not_change() -> None:
+    """Those of files that there are: checkpoints are read, and found equal, by them."""
+    vocabulary = Vocabulary("bytes", r"\S+|\s+", [bytes([i]) for i in range(256)], {ENDOFTEXT: 256})
+    digest = "053d480f780b88f3d0ec99cb7fc909c397cae8f55cf07a407a74cf803dab0143"
+    assert Tokenizer.of(vocabulary).digest == digest
+    other = replace(vocabulary, bos="<end>", eos="<end>", special_tokens={"<end>": 256})
+    digest = "42bdb821653c2f6c644d3df541c43f64bcb086bfc96530a49c2ddeea55d19be4"
+    assert Tokenizer.of(replace(other, chat_template="{{ bos_token }}")).digest == digest
 
 
 def _swap_tokens(content: dict[str, list[str]]) -> None:

@@ -197,7 +197,7 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("llama.attention.head_count", 2, "heads are not"),
         ("llama.attention.head_count_kv", 4, "attn_k.weight"),
         ("llama.expert_count", 8, "mixture of experts"),
-        ("tokenizer.ggml.model", "llama", "'llama'"),
+        ("tokenizer.ggml.model", "bert", "'bert'; there are gpt2, llama"),
         ("tokenizer.ggml.pre", "deepseek-llm", "'deepseek-llm'"),
         ("tokenizer.ggml.pre", None, "tokenizer.ggml.pre"),
         ("tokenizer.ggml.merges", ["t h"], "parts without an id"),

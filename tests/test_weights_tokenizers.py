@@ -183,7 +183,7 @@ def as_json(step: Any) -> dict[str, Any]:
         ("normalizer", as_json(normalizers.NFC()), "NFC"),
         ("post_processor", {"type": "BertProcessing", "sep": ["a", 1]}, "BertProcessing"),
         ("model", {"type": "Unigram", "vocab": []}, "Unigram"),
-        ("model", {"type": "BPE", "byte_fallback": True}, "SentencePiece"),
+        ("model", {"type": "BPE", "byte_fallback": True}, "lacks 'vocab'"),
         ("model", {"type": "BPE", "vocab": [], "merges": []}, "metadata is damaged"),
         ("model", {"type": "BPE", "vocab": {}}, "lacks 'merges'"),
         ("model", {"type": "BPE", "unk_token": "a"}, "unk_token"),

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
 from pipeline.rotary import RopeScaling, rotary_frequencies, stretched
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
-from pipeline.weights.vocabulary import make_tokenizer
+from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
+from pipeline.weights.vocabulary import Special, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
-_KINDS = _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # of tokens
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # kinds of tokens
+_KINDS: dict[str, tuple[int, ...]] = {"gpt2": (_NORMAL, _CONTROL, _UNUSED)}
+_KINDS["llama"] = (*_KINDS["gpt2"], _UNKNOWN, _BYTE)  # SentencePiece's
 _LLAMA3_SCALINGS = [
     RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     for factor in (8.0, 32.0)  # Llama 3.1; 3.2
@@ -132,33 +136,39 @@ def _shortest(value: float) -> float:
 
 
 def _tokenizer(metadata: _Metadata) -> Tokenizer:
-    kind = metadata["tokenizer.ggml.model"]
-    if kind != "gpt2":
-        raise ValueError(f"its tokenizer is {kind!r}, not byte-level BPE ('gpt2').")
-    pre = metadata["tokenizer.ggml.pre"]
+    model, fields = metadata["tokenizer.ggml.model"], metadata.fields
+    if model not in _KINDS:
+        raise ValueError(f"its tokenizer is {model!r}; there are {', '.join(_KINDS)}.")
+    pre = metadata["tokenizer.ggml.pre"] if model == "gpt2" else ""
     is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
     names: list[str] = metadata["tokenizer.ggml.tokens"]
     kinds: list[int] = metadata["tokenizer.ggml.token_type"]
     if len(names) != len(kinds):
         raise ValueError(f"it has {len(names)} tokens, but kinds of {len(kinds)}.")
-    odd = [name for name, kind in zip(names, kinds, strict=True) if kind not in _KINDS]
+    odd = [name for name, kind in zip(names, kinds, strict=True) if kind not in _KINDS[model]]
     if odd:
         raise ValueError(f"its token {odd[0]!r} is of a kind that is not supported.")
     used = [i for i, kind in enumerate(kinds) if kind != _UNUSED]
     tokens = {names[i]: i for i in used}
     if len(tokens) < len(used):
         raise ValueError("its tokenizer has a token twice.")
-    eos, bos = (metadata.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
+    eos, bos = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
     bos_token = None if bos is None else names[bos]
-    adds_bos = metadata.fields.get("tokenizer.ggml.add_bos_token", is_llama3)
-    return make_tokenizer(
-        tokens=tokens,
-        merges=metadata["tokenizer.ggml.merges"],
-        special_tokens={names[i]: i for i in used if kinds[i] == _CONTROL},
-        pre=pre,
+    adds_bos = fields.get("tokenizer.ggml.add_bos_token", is_llama3 or model == "llama")
+    special = Special(
+        {names[i]: i for i in used if kinds[i] in (_CONTROL, _UNKNOWN)},
         eos=None if eos is None else names[eos],
         bos=bos_token if adds_bos else None,
         bos_token=bos_token,
-        chat_template=metadata.fields.get("tokenizer.chat_template"),
-        whole_pieces=is_llama3,
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+    if model == "llama":
+        normal = {name: i for name, i in tokens.items() if kinds[i] == _NORMAL}
+        merges = merges_of_scores(normal, metadata["tokenizer.ggml.scores"])
+        adds_blank = fields.get("tokenizer.ggml.add_space_prefix", True)
+        prefix: Prefix = "prepend" if adds_blank else "never"
+        return make_sentencepiece(tokens=tokens, merges=merges, special=special, prefix=prefix)
+    merges = metadata["tokenizer.ggml.merges"]
+    return make_tokenizer(
+        tokens=tokens, merges=merges, special=special, pre=pre, whole_pieces=is_llama3
     )

@@ -16,7 +16,8 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
 from pipeline.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
-from pipeline.weights.vocabulary import make_tokenizer, name_of_steps
+from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of
+from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -234,30 +235,44 @@ def _stored_in(file: Path) -> dict[str, _Stored]:
 
 
 def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    if not (path / TOKENIZER).is_file():
+        raise ValueError(
+            f"it has no {TOKENIZER}; a tokenizer.model is not read: write one beside it with "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
     content, options = _read_json(path / TOKENIZER), _read_json(path / TOKENIZER_CONFIG, {})
     model = content["model"]
-    _check_algorithm(content, model)
-    _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
+    is_sentencepiece = model.get("byte_fallback", False)
+    _check_algorithm(model, is_sentencepiece)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
-    odd = [name for name, token in added.items() if not token["special"]]
-    odd += [name for name, token in added.items() if token.get("lstrip") or token.get("rstrip")]
-    if odd:
-        raise ValueError(
-            f"its tokenizer has {odd[0]!r}, added but not special, or stripping blanks."
-        )
-    special = {name: token["id"] for name, token in added.items()}
-    by_id = {i: name for name, i in special.items()}
-    return make_tokenizer(
-        tokens=model["vocab"],
-        merges=model["merges"],
-        special_tokens=special,
-        pre=name_of_steps(content.get("pre_tokenizer")),
-        eos=_name(options.get("eos_token")) or by_id.get(_eos_id(path, settings)),
+    _check_added(added)
+    ids = {name: token["id"] for name, token in added.items()}
+    names = {i: name for name, i in ids.items()}
+    special = Special(
+        ids,
+        eos=_name(options.get("eos_token")) or names.get(_eos_id(path, settings)),
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
-        whole_pieces=model.get("ignore_merges", False),
     )
+    parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
+    if is_sentencepiece:
+        prefix = prefix_of(content)
+        _expect(options, "add_prefix_space", prefix != "never", TOKENIZER_CONFIG)
+        return make_sentencepiece(**parts, prefix=prefix)
+    _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
+    if content.get("normalizer"):
+        raise ValueError(f"its tokenizer normalises text ({content['normalizer']['type']}).")
+    pre, whole_pieces = name_of_steps(content.get("pre_tokenizer")), model.get("ignore_merges")
+    return make_tokenizer(**parts, pre=pre, whole_pieces=bool(whole_pieces))
+
+
+def _check_added(added: Mapping[str, Any]) -> None:
+    for name, token in added.items():
+        if not token["special"] or token.get("lstrip") or token.get("rstrip"):
+            raise ValueError(
+                f"its tokenizer has {name!r}, added but not special, or stripping blanks."
+            )
 
 
 def _eos_id(path: Path, settings: dict[str, Any]) -> Any:
@@ -268,13 +283,12 @@ def _eos_id(path: Path, settings: dict[str, Any]) -> Any:
     return next(iter(found), None) if isinstance(found, list) else found
 
 
-def _check_algorithm(content: dict[str, Any], model: dict[str, Any]) -> None:
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece-like BPE" if model.get("byte_fallback") else model["type"]
-        raise ValueError(f"its tokenizer is {kind}, not byte-level BPE.")
-    if content.get("normalizer"):
-        raise ValueError(f"its tokenizer normalises text ({content['normalizer']['type']}).")
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its tokenizer is {model['type']}; there is BPE alone.")
+    # with byte fallback every text is known, and a token that no merge makes is never had
+    odd = "ignore_merges" if is_sentencepiece else "unk_token"
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", odd):
         if model.get(key):
             raise ValueError(f"its tokenizer has {key} {model[key]!r}, which is not supported.")
 

@@ -8,14 +8,16 @@ from the ranks, in tests/test_export_tokenizers.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary, token_bytes, token_spelling
+from datamodules.byte_level import token_bytes, token_spelling
+from datamodules.sentencepiece import spell
+from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary
 
 _MAX_IDS = 1 << 20  # a list of all ids is made
 
@@ -75,9 +77,15 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
 
 
 def spelled(vocabulary: Vocabulary) -> dict[str, int]:
-    """Id of every token that has one, special ones included, in GPT-2's spelling of bytes."""
-    ordinary = {token_spelling(token): i for i, token in enumerate(vocabulary.tokens) if token}
-    return ordinary | vocabulary.special_tokens
+    """Id of every token that has one, special ones included, as tokenizer.json and GGUF write it.
+
+    At byte level that is GPT-2's spelling of bytes.
+    """
+    if form := vocabulary.sentencepiece:
+        names = spell(vocabulary.tokens, form.byte_ids)
+    else:
+        names = {i: token_spelling(token) for i, token in enumerate(vocabulary.tokens) if token}
+    return {name: i for i, name in names.items()} | vocabulary.special_tokens
 
 
 class Merges(NamedTuple):
@@ -152,27 +160,53 @@ def name_of_steps(pre_tokenizer: Any) -> str:
     )
 
 
-def _by_id(ordinary: Mapping[str, int]) -> list[bytes]:
-    """Bytes of every token at the place of its id; empty where there is none."""
-    by_id = [b""] * (1 + max(ordinary.values(), default=-1))
-    for token, i in ordinary.items():
-        try:
-            by_id[i] = token_bytes(token)
-        except KeyError as error:
-            raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
-    return by_id
+@dataclass(frozen=True)
+class Special:
+    """What a tokenizer's makers say of its special tokens.
+
+    Attributes:
+        ids: of each, by its name.
+        eos: the one that ends a text.
+        bos: the one that stands before every text, if any.
+        bos_token: what a chat template calls so, whether or not it stands there.
+        chat_template: Jinja source.
+    """
+
+    ids: Mapping[str, int]
+    eos: str | None
+    bos: str | None
+    bos_token: str | None
+    chat_template: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """Of a vocabulary.
+
+        Raises:
+            ValueError: where one of them is not special, or none ends a text.
+        """
+        # kept only where it decides ids, so that other digests stay as they were
+        is_written = self.bos_token != self.bos and "bos_token" in (self.chat_template or "")
+        template_bos = self.bos_token if is_written else None
+        for token in filter(None, (self.eos, self.bos, template_bos)):
+            if token not in self.ids:
+                raise ValueError(f"its token {token!r} is not among its special tokens.")
+        if self.eos is None:
+            raise ValueError("it names no token that ends a text (eos_token).")
+        return {
+            "special_tokens": dict(sorted(self.ids.items(), key=lambda item: item[1])),
+            "eos": self.eos,
+            "bos": self.bos,
+            "chat_template": self.chat_template,
+            "template_bos": template_bos,
+        }
 
 
 def make_tokenizer(
     *,
     tokens: Mapping[str, int],
     merges: Sequence[str | Sequence[str]],
-    special_tokens: Mapping[str, int],
+    special: Special,
     pre: str,
-    eos: str | None,
-    bos: str | None,
-    bos_token: str | None,
-    chat_template: str | None,
     whole_pieces: bool = False,
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json and GGUF both have.
@@ -180,12 +214,8 @@ def make_tokenizer(
     Args:
         tokens: id of every token, in GPT-2's spelling of bytes; special ones may be among them.
         merges: pairs, in their order.
-        special_tokens: id of each.
+        special: the special tokens.
         pre: llama.cpp's name of the pre-tokenizer.
-        eos: special token that ends a text.
-        bos: special token that stands before every text, if any.
-        bos_token: what a chat template calls so, whether or not it stands there.
-        chat_template: Jinja source.
         whole_pieces: a piece that is a token is not merged; tokens may be made by no merge.
 
     Raises:
@@ -195,29 +225,42 @@ def make_tokenizer(
         raise ValueError(
             f"its pre-tokenizer {pre!r} is not supported; there are {', '.join(PRE_TOKENIZERS)}."
         )
-    # kept only where it decides ids, so that other digests stay as they were
-    is_written = bos_token != bos and "bos_token" in (chat_template or "")
-    template_bos = bos_token if is_written else None
-    for token in filter(None, (eos, bos, template_bos)):
-        if token not in special_tokens:
-            raise ValueError(f"its token {token!r} is not among its special tokens.")
-    if eos is None:
-        raise ValueError("it names no token that ends a text (eos_token).")
-    ordinary = {token: i for token, i in tokens.items() if token not in special_tokens}
-    _check_ids([*ordinary.values(), *special_tokens.values()])
-    _check_merges(ordinary, merges, whole_pieces=whole_pieces)
+    fields, ordinary = special.fields(), ordinary_tokens(tokens, special)
+    check_merges(ordinary, merges, whole_pieces=whole_pieces)
     return Tokenizer.of(
         Vocabulary(
             name=f"{pre}-{1 + max(tokens.values(), default=-1)}",
             pattern=PRE_TOKENIZERS[pre].pattern,
-            tokens=_by_id(ordinary),
-            special_tokens=dict(sorted(special_tokens.items(), key=lambda item: item[1])),
-            eos=eos,
-            bos=bos,
-            chat_template=chat_template,
-            template_bos=template_bos,
+            tokens=by_id(ordinary, _spelled_bytes),
+            **fields,
         )
     )
+
+
+def _spelled_bytes(token: str) -> bytes:
+    try:
+        return token_bytes(token)
+    except KeyError as error:
+        raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
+
+
+def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list[bytes]:
+    """Bytes of every token at the place of its id; empty where there is none."""
+    tokens = [b""] * (1 + max(ordinary.values(), default=-1))
+    for token, i in ordinary.items():
+        tokens[i] = as_bytes(token)
+    return tokens
+
+
+def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, int]:
+    """Those that text is made of.
+
+    Raises:
+        ValueError: where two tokens have one id, or one is out of all proportion.
+    """
+    ordinary = {token: i for token, i in tokens.items() if token not in special.ids}
+    _check_ids([*ordinary.values(), *special.ids.values()])
+    return ordinary
 
 
 def _check_ids(ids: Sequence[int]) -> None:
@@ -227,7 +270,7 @@ def _check_ids(ids: Sequence[int]) -> None:
         raise ValueError(f"its tokenizer has ids from {min(ids)} to {max(ids)}.")
 
 
-def _check_merges(
+def check_merges(
     tokens: Mapping[str, int], merges: Sequence[str | Sequence[str]], *, whole_pieces: bool
 ) -> None:
     """ValueError unless tiktoken's merges, of any neighbours that make a token, are the list's.

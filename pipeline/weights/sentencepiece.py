@@ -1,0 +1,196 @@
+"""SentencePiece's BPE of others as a tokenizer of ours, and back: tokenizer.json and GGUF.
+
+tokenizer.json has a list of merges. GGUF has a score for every token, and any neighbours that spell
+a token are merged, the best score first. Equality with `tokenizers`, transformers and llama.cpp is
+shown in tests/test_sentencepiece.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from datamodules.sentencepiece import BLANK, BYTES, Prefix, SentencePiece, pattern_of
+from datamodules.tokenizer import Tokenizer, Vocabulary
+from pipeline.weights.vocabulary import Special, by_id, check_merges, ordinary_tokens, spelled
+
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+_PREPEND = {"type": "Prepend", "prepend": BLANK}
+
+
+def _metaspace(scheme: Prefix) -> dict[str, Any]:
+    return {
+        "type": "Metaspace",
+        "replacement": BLANK,
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+
+
+# normalizer and pre-tokenizer of a tokenizer.json
+_STEPS: dict[Prefix, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+    "prepend": ({"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]}, None),
+    "always": (None, _metaspace("always")),
+    "first": (None, _metaspace("first")),
+    "never": (None, _metaspace("never")),
+}
+
+
+def prefix_of(content: Mapping[str, Any]) -> Prefix:
+    """Where the text of a tokenizer.json is given a blank.
+
+    Raises:
+        ValueError: for steps that are not supported.
+    """
+    steps = (content.get("normalizer"), content.get("pre_tokenizer"))
+    for prefix, known in _STEPS.items():
+        if steps == known:
+            normalised = [t["content"] for t in content["added_tokens"] if t.get("normalized")]
+            if normalised and prefix == "prepend":
+                raise ValueError(f"its special token {normalised[0]!r} is normalised as text is.")
+            return prefix
+    described = " and ".join(str(step) for step in steps if step) or "none"
+    raise ValueError(
+        f"its normalizer and pre-tokenizer, beside byte fallback, are not supported ({described}); "
+        f"there are those of Llama 2 (Prepend, Replace) and Metaspace that does not split."
+    )
+
+
+def tokenizer_json_parts(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, Any]:
+    """Steps and merges of a tokenizer.json."""
+    names = {i: name for name, i in spelled(vocabulary).items()}
+    normalizer, pre_tokenizer = _STEPS[form.prefix]
+    back = {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if form.prefix != "never":
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "ignore_merges": False,
+        "merges": [(names[left], names[right]) for left, right in form.merges],
+    }
+
+
+def make_sentencepiece(
+    *,
+    tokens: Mapping[str, int],
+    merges: Sequence[str | Sequence[str]],
+    special: Special,
+    prefix: Prefix,
+) -> Tokenizer:
+    """A tokenizer from the parts that tokenizer.json has; see `merges_of_scores` for GGUF's.
+
+    Args:
+        tokens: id of every token, blanks written ▁; special ones may be among them.
+        merges: pairs, in their order.
+        special: the special tokens.
+        prefix: where a text is given a blank.
+
+    Raises:
+        ValueError: where a byte has no token, or a token is none that text could be made of.
+    """
+    fields, ordinary = special.fields(), ordinary_tokens(tokens, special)
+    if missing := [name for name in BYTES if name not in ordinary]:
+        raise ValueError(f"its tokenizer has no token {missing[0]}; byte fallback needs them all.")
+    if odd := [name for name in ordinary if " " in name or not name]:
+        raise ValueError(f"its token {odd[0]!r} is none of SentencePiece's.")
+    by_name = {name: bytes([byte]) for byte, name in enumerate(BYTES)}
+    texts = {name: i for name, i in ordinary.items() if name not in by_name}
+    pairs = []
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not {left, right, left + right} <= texts.keys():
+            raise ValueError(f"its merge of {left!r} and {right!r} has parts that are no text.")
+        pairs.append((texts[left], texts[right]))
+    return Tokenizer.of(
+        Vocabulary(
+            name=f"sentencepiece-{1 + max(tokens.values())}",
+            pattern=pattern_of(list(texts)),
+            tokens=by_id(
+                ordinary, lambda name: by_name.get(name) or name.replace(BLANK, " ").encode()
+            ),
+            sentencepiece=SentencePiece(pairs, [ordinary[name] for name in BYTES], prefix),
+            **fields,
+        )
+    )
+
+
+def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The list of merges that gives the ids of scores, as transformers 4 converts them.
+
+    Of equal scores the leftmost pair is merged first, which a list cannot say. But runs of blanks,
+    of one score with Llama 2 and Mistral, then grow from the left: the longest pair is the next.
+
+    Args:
+        tokens: id of every token that text is made of, but for those of bytes.
+        scores: of every id.
+
+    Raises:
+        ValueError: where no list does.
+    """
+    _check_characters(tokens)
+    pairs = [pair for token in tokens for pair in _cuts(token, tokens)]
+    score = {pair: scores[tokens["".join(pair)]] for pair in pairs}
+    pairs.sort(key=lambda pair: (-score[pair], _longest_first(pair)))
+    for a, b in pairwise(pairs):
+        is_one = "".join(a) == "".join(b) or (_is_blank(a) and _is_blank(b))
+        if score[a] == score[b] and not is_one:
+            raise ValueError(
+                f"its tokens {''.join(a)!r} and {''.join(b)!r} have the same score, so that no "
+                "list of merges gives llama.cpp's ids; import the model's Hugging Face directory."
+            )
+    return pairs
+
+
+def scores_of(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, float]:
+    """Score of every token that merges make.
+
+    Raises:
+        ValueError: where scores would give other ids than the merges.
+    """
+    ids = spelled(vocabulary)
+    names = {i: name for name, i in ids.items()}
+    merges = [(names[left], names[right]) for left, right in form.merges]
+    blanks = [pair for pair in merges if _is_blank(pair)]
+    are_one = blanks == sorted(blanks, key=_longest_first)  # see `merges_of_scores`
+    scored = {m: BLANK if are_one and _is_blank(m) else "".join(m) for m in merges}
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(scored.values()))}
+    rank = {pair: ranks[token] for pair, token in scored.items()}
+    by_token = sorted(merges, key=lambda pair: (rank[pair], len("".join(pair))))
+    place = {token: i for i, token in enumerate(dict.fromkeys(map("".join, by_token)))}
+    try:
+        if sorted(merges, key=rank.__getitem__) != merges:
+            raise ValueError("its merges of one token have merges of another between them.")
+        _check_characters({name: i for name, i in ids.items() if name not in BYTES})
+        known = {name: place.get(name, -1 - i) for name, i in ids.items()}
+        check_merges(known, by_token, whole_pieces=True)
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer {vocabulary.name} has merges that no scores stand for, so that "
+            "llama.cpp would give other ids; export it with --format huggingface."
+        ) from error
+    return {"".join(pair): -float(rank[pair]) for pair in merges}
+
+
+def _cuts(token: str, tokens: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of tokens that spell a token."""
+    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in cuts if left in tokens and right in tokens]
+
+
+def _longest_first(pair: tuple[str, str]) -> tuple[int, int]:
+    return -len(pair[0]), -len(pair[1])
+
+
+def _is_blank(pair: tuple[str, str]) -> bool:
+    return not "".join(pair).strip(BLANK)
+
+
+def _check_characters(tokens: Mapping[str, int]) -> None:
+    """ValueError for a token that a list of merges cannot make, though scores can."""
+    for token in tokens:
+        if not set(token) <= tokens.keys():
+            raise ValueError(f"its token {token!r} has a character that is no token.")

@@ -8,6 +8,7 @@ greedy chats of SmolLM2-135M goes round in a loop there, though the file, read h
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
+from pipeline.weights.sentencepiece import scores_of
 from pipeline.weights.templates import default_system, go, stop_words
 from pipeline.weights.vocabulary import merges_of, pre_tokenizer_of, spelled
 
@@ -33,6 +35,7 @@ GGUFType = Literal["f32", "f16", "q8_0"]
 MODEL, MODELFILE = EXPORTED_GGUF, "Modelfile"
 _IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to what it has in float32
 _LARGEST_F16 = 65504
+_METASPACE = {"always": "unless there is one", "first": "before a text that has none, only"}
 
 
 def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | None) -> Writers:
@@ -53,7 +56,7 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
             "export it with --format huggingface."
         )
     family = family_of(loaded.gpt.config)
-    pre, merges = _tokenizer_parts(loaded.tokenizer.vocabulary)
+    add_merging = _merging(loaded.tokenizer.vocabulary)
 
     def write(path: Path) -> None:
         from gguf import GGUFWriter
@@ -63,7 +66,7 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
         if license is not None:
             writer.add_license(license)
         _add_config(writer, loaded.gpt.config)
-        _add_tokenizer(writer, loaded, pre, merges)
+        _add_tokenizer(writer, loaded, add_merging)
         _add_tensors(writer, loaded, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -112,18 +115,43 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
-def _tokenizer_parts(vocabulary: Vocabulary) -> tuple[str, list[str]]:
-    """Its pre-tokenizer's name and its merges."""
+def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
+    """Writes what makes tokens of a text, given the names of all ids."""
+    if form := vocabulary.sentencepiece:
+        scores = scores_of(vocabulary, form)
+        if form.prefix in ("always", "first"):
+            print(
+                f"texts that begin with a blank, and conversations, may get other ids: llama.cpp "
+                f"puts a blank before every text and behind every special token, the tokenizer "
+                f"{vocabulary.name} {_METASPACE[form.prefix]}",
+                file=sys.stderr,
+            )
+
+        def by_scores(writer: GGUFWriter, names: list[str]) -> None:
+            writer.add_tokenizer_model("llama")
+            writer.add_tokenizer_pre("default")
+            writer.add_token_scores([scores.get(name, 0.0) for name in names])
+            writer.add_add_space_prefix(form.prefix != "never")
+
+        return by_scores
     pre, merges = pre_tokenizer_of(vocabulary), merges_of(vocabulary)
     if merges.whole is not None and pre != "llama-bpe":
         raise ValueError(
             f"the tokenizer {vocabulary.name} has a token {merges.whole!r} that no merge makes, "
             "for which llama.cpp would give other ids; export it with --format huggingface."
         )
-    return pre, [" ".join(pair) for pair in merges.pairs]
+
+    def by_merges(writer: GGUFWriter, names: list[str]) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(pair) for pair in merges.pairs])
+
+    return by_merges
 
 
-def _add_tokenizer(writer: GGUFWriter, loaded: Loaded, pre: str, merges: list[str]) -> None:
+def _add_tokenizer(
+    writer: GGUFWriter, loaded: Loaded, add_merging: Callable[[GGUFWriter, list[str]], None]
+) -> None:
     from gguf import TokenType
 
     tokenizer, n_rows = loaded.tokenizer, loaded.gpt.config.vocab_size
@@ -133,11 +161,12 @@ def _add_tokenizer(writer: GGUFWriter, loaded: Loaded, pre: str, merges: list[st
     for name, i in spelled(tokenizer.vocabulary).items():
         is_special = name in tokenizer.special_ids
         tokens[i], kinds[i] = name, TokenType.CONTROL if is_special else TokenType.NORMAL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if form := tokenizer.vocabulary.sentencepiece:
+        for i in form.byte_ids:
+            kinds[i] = TokenType.BYTE
+    add_merging(writer, tokens)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id)
     for stop in stop_words(tokenizer, loaded.meta.get("prompt_style")):

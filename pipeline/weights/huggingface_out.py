@@ -28,6 +28,7 @@ from pipeline.weights.huggingface_in import (
     WEIGHTS,
 )
 from pipeline.weights.names import entries, family_of
+from pipeline.weights.sentencepiece import tokenizer_json_parts
 from pipeline.weights.templates import jinja, stop_words
 from pipeline.weights.vocabulary import PRE_TOKENIZERS, merges_of, pre_tokenizer_of, spelled
 
@@ -103,11 +104,8 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     Raises:
         ValueError: for a vocabulary that it cannot run with the same ids.
     """
-    steps = [
-        {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
-        for step in PRE_TOKENIZERS[pre_tokenizer_of(vocabulary)].steps
-    ]
-    merges = merges_of(vocabulary)
+    form = vocabulary.sentencepiece
+    parts = tokenizer_json_parts(vocabulary, form) if form else _byte_level_parts(vocabulary)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
@@ -117,15 +115,10 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             {"id": i, "content": name, **flags, "special": True}
             for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps[1:] else steps[0],
+        "normalizer": parts["normalizer"],
+        "pre_tokenizer": parts["pre_tokenizer"],
         "post_processor": _leading(vocabulary.bos, vocabulary.special_tokens),
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
+        "decoder": parts["decoder"],
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -133,11 +126,31 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": merges.whole is not None,
+            "byte_fallback": form is not None,
+            "ignore_merges": parts["ignore_merges"],
             "vocab": spelled(vocabulary),
-            "merges": merges.pairs,
+            "merges": parts["merges"],
         },
+    }
+
+
+def _byte_level_parts(vocabulary: Vocabulary) -> dict[str, Any]:
+    steps = [
+        {**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step
+        for step in PRE_TOKENIZERS[pre_tokenizer_of(vocabulary)].steps
+    ]
+    merges = merges_of(vocabulary)
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps[1:] else steps[0],
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "ignore_merges": merges.whole is not None,
+        "merges": merges.pairs,
     }
 
 

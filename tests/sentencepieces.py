@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import gguf
@@ -19,7 +20,10 @@ from tokenizers import (
 )
 from transformers.convert_slow_tokenizer import generate_merges
 
-from tests.published import TEXT, fuzz
+from datamodules.tokenizer import Tokenizer as Ours
+from pipeline.weights.huggingface_in import CONFIG
+from pipeline.weights.reading import open_foreign
+from tests.published import TEXT, fuzz, random_model, save_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -97,6 +101,20 @@ def sentencepiece(form: str, merges: Merges = "of scores") -> Tokenizer:
     bpe.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return bpe
+
+
+def of_others(theirs: Tokenizer, folder: Path, template: str | None = None) -> Ours:
+    """The tokenizer here of one there, in a directory beside a random model."""
+    names = {"bos_token": "<s>", "unk_token": "<unk>"}
+    save_tokenizer(theirs, folder, eos="</s>", template=template, **names)
+    return reopened(folder)
+
+
+def reopened(folder: Path) -> Ours:
+    """The tokenizer of a directory, beside a model that is random unless there is one."""
+    if not (folder / CONFIG).exists():
+        random_model("llama", len(learned()[0])).save_pretrained(folder)
+    return open_foreign(folder).tokenizer
 
 
 def add_to_gguf(writer: gguf.GGUFWriter, template: str | None = None) -> None:

@@ -41,6 +41,8 @@ from tests.exporting import (
     with_whole_pieces,
     write,
 )
+from tests.sentencepieces import FORMS, LLAMA2, TINYLLAMA, of_others, sentencepiece
+from tests.sentencepieces import texts as fuzz_texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 N_NEW = 32
@@ -148,6 +150,34 @@ def test_every_vocabulary(
     wrong = [text for text, a, b in zip(texts, wanted, found["ids"], strict=True) if a != b]
     assert not wrong, f"{len(wrong)} texts have other ids, such as {wrong[:3]}"
     assert found["greedy"] == greedy(model, prompts)
+
+
+@pytest.mark.parametrize("template", [TINYLLAMA, LLAMA2], ids=["TinyLlama", "Llama 2"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("merges", ["of scores", "as trained"])
+def test_sentencepiece(
+    python: str, tiny_gpt: MakeGPT, tmp_path: Path, form: str, merges: Any, template: str
+) -> None:
+    """With Metaspace a text that begins with a blank, and what follows special tokens, differ."""
+    tokenizer = of_others(sentencepiece(form, merges), tmp_path / "theirs", template)
+    model = loaded(tiny_gpt("llama", vocab_size=tokenizer.n_vocab + 3, block_size=256), tokenizer)
+    path = write(gguf_writers(model, "f32", name="tiny", license=None), tmp_path / "out")
+    texts = [text for text in fuzz_texts(3000) if "\0" not in text]
+    if form in ("always", "first"):
+        texts = [text for text in texts if not text.startswith((" ", "▁"))]
+    prompts = [[*tokenizer.bos_ids, *tokenizer.encode(text)][:40] for text in texts[:8]]
+    chats = [[Message(role="user", content=text)] for text in ("the 12 lambs", "it's\n 你好  ")]
+    chats.append([*chats[0], Message(role="assistant", content="12"), *chats[1]])
+    found, _ = ask(
+        python, path / "model.gguf", prompts=prompts, rows=prompts, texts=texts, chats=chats
+    )
+    wanted = [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in texts]
+    wrong = [text for text, a, b in zip(texts, wanted, found["ids"], strict=True) if a != b]
+    assert not wrong, f"{len(wrong)} texts have other ids, such as {wrong[:3]}"
+    assert found["greedy"] == greedy(model, prompts)
+    if form != "first":
+        asked = [len(encode_prompt(tokenizer, "template", chat)) for chat in chats]
+        assert [chat["n_prompt"] for chat in found["chats"]] == asked
 
 
 @pytest.fixture(scope="module")

@@ -33,12 +33,11 @@ from pipeline import inference
 from pipeline.generate import Sampling
 from pipeline.models import load
 from pipeline.weights.gguf_out import gguf_writers
-from pipeline.weights.huggingface_in import CONFIG
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign
 from tests.exporting import MakeGPT, loaded
 from tests.exporting import write as write_all
-from tests.published import random_model, refusal, save_tokenizer, write_gguf
+from tests.published import random_model, refusal, write_gguf
 from tests.sentencepieces import (
     FORMS,
     LLAMA2,
@@ -46,6 +45,8 @@ from tests.sentencepieces import (
     TINYLLAMA,
     add_to_gguf,
     learned,
+    of_others,
+    reopened,
     scores,
     sentencepiece,
     texts,
@@ -61,18 +62,6 @@ CONVERSATION = [
     Message(role="assistant", content="7"),
     Message(role="user", content="def f(x):\n    return x  # it's done"),
 ]
-
-
-def of_others(theirs: Theirs, folder: Path, template: str | None = None) -> Tokenizer:
-    names = {"bos_token": "<s>", "unk_token": "<unk>"}
-    save_tokenizer(theirs, folder, eos="</s>", template=template, **names)
-    return reopened(folder)
-
-
-def reopened(folder: Path) -> Tokenizer:
-    if not (folder / CONFIG).exists():
-        random_model("llama", N_IDS).save_pretrained(folder)
-    return open_foreign(folder).tokenizer
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys(), scope="module")

@@ -13,6 +13,7 @@ style `template` is that of the tokenizer's makers: the Jinja source that they p
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,7 @@ def _by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[
     yield from _marked(tokenizer, parts.between[-1], supervised=was_reply)
 
 
+@functools.lru_cache(maxsize=8)
 def _reply_lead(tokenizer: Tokenizer) -> str:
     """Blanks before a reply that are not in the prompt: Llama 2 writes `[/INST]`, and ` 7 `."""
     asked = split_by_template(tokenizer, [Message(role="user", content="?")])

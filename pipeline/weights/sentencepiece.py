@@ -17,23 +17,13 @@ from pipeline.weights.vocabulary import Special, by_id, check_merges, ordinary_t
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREPEND = {"type": "Prepend", "prepend": BLANK}
-
-
-def _metaspace(scheme: Prefix) -> dict[str, Any]:
-    return {
-        "type": "Metaspace",
-        "replacement": BLANK,
-        "prepend_scheme": scheme,
-        "split": False,
-    }
-
-
+_METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 # normalizer and pre-tokenizer of a tokenizer.json
-_STEPS: dict[Prefix, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+_STEPS: dict[Prefix, tuple[Any, Any]] = {
     "prepend": ({"type": "Sequence", "normalizers": [_PREPEND, _REPLACE]}, None),
-    "always": (None, _metaspace("always")),
-    "first": (None, _metaspace("first")),
-    "never": (None, _metaspace("never")),
+    "always": (None, {**_METASPACE, "prepend_scheme": "always"}),
+    "first": (None, {**_METASPACE, "prepend_scheme": "first"}),
+    "never": (None, {**_METASPACE, "prepend_scheme": "never"}),
 }
 
 
@@ -53,7 +43,7 @@ def prefix_of(content: Mapping[str, Any]) -> Prefix:
     described = " and ".join(str(step) for step in steps if step) or "none"
     raise ValueError(
         f"its normalizer and pre-tokenizer, beside byte fallback, are not supported ({described}); "
-        f"there are those of Llama 2 (Prepend, Replace) and Metaspace that does not split."
+        "there are Llama 2's (Prepend and Replace), and Metaspace that does not split."
     )
 
 

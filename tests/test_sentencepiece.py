@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -29,7 +31,7 @@ from datamodules.prompts import (
     stop_ids,
 )
 from datamodules.tokenizer import Tokenizer
-from pipeline import inference
+from pipeline import callbacks, inference
 from pipeline.generate import Sampling
 from pipeline.models import load
 from pipeline.weights.gguf_out import gguf_writers
@@ -180,11 +182,34 @@ def test_responses_as_they_are_made(
     assert "".join(printed(prompt[:1], llama2.encode("the end"))) == "the end"
 
 
+def test_samples_of_a_run_go_on_from_their_prompts(
+    llama2: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: list[Any] = []
+    run = SimpleNamespace(log_table=lambda rows, _: tables.append(rows))
+    answers = [llama2.encode(" the end", [5]), llama2.encode("the end")]
+    monkeypatch.setattr(callbacks, "run_of", lambda _: run)
+    monkeypatch.setattr(callbacks, "gather_shared", lambda _: None)
+    monkeypatch.setattr(callbacks, "generate", lambda *_: answers)
+    data = SimpleNamespace(tokenizer=llama2, meta=dict)
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False,
+        state=SimpleNamespace(fn="fit"),
+        world_size=1,
+        global_step=7,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    module = SimpleNamespace(data=data, model=None, train=lambda: None)
+    sampling = callbacks.SampleTexts(prompts=["Once", ""], max_new_tokens=9)
+    sampling.on_validation_end(trainer, module)
+    assert [row["text"] for row in tables[0]] == [" the end", "the end"]
+
+
 @pytest.mark.parametrize("n_documents", [1, 40])
 def test_bytes_of_a_corpus(llama2: Tokenizer, tmp_path: Path, n_documents: int) -> None:
     """A blank before every document is no byte of it: bits per byte are those of the text."""
     documents = [f"The {i} wolf,\n  naïve 狼 {i * i}, ate {'  ' * i}." for i in range(n_documents)]
-    documents[0] += " It was about 12 lambs." * 50
+    documents[0] += " itwasaboutquitequick12xylophonelambs" * 50  # so cut at random, a word is cut
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     options: dict[str, Any] = {"near_duplicates": None, "val_fraction": 0.3}

@@ -277,6 +277,7 @@ def check_merges(
 
     They are where ids rise along the list, and every token is what the list makes of its text: the
     neighbours that tiktoken would merge to a token then are the pair that the list names for it.
+    So it is with the scores of a GGUF file, given ids in their order.
     """
     made: dict[tuple[int, int], int] = {}
     halves: dict[int, tuple[int, int]] = {}  # of every token that the list makes of its text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT
-from pipeline.muon import Float32Muon
+from pipeline.muon import Float32Muon, orthogonalize
 from pipeline.optim import (
     Chained,
     OptimizerConfig,
@@ -206,7 +206,8 @@ def changed(model: GPT, before: dict[str, Tensor]) -> set[str]:
 def test_float32_muon_is_muon() -> None:
     """Ten steps beside torch's, whose orthogonalisation rounds to bf16 (8 bits): updates to 3 %."""
     torch.manual_seed(0)
-    start = [torch.randn(12, 20), torch.randn(20, 12), torch.randn(16, 16)]
+    shapes = [(12, 20), (20, 12), (16, 16), (8, 32), (32, 8)]
+    start = [torch.randn(shape) for shape in shapes]
     target = [torch.randn_like(matrix) for matrix in start]
     ended = []
     for kind in (torch.optim.Muon, Float32Muon):
@@ -220,3 +221,18 @@ def test_float32_muon_is_muon() -> None:
     for theirs, ours in zip(*ended, strict=True):
         assert (theirs - ours).norm() < 0.03 * theirs.norm()
         assert not torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (96, 128), (96, 384), (384, 96)])
+def test_wide_matrices_are_orthogonalised_as_others_are(shape: tuple[int, int]) -> None:
+    """In float64, where nothing rounds: the singular values move as one number by itself does."""
+    torch.manual_seed(0)
+    coefficients = (3.4445, -4.775, 2.0315)
+    matrix = torch.randn(shape, dtype=torch.float64) * torch.logspace(0, -3, shape[1])
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        a, b, c = coefficients
+        s = a * s + b * s**3 + c * s**5
+    got = orthogonalize(matrix, coefficients, 5)
+    torch.testing.assert_close(got, u @ s.diag() @ v, rtol=0, atol=1e-9)

@@ -39,7 +39,8 @@ def ours(weights: str, n_steps: int, n_rows: int, lr: float, every: int) -> Cont
         "model.init_from": weights,
         "model.optimizer.name": "muon",
         "model.optimizer.lr": lr,
-        "model.optimizer.warmup_steps": min(30, n_steps // 10),
+        "model.optimizer.warmup_steps": n_steps // 5,
+        "model.optimizer.betas": "[0.7, 0.95]",  # of few steps the first are soon to be forgotten
         "data.block_size": CONTEXT,
         "data.batch_size": n_rows,
         "trainer.max_steps": n_steps,
@@ -81,7 +82,7 @@ def plot(curves: dict[str, list[dict[str, float]]], target: float) -> Figure:
 
 
 def main(
-    plain_steps: int = 40, n_steps: int = 60, n_rows: int = 8, lr: float = 0.01, rounds: int = 1
+    plain_steps: int = 40, n_steps: int = 26, n_rows: int = 8, lr: float = 0.005, rounds: int = 1
 ) -> None:
     """Measures, keeps, prints.
 
@@ -101,7 +102,7 @@ def main(
         curves = {
             contestant.name: record_of(contestant)["validations"]
             for contestant in (
-                ours(weights, n_steps, n_rows, lr, 5),
+                ours(weights, n_steps, n_rows, lr, 2),
                 plain(weights, plain_steps, 10),
             )
         }

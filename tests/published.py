@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from datamodules.chat_template import render
+from datamodules.prompts import TEMPLATE, Message, encode_conversation, encode_prompt
 from pipeline.models import load
 
 EOS, START = "<|im_end|>", "<|im_start|>"
@@ -282,3 +284,20 @@ def refusal(source: Path) -> str:
     message = said_of(source)
     assert message is not None
     return message
+
+
+def conversation(
+    ours: Any, theirs: Any, messages: list[Message], reply: str
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, labels with the reply: asserts that text and ids are transformers'."""
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert render(ours, messages, opening=True) == text
+    prompt = encode_prompt(ours, TEMPLATE, messages)
+    assert prompt == theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    replied = [*messages, Message(role="assistant", content=reply)]
+    ids, labels = encode_conversation(ours, TEMPLATE, replied, supervise="response")
+    assert ids == theirs.apply_chat_template(replied, return_dict=False)
+    assert ids[: len(prompt)] == prompt
+    return prompt, labels

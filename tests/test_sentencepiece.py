@@ -20,7 +20,6 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from datamodules.chat_template import render
 from datamodules.corpus import SPLITS, prepare
 from datamodules.prompts import (
     TEMPLATE,
@@ -39,7 +38,7 @@ from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign
 from tests.exporting import MakeGPT, loaded
 from tests.exporting import write as write_all
-from tests.published import random_model, refusal, write_gguf
+from tests.published import conversation, random_model, refusal, write_gguf
 from tests.sentencepieces import (
     FORMS,
     LLAMA2,
@@ -254,16 +253,8 @@ def chatting(
 def test_conversations_have_the_ids_of_transformers(
     messages: list[Message], chatting: tuple[Tokenizer, Any]
 ) -> None:
-    ours, theirs = chatting
-    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render(ours, messages, opening=True) == text
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    prompt = encode_prompt(ours, TEMPLATE, messages)
-    assert prompt == expected
-    replied = [*messages, Message(role="assistant", content="It's 7, 中国人.")]
-    ids, labels = encode_conversation(ours, TEMPLATE, replied, supervise="response")
-    assert ids == theirs.apply_chat_template(replied, return_dict=False)
-    assert ids[: len(prompt)] == prompt
+    ours, _ = chatting
+    prompt, labels = conversation(*chatting, messages, "It's 7, 中国人.")
     last = [label for label in labels[len(prompt) :] if label >= 0]
     assert ours.decode(last, prompt).strip(" ") in ("It's 7, 中国人.</s>", "It's 7, 中国人. </s>")
     assert stop_ids(ours, TEMPLATE) == [2]

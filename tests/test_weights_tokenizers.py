@@ -18,7 +18,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from datamodules.chat_template import render
-from datamodules.prompts import TEMPLATE, Message, encode_conversation, encode_prompt, stop_ids
+from datamodules.prompts import TEMPLATE, Message, encode_prompt, stop_ids
 from datamodules.tokenizer import Tokenizer, Vocabulary
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.huggingface_in import CONFIG, GENERATION_CONFIG
@@ -27,6 +27,7 @@ from tests.published import (
     CHATML,
     EOS,
     LLAMA3,
+    conversation,
     fuzz,
     pre_tokenizer,
     random_model,
@@ -247,14 +248,8 @@ def chatting(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[To
 def test_conversations_have_the_ids_of_transformers(
     messages: list[Message], chatting: tuple[Tokenizer, Any]
 ) -> None:
-    ours, theirs = chatting
-    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render(ours, messages, opening=True) == text
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encode_prompt(ours, TEMPLATE, messages) == expected
-    replied = [*messages, Message(role="assistant", content="It's 7, 中国人.")]
-    ids, labels = encode_conversation(ours, TEMPLATE, replied, supervise="response")
-    assert ids == theirs.apply_chat_template(replied, return_dict=False)
+    ours, _ = chatting
+    _, labels = conversation(*chatting, messages, "It's 7, 中国人.")
     end = ours.special_ids[ours.vocabulary.eos]
     assert [i for i in labels if i >= 0][-1] == end
     assert end in stop_ids(ours, TEMPLATE)

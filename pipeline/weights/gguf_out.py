@@ -35,7 +35,7 @@ GGUFType = Literal["f32", "f16", "q8_0"]
 MODEL, MODELFILE = EXPORTED_GGUF, "Modelfile"
 _IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to what it has in float32
 _LARGEST_F16 = 65504
-_METASPACE = {"always": "unless there is one", "first": "before a text that has none, only"}
+_METASPACE = {"always": "where there is none", "first": "before a text that begins with none"}
 
 
 def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | None) -> Writers:
@@ -121,9 +121,9 @@ def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
         scores = scores_of(vocabulary, form)
         if form.prefix in ("always", "first"):
             print(
-                f"texts that begin with a blank, and conversations, may get other ids: llama.cpp "
+                "texts that begin with a blank, and conversations, may get other ids: llama.cpp "
                 f"puts a blank before every text and behind every special token, the tokenizer "
-                f"{vocabulary.name} {_METASPACE[form.prefix]}",
+                f"{vocabulary.name} only {_METASPACE[form.prefix]}",
                 file=sys.stderr,
             )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -28,11 +26,11 @@ from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import GIB, explain
-from pipeline.hardware import available_memory_bytes, default_device, multiplies_bf16
+from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.identity import decisive, digest
 from pipeline.lit_base import LitStep, check_context
 from pipeline.optim import check_warmup
-from pipeline.progress import ProgressDisplay
+from pipeline.progress import ProgressDisplay, listen_to_data, quiet_libraries
 from pipeline.reports import (
     PREDICTIONS,
     Report,
@@ -78,19 +76,6 @@ class RunConfig:
 def as_list(value: Any) -> list[Any]:
     """One, several or none, as Lightning takes plugins and callbacks."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def resolve_precision(precision: str, accelerator: object) -> str:
-    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
-
-    Args:
-        precision: what is asked for.
-        accelerator: Lightning's: its name, or an object, which is believed to be the default.
-    """
-    if precision != "auto":
-        return precision
-    device = torch.device("cpu") if accelerator == "cpu" else default_device()
-    return "bf16-mixed" if multiplies_bf16(device) else "32-true"
 
 
 class PipelineCLI(LightningCLI):
@@ -340,26 +325,6 @@ def stop_before_saving(callbacks: Sequence[pl.Callback]) -> None:
                     "what was seen there: leave it out."
                 )
             callback._check_on_train_epoch_end = False
-
-
-def quiet_libraries() -> None:
-    """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*is not resumable.*",
-        ".*logging interval.*",
-        r".*isinstance\(treespec, LeafSpec\).*",
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def listen_to_data(stack: ExitStack) -> None:
-    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
-    logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    stack.callback(logger.removeHandler, handler)
 
 
 def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:

@@ -27,6 +27,19 @@ def inference_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if is_half else torch.float32
 
 
+def resolve_precision(precision: str, accelerator: object) -> str:
+    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
+
+    Args:
+        precision: what is asked for.
+        accelerator: Lightning's: its name, or an object, which is believed to be the default.
+    """
+    if precision != "auto":
+        return precision
+    device = torch.device("cpu") if accelerator == "cpu" else default_device()
+    return "bf16-mixed" if multiplies_bf16(device) else "32-true"
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware: CUDA since Ampere; AVX-512-BF16 or AMX on CPUs.
 

@@ -1,8 +1,12 @@
-"""The bars of a training run."""
+"""What a training run says on stderr: its bars, its data modules; and what libraries do not."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -134,3 +138,23 @@ class ProgressDisplay(ProgressBar):
         """The bars as lines, where they do not move."""
         if self.is_enabled and not self._console.is_terminal:
             self._console.print(self._progress)
+
+
+def quiet_libraries() -> None:
+    """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is not resumable.*",
+        ".*logging interval.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def listen_to_data(stack: ExitStack) -> None:
+    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
+    logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    stack.callback(logger.removeHandler, handler)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils import _pytree
 
-from pipeline.cli import quiet_libraries
+from pipeline.progress import quiet_libraries
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 
 WIDTH = 80

@@ -15,8 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from pipeline.callbacks import SampleTexts
-from pipeline.cli import resolve_precision
-from pipeline.hardware import inference_dtype
+from pipeline.hardware import inference_dtype, resolve_precision
 from pipeline.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.optim import OptimizerConfig
 from pipeline.run_directory import Run

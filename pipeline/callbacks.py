@@ -13,7 +13,8 @@ import torch
 
 from datamodules.batching import MicroBatch, StepDataModule
 from datamodules.prompts import encode_start, stop_ids
-from pipeline.generate import Sampling, check_prompt, generate
+from pipeline.generate import check_prompt, generate
+from pipeline.sampling import Sampling
 from pipeline.sharding import gather_shared
 from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
 

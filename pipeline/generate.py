@@ -1,60 +1,20 @@
-"""Decoding: batched, KV-cached; greedy, temperature, top-k, top-p, beams.
+"""Decoding: KV-cached, of many rows at a time, which may come and go; and beam search.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.gpt import GPT
 from pipeline.kv_cache import KVCache
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        max_new_tokens: length limit of each row.
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens that together reach this probability; 1 is all.
-        num_beams: beams of beam search; 1 is none. Needs temperature 0.
-        stop_ids: tokens that end a row; they are not part of the text.
-        seed: random seed; row i draws with seed + i.
-        n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
-            never chosen.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beams: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    seed: int = 0
-    n_vocab: int | None = None
-
-    def __post_init__(self) -> None:
-        for key, ok, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
-            ("num_beams", self.num_beams >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"{key} is {getattr(self, key)}; give {wanted}.")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError(
-                f"num_beams is {self.num_beams}, a search for the likeliest text, but temperature "
-                f"is {self.temperature}; give temperature 0 with it."
-            )
+from pipeline.sampling import Sampling, choose
 
 
 def check_prompt(n_tokens: int, block_size: int) -> None:
@@ -72,51 +32,144 @@ def check_prompt(n_tokens: int, block_size: int) -> None:
         )
 
 
-@torch.inference_mode()
+@dataclass(eq=False)
+class Row:
+    """A text that is being written.
+
+    Attributes:
+        settings: how its tokens are chosen.
+        length: tokens so far, the prompt's included.
+        limit: the length at which it ends: its own, or that of the context.
+        token: the newest; None where a stop token came.
+        ended: why it has: a stop token, or its length; None while it goes on.
+    """
+
+    settings: Sampling
+    length: int
+    limit: int
+    token: int | None = None
+    ended: Literal["stop", "length"] | None = None
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
+
+    def take(self, token: int) -> None:
+        """Goes on by a token, or ends."""
+        if token in self.settings.stop_ids:
+            self.token, self.ended = None, "stop"
+            return
+        self.token, self.length = token, self.length + 1
+        if self.length == self.limit:
+            self.ended = "length"
+
+
+class Batch:
+    """Rows that get a token each a step; others join and leave between steps.
+
+    Continuous batching (Yu et al. 2022). What a row gets does not depend on its neighbours.
+
+    Args:
+        model: put into eval mode.
+        n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
+            never chosen.
+
+    Attributes:
+        rows: those that go on.
+    """
+
+    def __init__(self, model: GPT, n_vocab: int | None) -> None:
+        self.model, self.n_vocab = model, n_vocab
+        self.rows: list[Row] = []
+        self._cache: KVCache | None = None  # of `rows`, in their order
+
+    @torch.inference_mode()
+    def join(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[Row]:
+        """New rows, each with its first token.
+
+        Args:
+            prompts: token ids, one list a row, of unequal length.
+            settings: how their tokens are chosen, without beams; one for each.
+
+        Raises:
+            ValueError: for a prompt that is empty or fills the context.
+        """
+        cache, logits = prefill(self.model, prompts, self.n_vocab)
+        block_size = self.model.config.block_size
+        new = [
+            Row(own, len(prompt), min(len(prompt) + own.max_new_tokens, block_size))
+            for prompt, own in zip(prompts, settings, strict=True)
+        ]
+        _take(new, logits)
+        if self._cache is None:
+            self._cache = cache
+        else:
+            self._cache.append(cache)
+        self.rows += new
+        self._keep(row for row in self.rows if row.ended is None)
+        return new
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One more token for every row; the rows that got one, or ended instead."""
+        assert self._cache is not None, "a step needs rows"
+        rows = self.rows
+        places = torch.tensor([row.length - 1 for row in rows], device=self._cache.keys.device)
+        tokens = [row.token for row in rows if row.token is not None]
+        _take(rows, decode(self.model, tokens, places, self._cache, self.n_vocab))
+        self._keep(row for row in rows if row.ended is None)
+        return rows
+
+    def leave(self, row: Row) -> None:
+        """Gives a row up."""
+        self._keep(other for other in self.rows if other is not row)
+
+    def _keep(self, rows: Iterable[Row]) -> None:
+        kept = set(rows)
+        if len(kept) == len(self.rows):
+            return
+        assert self._cache is not None
+        indices = [i for i, row in enumerate(self.rows) if row in kept]
+        self.rows = [self.rows[i] for i in indices]
+        if self.rows:
+            kept_rows = torch.tensor(indices, device=self._cache.keys.device)
+            self._cache.keep(kept_rows, max(row.length for row in self.rows))
+        else:
+            self._cache = None
+
+
+def _take(rows: list[Row], logits: Tensor) -> None:
+    chosen = choose(logits, [row.settings for row in rows], [row.generator for row in rows])
+    for row, token in zip(rows, chosen, strict=True):
+        row.take(token)
+
+
 def stream(
     model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling
 ) -> Iterator[list[int | None]]:
     """One list a step: the new token of every row, None for rows that have ended.
 
-    A row ends at a stop token, after `max_new_tokens`, or where the context is full. What a row
-    gets does not depend on its neighbours.
+    A row ends at a stop token, after `max_new_tokens`, or where the context is full.
 
     Args:
         model: put into eval mode.
         prompts: token ids, one list a row, of unequal length.
-        settings: how tokens are chosen; without beams.
+        settings: how tokens are chosen; without beams. Row i draws with seed + i.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    cache, logits = prefill(model, prompts, settings)
-    room = [min(settings.max_new_tokens, model.config.block_size - length) for length in lengths]
-    generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(len(prompts))]
-    positions = torch.tensor(lengths, device=logits.device)  # (B,) where the next token goes
-    alive = list(range(len(prompts)))
-    for step in range(max(room)):
-        chosen = choose(logits, settings, [generators[row] for row in alive])
-        new: list[int | None] = [None] * len(prompts)
-        kept = []
-        for i, (row, token) in enumerate(zip(alive, chosen, strict=True)):
-            if token not in settings.stop_ids:
-                new[row] = token
-                if step + 1 < room[row]:
-                    kept.append(i)
-        yield new
-        if not kept:
-            return
-        if len(kept) < len(alive):
-            rows = torch.tensor(kept, device=logits.device)
-            cache.keep(rows)
-            positions, alive = positions[rows], [alive[i] for i in kept]
-        logits = decode(model, [chosen[i] for i in kept], positions, cache, settings)
-        positions = positions + 1
+    batch = Batch(model, settings.n_vocab)
+    each = [replace(settings, seed=settings.seed + i) for i in range(len(prompts))]
+    rows = batch.join(prompts, each)
+    yield [row.token for row in rows]
+    while batch.rows:
+        going = set(batch.step())
+        yield [row.token if row in going else None for row in rows]
 
 
 def prefill(
-    model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling
+    model: GPT, prompts: Sequence[Sequence[int]], n_vocab: int | None
 ) -> tuple[KVCache, Tensor]:
     """Runs prompts through the model: a cache with room for answers, and logits (B, V) after each.
 
@@ -136,43 +189,20 @@ def prefill(
     is_real = positions <= last[:, None]
     hidden = model(input_ids, is_real, positions=positions, cache=cache)
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
-    return cache, _logits(model, ends, settings)
+    return cache, _logits(model, ends, n_vocab)
 
 
 def decode(
-    model: GPT, tokens: list[int], positions: Tensor, cache: KVCache, settings: Sampling
+    model: GPT, tokens: list[int], positions: Tensor, cache: KVCache, n_vocab: int | None
 ) -> Tensor:
     """Runs one more token of every row, at positions (B,); logits (B, V) after it."""
     input_ids = torch.tensor(tokens, device=positions.device)[:, None]  # (B, 1)
     hidden = model(input_ids, positions=positions[:, None], cache=cache)
-    return _logits(model, hidden[:, 0], settings)
+    return _logits(model, hidden[:, 0], n_vocab)
 
 
-def _logits(model: GPT, hidden: Tensor, settings: Sampling) -> Tensor:
-    return model.head(hidden).float()[:, : settings.n_vocab]
-
-
-def choose(logits: Tensor, settings: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """The next token of every row: logits (B, V), one generator a row."""
-    if settings.temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    rows = zip(probabilities(logits.cpu(), settings), generators, strict=True)
-    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
-
-
-def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
-    """What tokens are drawn with, (B, V): temperature, then top-k, then top-p of logits (B, V)."""
-    logits = logits / settings.temperature
-    if 0 < settings.top_k < logits.shape[1]:
-        smallest = logits.topk(settings.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    p = logits.softmax(dim=-1)
-    if settings.top_p < 1:
-        ordered, order = p.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        beyond = before >= settings.top_p  # the one that reaches it stays
-        p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
-    return p / p.sum(dim=-1, keepdim=True)
+def _logits(model: GPT, hidden: Tensor, n_vocab: int | None) -> Tensor:
+    return model.head(hidden).float()[:, :n_vocab]
 
 
 def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
@@ -196,7 +226,7 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    cache, logits = prefill(model, [prompt], settings)
+    cache, logits = prefill(model, [prompt], settings.n_vocab)
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
     # so many that num_beams go on however many stop here
     n_candidates = settings.num_beams * (1 + len(settings.stop_ids))
@@ -220,7 +250,8 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
             break
         cache.keep(torch.tensor([origin for _, origin, _ in going], device=logits.device))
         positions = torch.full((len(going),), len(prompt) + n_tokens - 1, device=logits.device)
-        logits = decode(model, [token for *_, token in going], positions, cache, settings)
+        tokens = [token for *_, token in going]
+        logits = decode(model, tokens, positions, cache, settings.n_vocab)
         so_far = torch.tensor([value for value, *_ in going], device=logits.device)
         scores = so_far[:, None] + logits.log_softmax(dim=-1)
     return max(finished)[1]

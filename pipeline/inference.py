@@ -17,10 +17,11 @@ from datamodules.files import replacing
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
-from pipeline.generate import Sampling, generate, stream
+from pipeline.generate import generate, stream
 from pipeline.hardware import default_device
 from pipeline.models import Loaded, load
 from pipeline.packed import pack
+from pipeline.sampling import Sampling
 
 
 def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling: Any) -> None:

@@ -55,6 +55,22 @@ class KVCache:
             store[self.rows, :, self.positions] = new
         return self.keys[layer], self.values[layer]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops or repeats rows: (B',) int64 indices, for finished sequences and for beams."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def keep(self, rows: Tensor, n_tokens: int | None = None) -> None:
+        """Drops or repeats rows, for finished sequences and for beams.
+
+        Args:
+            rows: (B',) int64 indices.
+            n_tokens: what the longest of them needs; room for more is given up. None keeps it.
+        """
+        room = None if n_tokens is None else n_tokens + -n_tokens % CACHE_GROWTH
+        self.keys = self.keys[:, rows, :, :room]
+        self.values = self.values[:, rows, :, :room]
+
+    def append(self, other: KVCache) -> None:
+        """Adds the rows of another cache below these."""
+        n_tokens = max(self.keys.shape[3], other.keys.shape[3])
+        for cache in (self, other):
+            growth = (0, 0, 0, n_tokens - cache.keys.shape[3])
+            cache.keys, cache.values = F.pad(cache.keys, growth), F.pad(cache.values, growth)
+        self.keys = torch.cat((self.keys, other.keys), dim=1)
+        self.values = torch.cat((self.values, other.values), dim=1)

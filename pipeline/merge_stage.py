@@ -31,11 +31,12 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.classifier import GPTClassifier
-from pipeline.generate import Sampling, generate
+from pipeline.generate import generate
 from pipeline.identity import digest
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_adapted
 from pipeline.run_directory import Run
+from pipeline.sampling import Sampling
 from pipeline.stage_run import run_once
 
 CERTIFICATE = "certificate.json"

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.generate import Sampling, check_prompt, choose, generate, probabilities, stream
+from pipeline.generate import Batch, check_prompt, generate, stream
 from pipeline.gpt import GPT
+from pipeline.sampling import Sampling, choose, probabilities
 
 MakeGPT = Callable[..., GPT]
 PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3]]
@@ -91,6 +92,64 @@ def test_a_stream_does_no_more_than_is_asked(model: GPT) -> None:
     assert first == [row[0] for row in generate(model, PROMPTS, GREEDY)]
 
 
+def test_rows_join_and_leave_while_others_are_written(model: GPT) -> None:
+    """Whoever comes, goes or draws beside it: a row is what it would be alone."""
+    settings = [GREEDY, DRAWN, replace(GREEDY, max_new_tokens=5), replace(DRAWN, seed=9)]
+    alone = [
+        generate(model, [prompt], own)[0] for prompt, own in zip(PROMPTS, settings, strict=True)
+    ]
+    batch = Batch(model, n_vocab=None)
+    written: dict[Any, list[int | None]] = {}
+
+    def join(*numbers: int) -> list[Any]:
+        rows = batch.join([PROMPTS[i] for i in numbers], [settings[i] for i in numbers])
+        written.update({row: [row.token] for row in rows})
+        return rows
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            for row in batch.step():
+                written[row].append(row.token)
+
+    (first,) = join(0)
+    steps(3)
+    second, third = join(1, 2)
+    steps(4)
+    assert third.ended == "length"
+    assert batch.rows == [first, second]
+    (gone,) = join(3)
+    steps(2)
+    batch.leave(gone)
+    while batch.rows:
+        steps(1)
+    assert [written[row] for row in (first, second, third)] == alone[:3]
+    assert written[gone] == alone[3][:3]
+    assert gone.ended is None
+    (again,) = join(0)  # an empty batch starts anew
+    steps(1)
+    assert written[again] == alone[0][:2]
+
+
+def test_room_of_a_long_row_is_given_up_with_it(tiny_gpt: MakeGPT) -> None:
+    model = tiny_gpt("llama", block_size=256)
+    batch = Batch(model, n_vocab=None)
+    two = replace(GREEDY, max_new_tokens=2)
+    short, long = batch.join([[3], [5] * 200], [GREEDY, two])
+    written, room = [short.token], [room_of(batch)]
+    while batch.rows:
+        batch.step()
+        written.append(short.token)
+        room.append(room_of(batch))
+    assert long.ended == "length"
+    assert room == [256, *[64] * 10, 0]
+    assert written == generate(model, [[3]], GREEDY)[0]
+
+
+def room_of(batch: Batch) -> int:
+    """Tokens that every row has memory for."""
+    return 0 if batch._cache is None else batch._cache.keys.shape[3]
+
+
 def test_the_context_ends_a_row(model: GPT) -> None:
     prompts = [list(range(60)), [7]]
     rows = generate(model, prompts, replace(GREEDY, max_new_tokens=10))
@@ -155,7 +214,7 @@ def test_distributions_by_hand(changes: dict[str, Any], odds: list[float]) -> No
 def test_draws_follow_the_distribution() -> None:
     settings = Sampling(max_new_tokens=1, temperature=1.0, top_k=3)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
-    drawn = choose(LOGITS.expand(2000, -1), settings, generators)
+    drawn = choose(LOGITS.expand(2000, -1), [settings] * 2000, generators)
     shares = [drawn.count(token) / 2000 for token in range(5)]
     # a share of 2,000 draws has a standard deviation of at most 0.011; the seeds are fixed
     assert shares == pytest.approx([2 / 14, 8 / 14, 0, 4 / 14, 0], abs=0.035)

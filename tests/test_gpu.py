@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from pipeline.generate import Sampling, generate
+from pipeline.generate import generate
 from pipeline.gpt import GPT
 from pipeline.inference import label_probabilities, load_classifier
 from pipeline.models import load
 from pipeline.packed import pack
+from pipeline.sampling import Sampling
 from tests.journey import Journey
 from tests.training import LORA, classifier, language_model, pretraining_data, spam_data
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.generate import Sampling, generate
+from pipeline.generate import generate
 from pipeline.gpt import GPT
 from pipeline.packed import PackedLinear, pack
+from pipeline.sampling import Sampling
 
 MakeGPT = Callable[..., GPT]
 PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3]]

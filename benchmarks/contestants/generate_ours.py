@@ -16,9 +16,10 @@ choose_waiting()  # as the command line does, before torch is loaded
 import torch  # noqa: E402
 
 from benchmarks.record import Record  # noqa: E402
-from pipeline.generate import Sampling, generate  # noqa: E402
+from pipeline.generate import generate  # noqa: E402
 from pipeline.models import load  # noqa: E402
 from pipeline.packed import pack  # noqa: E402
+from pipeline.sampling import Sampling  # noqa: E402
 
 N_REPEATS = 2  # the first warms up
 

@@ -1,0 +1,88 @@
+"""How the next token is chosen: the likeliest, or drawn with a temperature, top-k, top-p.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: length limit of each row.
+        temperature: 0 is greedy.
+        top_k: only the k likeliest tokens; 0 is all.
+        top_p: only the likeliest tokens that together reach this probability; 1 is all.
+        num_beams: beams of beam search; 1 is none. Needs temperature 0.
+        stop_ids: tokens that end a row; they are not part of the text.
+        seed: random seed of the draws.
+        n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
+            never chosen.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    n_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, ok, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{key} is {getattr(self, key)}; give {wanted}.")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"num_beams is {self.num_beams}, a search for the likeliest text, but temperature "
+                f"is {self.temperature}; give temperature 0 with it."
+            )
+
+
+def choose(
+    logits: Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """The next token of every row: logits (B, V), settings and a generator for each."""
+    likeliest = logits.argmax(dim=-1).tolist()
+    if all(own.temperature == 0 for own in settings):
+        return likeliest
+    rows = zip(logits.cpu(), likeliest, settings, generators, strict=True)
+    return [
+        _draw(row, own, generator) if own.temperature > 0 else greedy
+        for row, greedy, own, generator in rows
+    ]
+
+
+def _draw(logits: Tensor, settings: Sampling, generator: torch.Generator) -> int:
+    p = probabilities(logits[None], settings)[0]
+    return int(torch.multinomial(p, 1, generator=generator))
+
+
+def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
+    """What tokens are drawn with, (B, V): temperature, then top-k, then top-p of logits (B, V)."""
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[1]:
+        smallest = logits.topk(settings.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    p = logits.softmax(dim=-1)
+    if settings.top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        beyond = before >= settings.top_p  # the one that reaches it stays
+        p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
+    return p / p.sum(dim=-1, keepdim=True)

@@ -31,13 +31,13 @@ class Environment:
 
 
 HUGGING_FACE = Environment(
-    ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft", "datasets")
+    ("torch==2.13.0", "transformers[serving]==5.23.0", "trl==1.16.0", "peft", "datasets")
 )
 LITGPT = Environment(  # its command line misses requests, which only its extras name
     ("torch==2.13.0", "lightning==2.6.6", "litgpt==0.5.13", "requests"),
     own_bounds=("huggingface_hub", "jsonargparse"),
 )
-LLAMA_CPP = Environment(("llama-cpp-python==0.3.36",), is_compiled=True)
+LLAMA_CPP = Environment(("llama-cpp-python[server]==0.3.36",), is_compiled=True)
 
 
 def python_with(environment: Environment) -> str:

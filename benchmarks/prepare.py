@@ -225,6 +225,15 @@ def spam_steps(n_steps: int) -> Path:
     return path
 
 
+def questions(n_questions: int) -> Path:
+    """JSON: what users ask, in the order of training."""
+    data = instructions()
+    asked = [item["messages"][0]["content"] for item in data.items("train")]
+    path = folder() / f"questions-{n_questions}.json"
+    path.write_text(json.dumps(asked[:n_questions]))
+    return path
+
+
 def prompts(n_prompts: int) -> Path:
     """JSON: token ids of prompts of unequal length."""
     ids = []

@@ -47,14 +47,14 @@ class Record:
         self.path.write_text(json.dumps({"steps": self.steps, "rss": peak_memory(), **self.facts}))
 
 
-def peak_memory() -> int:
-    """Bytes that this process had in memory at most: on the GPU where there is one.
+def peak_memory(pid: int | None = None) -> int:
+    """Bytes that a process had in memory at most; of this one on the GPU, where there is one.
 
     Linux alone; `ru_maxrss` would be that of the process which started this one, where it is more.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if pid is None and torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
-    status = Path("/proc/self/status").read_text()
+    status = Path(f"/proc/{pid or 'self'}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

@@ -166,6 +166,26 @@ def generation(n_prompts: int) -> Workload:
     return Workload(f"P5-{n_prompts}", title, list(contestants()), 1, None, 0.0)
 
 
+def serving() -> Workload:
+    """P10: everyone in float32, so that all say the same; q8_0 as many run llama.cpp."""
+    weights, questions = prepare.smollm2(), prepare.questions(64)
+
+    def contestants() -> Iterator[Contestant]:
+        ours = ["pipeline", "serve", f"--ckpt={weights}", "--name=it", "--precision=32-true"]
+        yield _server("ours", "float32", questions, "it", *ours, "--port={port}", ours=True)
+        transformers = ["transformers.cli.transformers", "serve", str(weights), "--port={port}"]
+        words = [*transformers, "--device=cpu", "--dtype=float32"]
+        yield _server("transformers serve", "float32", questions, str(weights), *words)
+        for precision, kind in GGUF.items():
+            words = ["llama_cpp.server", f"--model={prepare.smollm2_gguf(kind)}", "--port={port}"]
+            words += ["--model_alias=it", "--n_ctx=2048"]
+            words += ["--type_k=0", "--type_v=0"] if precision == "float32" else []  # float32 too
+            yield _server("llama-cpp-python", precision, questions, "it", *words, of=LLAMA_CPP)
+
+    title = "a server that 16 ask at a time, 64 questions, 64 tokens at most"
+    return Workload("P10", title, list(contestants()), 0, None, 0.0)
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "P1": small_pretraining,
     "P2": gpt2_pretraining,
@@ -176,6 +196,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "P5-16": lambda: generation(16),
     "P5-64": lambda: generation(64),
     "P6": small_steps,
+    "P10": serving,
 }
 
 
@@ -233,6 +254,21 @@ def _peer(
 ) -> Contestant:
     python = python_with(of)
     return Contestant(name, precision, [python, *_module(module), *words])
+
+
+def _server(
+    name: str,
+    precision: Precision,
+    questions: Path,
+    model: str,
+    *words: str,
+    of: Environment = HUGGING_FACE,
+    ours: bool = False,
+) -> Contestant:
+    load = [*_module("serve_load"), "{record}", str(questions), model]
+    python = sys.executable if ours else python_with(of)
+    command = [sys.executable, *load, python, "-m", *words]
+    return Contestant(name, precision, command, is_ours=ours)
 
 
 def _module(name: str) -> tuple[str, str]:

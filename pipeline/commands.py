@@ -272,6 +272,51 @@ def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None =
     merge_stage(Path(ckpt), data=data, output=Path(output) if output else None)
 
 
+def serve(
+    *,
+    ckpt: str,
+    name: str = "",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_env: str = "",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    precision: Literal["auto", "32-true", "bf16-true"] = "auto",
+    max_rows: int = 16,
+    max_tokens: int = 16384,
+) -> None:
+    """Answer over HTTP as OpenAI's API does; a classifier labels, as vLLM's does.
+
+    Requests are written together, a token of each a step, and join and leave at any time.
+
+    Args:
+        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
+            file, smollm2-135m-instruct.
+        name: what clients call the model; by default its run, or what it was asked for by.
+        host: address to listen on.
+        port: to listen on; 0 takes a free one.
+        api_key_env: environment variable with the key that clients have to show; empty for none.
+        max_new_tokens: length limit of answers to requests that name none.
+        temperature: of requests that name none; 0 takes the likeliest token.
+        precision: arithmetic; auto is bf16 where the hardware multiplies it, else float32.
+        max_rows: texts that are written at the same time.
+        max_tokens: tokens that they may hold, the longest one's room for each: decides the memory.
+    """
+    from pipeline.serving.engine import Limits
+    from pipeline.serving.serve import serve
+    from pipeline.serving.writer import Defaults
+
+    serve(
+        ckpt,
+        name=name,
+        address=(host, port),
+        api_key_env=api_key_env,
+        precision=precision,
+        limits=Limits(max_rows, max_tokens),
+        defaults=Defaults(max_new_tokens, temperature),
+    )
+
+
 def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None:
     """Open MLflow's UI on the store of the runs, brought up to date first.
 
@@ -310,5 +355,6 @@ FUNCTIONS: dict[str, Callable[..., int | None]] = {
     "import": import_,
     "export": export,
     "merge": merge,
+    "serve": serve,
     "ui": ui,
 }

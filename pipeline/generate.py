@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,6 +16,8 @@ from torch import Tensor
 from pipeline.gpt import GPT
 from pipeline.kv_cache import KVCache
 from pipeline.sampling import Sampling, choose
+
+JOIN_SHARE = 4  # places that are filled at a time: one in so many, as a prefill of one row is dear
 
 
 def check_prompt(n_tokens: int, block_size: int) -> None:
@@ -206,17 +209,43 @@ def _logits(model: GPT, hidden: Tensor, n_vocab: int | None) -> Tensor:
 
 
 def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
-    """New token ids of every prompt, without the stop token."""
-    if not prompts:
-        return []
+    """New token ids of every prompt, without the stop token; all of them are written together."""
     if settings.num_beams > 1:
         return [beam_search(model, prompt, settings) for prompt in prompts]
-    rows: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, settings):
-        for row, token in zip(rows, new, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+    written = dict(generate_each(model, prompts, settings, max_rows=len(prompts)))
+    return [written[i] for i in range(len(prompts))]
+
+
+def generate_each(
+    model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling, *, max_rows: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Number and new token ids of every prompt, without the stop token, as each is done.
+
+    Args:
+        model: put into eval mode.
+        prompts: token ids, one list a row, of unequal length; taken in this order.
+        settings: how tokens are chosen; without beams. Row i draws with seed + i.
+        max_rows: rows that are written at a time; those that end make room for others.
+
+    Raises:
+        ValueError: for a prompt that is empty or fills the context.
+    """
+    batch = Batch(model, settings.n_vocab)
+    waiting = deque(enumerate(prompts))
+    written: dict[Row, tuple[int, list[int]]] = {}
+    while waiting or batch.rows:
+        n_places = min(max_rows - len(batch.rows), len(waiting))
+        if n_places and n_places >= min(max_rows // JOIN_SHARE, len(waiting)):
+            numbers, new = zip(*(waiting.popleft() for _ in range(n_places)), strict=True)
+            moved = batch.join(new, [replace(settings, seed=settings.seed + i) for i in numbers])
+            written |= {row: (i, []) for row, i in zip(moved, numbers, strict=True)}
+        else:
+            moved = batch.step()
+        for row in moved:
+            if row.token is not None:
+                written[row][1].append(row.token)
+            if row.ended:
+                yield written.pop(row)
 
 
 @torch.inference_mode()

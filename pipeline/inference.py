@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import sys
@@ -22,6 +21,7 @@ from pipeline.hardware import default_device
 from pipeline.models import Loaded, load
 from pipeline.packed import pack
 from pipeline.sampling import Sampling
+from pipeline.text_stream import TextStream
 
 
 def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling: Any) -> None:
@@ -63,16 +63,24 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="assistant", content=answer))
 
 
+def load_for_use(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A checkpoint on the GPU if there is one; what continues text is laid out for decoding."""
+    loaded = load(source, dtype)
+    loaded.model.to(default_device())
+    if not isinstance(loaded.model, GPTClassifier):
+        pack(loaded.model)
+    return loaded
+
+
 def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A checkpoint that continues text, on the GPU if there is one, laid out for decoding.
+    """A checkpoint that continues text, ready for use.
 
     Raises:
         ValueError: for a classifier.
     """
-    loaded = load(source, dtype)
+    loaded = load_for_use(source, dtype)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
-    pack(loaded.model.to(default_device()))
     return loaded
 
 
@@ -97,13 +105,11 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
 
 
 def pieces(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[str]:
-    """Text as it is made; a character whose bytes span tokens waits until it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    before = ids
+    """Text as it is made, never half a character."""
+    text = TextStream(loaded.tokenizer, ids)
     for token in _new_tokens(loaded, ids, settings):
-        yield decoder.decode(loaded.tokenizer.decode_bytes([token], before))
-        before = [token]
-    yield decoder.decode(b"", final=True)
+        yield text.push(token)
+    yield text.close()
 
 
 def _new_tokens(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[int]:
@@ -181,15 +187,14 @@ def _check_unquoted(columns: Mapping[str, Iterable[Any]], output: Path) -> None:
 
 
 def load_classifier(source: str) -> Loaded:
-    """A checkpoint that labels texts, on the GPU if there is one.
+    """A checkpoint that labels texts, ready for use.
 
     Raises:
         ValueError: for a language model.
     """
-    loaded = load(source)
+    loaded = load_for_use(source)
     if not isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
-    loaded.model.to(default_device())
     return loaded
 
 

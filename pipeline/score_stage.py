@@ -22,7 +22,7 @@ from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
-from pipeline.generate import generate
+from pipeline.generate import generate_each
 from pipeline.hardware import Precision, inference_dtype
 from pipeline.identity import decisive, digest
 from pipeline.inference import load_language_model, prompt_style, settings_for
@@ -47,7 +47,7 @@ class Answering:
     Attributes:
         split: which split is answered: train, val or test.
         max_new_tokens: length limit; less where the context is full.
-        batch_size: prompts that are decoded together, of like length.
+        batch_size: answers that are written at a time.
         precision: arithmetic of the models.
     """
 
@@ -240,14 +240,9 @@ def respond(
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
-    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(items), answering.batch_size)
-    answers: dict[int, str] = {}
-    for start in track(starts, description=f"answering with {loaded.path.name}"):
-        chosen = by_length[start : start + answering.batch_size]
-        new = generate(loaded.gpt, [prompts[i] for i in chosen], settings)
-        for i, ids in zip(chosen, new, strict=True):
-            answers[i] = loaded.tokenizer.decode(ids).strip()
+    written = generate_each(loaded.gpt, prompts, settings, max_rows=answering.batch_size)
+    told = track(written, description=f"answering with {loaded.path.name}", total=len(items))
+    answers = {i: loaded.tokenizer.decode(ids).strip() for i, ids in told}
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.journal import JOURNAL
+from pipeline.ports import listen
 from pipeline.provenance import redact
 
 _log = logging.getLogger(__name__)
@@ -162,12 +162,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     if uri.startswith("http"):
         print(redact(uri))
         return
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}:{port} ({error}); give another --port."
-        ) from None
+    listen(host, port).close()
     print(f"http://{host}:{port}", flush=True)
     print("runs are under 'Model training', at the top left", file=sys.stderr, flush=True)
     environment = os.environ | {

@@ -16,6 +16,7 @@ TORCH_ONLY = {  # and each other
     "kv_cache",
     "loss",
     "rotary",
+    "sampling",
     "unpadding",
 }
 

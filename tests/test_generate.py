@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.generate import Batch, check_prompt, generate, stream
+from pipeline.generate import Batch, check_prompt, generate, generate_each, stream
 from pipeline.gpt import GPT
 from pipeline.sampling import Sampling, choose, probabilities
 
@@ -143,6 +143,43 @@ def test_room_of_a_long_row_is_given_up_with_it(tiny_gpt: MakeGPT) -> None:
     assert long.ended == "length"
     assert room == [256, *[64] * 10, 0]
     assert written == generate(model, [[3]], GREEDY)[0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_of_any_length_join(tiny_gpt: MakeGPT, order: tuple[int, int]) -> None:
+    model, prompts = tiny_gpt("llama", block_size=256), [[3], [5, 9] * 80]
+    batch = Batch(model, n_vocab=None)
+    written: dict[Any, list[int | None]] = {}
+    for number in order:
+        (row,) = batch.join([prompts[number]], [GREEDY])
+        written[row] = [row.token]
+        for moved in batch.step():
+            written[moved].append(moved.token)
+    while batch.rows:
+        for moved in batch.step():
+            written[moved].append(moved.token)
+    assert list(written.values()) == [generate(model, [prompts[i]], GREEDY)[0] for i in order]
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 8])
+def test_rows_that_end_make_room_for_others(
+    model: GPT, max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = PROMPTS * 3
+    expected = generate(model, prompts, DRAWN)
+    ends = frozenset({expected[0][3], expected[5][6]})  # of unequal length
+    settings = replace(DRAWN, stop_ids=ends)
+    alone = generate(model, prompts, settings)
+    n_rows: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(
+        Batch, "step", lambda batch: (n_rows.append(len(batch.rows)), step(batch))[1]
+    )
+    written = list(generate_each(model, prompts, settings, max_rows=max_rows))
+    assert dict(written) == dict(enumerate(alone))
+    assert len(written) == len(prompts)
+    assert max(n_rows) == max_rows
+    assert len(n_rows) < sum(map(len, alone)) / max_rows + 14, "places stay empty"
 
 
 def room_of(batch: Batch) -> int:

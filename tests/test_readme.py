@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,15 @@ from pipeline.chain_config import load_chain
 from pipeline.checkpoint import verify_checkpoint
 from pipeline.commands import FUNCTIONS
 from tests.journey import CONFIGS, PLAIN, ROOT, SHORT, TINY, Journey, said
+from tests.serving import Served
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.+?)```", README, re.DOTALL)
 LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [line.strip() for line in LINES if "python -m pipeline" in line]
-STAGES = [line for line in COMMANDS if "pipeline run" not in line]
-CHAINS = [line for line in COMMANDS if line not in STAGES]
+CHAINS = [line for line in COMMANDS if "pipeline run" in line]
+SERVERS = [line for line in COMMANDS if "pipeline serve" in line]
+STAGES = [line for line in COMMANDS if line not in (*CHAINS, *SERVERS)]
 
 # what makes a command quick, by its first words
 SMALLER = {
@@ -94,6 +97,18 @@ def test_a_command_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         verify_checkpoint(Path(out.strip()))
 
 
+@pytest.mark.parametrize("line", SERVERS)
+def test_a_server_answers(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    served = Served(tmp_path, *typed(line, monkeypatch)[1:])
+    (model,) = served.client().models.list()
+    messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = served.client().chat.completions.create(
+        model=model.id, messages=messages, max_tokens=4
+    )
+    assert answer.choices[0].finish_reason
+    assert served.stop() == 130
+
+
 @pytest.mark.parametrize("line", CHAINS)
 def test_a_chain_is_whole(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = parse(FUNCTIONS["run"], typed(line, monkeypatch)[1:], "run")
@@ -104,6 +119,7 @@ def test_every_command_is_shown() -> None:
     shown = {key for key in SMALLER if any(f"pipeline {key}" in line for line in STAGES)}
     assert shown == set(SMALLER)
     assert len(CHAINS) == 2
+    assert len(SERVERS) == 1
 
 
 def test_the_judge_is_asked_where_the_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:

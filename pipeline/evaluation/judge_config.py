@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
+
+from pipeline.keys import key_from_environment
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,7 @@ class JudgeConfig:
         Raises:
             ValueError: if the environment variable has no name, is not set, or holds no key.
         """
-        if not self.api_key_env:
-            return ""
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):  # the key itself?
-            raise ValueError(
-                "judge.api_key_env is no name of an environment variable; "
-                "export the key under some name and give that name here."
-            )
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ValueError(
-                "the environment variable that judge.api_key_env names is not set or holds no key; "
-                "export it, or leave judge.api_key_env empty for a server without keys."
-            )
-        return key
+        return key_from_environment(self.api_key_env, "judge.api_key_env")
 
 
 def _check_url(base_url: str) -> None:

@@ -1,0 +1,84 @@
+"""Many who ask a server at once, each with one question after the other.
+
+    python -m benchmarks.contestants.serve_load RECORD QUESTIONS MODEL COMMAND...
+
+COMMAND starts a server in OpenAI's form at the port that stands for `{port}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.prepare import SMOLLM2
+from benchmarks.record import Record, peak_memory
+from datamodules.tokenizer import Tokenizer
+from pipeline.weights.reading import tokenizer_of
+
+N_CLIENTS, N_NEW = 16, 64
+PATIENCE_S = 300
+
+
+@contextlib.contextmanager
+def server(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Address and process of a server that answers; it is stopped afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [word.replace("{port}", str(port)) for word in command]
+    with log.open("wb") as output:
+        process = psutil.Popen(words, stdout=output, stderr=output)
+    try:
+        url, end = f"http://127.0.0.1:{port}/v1", time.monotonic() + PATIENCE_S
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{' '.join(words)} does not answer:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.get(f"{url}/models", timeout=5)
+        return True
+    return False
+
+
+def ask(url: str, model: str, question: str) -> str:
+    asked = {"model": model, "max_tokens": N_NEW, "temperature": 0}
+    asked["messages"] = [{"role": "user", "content": question}]
+    reply = httpx.post(f"{url}/chat/completions", json=asked, timeout=PATIENCE_S)
+    reply.raise_for_status()
+    text: str = reply.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def main(record_path: str, questions_path: str, model: str, *command: str) -> None:
+    questions = json.loads(Path(questions_path).read_text())
+    record = Record(record_path)
+    tokenizer = Tokenizer.load(tokenizer_of(SMOLLM2))
+    log = record.path.with_suffix(".log")
+    with server(list(command), log) as (url, process), ThreadPoolExecutor(N_CLIENTS) as clients:
+        ask(url, model, questions[0])  # warms up
+        record.start()
+        answers = list(clients.map(lambda question: ask(url, model, question), questions))
+        # counted here, as some count the token that ends a text and others do not
+        record.step(sum(len(tokenizer.encode(text)) for text in answers), None)
+        record.facts["outputs"] = answers
+        record.facts["rss"] = peak_memory(process.pid)
+    record.save()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

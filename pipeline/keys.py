@@ -1,0 +1,32 @@
+"""Keys of others come from the environment; no option, file or error holds one."""
+
+from __future__ import annotations
+
+import os
+import re
+
+
+def key_from_environment(variable: str, option: str) -> str:
+    """The key in an environment variable, or nothing where no variable is named.
+
+    Args:
+        variable: its name.
+        option: what named it, for errors, which show neither the key nor the variable.
+
+    Raises:
+        ValueError: for what is no name, a variable that is not set, or holds no key.
+    """
+    if not variable:
+        return ""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):  # the key itself?
+        raise ValueError(
+            f"{option} is no name of an environment variable; "
+            "export the key under some name and give that name here."
+        )
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            f"the environment variable that {option} names is not set or holds no key; "
+            f"export it, or leave {option} empty for a server without keys."
+        )
+    return key

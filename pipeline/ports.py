@@ -1,0 +1,20 @@
+"""Where a server of ours listens."""
+
+from __future__ import annotations
+
+import socket
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        ValueError: where it cannot, naming address and reason.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error}); give another --port, or --host."
+        ) from None

@@ -1,0 +1,244 @@
+"""The HTTP side: routes, errors in OpenAI's form, a key, a limit to what is read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.serving.engine import Busy, EngineError
+from pipeline.serving.labeller import Labeller
+from pipeline.serving.protocol import Answer, ChatAsked, Choice, LabelsAsked, TextAsked, label_form
+from pipeline.serving.writer import Delta, Writer
+
+MAX_BODY_BYTES = 4 * 2**20
+HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
+T = TypeVar("T")
+
+
+def make_app(name: str, served: Writer | Labeller, key: str) -> FastAPI:
+    """The server of a model.
+
+    Args:
+        name: what clients call the model.
+        served: the model.
+        key: what clients have to show; empty where they need none.
+    """
+    # FastAPI's pages of documentation would load scripts from elsewhere
+    app = FastAPI(title=name, docs_url=None, redoc_url=None)
+    app.add_middleware(Bounded)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(ValueError, lambda _, error: failure(400, str(error)))
+    app.add_exception_handler(Busy, lambda _, error: failure(429, str(error)))
+    app.add_exception_handler(EngineError, lambda _, error: failure(503, str(error)))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    kept = APIRouter(dependencies=[Depends(_needs(key))])
+    _add_models(kept, name)
+    if isinstance(served, Writer):
+        _add_completions(kept, name, served)
+    else:
+        _add_labels(kept, name, served)
+    app.include_router(kept)
+    return app
+
+
+def failure(status: int, message: str, *, param: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": None}
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return JSONResponse({"error": error}, status, headers)
+
+
+def _add_models(router: APIRouter, name: str) -> None:
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gpt-pipeline"}
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        _check_name(model, name)
+        return card
+
+
+def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
+    async def complete(request: Request, asked: ChatAsked | TextAsked) -> Response:
+        _check_name(asked.model, name)
+        began = time.monotonic()
+        prompts = await run_in_threadpool(writer.prompts, asked)
+        n_prompt = sum(map(len, prompts))
+        answer = Answer(name, is_chat=isinstance(asked, ChatAsked), n_prompt=n_prompt)
+        deltas = writer.write(prompts, writer.settings(asked), asked)
+        try:
+            if asked.stream:
+                first = await _unless_gone(request, anext(deltas))  # or else why there is none
+                events = _events(first, deltas, answer, asked.stream_options.include_usage, began)
+                return StreamingResponse(events, media_type="text/event-stream")
+            choices = await _unless_gone(request, _collect(deltas, answer))
+        except _HungUpError:
+            return Response(status_code=HUNG_UP)
+        _note(answer, began)
+        return JSONResponse(answer.whole(choices))
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request, asked: ChatAsked) -> Response:
+        return await complete(request, asked)
+
+    @router.post("/v1/completions")
+    async def text(request: Request, asked: TextAsked) -> Response:
+        return await complete(request, asked)
+
+
+def _add_labels(router: APIRouter, name: str, labeller: Labeller) -> None:
+    @router.post("/classify")
+    async def classify(asked: LabelsAsked) -> dict[str, Any]:
+        _check_name(asked.model, name)
+        return label_form(name, labeller.names, await labeller.probabilities(asked.input))
+
+
+async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Choice]:
+    """Whole texts."""
+    texts: dict[int, str] = {}
+    ends: dict[int, str | None] = {}
+    async for index, text, ended, n_tokens in deltas:
+        texts[index] = texts.get(index, "") + text
+        ends[index] = ended
+        answer.n_completion += n_tokens
+    return [Choice(index, texts[index], ends[index]) for index in sorted(texts)]
+
+
+async def _events(
+    first: Delta,
+    deltas: AsyncGenerator[Delta, None],
+    answer: Answer,
+    include_usage: bool,
+    began: float,
+) -> AsyncGenerator[str, None]:
+    """Server-sent events; an error in the middle is the last of them."""
+
+    def events_of(delta: Delta) -> str:
+        answer.n_completion += delta.n_tokens
+        if not (delta.text or delta.ended):  # half a character
+            return ""
+        return _event(answer.event(Choice(*delta[:3])))
+
+    try:
+        async with contextlib.aclosing(deltas):
+            yield events_of(first)
+            async for delta in deltas:
+                yield events_of(delta)
+        if include_usage:
+            yield _event({**answer.event(), "usage": answer.usage()})
+        yield "data: [DONE]\n\n"
+    except EngineError as error:
+        yield _event(json.loads(bytes(failure(503, str(error)).body)))
+    finally:
+        _note(answer, began)
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+class _HungUpError(Exception):
+    """The client did not wait."""
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What work gives; it is cancelled where the client hangs up."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _HungUpError
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+def _check_name(asked: str, name: str) -> None:
+    if asked != name:
+        raise HTTPException(404, f"model {asked!r} is not here; the model is {name!r}.")
+
+
+def _needs(key: str) -> Callable[[Request], None]:
+    """Checks `Authorization: Bearer KEY`, in the same time for every wrong one."""
+
+    def check(request: Request) -> None:
+        shown = request.headers.get("Authorization", "")
+        if key and not hmac.compare_digest(shown.encode(), f"Bearer {key}".encode()):
+            raise HTTPException(401, "the key is missing or wrong; send Authorization: Bearer KEY.")
+
+    return check
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if message == "Not Found":
+        known = ", ".join(request.app.openapi()["paths"])
+        message = f"{request.url.path} is not here; there are {known}."
+    return failure(error.status_code, message)
+
+
+def _invalid(_: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a request, by its key."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    return failure(400, f"{key}: {first['msg']}.", param=key)
+
+
+def _note(answer: Answer, began: float) -> None:
+    elapsed_s = time.monotonic() - began
+    n = answer.n_completion
+    rate = f"{n / elapsed_s:.0f} tokens/s" if elapsed_s else ""
+    line = f"{answer.n_prompt} tokens read, {n} written in {elapsed_s:.1f} s, {rate}"
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bounded:
+    """Refuses bodies of more than MAX_BODY_BYTES, whatever their headers say."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts what is read."""
+        n_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request is larger than {MAX_BODY_BYTES} bytes.")
+            return message
+
+        await self.app(scope, counted, send)

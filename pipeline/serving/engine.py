@@ -1,0 +1,201 @@
+"""One thread runs the model for all who ask: requests wait, join the batch, and leave it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+from pipeline.failures import is_out_of_memory
+from pipeline.generate import Batch, Row, check_prompt
+from pipeline.gpt import GPT
+from pipeline.sampling import Sampling
+
+
+class EngineError(Exception):
+    """The model could not go on with a request."""
+
+
+class Busy(EngineError):
+    """Too many requests are waiting already."""
+
+
+class Piece(NamedTuple):
+    """What became of a request in a step.
+
+    Attributes:
+        token: one more, if any.
+        ended: why there will be no more; None while it goes on.
+    """
+
+    token: int | None
+    ended: Literal["stop", "length"] | EngineError | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at a time; it decides memory and waiting, and no answer.
+
+    Args:
+        max_rows: texts that are written at the same time.
+        max_tokens: tokens that they may hold together, the longest one's room counted for each.
+    """
+
+    max_rows: int
+    max_tokens: int
+    max_waiting: int = 256  # texts; more are turned away
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{key} is {value}; give at least 1.")
+
+
+@dataclass(eq=False)
+class Request:
+    """A text to be written.
+
+    Attributes:
+        deliver: called in the engine's thread with every `Piece`.
+        row: its place in the batch, once it has one.
+    """
+
+    prompt: Sequence[int]
+    settings: Sampling
+    deliver: Callable[[Piece], None]
+    row: Row | None = None
+    is_cancelled: bool = False
+
+
+class Engine:
+    """Writes many texts at a time, in a thread of its own.
+
+    Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
+    there is room.
+
+    Args:
+        model: laid out for decoding.
+        n_vocab: tokens of the tokenizer.
+        limits: how much is done at a time.
+        on_failure: called where the thread ends by an error, which is then `failure`.
+    """
+
+    def __init__(
+        self, model: GPT, n_vocab: int, limits: Limits, on_failure: Callable[[], None]
+    ) -> None:
+        self.limits, self.block_size = limits, model.config.block_size
+        self.failure: Exception | None = None
+        self._on_failure, self._new_batch = on_failure, partial(Batch, model, n_vocab)
+        self._batch = self._new_batch()
+        self._running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._closing = False
+        self._changed = threading.Condition()  # guards _waiting and _closing
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompt: Sequence[int], settings: Sampling, deliver: Callable[[Piece], None]
+    ) -> Request:
+        """Asks for a text.
+
+        Raises:
+            ValueError: for one that does not fit.
+            Busy: where too many wait.
+            EngineError: where nothing more is taken.
+        """
+        check_prompt(len(prompt), self.block_size)
+        request = Request(prompt, settings, deliver)
+        if not self._fits([request]):
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and may get {settings.max_new_tokens} more, "
+                f"but there is room for {self.limits.max_tokens}; ask for fewer, or start the "
+                "server with more --max_tokens."
+            )
+        with self._changed:
+            if self._closing:
+                raise EngineError("the server has ended.")
+            if len(self._waiting) >= self.limits.max_waiting:
+                raise Busy(f"{len(self._waiting)} texts are waiting; try again later.")
+            self._waiting.append(request)
+            self._changed.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Gives a request up; nothing more is delivered to it from the next step on."""
+        request.is_cancelled = True
+
+    def close(self) -> None:
+        """Ends the thread; whoever is not done is told so."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._has_work():
+            try:
+                self._advance()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    self.failure = error
+                    break
+                self._give_up("out of memory; ask for less, or start it with fewer --max_tokens.")
+        with self._changed:
+            self._closing = True
+            self._running += self._waiting
+            self._waiting.clear()
+        self._give_up("the server has ended.")
+        if self.failure:
+            self._on_failure()
+
+    def _has_work(self) -> bool:
+        """Waits for some; false where the thread is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._waiting or self._running)
+            return not self._closing
+
+    def _advance(self) -> None:
+        """Takes in who waits and fits; or else everybody in the batch gets a step."""
+        for request in self._running:
+            if request.is_cancelled and request.row:
+                self._batch.leave(request.row)
+        self._running = [request for request in self._running if not request.is_cancelled]
+        moved = self._admit()
+        if moved:
+            settings = [request.settings for request in moved]
+            rows = self._batch.join([request.prompt for request in moved], settings)
+            for request, row in zip(moved, rows, strict=True):
+                request.row = row
+        elif self._running:
+            self._batch.step()
+            moved = self._running
+        for request in moved:
+            assert request.row
+            request.deliver(Piece(request.row.token, request.row.ended))
+        self._running = [r for r in self._running if r.row and r.row.ended is None]
+
+    def _admit(self) -> list[Request]:
+        """Who waited and has a place now."""
+        admitted: list[Request] = []
+        with self._changed:
+            while self._waiting and self._fits([*self._running, self._waiting[0]]):
+                request = self._waiting.popleft()
+                if not request.is_cancelled:
+                    self._running.append(request)
+                    admitted.append(request)
+        return admitted
+
+    def _fits(self, requests: list[Request]) -> bool:
+        """Whether there is memory for all of them; a row has as much as the longest."""
+        wanted = [len(r.prompt) + r.settings.max_new_tokens for r in requests]
+        n_tokens = len(requests) * min(max(wanted), self.block_size)
+        return len(requests) <= self.limits.max_rows and n_tokens <= self.limits.max_tokens
+
+    def _give_up(self, why: str) -> None:
+        for request in self._running:
+            request.deliver(Piece(None, EngineError(why)))
+        self._running, self._batch = [], self._new_batch()

@@ -1,0 +1,187 @@
+"""OpenAI's protocol, as far as it is kept: what may be asked, and the form of the answers.
+
+What is not kept is refused by name; nothing that a client asks for is left out silently.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_STOPS, MAX_CHOICES, MAX_INPUTS = 4, 16, 256
+# what clients send by habit, with the values that ask for nothing, as null does
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+T = TypeVar("T")
+OneOrMore = Annotated[list[T], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+class Strict(BaseModel):
+    """What has no keys but those that are kept; null is as good as not given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, asked: Any) -> Any:
+        """Without what asks for nothing."""
+        if not isinstance(asked, dict):
+            return asked
+        return {
+            key: value
+            for key, value in asked.items()
+            if value is not None and value not in ASKS_NOTHING.get(key, ())
+        }
+
+
+class StreamOptions(Strict):
+    """What else is sent while a text is made."""
+
+    include_usage: bool = False
+
+
+class Asked(Strict):
+    """What both forms of completion have."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**62)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: OneOrMore[Annotated[str, Field(min_length=1)]] = Field([], max_length=MAX_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+
+class TextPart(Strict):
+    """A piece of a message; there is no other kind than text."""
+
+    type: Literal["text"]
+    text: str
+
+
+Parts = Annotated[
+    list[TextPart],
+    BeforeValidator(lambda v: [{"type": "text", "text": v}] if isinstance(v, str) else v),
+]
+
+
+class ChatMessage(Strict):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return "".join(part.text for part in self.content)
+
+
+class ChatAsked(Asked):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class TextAsked(Asked):
+    """POST /v1/completions."""
+
+    prompt: OneOrMore[str] = Field(min_length=1, max_length=MAX_INPUTS)
+
+
+class LabelsAsked(Strict):
+    """POST /classify, in vLLM's form."""
+
+    model: str
+    input: OneOrMore[str] = Field(min_length=1, max_length=MAX_INPUTS)
+
+
+class Choice(NamedTuple):
+    """A text, or as much of it as came at a time."""
+
+    number: int
+    text: str
+    finish_reason: str | None
+
+
+class Answer:
+    """An answer's form: whole, or in events while it is made.
+
+    Args:
+        model: name of what answers.
+        is_chat: a message, or a text.
+        n_prompt: tokens of all prompts.
+    """
+
+    def __init__(self, model: str, *, is_chat: bool, n_prompt: int) -> None:
+        self.is_chat, self.n_prompt, self.n_completion = is_chat, n_prompt, 0
+        prefix = "chatcmpl" if is_chat else "cmpl"
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self._model = model
+
+    def whole(self, choices: Iterable[Choice]) -> dict[str, Any]:
+        """The answer, when all of it is there."""
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._form(kind, "message", choices) | {"usage": self.usage()}
+
+    def event(self, *choices: Choice) -> dict[str, Any]:
+        """What came of some choices."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return self._form(kind, "delta", choices)
+
+    def usage(self) -> dict[str, int]:
+        """Tokens read and written."""
+        return {
+            "prompt_tokens": self.n_prompt,
+            "completion_tokens": self.n_completion,
+            "total_tokens": self.n_prompt + self.n_completion,
+        }
+
+    def _form(self, kind: str, key: str, choices: Iterable[Choice]) -> dict[str, Any]:
+        said = [self._choice(key, *choice) for choice in choices]
+        return {**self._head, "object": kind, "model": self._model, "choices": said}
+
+    def _choice(self, key: str, number: int, text: str, finish_reason: str | None) -> Any:
+        place = {"index": number, "logprobs": None, "finish_reason": finish_reason}
+        if self.is_chat:
+            return {**place, key: {"role": "assistant", "content": text}}
+        return {**place, "text": text}
+
+
+def label_form(
+    model: str, names: Sequence[str], probabilities: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """The answer to `LabelsAsked`: probabilities (N, K) of texts, with the likeliest label."""
+    data = [
+        {"index": i, "label": names[row.index(max(row))], "probs": row, "num_classes": len(row)}
+        for i, row in enumerate(probabilities)
+    ]
+    head = {"id": f"classify-{uuid.uuid4().hex}", "created": int(time.time())}
+    return {**head, "object": "list", "model": model, "data": data}

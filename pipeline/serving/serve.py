@@ -1,0 +1,104 @@
+"""`serve`: a checkpoint at an HTTP port, until it is stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from pipeline.checkpoint import CHECKPOINTS
+from pipeline.classifier import GPTClassifier
+from pipeline.hardware import Precision, inference_dtype
+from pipeline.inference import load_for_use
+from pipeline.keys import key_from_environment
+from pipeline.models import Loaded
+from pipeline.ports import listen
+from pipeline.serving.app import make_app
+from pipeline.serving.engine import Engine, Limits
+from pipeline.serving.labeller import Labeller
+from pipeline.serving.writer import Defaults, Writer
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PATIENCE_S = 30  # with texts that are being written when the server is stopped
+
+
+def serve(
+    ckpt: str,
+    *,
+    name: str,
+    address: tuple[str, int],
+    api_key_env: str,
+    precision: Precision,
+    limits: Limits,
+    defaults: Defaults,
+) -> None:
+    """Answers until SIGINT or SIGTERM, which let what is being written come to its end.
+
+    Raises:
+        ValueError: the port is taken, there is no key, or ckpt holds no model.
+    """
+    key = key_from_environment(api_key_env, "api_key_env")
+    listener = listen(*address)
+    if address[0] not in LOOPBACK and not key:
+        said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
+        print(said, file=sys.stderr)
+    loaded = load_for_use(ckpt, inference_dtype(precision))
+    name = name or default_name(loaded)
+    _greet(loaded, name, listener)
+    if isinstance(loaded.model, GPTClassifier):
+        _server(make_app(name, Labeller(loaded), key)).run([listener])
+        return
+
+    def stop() -> None:
+        server.should_exit = True
+
+    engine = Engine(loaded.gpt, loaded.tokenizer.n_vocab, limits, on_failure=stop)
+    server = _server(make_app(name, Writer(loaded, engine, defaults), key))
+    try:
+        server.run([listener])
+    finally:
+        engine.close()
+    if engine.failure:
+        raise engine.failure
+
+
+def default_name(loaded: Loaded) -> str:
+    """What a model is called where nobody said: as it was asked for, or its run, or its file."""
+    if loaded.name:
+        return loaded.name
+    path = loaded.path.resolve()
+    return path.parents[1].name if path.parent.name == CHECKPOINTS else path.stem
+
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=PATIENCE_S,
+    )
+    return uvicorn.Server(config)
+
+
+def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
+    """The address on stdout, on stderr a command to try."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    asked: dict[str, Any] = {"model": name}
+    if isinstance(loaded.model, GPTClassifier):
+        route, asked["input"] = "/classify", "You have won! Reply to claim."
+    elif "prompt_style" in loaded.meta:
+        said = {"role": "user", "content": "What is the capital of France?"}
+        route, asked["messages"] = "/v1/chat/completions", [said]
+    else:
+        route, asked["prompt"] = "/v1/completions", "Every effort moves you"
+    print(url, flush=True)
+    words = ["curl", url + route, "-H", "Content-Type: application/json", "-d", json.dumps(asked)]
+    hint = f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}"
+    print(hint, file=sys.stderr, flush=True)

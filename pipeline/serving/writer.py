@@ -1,0 +1,129 @@
+"""What a language model does for those who ask over HTTP: prompts, settings, texts as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+from datamodules.prompts import Message, encode_prompt, encode_start
+from pipeline.inference import prompt_style, settings_for
+from pipeline.models import Loaded
+from pipeline.sampling import Sampling
+from pipeline.serving.engine import Engine, EngineError, Piece, Request
+from pipeline.serving.protocol import Asked, ChatAsked, TextAsked
+from pipeline.text_stream import TextStream
+
+
+class Delta(NamedTuple):
+    """What came of one of the texts asked for; `ended` says why there will be no more of it."""
+
+    number: int
+    text: str
+    ended: str | None
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What goes for requests that do not say it.
+
+    Args:
+        max_new_tokens: length limit of an answer.
+        temperature: 0 takes the likeliest token.
+    """
+
+    max_new_tokens: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        Sampling(self.max_new_tokens, self.temperature)  # refuses what makes no sense
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes."""
+
+    loaded: Loaded
+    engine: Engine
+    defaults: Defaults
+
+    def prompts(self, asked: ChatAsked | TextAsked) -> list[list[int]]:
+        """Token ids of what is to be continued.
+
+        Raises:
+            ValueError: for a conversation that the model's template has no form for.
+        """
+        tokenizer = self.loaded.tokenizer
+        if isinstance(asked, TextAsked):
+            return [encode_start(tokenizer, None, text) for text in asked.prompt]
+        said = [Message(role=_role(m.role), content=m.text) for m in asked.messages]
+        return [encode_prompt(tokenizer, prompt_style(self.loaded), said)]
+
+    def settings(self, asked: Asked) -> Sampling:
+        """How tokens are chosen; what is not said is as the server was started."""
+        limit = asked.max_tokens
+        if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
+            limit = asked.max_completion_tokens
+        temperature = self.defaults.temperature if asked.temperature is None else asked.temperature
+        return settings_for(
+            self.loaded,
+            max_new_tokens=limit or self.defaults.max_new_tokens,
+            temperature=temperature,
+            top_k=asked.top_k or 0,
+            top_p=asked.top_p or 1.0,
+            seed=secrets.randbits(62) if asked.seed is None else asked.seed,
+        )
+
+    async def write(
+        self, prompts: Sequence[list[int]], settings: Sampling, asked: Asked
+    ) -> AsyncGenerator[Delta, None]:
+        """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
+
+        Raises:
+            ValueError: for a prompt that does not fit.
+            EngineError: where the model cannot write, or not go on.
+        """
+        events: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, piece: Piece) -> None:  # in the engine's thread
+            loop.call_soon_threadsafe(events.put_nowait, (index, piece))
+
+        each = [prompt for prompt in prompts for _ in range(asked.n)]
+        texts = [TextStream(self.loaded.tokenizer, prompt, asked.stop) for prompt in each]
+        requests: list[Request] = []
+        try:
+            for i, prompt in enumerate(each):
+                own = replace(settings, seed=settings.seed + i)
+                requests.append(self.engine.submit(prompt, own, partial(deliver, i)))
+            going = set(range(len(each)))
+            while going:
+                index, piece = await events.get()
+                if index not in going:  # on its way when a stop text had come
+                    continue
+                delta = _read(index, texts[index], piece)
+                if delta.ended:
+                    going.remove(index)
+                    self.engine.cancel(requests[index])
+                yield delta
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+
+
+def _read(index: int, text: TextStream, piece: Piece) -> Delta:
+    if isinstance(piece.ended, EngineError):
+        raise piece.ended
+    new = "" if piece.token is None else text.push(piece.token)
+    if piece.ended:
+        new += text.close()
+    ended = "stop" if text.stopped else piece.ended
+    return Delta(index, new, ended, n_tokens=int(piece.token is not None))
+
+
+def _role(role: str) -> str:
+    return "system" if role == "developer" else role  # OpenAI's newer name

@@ -1,0 +1,64 @@
+"""Text as its tokens come: no half characters, and nothing of what ends it."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from datamodules.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns tokens into text that never has to be taken back.
+
+    A character whose bytes span tokens waits until it is whole; what may be the start of a stop
+    text waits until it is not.
+
+    Args:
+        tokenizer: whose tokens they are.
+        prompt: token ids that the text continues.
+        stops: texts that end it; they are not part of it.
+
+    Attributes:
+        stopped: whether one of the stops came.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer, self._before, self._stops = tokenizer, prompt, stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """What is certain after one more token."""
+        read = self._decoder.decode(self._tokenizer.decode_bytes([token], self._before))
+        self._before = [token]
+        return self._release(read, is_last=False)
+
+    def close(self) -> str:
+        """What is left when no more tokens come."""
+        return self._release(self._decoder.decode(b"", final=True), is_last=True)
+
+    def _release(self, read: str, *, is_last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + read
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
+        ]
+        self.stopped = bool(found)
+        if found:
+            certain = min(found)[1]  # of the stop that is whole first, wherever tokens end
+        elif is_last:
+            certain = len(text)
+        else:
+            certain = len(text) - max((_begun(text, stop) for stop in self._stops), default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+def _begun(text: str, stop: str) -> int:
+    """Characters at the end of a text that are the start of a stop."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,331 @@
+"""`serve`, asked over HTTP by OpenAI's own client: a real process, a real port."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from datamodules.prompts import Message, encode_prompt
+from pipeline.generate import generate
+from pipeline.inference import (
+    label_probabilities,
+    load_classifier,
+    load_language_model,
+    prompt_style,
+    settings_for,
+)
+from pipeline.models import Loaded
+from pipeline.weights.huggingface_out import huggingface_writers
+from tests.exporting import MakeGPT, loaded, vocabulary, write
+from tests.journey import Journey, said
+from tests.serving import Served
+
+QUESTIONS = [f"What is {n} and {n}, and who says so?" for n in range(12)]
+N_NEW = 24
+
+
+@pytest.fixture(scope="module")
+def published(tiny_gpt: MakeGPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights, which has something else to say to everybody."""
+    tokenizer = vocabulary()
+    gpt = tiny_gpt("llama", vocab_size=tokenizer.n_vocab, block_size=256)
+    source = loaded(gpt, tokenizer, prompt_style="chatml")
+    folder = tmp_path_factory.mktemp("published") / "babbler"
+    return write(huggingface_writers(source, torch.float32), folder)
+
+
+@pytest.fixture(scope="module")
+def chatty(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("chatty")
+    words = [f"--max_new_tokens={N_NEW}", "--max_rows=4", "--name=tiny"]
+    served = Served(folder, f"--ckpt={published}", *words)
+    yield served
+    served.process.kill()
+
+
+@pytest.fixture(scope="module")
+def labelling(tiny: Journey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("labelling")
+    served = Served(folder, f"--ckpt={tiny.best('spam')}", "--api_key_env=SECRET", SECRET="sesame")
+    yield served
+    served.process.kill()
+
+
+@pytest.fixture(scope="module")
+def model(published: Path) -> Loaded:
+    return load_language_model(published)
+
+
+def said_by(model: Loaded, question: str, **settings: Any) -> str:
+    """What the model says to a question without a server."""
+    prompt = encode_prompt(
+        model.tokenizer, prompt_style(model), [Message(role="user", content=question)]
+    )
+    sampling = settings_for(model, **{"max_new_tokens": N_NEW, **settings})
+    return model.tokenizer.decode(generate(model.gpt, [prompt], sampling)[0])
+
+
+def ask(served: Served, question: str, **options: Any) -> Any:
+    messages = [{"role": "user", "content": question}]
+    return served.client().chat.completions.create(model="tiny", messages=messages, **options)
+
+
+def test_a_chat_is_what_generate_says(chatty: Served, model: Loaded) -> None:
+    answer = ask(chatty, QUESTIONS[0])
+    (choice,) = answer.choices
+    assert choice.message.content == said_by(model, QUESTIONS[0]) != ""
+    assert choice.finish_reason == "length"
+    assert answer.usage.completion_tokens == N_NEW
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + N_NEW
+    assert [model.id for model in chatty.client().models.list()] == ["tiny"]
+    assert chatty.client().models.retrieve("tiny").id == "tiny"
+
+
+def test_a_conversation_is_in_the_models_template(chatty: Served, model: Loaded) -> None:
+    turns = [("developer", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "And?")]
+    messages: list[Any] = [{"role": role, "content": text} for role, text in turns]
+    messages[1]["content"] = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    messages[2] |= {"refusal": None, "tool_calls": [], "annotations": []}  # as clients echo them
+    answer = chatty.client().chat.completions.create(model="tiny", messages=messages)
+    said = [Message(role="system", content="Be brief.")]
+    said += [Message(role=role, content=text) for role, text in turns[1:]]
+    ids = encode_prompt(model.tokenizer, prompt_style(model), said)
+    assert answer.usage
+    assert answer.usage.prompt_tokens == len(ids)
+    written = generate(model.gpt, [ids], settings_for(model, max_new_tokens=N_NEW))[0]
+    assert answer.choices[0].message.content == model.tokenizer.decode(written)
+
+
+def test_a_stream_says_the_same(chatty: Served) -> None:
+    whole = ask(chatty, QUESTIONS[1])
+    events = list(ask(chatty, QUESTIONS[1], stream=True, stream_options={"include_usage": True}))
+    parts = [event.choices[0].delta.content for event in events if event.choices]
+    assert "".join(parts) == whole.choices[0].message.content
+    assert len(parts) > N_NEW // 2, "it came in one piece"
+    assert [e.choices[0].finish_reason for e in events[:-1]] == [None] * (len(parts) - 1) + [
+        "length"
+    ]
+    assert events[-1].usage == whole.usage
+    assert len({event.id for event in events}) == 1
+
+
+def test_draws_follow_the_seed_and_choices_differ(chatty: Served, model: Loaded) -> None:
+    options = {"n": 3, "seed": 5, "temperature": 1.2, "top_p": 0.9, "extra_body": {"top_k": 50}}
+    texts = [choice.message.content for choice in ask(chatty, QUESTIONS[2], **options).choices]
+    drawn = {"temperature": 1.2, "top_p": 0.9, "top_k": 50}
+    assert texts == [said_by(model, QUESTIONS[2], seed=5 + i, **drawn) for i in range(3)]
+    assert len(set(texts)) == 3
+    del options["seed"]
+    again = [choice.message.content for choice in ask(chatty, QUESTIONS[2], **options).choices]
+    assert again != texts, "drawn anew where there is no seed"
+
+
+def test_what_ends_a_text(chatty: Served) -> None:
+    text = ask(chatty, QUESTIONS[3]).choices[0].message.content
+    middle = text[len(text) // 2 : len(text) // 2 + 4]
+    for stream in (False, True):
+        answer = ask(chatty, QUESTIONS[3], stop=["never that", middle], stream=stream)
+        if stream:
+            parts = [event.choices[0] for event in answer]
+            got, why = "".join(part.delta.content for part in parts), parts[-1].finish_reason
+        else:
+            got, why = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (got, why) == (text[: text.index(middle)], "stop")
+    short = ask(chatty, QUESTIONS[3], max_completion_tokens=3)
+    assert short.usage.completion_tokens == 3
+    assert text.startswith(short.choices[0].message.content)
+
+
+def test_texts_are_continued_as_they_stand(chatty: Served, model: Loaded) -> None:
+    prompts = ["The quick brown fox", "It returns"]
+    answer = chatty.client().completions.create(model="tiny", prompt=prompts, n=2, max_tokens=8)
+    ids = [model.tokenizer.encode(prompt) for prompt in prompts]
+    rows = generate(model.gpt, ids, settings_for(model, max_new_tokens=8))
+    expected = [model.tokenizer.decode(row) for row in rows for _ in range(2)]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    one = chatty.client().completions.create(model="tiny", prompt=prompts[0], stream=True)
+    assert "".join(event.choices[0].text for event in one).startswith(expected[0])
+
+
+def test_many_at_a_time_are_each_as_alone(chatty: Served, model: Loaded) -> None:
+    """Twelve who ask at once, four of whom are written at a time."""
+    expected = [said_by(model, question) for question in QUESTIONS]
+    assert len(set(expected)) > 3
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda question: ask(chatty, question), QUESTIONS))
+    assert [answer.choices[0].message.content for answer in answers] == expected
+
+
+def test_whoever_hangs_up_is_not_written_for(chatty: Served) -> None:
+    """240 texts of 200 tokens, four at a time, would take 20 s."""
+    asked = {"model": "tiny", "prompt": ["The quick brown fox"] * 15, "max_tokens": 200, "n": 16}
+    url, before = f"{chatty.url}/v1/completions", len(chatty.notes())
+    with httpx.stream("POST", url, json={**asked, "stream": True}) as reply:
+        next(reply.iter_lines())
+    until(lambda: len(chatty.notes()) > before)
+    assert chatty.notes()[-1] < 240 * 200 / 2
+    began = time.monotonic()
+    ask(chatty, "Is there a place?", max_tokens=1)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=asked, timeout=0.3)
+    ask(chatty, "And now?", max_tokens=1)
+    assert time.monotonic() - began < 5
+
+
+def until(is_so: Any, patience_s: float = 60) -> None:
+    end = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param", "words"),
+    [
+        ({"model": "gpt-4"}, 404, None, "model 'gpt-4' is not here; the model is 'tiny'"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"temperature": 9}, 400, "temperature", "less than or equal to 2"),
+        ({"n": 17}, 400, "n", "less than or equal to 16"),
+        ({"stop": [""]}, 400, "stop.0", "at least 1 character"),
+        ({"stop": list("abcde")}, 400, "stop", "at most 4"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "not permitted"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "not permitted"),
+        ({"logprobs": True}, 400, "logprobs", "not permitted"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not permitted"),
+        ({"anything": 1}, 400, "anything", "not permitted"),
+        ({"messages": []}, 400, "messages", "at least 1 item"),
+        ({"messages": "Hi"}, 400, "messages", "valid list"),
+        ({"messages": [{"role": "tool", "content": ""}]}, 400, "messages.0.role", "'system'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content.0.type",
+            "Input should be 'text'",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, None, "end it with a user's"),
+        (
+            {"messages": [{"role": r, "content": "x"} for r in ("user", "system", "user")]},
+            400,
+            None,
+            "message 1 is a system message",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "fox " * 300}]},
+            400,
+            None,
+            "but model.gpt.block_size is 256",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_done_is_refused_by_name(
+    chatty: Served,
+    changes: dict[str, Any],
+    status: int,
+    param: str | None,
+    words: str,
+    stream: bool,
+) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    reply = httpx.post(f"{chatty.url}/v1/chat/completions", json={**asked, **changes})
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
+    habits: dict[str, Any] = {"frequency_penalty": 0, "logprobs": False, "tools": [], "user": "me"}
+    habits |= {"stop": None, "n": None, "response_format": {"type": "text"}, "metadata": {"a": "b"}}
+    assert ask(chatty, "Hi", **habits).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "body"),
+        (b"{", 400, "JSON decode error"),
+        (b"[" * 100_000, 400, "error parsing the body"),
+        (b'{"model": "tiny", "prompt": "%s"}' % (b"x" * 5_000_000), 413, "larger than 4194304"),
+        (b'{"model": "tiny", "prompt": "\xff"}', 400, "error parsing the body"),
+        (b'{"model": "tiny", "prompt": ""}', 400, "prompt is empty"),
+        (b'{"model": "tiny", "prompt": ["a", 3]}', 400, "prompt.1"),
+    ],
+)
+def test_bodies_that_are_none(chatty: Served, body: bytes, status: int, words: str) -> None:
+    for content in (body, iter([body])):  # with a length, and without
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{chatty.url}/v1/completions", content=content, headers=headers)
+        assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True)
+
+
+def test_other_addresses(chatty: Served) -> None:
+    assert httpx.get(f"{chatty.url}/health").json() == {"status": "ok"}
+    for path in ("/v1/embeddings", "/classify", "/docs"):
+        reply = httpx.post(f"{chatty.url}{path}", json={})
+        assert reply.status_code == 404
+        assert "/v1/chat/completions" in reply.json()["error"]["message"]
+    assert httpx.get(f"{chatty.url}/v1/completions").status_code == 405
+
+
+def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
+    texts = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
+    name = tiny.best("spam").parents[1].name
+    reply = httpx.post(
+        f"{labelling.url}/classify",
+        json={"model": name, "input": texts},
+        headers={"Authorization": "Bearer sesame"},
+    )
+    loaded = load_classifier(str(tiny.best("spam")))
+    expected = label_probabilities(loaded, texts)
+    data = reply.json()["data"]
+    assert [row["probs"] for row in data] == [pytest.approx(row, abs=1e-6) for row in expected]
+    names = loaded.meta["label_names"]
+    assert [row["label"] for row in data] == [names[row.index(max(row))] for row in expected]
+    assert httpx.get(f"{labelling.url}/v1/models", headers={"Authorization": "Bearer sesame"})
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame", "Bearer s\u00e9same"])
+def test_without_the_key_nothing_is_told(labelling: Served, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode()}
+    for method, path in (("GET", "/v1/models"), ("POST", "/classify")):
+        reply = httpx.request(method, f"{labelling.url}{path}", headers=headers)
+        assert reply.status_code == 401
+        assert "sesame" not in reply.text
+    assert httpx.get(f"{labelling.url}/health").status_code == 200
+
+
+def test_it_ends_when_what_is_written_is_done(published: Path, tmp_path: Path) -> None:
+    served = Served(tmp_path, f"--ckpt={published}")
+    events = served.client().completions.create(
+        model="babbler", prompt="The quick brown fox", max_tokens=200, stream=True
+    )
+    next(events)
+    served.process.send_signal(signal.SIGTERM)
+    assert [event.choices[0].finish_reason for event in events][-1] == "length"
+    assert served.process.wait(60) == -signal.SIGTERM
+    assert served.notes() == [200]
+
+
+def test_what_cannot_be_served_is_said_in_one_line(chatty: Served, published: Path) -> None:
+    port = chatty.url.rpartition(":")[2]
+    for words, expected in (
+        ([f"--port={port}"], f"cannot listen on 127.0.0.1:{port}"),
+        (["--api_key_env=NOT_SET"], "api_key_env names is not set"),
+        (["--max_rows=0"], "max_rows is 0"),
+        (["--temperature=-1"], "temperature is -1"),
+        (["--ckpt=/nowhere"], "/nowhere"),
+    ):
+        code, out, err = said("serve", f"--ckpt={published}", "--port=0", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert expected in err

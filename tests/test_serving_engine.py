@@ -1,0 +1,201 @@
+"""The engine: who waits, who is written together, what is told when it cannot go on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipeline.generate import Batch, generate
+from pipeline.gpt import GPT
+from pipeline.sampling import Sampling
+from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
+
+MakeGPT = Callable[..., GPT]
+SETTINGS = Sampling(max_new_tokens=20)
+PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3], [2, 2]]
+
+
+class Asked:
+    """A text that was asked for, and the pieces of it that came."""
+
+    def __init__(self, engine: Engine, prompt: list[int], settings: Sampling = SETTINGS) -> None:
+        self.pieces: queue.Queue[Piece] = queue.Queue()
+        self.request = engine.submit(prompt, settings, self.pieces.put)
+
+    def whole(self) -> list[int]:
+        tokens = []
+        while True:
+            piece = self.pieces.get(timeout=30)
+            if isinstance(piece.ended, EngineError):
+                raise piece.ended
+            if piece.token is not None:
+                tokens.append(piece.token)
+            if piece.ended:
+                return tokens
+
+
+class Gate:
+    """A text in the engine's hands that holds it between two steps until it is opened."""
+
+    def __init__(self, engine: Engine, n_new: int = 20) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.pieces: list[Piece] = []
+        engine.submit([9], Sampling(max_new_tokens=n_new), self.deliver)
+        assert self.reached.wait(30)
+
+    def deliver(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.reached.set()
+        assert self.open.wait(30)
+
+
+@pytest.fixture
+def model(tiny_gpt: MakeGPT) -> GPT:
+    return tiny_gpt("llama")
+
+
+@pytest.fixture
+def start(model: GPT) -> Iterator[Callable[..., Engine]]:
+    engines = []
+
+    def make(on_failure: Callable[[], None] = lambda: None, **limits: int) -> Engine:
+        given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
+        engines.append(Engine(model, 96, given, on_failure))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step to come."""
+    seen: list[int] = []
+    step = Batch.step
+
+    def counted(self: Batch) -> Any:
+        seen.append(len(self.rows))
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", counted)
+    return seen
+
+
+def test_texts_are_what_they_are_alone(start: Callable[..., Engine], model: GPT) -> None:
+    engine = start()
+    asked = [Asked(engine, prompt) for prompt in PROMPTS]
+    assert [a.whole() for a in asked] == [generate(model, [p], SETTINGS)[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({}, 4), ({"max_rows": 2}, 2), ({"max_tokens": 3 * 33}, 3), ({"max_tokens": 33}, 1)],
+)
+def test_no_more_than_the_limits_at_a_time(
+    start: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    limits: dict[str, int],
+    most: int,
+) -> None:
+    engine, seen = start(**limits), sizes(monkeypatch)
+    gate = Gate(engine)
+    longest = [Asked(engine, list(range(13))) for _ in range(6)]  # 13 + 20 tokens
+    gate.open.set()
+    for asked in longest:
+        assert len(asked.whole()) == 20
+    assert max(seen) == most
+
+
+def test_the_context_is_the_most_that_a_text_can_hold(start: Callable[..., Engine]) -> None:
+    engine = start(max_tokens=64)
+    assert len(Asked(engine, [3], Sampling(max_new_tokens=10**9)).whole()) == 63
+    with pytest.raises(ValueError, match="there is room for 20; ask for fewer"):
+        start(max_tokens=20).submit([3], SETTINGS, print)
+    with pytest.raises(ValueError, match="prompt has 64 tokens"):
+        engine.submit([3] * 64, SETTINGS, print)
+
+
+def test_too_many_are_turned_away(start: Callable[..., Engine]) -> None:
+    engine = start(max_waiting=2)
+    gate = Gate(engine)
+    waiting = [Asked(engine, [3]), Asked(engine, [4])]
+    with pytest.raises(Busy, match="2 texts are waiting"):
+        engine.submit([5], SETTINGS, print)
+    gate.open.set()
+    assert [len(asked.whole()) for asked in waiting] == [20, 20]
+    assert len(Asked(engine, [5]).whole()) == 20
+
+
+def test_who_is_cancelled_gets_no_more(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, seen = start(max_rows=2), sizes(monkeypatch)
+    gate = Gate(engine)
+    running, waiting, last = Asked(engine, [3]), Asked(engine, [4]), Asked(engine, [5])
+    engine.cancel(waiting.request)
+    gate.open.set()
+    running.pieces.get(timeout=30)
+    engine.cancel(running.request)
+    assert len(last.whole()) == 20
+    assert waiting.pieces.empty()
+    assert running.pieces.qsize() < 19
+    assert max(seen) == 2
+
+
+def broken_after(n: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th step from now fails, once."""
+    step, count = Batch.step, iter(range(n, -(10**6), -1))
+
+    def breaking(self: Batch) -> Any:
+        if next(count) == 0:
+            raise error
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", breaking)
+
+
+def test_out_of_memory_is_told_and_the_next_are_served(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    broken_after(3, RuntimeError("DefaultCPUAllocator: can't allocate memory"), monkeypatch)
+    with pytest.raises(EngineError, match="out of memory; ask for less"):
+        Asked(engine, [3]).whole()
+    seen = sizes(monkeypatch)
+    assert len(Asked(engine, [3]).whole()) == 20
+    assert seen == [1] * 19, "rows that were given up take part"
+    assert engine.failure is None
+
+
+def test_any_other_error_ends_it_and_everybody_is_told(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, error = threading.Event(), KeyError("a bug")
+    engine = start(failed.set, max_rows=1)
+    gate = Gate(engine)
+    waiting = Asked(engine, [4])
+    broken_after(1, error, monkeypatch)
+    gate.open.set()
+    with pytest.raises(EngineError, match="the server has ended"):
+        waiting.whole()
+    assert failed.wait(30)
+    assert engine.failure is error
+    assert isinstance(gate.pieces[-1].ended, EngineError)
+    with pytest.raises(EngineError, match="the server has ended"):
+        engine.submit([4], SETTINGS, print)
+
+
+def test_closing_tells_who_is_not_done(start: Callable[..., Engine]) -> None:
+    engine = start(max_rows=1)
+    gate, waiting = Gate(engine), Asked(engine, [4])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    gate.open.set()
+    closing.join(30)
+    with pytest.raises(EngineError, match="the server has ended"):
+        waiting.whole()
+    assert engine.failure is None

@@ -1,0 +1,55 @@
+"""Text as its tokens come: the whole of it, nothing of what ends it, nothing taken back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.text_stream import TextStream
+from tests.exporting import vocabulary
+
+TOKENIZER = vocabulary()
+TEXTS = st.text("ab \n\u00e9\u20ac\U0001f600", max_size=30)
+
+
+def parts(text: str, stops: list[str]) -> tuple[list[str], bool]:
+    """A text byte by byte, as the longest way through it."""
+    stream = TextStream(TOKENIZER, [], stops)
+    came = [stream.push(byte) for byte in text.encode()]
+    return [*came, stream.close()], stream.stopped
+
+
+@given(TEXTS, st.lists(st.text("ab \u00e9", min_size=1, max_size=3), max_size=3))
+def test_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:
+    """Of several the one that is whole first; in one piece it is the same as byte by byte."""
+    came, stopped = parts(text, stops)
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert stopped == bool(found)
+    assert "".join(came) == (text[: min(found)[1]] if found else text)
+
+
+def test_no_more_is_held_back_than_may_have_to_be() -> None:
+    came, stopped = parts("a\u20acbab", ["bb"])
+    assert came == ["a", "", "", "\u20ac", "", "ba", "", "b"]
+    assert not stopped
+    came, stopped = parts("abba", ["bb"])
+    assert came == ["a", "", "", "", ""]
+    assert stopped
+
+
+def test_a_stop_within_one_token() -> None:
+    """As if its characters had come one by one."""
+    tokens = TOKENIZER.vocabulary.tokens
+    token = next(i for i, spelled in enumerate(tokens) if spelled.isalpha() and len(spelled) > 2)
+    word = tokens[token].decode()
+    stream = TextStream(TOKENIZER, [], [word[:3], word[1]])
+    assert stream.push(token) + stream.close() == word[0]
+    assert stream.stopped
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2])
+def test_half_a_character_at_the_end_is_marked(n_bytes: int) -> None:
+    stream = TextStream(TOKENIZER, [])
+    assert [stream.push(byte) for byte in "\u20ac".encode()[:n_bytes]] == [""] * n_bytes
+    assert stream.close() == "\ufffd"

@@ -117,7 +117,7 @@ class Batch:
         """One more token for every row; the rows that got one, or ended instead."""
         assert self._cache is not None, "a step needs rows"
         rows = self.rows
-        places = torch.tensor([row.length - 1 for row in rows], device=self._cache.keys.device)
+        places = torch.tensor([row.length - 1 for row in rows], device=self._cache.store.device)
         tokens = [row.token for row in rows if row.token is not None]
         _take(rows, decode(self.model, tokens, places, self._cache, self.n_vocab))
         self._keep(row for row in rows if row.ended is None)
@@ -135,7 +135,7 @@ class Batch:
         indices = [i for i, row in enumerate(self.rows) if row in kept]
         self.rows = [self.rows[i] for i in indices]
         if self.rows:
-            kept_rows = torch.tensor(indices, device=self._cache.keys.device)
+            kept_rows = torch.tensor(indices, device=self._cache.store.device)
             self._cache.keep(kept_rows, max(row.length for row in self.rows))
         else:
             self._cache = None

@@ -130,16 +130,11 @@ class Rows:
 
 
 class Attention(nn.Module):
-    """Causal (or full) self-attention with grouped keys and values.
-
-    Attributes:
-        joint: in place of q, k and v their one product (`packed.py`).
-    """
+    """Causal (or full) self-attention with grouped keys and values."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.joint: nn.Module | None = None
         width, kv_width = config.n_embd, config.n_kv_head * config.head_size
         self.q = nn.Linear(width, width, bias=config.bias)
         self.k = nn.Linear(width, kv_width, bias=config.bias)
@@ -148,55 +143,50 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
-        q, k, v = (self._heads(part, rows) for part in self._project(x))
+        size = self.config.head_size
+        q, k, v = (split_heads(layer(x), size, rows) for layer in (self.q, self.k, self.v))
         if rows.rotation is not None:
             q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
         if rows.cache is not None:
-            k, v = rows.cache.update(self.layer, k, v)
+            k, v = rows.cache.update(self.layer, torch.cat((k, v), dim=1))
         dropout = self.config.dropout if self.training else 0.0
-        if rows.bias is not None:
-            y = attention_products(q, k, v, rows.bias, dropout)
-        else:
-            is_grouped = self.config.n_kv_head != self.config.n_head
-            is_causal = rows.mask is None and self.config.causal
-            y = F.scaled_dot_product_attention(
-                q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
-            )  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.o(y if rows.unpadding is None else rows.unpadding.drop(y))
+        return self.o(attend(q, k, v, rows, self.config.causal, dropout))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.joint is None:
-            return self.q(x), self.k(x), self.v(x)
-        kv_width = self.config.n_kv_head * self.config.head_size
-        return self.joint(x).split((self.config.n_embd, kv_width, kv_width), dim=-1)
 
-    def _heads(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x if rows.unpadding is None else rows.unpadding.restore(x)
-        return x.unflatten(2, (-1, self.config.head_size)).transpose(1, 2)  # (B, H or G, T, D)
+def split_heads(x: Tensor, size: int, rows: Rows) -> Tensor:
+    """(B, T, H D), or unpadded (1, N, H D), -> (B, H, T, D), for however many heads there are."""
+    x = x if rows.unpadding is None else rows.unpadding.restore(x)
+    return x.unflatten(2, (-1, size)).transpose(1, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, is_causal: bool, dropout: float = 0.0
+) -> Tensor:
+    """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, C), or unpadded (1, N, C)."""
+    if rows.bias is not None:
+        y = attention_products(q, k, v, rows.bias, dropout)
+    else:
+        is_causal, is_grouped = is_causal and rows.mask is None, q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
+        )  # (B, H, T, D)
+    y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+    return y if rows.unpadding is None else rows.unpadding.drop(y)
 
 
 class MLP(nn.Module):
-    """The position-wise network: up, activation, down; with a gate where it is SwiGLU.
-
-    Attributes:
-        joint: in place of gate and up their one product (`packed.py`).
-    """
+    """The position-wise network: up, activation, down; with a gate where it is SwiGLU."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
-        self.joint: nn.Module | None = None
         self.gate = None
         if config.mlp == "swiglu":
             self.gate = nn.Linear(config.n_embd, config.mlp_hidden, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        if self.joint is not None:
-            gate, up = self.joint(x).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate="tanh"))

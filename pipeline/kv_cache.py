@@ -34,26 +34,39 @@ class KVCache:
     def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:
         if not config.causal:
             raise ValueError("model.gpt.causal is false; only a causal model can write text.")
-        shape = (config.n_layer, n_rows, config.n_kv_head, 0, config.head_size)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        shape = (config.n_layer, 2, n_rows, config.n_kv_head, 0, config.head_size)
+        self._hold(like.new_zeros(shape))  # of every layer keys, then values
+
+    def _hold(self, store: Tensor) -> None:
+        self.store, size = store, store.shape[-1]
+        self.layers = [(layer.view(-1, size), *layer) for layer in store]  # views made once
 
     def seek(self, positions: Tensor) -> Tensor:
         """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-        self.positions = positions
-        missing = int(positions.max()) + 1 - self.keys.shape[3]
+        missing = int(positions.max()) + 1 - self.store.shape[4]
         if missing > 0:
             growth = (0, 0, 0, missing + -missing % CACHE_GROWTH)
-            self.keys, self.values = F.pad(self.keys, growth), F.pad(self.values, growth)
-        places = torch.arange(self.keys.shape[3], device=positions.device)
-        return places <= positions[:, None, :, None]
+            self._hold(F.pad(self.store, growth))
+        n_rows, n_heads, n_places = self.store.shape[2:5]
+        seen = torch.arange(n_places, device=positions.device) <= positions[:, None, :, None]
+        starts = torch.arange(0, 2 * n_rows * n_heads * n_places, n_places, device=seen.device)
+        starts = starts.view(2, n_rows, n_heads).transpose(0, 1).flatten(1)  # (B, 2 G)
+        self.places = starts[:, :, None] + positions[:, None]  # (B, 2 G, T), of a layer's 2 B G S
+        return seen
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, G, T, D) where `seek` went; all keys and values so far, (B, G, S, D)."""
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            new = new.transpose(1, 2).to(store.dtype)  # (B, T, G, D)
-            store[self.rows, :, self.positions] = new
-        return self.keys[layer], self.values[layer]
+    def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes heads of keys, then values, where `seek` went; what is there so far of both.
+
+        Args:
+            layer: index of the block.
+            kv: (B, 2 G, T, D).
+
+        Returns:
+            Keys and values, (B, G, S, D) each.
+        """
+        flat, keys, values = self.layers[layer]  # (2 B G S, D), then twice (B, G, S, D)
+        flat[self.places] = kv.to(flat.dtype)
+        return keys, values
 
     def keep(self, rows: Tensor, n_tokens: int | None = None) -> None:
         """Drops or repeats rows, for finished sequences and for beams.
@@ -63,14 +76,11 @@ class KVCache:
             n_tokens: what the longest of them needs; room for more is given up. None keeps it.
         """
         room = None if n_tokens is None else n_tokens + -n_tokens % CACHE_GROWTH
-        self.keys = self.keys[:, rows, :, :room]
-        self.values = self.values[:, rows, :, :room]
+        self._hold(self.store[:, :, :, :, :room].index_select(2, rows))
 
     def append(self, other: KVCache) -> None:
         """Adds the rows of another cache below these."""
-        n_tokens = max(self.keys.shape[3], other.keys.shape[3])
-        for cache in (self, other):
-            growth = (0, 0, 0, n_tokens - cache.keys.shape[3])
-            cache.keys, cache.values = F.pad(cache.keys, growth), F.pad(cache.values, growth)
-        self.keys = torch.cat((self.keys, other.keys), dim=1)
-        self.values = torch.cat((self.values, other.values), dim=1)
+        stores = self.store, other.store
+        room = max(store.shape[4] for store in stores)
+        padded = [F.pad(store, (0, 0, 0, room - store.shape[4])) for store in stores]
+        self._hold(torch.cat(padded, dim=2))

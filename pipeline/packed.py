@@ -2,9 +2,10 @@
 
 A step of decoding reads every weight for a few tokens, so on a CPU it takes as long as memory
 takes to give them. Rows of a plain matrix give 13 GB/s of the 31 that two cores can read; blocks
-as oneDNN wants them, and fewer and larger products, come closer.
+as oneDNN wants them, and fewer and larger products, come closer. What is left of a step are small
+operations, each a few microseconds however small: so there are few of them, and some in place.
 
-Shapes: I inputs, O outputs, of several layers one after the other.
+Shapes: I inputs, O outputs, of several layers one after the other; the rest as in `gpt.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.gpt import GPT, Block
+from pipeline.gpt import GPT, Block, Rows, attend, split_heads
+from pipeline.rotary import rotate
 
 ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.md)
 
@@ -37,11 +39,14 @@ class PackedLinear(nn.Module):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_LAID_OUT_FOR)
         self.matrix = weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(..., I) -> (..., O), added to `plus` (..., O) where that is given."""
         if not self.is_blocked:
-            return F.linear(x, self.matrix, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+            y = F.linear(x, self.matrix, self.bias)
+            return y if plus is None else y.add_(plus)
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.matrix, self.bias, "add")
 
 
 def _has_blocks(weight: Tensor) -> bool:
@@ -53,24 +58,54 @@ def _has_blocks(weight: Tensor) -> bool:
     )
 
 
+class PackedBlock(nn.Module):
+    """A block of few operations, for inference.
+
+    Queries and keys are rotated as one and in place, keys and values cached as one; the products
+    add to the residual stream.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attention, mlp = cast(Any, block.attention), cast(Any, block.mlp)
+        self.config, self.layer = attention.config, attention.layer
+        self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+        self.qkv = PackedLinear(attention.q, attention.k, attention.v)
+        self.o, self.down = PackedLinear(attention.o), PackedLinear(mlp.down)
+        self.is_gated = mlp.gate is not None
+        self.up = PackedLinear(mlp.gate, mlp.up) if self.is_gated else PackedLinear(mlp.up)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
+        x = self.o(self._attend(self.qkv(self.attention_norm(x)), rows), plus=x)
+        return self.down(self._activate(self.up(self.mlp_norm(x))), plus=x)
+
+    def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
+        n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
+        heads = split_heads(qkv, self.config.head_size, rows)  # (B, H + 2 G, T, D)
+        if rows.rotation is not None:
+            qk = heads.narrow(1, 0, n_head + n_kv_head)
+            rotate(qk, *rows.rotation, out=qk)
+        q, kv = heads.split_with_sizes((n_head, 2 * n_kv_head), dim=1)
+        k, v = kv.chunk(2, dim=1) if rows.cache is None else rows.cache.update(self.layer, kv)
+        return attend(q, k, v, rows, self.config.causal)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if not self.is_gated:
+            return F.gelu(x, approximate="tanh")
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
 def pack(model: GPT) -> GPT:
     """Lays a model out for decoding, in place; it can be neither trained nor saved afterwards.
 
     Args:
         model: plain, without live adapters.
     """
-    for block in cast("list[Block]", model.blocks):
-        attention, mlp = cast(Any, block.attention), cast(Any, block.mlp)
-        attention.joint = PackedLinear(attention.q, attention.k, attention.v)
-        del attention.q, attention.k, attention.v
-        attention.o = PackedLinear(attention.o)
-        if mlp.gate is None:
-            mlp.up = PackedLinear(mlp.up)
-        else:
-            mlp.joint = PackedLinear(mlp.gate, mlp.up)
-            del mlp.gate, mlp.up
-        mlp.down = PackedLinear(mlp.down)
+    for i, block in enumerate(cast("list[Block]", model.blocks)):
+        model.blocks[i] = PackedBlock(block)
     head = cast(Any, PackedLinear(model.head))
     head.weight = model.head.weight  # losses take it; where it is tied it is the embedding anyway
     model.head = head
-    return model.eval()
+    return model.eval().requires_grad_(False)

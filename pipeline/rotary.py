@@ -32,10 +32,13 @@ class RopeScaling:
     original_context: int = 8192
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it.
+
+    `out`, where there is no backward pass, may be x itself.
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin, out=out)
 
 
 def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:

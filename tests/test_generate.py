@@ -184,7 +184,7 @@ def test_rows_that_end_make_room_for_others(
 
 def room_of(batch: Batch) -> int:
     """Tokens that every row has memory for."""
-    return 0 if batch._cache is None else batch._cache.keys.shape[3]
+    return 0 if batch._cache is None else batch._cache.store.shape[4]
 
 
 def test_the_context_ends_a_row(model: GPT) -> None:

@@ -45,7 +45,7 @@ def test_nothing_is_held_twice(tiny_gpt: MakeGPT) -> None:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert layers == []
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    of_block = ["attention.o", "attention.joint", "mlp.down", "mlp.joint"]
+    of_block = ["qkv", "o", "up", "down"]
     blocks = range(model.config.n_layer)
     assert {*packed} == {"head", *(f"blocks.{i}.{name}" for i in blocks for name in of_block)}
 
@@ -56,4 +56,6 @@ def test_layers_with_and_without_biases() -> None:
     for has_bias in (True, False):
         layers = [nn.Linear(8, n, bias=has_bias) for n in (5, 3)]
         expected = torch.cat([layer(x) for layer in layers], dim=-1)
-        torch.testing.assert_close(PackedLinear(*layers)(x), expected)
+        packed, residual = PackedLinear(*layers), torch.randn(3, 2, 8)
+        torch.testing.assert_close(packed(x), expected)
+        torch.testing.assert_close(packed(x, plus=residual), expected + residual)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batching import MicroBatch
 from pipeline.callbacks import LossSpikes, Throughput
+from pipeline.generate import decode, prefill
+from pipeline.gpt import GPT
 from pipeline.loss import count_supervised
+from pipeline.packed import pack
 from pipeline.unpadding import MULTIPLE
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
@@ -35,6 +38,9 @@ PER_ADAPTED_LINEAR = 3 + 5  # forward: W x, A x, B (A x); backward: 2 for A x, a
 PER_ATTENTION = 2 + 4  # forward: scores, weighted values; backward: both factors of each
 FROZEN_HEAD = 1 + 1  # forward; backward to the hidden states alone
 FIRST_LAYER_QKV = 3 * 2  # their input is frozen: two of the five backward products fall away
+
+DECODING_PRODUCTS = 4  # q k v; o; gate up; down; where oneDNN lays matrices out
+DECODING_OPERATIONS = 40  # of a block, views included; those products and two of attention too
 
 
 class Operations(TorchDispatchMode):
@@ -165,6 +171,20 @@ def test_the_frozen_base_is_never_cast_or_copied(adapters: tuple[Any, Watch]) ->
         for _, tensors, _ in copies
         if tensors[-1].untyped_storage().data_ptr() in frozen
     ]
+
+
+def test_a_block_decodes_in_few_operations(tiny_gpt: Callable[..., GPT]) -> None:
+    """They cost as much as the products do, where these are small."""
+    counts = []
+    for n_layer in (2, 3):
+        model = pack(tiny_gpt("llama", n_layer=n_layer))
+        cache, _ = prefill(model, [[5, 6, 7], [11]], None)
+        with Operations() as operations:
+            decode(model, [1, 2], torch.tensor([3, 1]), cache, None)
+        counts.append(Counter(name for name, *_ in operations.seen))
+    of_block = counts[1] - counts[0]
+    assert of_block["_linear_pointwise"] == DECODING_PRODUCTS
+    assert of_block.total() == DECODING_OPERATIONS
 
 
 def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -172,15 +173,17 @@ def serving() -> Workload:
 
     def contestants() -> Iterator[Contestant]:
         ours = ["pipeline", "serve", f"--ckpt={weights}", "--name=it", "--precision=32-true"]
-        yield _server("ours", "float32", questions, "it", *ours, "--port={port}", ours=True)
+        it = {"model": "it"}
+        yield _server("ours", "float32", questions, it, *ours, "--port={port}", ours=True)
         transformers = ["transformers.cli.transformers", "serve", str(weights), "--port={port}"]
         words = [*transformers, "--device=cpu", "--dtype=float32"]
-        yield _server("transformers serve", "float32", questions, str(weights), *words)
+        yield _server("transformers serve", "float32", questions, {"model": str(weights)}, *words)
         for precision, kind in GGUF.items():
             words = ["llama_cpp.server", f"--model={prepare.smollm2_gguf(kind)}", "--port={port}"]
             words += ["--model_alias=it", "--n_ctx=2048"]
             words += ["--type_k=0", "--type_v=0"] if precision == "float32" else []  # float32 too
-            yield _server("llama-cpp-python", precision, questions, "it", *words, of=LLAMA_CPP)
+            plainly = {**it, "repeat_penalty": 1.0}  # by default it is 1.1 there
+            yield _server("llama-cpp-python", precision, questions, plainly, *words, of=LLAMA_CPP)
 
     title = "a server that 16 ask at a time, 64 questions, 64 tokens at most"
     return Workload("P10", title, list(contestants()), 0, None, 0.0)
@@ -260,12 +263,12 @@ def _server(
     name: str,
     precision: Precision,
     questions: Path,
-    model: str,
+    asked: dict[str, Any],
     *words: str,
     of: Environment = HUGGING_FACE,
     ours: bool = False,
 ) -> Contestant:
-    load = [*_module("serve_load"), "{record}", str(questions), model]
+    load = [*_module("serve_load"), "{record}", str(questions), json.dumps(asked)]
     python = sys.executable if ours else python_with(of)
     command = [sys.executable, *load, python, "-m", *words]
     return Contestant(name, precision, command, is_ours=ours)

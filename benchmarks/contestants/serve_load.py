@@ -1,8 +1,9 @@
 """Many who ask a server at once, each with one question after the other.
 
-    python -m benchmarks.contestants.serve_load RECORD QUESTIONS MODEL COMMAND...
+    python -m benchmarks.contestants.serve_load RECORD QUESTIONS ASKED COMMAND...
 
-COMMAND starts a server in OpenAI's form at the port that stands for `{port}`.
+ASKED is JSON: what every request has beside its question. COMMAND starts a server in OpenAI's form
+at the port that stands for `{port}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -55,24 +57,25 @@ def _answers(url: str) -> bool:
     return False
 
 
-def ask(url: str, model: str, question: str) -> str:
-    asked = {"model": model, "max_tokens": N_NEW, "temperature": 0}
-    asked["messages"] = [{"role": "user", "content": question}]
-    reply = httpx.post(f"{url}/chat/completions", json=asked, timeout=PATIENCE_S)
+def ask(url: str, asked: dict[str, Any], question: str) -> str:
+    message = {"role": "user", "content": question}
+    body = {**asked, "messages": [message], "max_tokens": N_NEW, "temperature": 0}
+    reply = httpx.post(f"{url}/chat/completions", json=body, timeout=PATIENCE_S)
     reply.raise_for_status()
     text: str = reply.json()["choices"][0]["message"]["content"]
     return text
 
 
-def main(record_path: str, questions_path: str, model: str, *command: str) -> None:
+def main(record_path: str, questions_path: str, asked_text: str, *command: str) -> None:
     questions = json.loads(Path(questions_path).read_text())
     record = Record(record_path)
+    asked = json.loads(asked_text)
     tokenizer = Tokenizer.load(tokenizer_of(SMOLLM2))
     log = record.path.with_suffix(".log")
     with server(list(command), log) as (url, process), ThreadPoolExecutor(N_CLIENTS) as clients:
-        ask(url, model, questions[0])  # warms up
+        ask(url, asked, questions[0])  # warms up
         record.start()
-        answers = list(clients.map(lambda question: ask(url, model, question), questions))
+        answers = list(clients.map(lambda question: ask(url, asked, question), questions))
         # counted here, as some count the token that ends a text and others do not
         record.step(sum(len(tokenizer.encode(text)) for text in answers), None)
         record.facts["outputs"] = answers

@@ -142,12 +142,15 @@ def _digest(value: Any) -> str:
 def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
     """As many tokens for all, last losses that agree, and in float32 the same outputs.
 
+    Where there are outputs, others than those of float32 may end elsewhere.
+
     Raises:
         RuntimeError: naming who differs.
     """
     ours = next(result for result in results if result.is_ours)
     for result in results:
-        if result.tokens != ours.tokens:
+        is_free = result.precision != "float32" and any(result.outputs)
+        if result.tokens != ours.tokens and not is_free:
             raise RuntimeError(f"{result.name} worked on {result.tokens} tokens, {ours.tokens} due")
         pairs = zip(result.losses, ours.losses, strict=True)
         apart = max((abs(theirs - our) / our for theirs, our in pairs), default=0.0)

@@ -68,6 +68,10 @@ def test_other_work_is_refused(results: list[Result]) -> None:
     less = Result(**{**vars(theirs), "tokens": [199, 200]})
     with pytest.raises(RuntimeError, match="theirs worked on"):
         check_equal_work(workload(), [ours, less])
+    coarse = {**vars(less), "precision": "q8_0"}
+    check_equal_work(workload(), [ours, Result(**{**coarse, "outputs": ["0", "0"]})])
+    with pytest.raises(RuntimeError, match="theirs worked on"):
+        check_equal_work(workload(), [ours, Result(**{**coarse, "outputs": [None, None]})])
     other = Result(**{**vars(theirs), "outputs": ["0", "0"]})
     with pytest.raises(RuntimeError, match="same output"):
         check_equal_work(workload(), [ours, other])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,15 @@ HEADER = "| | workload | who | precision | {} | of ours | share of ceiling | pea
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All results that were kept in a folder, by key."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("P*.json"))]
+    paths = sorted(folder.glob("P*.json"), key=lambda path: (_place(path), path.stem))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def _place(path: Path) -> int:
+    """10 of `P10-x.json`."""
+    found = re.match(r"P(\d+)", path.stem)
+    assert found, path
+    return int(found[1])
 
 
 def table(workloads: Sequence[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -267,6 +268,19 @@ def test_bodies_that_are_none(chatty: Served, body: bytes, status: int, words: s
         headers = {"Content-Type": "application/json"}
         reply = httpx.post(f"{chatty.url}/v1/completions", content=content, headers=headers)
         assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True)
+
+
+def test_a_page_in_a_browser_cannot_ask(chatty: Served) -> None:
+    """Without a question first, browsers send text alone for pages of others; that is refused."""
+    body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+    elsewhere = {"Origin": "https://example.org"}
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        headers = {"Content-Type": kind, **elsewhere}
+        reply = httpx.post(f"{chatty.url}/v1/completions", content=body, headers=headers)
+        assert reply.status_code == 400
+    asked = httpx.options(f"{chatty.url}/v1/completions", headers=elsewhere)
+    assert asked.status_code == 405
+    assert not [name for name in asked.headers if name.startswith("access-control")]
 
 
 def test_other_addresses(chatty: Served) -> None:

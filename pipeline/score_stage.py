@@ -240,9 +240,11 @@ def respond(
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
-    written = generate_each(loaded.gpt, prompts, settings, max_rows=answering.batch_size)
+    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
+    ordered, n_rows = [prompts[i] for i in by_length], answering.batch_size
+    written = generate_each(loaded.gpt, ordered, settings, max_rows=n_rows)
     told = track(written, description=f"answering with {loaded.path.name}", total=len(items))
-    answers = {i: loaded.tokenizer.decode(ids).strip() for i, ids in told}
+    answers = {by_length[i]: loaded.tokenizer.decode(ids).strip() for i, ids in told}
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(

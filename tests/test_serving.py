@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -329,6 +330,24 @@ def test_it_ends_when_what_is_written_is_done(published: Path, tmp_path: Path) -
     assert [event.choices[0].finish_reason for event in events][-1] == "length"
     assert served.process.wait(60) == -signal.SIGTERM
     assert served.notes() == [200]
+
+
+def test_a_second_interrupt_ends_it_at_once(published: Path, tmp_path: Path) -> None:
+    served = Served(tmp_path, f"--ckpt={published}", "--max_rows=4")
+    asked = {"model": "babbler", "prompt": ["The fox"] * 15, "max_tokens": 240, "n": 16}
+    with (
+        contextlib.suppress(httpx.HTTPError),  # or the end, as it comes
+        httpx.stream("POST", f"{served.url}/v1/completions", json={**asked, "stream": True}) as r,
+    ):
+        lines = r.iter_lines()
+        next(lines)
+        served.process.send_signal(signal.SIGINT)
+        next(lines)
+        served.process.send_signal(signal.SIGINT)
+        for _ in lines:
+            pass
+    assert served.process.wait(10) == 130
+    assert "Traceback" not in served.log.read_text()
 
 
 def test_what_cannot_be_served_is_said_in_one_line(chatty: Served, published: Path) -> None:

@@ -96,6 +96,7 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
                 return StreamingResponse(events, media_type="text/event-stream")
             choices = await _unless_gone(request, _collect(deltas, answer))
         except _HungUpError:
+            _note(answer, began)
             return Response(status_code=HUNG_UP)
         _note(answer, began)
         return JSONResponse(answer.whole(choices))
@@ -224,7 +225,10 @@ def _note(answer: Answer, began: float) -> None:
 
 
 class Bounded:
-    """Refuses bodies of more than MAX_BODY_BYTES, whatever their headers say."""
+    """Refuses bodies of more than MAX_BODY_BYTES, whatever their headers say.
+
+    FastAPI's own limit answers in plain text, which is not OpenAI's form.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

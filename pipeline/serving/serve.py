@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import shlex
 import socket
 import sys
@@ -83,7 +85,14 @@ def _server(app: FastAPI) -> uvicorn.Server:
         lifespan="off",
         timeout_graceful_shutdown=PATIENCE_S,
     )
+    # a second Ctrl-C cancels what is being written, which is no error to be shown
+    logging.getLogger("uvicorn.error").addFilter(_is_error)
     return uvicorn.Server(config)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is not asyncio.CancelledError
 
 
 def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:

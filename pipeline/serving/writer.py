@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,8 @@ class Writer:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, piece: Piece) -> None:  # in the engine's thread
-            loop.call_soon_threadsafe(events.put_nowait, (index, piece))
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
+                loop.call_soon_threadsafe(events.put_nowait, (index, piece))
 
         each = [prompt for prompt in prompts for _ in range(asked.n)]
         texts = [TextStream(self.loaded.tokenizer, prompt, asked.stop) for prompt in each]

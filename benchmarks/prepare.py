@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.batching import StepDataModule, StepSampler
+from datamodules.batching import StepSampler
 from datamodules.files import cache_dir
 from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
+from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import write_files, writing_directory

@@ -10,14 +10,7 @@ from typing import Any, TypedDict, get_args
 import torch
 
 from datamodules import splits
-from datamodules.batching import (
-    Sample,
-    SampleList,
-    StepDataModule,
-    digest_of,
-    load_tokenizer,
-    report,
-)
+from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.prompts import (
     IGNORE,
     Message,
@@ -32,6 +25,7 @@ from datamodules.prompts import (
     surplus,
 )
 from datamodules.sources import decode, file_digests, read_jsonl, resolve
+from datamodules.step_data_module import StepDataModule, load_tokenizer, report
 
 
 class Item(TypedDict):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.batching import Sample, StepDataModule, epoch_generator, load_tokenizer
+from datamodules.batching import Sample, epoch_generator
 from datamodules.corpus import Corpus, prepare
 from datamodules.sources import source_digests
+from datamodules.step_data_module import StepDataModule, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,10 @@ import pandas as pd
 import torch
 
 from datamodules import splits
-from datamodules.batching import (
-    Sample,
-    SampleList,
-    StepDataModule,
-    digest_of,
-    load_tokenizer,
-    report,
-)
+from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.prompts import encode_text
 from datamodules.sources import file_digests, read_table, resolve
+from datamodules.step_data_module import StepDataModule, load_tokenizer, report
 
 
 class TextClassificationDataModule(StepDataModule):

@@ -11,8 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from datamodules.batching import MicroBatch, StepDataModule
+from datamodules.batching import MicroBatch
 from datamodules.prompts import encode_start, stop_ids
+from datamodules.step_data_module import StepDataModule
 from pipeline.generate import check_prompt, generate
 from pipeline.sampling import Sampling
 from pipeline.sharding import gather_shared

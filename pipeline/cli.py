@@ -19,16 +19,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from datamodules.batching import StepDataModule
+from datamodules.step_data_module import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.attempts import find_run, new_run
 from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
-from pipeline.failures import GIB, explain
+from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.identity import decisive, digest
 from pipeline.lit_base import LitStep, check_context
+from pipeline.memory import GIB
 from pipeline.optim import check_warmup
 from pipeline.progress import ProgressDisplay, listen_to_data, quiet_libraries
 from pipeline.reports import (

@@ -16,12 +16,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from datamodules.batching import MicroBatch, StepDataModule
+from datamodules.batching import MicroBatch
+from datamodules.step_data_module import StepDataModule
 from pipeline import lora, sharding
 from pipeline.checkpoint import CHECKPOINTS, path_digest
-from pipeline.failures import GIB, estimate_gib
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes
+from pipeline.memory import GIB, estimate_gib
 from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.batching import MicroBatch, StepDataModule
+from datamodules.batching import MicroBatch
+from datamodules.step_data_module import StepDataModule
 from pipeline import lora
 from pipeline.arguments import construct
 from pipeline.checkpoint import (

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.baselines import text_baselines
-from datamodules.batching import StepDataModule
 from datamodules.pretraining import PretrainingDataModule
+from datamodules.step_data_module import StepDataModule
 from datamodules.text_baseline import tfidf_baseline
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics

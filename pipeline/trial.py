@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batching import MicroBatch, StepDataModule, cut, pad
+from datamodules.batching import MicroBatch, cut, pad
+from datamodules.step_data_module import StepDataModule
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
 from pipeline.steps import n_real_tokens
 

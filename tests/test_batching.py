@@ -13,13 +13,13 @@ from datamodules.batching import (
     MicroBatch,
     Sample,
     SampleList,
-    StepDataModule,
     StepSampler,
     digest_of,
     epoch_generator,
     pad,
     shuffled,
 )
+from datamodules.step_data_module import StepDataModule
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 
 PAD = 99

@@ -19,6 +19,7 @@ from pipeline.arguments import one_line
 from pipeline.commands import FUNCTIONS
 
 HEAVY = {"torch", "lightning", "mlflow", "pandas", "matplotlib", "sklearn", "httpx", "numpy"}
+TRAINING = {"lightning", "mlflow", "torchmetrics", "transformers", "peft"}
 Write = Callable[[str, str | bytes], Path]
 
 
@@ -46,6 +47,14 @@ sys.exit(", ".join({HEAVY!r} & set(sys.modules)) or 0)
     ended = python("-c", code)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("usage:") == len(FUNCTIONS) + 1
+
+
+def test_what_uses_a_model_imports_nothing_of_training() -> None:
+    """Lightning takes 5 s to import, which somebody who asks one question would wait for."""
+    code = "import sys, pipeline.inference, pipeline.serving.serve, pipeline.export_stage\n"
+    code += f"sys.exit(', '.join({TRAINING!r} & set(sys.modules)) or 0)"
+    ended = python("-c", code)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

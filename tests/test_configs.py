@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.batching import StepDataModule
+from datamodules.step_data_module import StepDataModule
 from pipeline.chain_config import load_chain
 from pipeline.cli import PipelineCLI
 from pipeline.lit_base import LitStep

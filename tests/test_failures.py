@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.failures import GIB, estimate_gib, explain
+from pipeline.failures import explain
+from pipeline.memory import GIB, estimate_gib
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])

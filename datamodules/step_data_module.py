@@ -1,0 +1,179 @@
+"""What the data modules have in common: loaders whose position survives a resume.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from multiprocessing import forkserver
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.batching import Collate, Sample, StepSampler, shuffled
+from datamodules.tokenizer import Tokenizer
+
+
+class StepDataModule(pl.LightningDataModule):
+    """Base of the data modules: a batch is an optimizer step, and its position survives a resume.
+
+    A subclass makes `tokenizer`, `train_set`, `val_set`, `test_set` and `fingerprint`.
+
+    Args:
+        batch_size: samples an optimizer step, over all ranks.
+        max_tokens: padded tokens a micro-batch; memory, not learning.
+        seed: random seed of the order of training samples.
+        num_workers: processes that prepare batches.
+    """
+
+    context_key = "max_length"  # the argument that bounds the length of a row, in tokens
+    tokenizer: Tokenizer
+    train_set: Dataset[Sample]
+    val_set: Dataset[Sample]
+    test_set: Dataset[Sample]
+    fingerprint: dict[str, Any]  # primitives: digest, counts, and what decides the samples
+    config: dict[str, Any] | None = None  # the YAML that it was made from, where there was one
+
+    def __init__(self, *, batch_size: int, max_tokens: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size is {batch_size}; give at least 1.")
+        if max_tokens < 1:
+            raise ValueError(f"data.max_tokens is {max_tokens}; give at least 1.")
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.seed, self.num_workers = seed, num_workers
+        self._at = {"epoch": 0, "position": 0}  # in the order of training
+
+    @abstractmethod
+    def setup(self, stage: str) -> None:
+        """Prepares the data sets; called by Lightning on every process, possibly more than once."""
+
+    @property
+    def context(self) -> tuple[str, int]:
+        """The argument that bounds the length of a row, and its value in tokens."""
+        return self.context_key, getattr(self, self.context_key)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint must know of the data to be used without it; primitives."""
+        return {}
+
+    def train_order(self) -> Callable[[int], Tensor]:
+        """Epoch -> keys of `train_set`."""
+        return shuffled(len(self.train_set), self.seed)  # type: ignore[arg-type]
+
+    def train_lengths(self, keys: Tensor) -> Tensor:
+        """Tokens of the rows of `train_set` with these keys (N,), int64."""
+        return torch.tensor([len(self.train_set[key]["input_ids"]) for key in keys.tolist()])
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return -(-len(self.train_order()(0)) // self.batch_size)
+
+    def advance(self, n_steps: int) -> None:
+        """Moves the position past an optimizer step, into the next epoch behind its last one.
+
+        Lightning's own counters are no help: after a resume at an epoch's end they lag behind.
+
+        Args:
+            n_steps: optimizer steps that this run takes an epoch.
+        """
+        self._at["position"] += 1
+        if self._at["position"] >= n_steps:
+            self._at = {"epoch": self._at["epoch"] + 1, "position": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        """Position after the last finished optimizer step."""
+        return dict(self._at)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at a saved position; called by Lightning before the loaders are made."""
+        self._at = dict(state_dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a saved position in the data to hold, by key; primitives."""
+        key, n_tokens = self.context
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            key: n_tokens,
+            "tokenizer": self.tokenizer.digest,
+            "samples": self.fingerprint["digest"],
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of training; the first epoch may start in its middle."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        sampler = StepSampler(
+            self.train_order(),
+            batch_size=self.batch_size,
+            epoch=self._at["epoch"],
+            start=min(self._at["position"], self.steps_per_epoch() - 1),  # other data may be less
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(self.train_set, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation, in order."""
+        return self._in_order(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test, in order."""
+        return self._in_order(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test set again: predictions for it, in order."""
+        return self._in_order(self.test_set)
+
+    def _in_order(self, dataset: Dataset[Sample]) -> DataLoader[Any]:
+        return self._loader(dataset, batch_size=self.batch_size)
+
+    def _loader(self, dataset: Dataset[Sample], **options: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            collate_fn=Collate(self.max_tokens, self.tokenizer.eos_id),
+            num_workers=self.num_workers,
+            worker_init_fn=let_server_end,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # otherwise every iter() draws from the global generator
+            **options,
+        )
+
+
+def let_server_end(worker_id: int) -> None:
+    """Closes a worker's end of the pipe by which a fork server knows that its run is there.
+
+    Otherwise, after a run was killed, the server lives as long as its workers, and these, which
+    look whether the server is there, as long as it. It is Python's way to start them since 3.14.
+    """
+    server: Any = forkserver._forkserver
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
+
+
+@rank_zero_only
+def report(message: str) -> None:
+    """Tells who listens to the logger `datamodules`, as the command line does; once over ranks."""
+    logging.getLogger(__name__).info(message)
+
+
+def load_tokenizer(source: str | None) -> Tokenizer:
+    """The tokenizer of a data module; the command line fills null in from `model.init_from`.
+
+    Raises:
+        ValueError: for null.
+    """
+    if source is None:
+        raise ValueError("data.tokenizer is null; give a name (gpt2), a file or a checkpoint.")
+    return Tokenizer.load(source)

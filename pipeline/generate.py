@@ -1,6 +1,6 @@
 """Decoding: KV-cached, of many rows at a time, which may come and go; and beam search.
 
-Shapes: B rows, T tokens, V vocabulary.
+Shapes: B rows, T tokens, V vocabulary; L, G, N and D as in `kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.gpt import GPT
 from pipeline.kv_cache import KVCache
+from pipeline.prefix_cache import PrefixCache, common_length
 from pipeline.sampling import Sampling, choose
 
 JOIN_SHARE = 4  # places that are filled at a time: one in so many, as a prefill of one row is dear
@@ -41,15 +42,17 @@ class Row:
 
     Attributes:
         settings: how its tokens are chosen.
-        length: tokens so far, the prompt's included.
+        ids: its tokens so far, the prompt's included.
         limit: the length at which it ends: its own, or that of the context.
+        n_cached: tokens of the prompt that were computed for another text.
         token: the newest; None where a stop token came.
         ended: why it has: a stop token, or its length; None while it goes on.
     """
 
     settings: Sampling
-    length: int
+    ids: list[int]
     limit: int
+    n_cached: int
     token: int | None = None
     ended: Literal["stop", "length"] | None = None
     generator: torch.Generator = field(init=False)
@@ -62,8 +65,9 @@ class Row:
         if token in self.settings.stop_ids:
             self.token, self.ended = None, "stop"
             return
-        self.token, self.length = token, self.length + 1
-        if self.length == self.limit:
+        self.token = token
+        self.ids.append(token)
+        if len(self.ids) == self.limit:
             self.ended = "length"
 
 
@@ -76,13 +80,14 @@ class Batch:
         model: put into eval mode.
         n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
             never chosen.
+        ended: where the texts of rows that leave are kept, for others that begin alike.
 
     Attributes:
         rows: those that go on.
     """
 
-    def __init__(self, model: GPT, n_vocab: int | None) -> None:
-        self.model, self.n_vocab = model, n_vocab
+    def __init__(self, model: GPT, n_vocab: int | None, ended: PrefixCache | None = None) -> None:
+        self.model, self.n_vocab, self.ended = model, n_vocab, ended or PrefixCache(0)
         self.rows: list[Row] = []
         self._cache: KVCache | None = None  # of `rows`, in their order
 
@@ -97,13 +102,23 @@ class Batch:
         Raises:
             ValueError: for a prompt that is empty or fills the context.
         """
-        cache, logits = prefill(self.model, prompts, self.n_vocab)
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        known = [self._known(prompt[:-1]) for prompt in different]
+        cache, logits = prefill(self.model, different, self.n_vocab, known)
+        places = [different.index(tuple(prompt)) for prompt in prompts]
+        if len(different) < len(prompts):
+            cache.keep(torch.tensor(places, device=logits.device))
         block_size = self.model.config.block_size
         new = [
-            Row(own, len(prompt), min(len(prompt) + own.max_new_tokens, block_size))
-            for prompt, own in zip(prompts, settings, strict=True)
+            Row(
+                own,
+                [*prompt],
+                limit=min(len(prompt) + own.max_new_tokens, block_size),
+                n_cached=0 if (kv := known[place]) is None else kv.shape[3],
+            )
+            for prompt, own, place in zip(prompts, settings, places, strict=True)
         ]
-        _take(new, logits)
+        _take(new, logits[places])
         if self._cache is None:
             self._cache = cache
         else:
@@ -117,7 +132,7 @@ class Batch:
         """One more token for every row; the rows that got one, or ended instead."""
         assert self._cache is not None, "a step needs rows"
         rows = self.rows
-        places = torch.tensor([row.length - 1 for row in rows], device=self._cache.store.device)
+        places = torch.tensor([len(row.ids) - 1 for row in rows], device=self._cache.store.device)
         tokens = [row.token for row in rows if row.token is not None]
         _take(rows, decode(self.model, tokens, places, self._cache, self.n_vocab))
         self._keep(row for row in rows if row.ended is None)
@@ -127,16 +142,31 @@ class Batch:
         """Gives a row up."""
         self._keep(other for other in self.rows if other is not row)
 
+    def _known(self, ids: Sequence[int]) -> Tensor | None:
+        """Keys and values (L, 2, G, N, D) of what a text begins with, as far as another did."""
+        kv = self.ended.find(ids)
+        best = 0 if kv is None else kv.shape[3]
+        for i, row in enumerate(self.rows):
+            if (n_tokens := common_length(ids, row.ids[:-1])) > best:
+                assert self._cache is not None
+                kv, best = self._cache.text(i, n_tokens), n_tokens
+        return kv
+
     def _keep(self, rows: Iterable[Row]) -> None:
         kept = set(rows)
         if len(kept) == len(self.rows):
             return
         assert self._cache is not None
-        indices = [i for i, row in enumerate(self.rows) if row in kept]
+        indices = []
+        for i, row in enumerate(self.rows):
+            if row in kept:
+                indices.append(i)
+            else:  # its newest token has not been through the model
+                self.ended.add(row.ids[:-1], self._cache.text(i, len(row.ids) - 1))
         self.rows = [self.rows[i] for i in indices]
         if self.rows:
             kept_rows = torch.tensor(indices, device=self._cache.store.device)
-            self._cache.keep(kept_rows, max(row.length for row in self.rows))
+            self._cache.keep(kept_rows, max(len(row.ids) for row in self.rows))
         else:
             self._cache = None
 
@@ -148,7 +178,10 @@ def _take(rows: list[Row], logits: Tensor) -> None:
 
 
 def stream(
-    model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling,
+    ended: PrefixCache | None = None,
 ) -> Iterator[list[int | None]]:
     """One list a step: the new token of every row, None for rows that have ended.
 
@@ -158,11 +191,12 @@ def stream(
         model: put into eval mode.
         prompts: token ids, one list a row, of unequal length.
         settings: how tokens are chosen; without beams. Row i draws with seed + i.
+        ended: where texts are kept, for others that begin alike.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    batch = Batch(model, settings.n_vocab)
+    batch = Batch(model, settings.n_vocab, ended)
     each = [replace(settings, seed=settings.seed + i) for i in range(len(prompts))]
     rows = batch.join(prompts, each)
     yield [row.token for row in rows]
@@ -172,25 +206,42 @@ def stream(
 
 
 def prefill(
-    model: GPT, prompts: Sequence[Sequence[int]], n_vocab: int | None
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    n_vocab: int | None,
+    known: Sequence[Tensor | None] = (),
 ) -> tuple[KVCache, Tensor]:
     """Runs prompts through the model: a cache with room for answers, and logits (B, V) after each.
+
+    Args:
+        model: put into eval mode.
+        prompts: token ids, one list a row, of unequal length.
+        n_vocab: as `Batch` has it.
+        known: of some of them, keys and values (L, 2, G, N, D) of the first N tokens, not of all.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
     model.eval()
-    lengths = [len(prompt) for prompt in prompts]
-    for length in lengths:
-        check_prompt(length, model.config.block_size)
-    weight, longest = model.token_embedding.weight, max(lengths)
+    for prompt in prompts:
+        check_prompt(len(prompt), model.config.block_size)
+    weight = model.token_embedding.weight
     cache = KVCache(model.config, len(prompts), like=weight)
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    starts = [0] * len(prompts)
+    if any(kv is not None for kv in known):
+        cache.begin(known)
+        starts = [0 if kv is None else kv.shape[3] for kv in known]
+    new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+    longest = max(map(len, new))
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in new]
     input_ids = torch.tensor(padded, device=weight.device)  # (B, T), padded on the right
-    positions = torch.arange(longest, device=weight.device).expand(len(prompts), -1)
-    last = torch.tensor(lengths, device=weight.device) - 1
-    is_real = positions <= last[:, None]
-    hidden = model(input_ids, is_real, positions=positions, cache=cache)
+    start = torch.tensor(starts, device=weight.device)[:, None]
+    end = torch.tensor(list(map(len, prompts)), device=weight.device)[:, None]
+    positions = start + torch.arange(longest, device=weight.device)  # (B, T)
+    is_real = positions < end
+    # pads lie where the next token will, as beyond the context there are no places
+    hidden = model(input_ids, is_real, positions=positions.minimum(end), cache=cache)
+    last = is_real.sum(dim=1) - 1
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
     return cache, _logits(model, ends, n_vocab)
 

@@ -349,15 +349,17 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[places]
         else:
             rotation = self._rotation(places, product_dtype(x))
-        mask, unpadding = None, None
+        mask, unpadding, is_first = None, None, True
         if cache is not None:
             assert positions is not None, "a cache needs positions"
+            is_first = cache.is_empty
             mask = cache.seek(positions)
         elif attention_mask is not None and not self.config.causal:
             mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
         bias = attention_bias(x, mask, self.config)
         if attention_mask is not None:
-            unpadding = Unpadding(input_ids, attention_mask, is_causal=self.config.causal)
+            shares = self.config.causal and is_first
+            unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
             x = unpadding.drop(x)
         x, rows = self.dropout(x), Rows(rotation, mask, bias, cache, unpadding)
         is_lean = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -20,6 +20,7 @@ from pipeline.generate import generate, stream
 from pipeline.hardware import default_device
 from pipeline.models import Loaded, load
 from pipeline.packed import pack
+from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from pipeline.text_stream import TextStream
 
@@ -48,6 +49,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
     loaded = load_language_model(source)
     style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
     messages = [Message(role="system", content=system)] if system else []
+    ended = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
     while True:
         print("you: ", end="", flush=True, file=sys.stderr)
         said = sys.stdin.readline().strip()
@@ -56,7 +58,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="user", content=said))
         ids = encode_prompt(loaded.tokenizer, style, messages)
         answer = ""
-        for piece in pieces(loaded, ids, settings):
+        for piece in pieces(loaded, ids, settings, ended):
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -104,19 +106,23 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
     return Sampling(stop_ids=frozenset(stops), n_vocab=loaded.tokenizer.n_vocab, **sampling)
 
 
-def pieces(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[str]:
-    """Text as it is made, never half a character."""
+def pieces(
+    loaded: Loaded, ids: Sequence[int], settings: Sampling, ended: PrefixCache | None = None
+) -> Iterator[str]:
+    """Text as it is made, never half a character; `ended` is as `stream` has it."""
     text = TextStream(loaded.tokenizer, ids)
-    for token in _new_tokens(loaded, ids, settings):
+    for token in _new_tokens(loaded, ids, settings, ended):
         yield text.push(token)
     yield text.close()
 
 
-def _new_tokens(loaded: Loaded, ids: Sequence[int], settings: Sampling) -> Iterator[int]:
+def _new_tokens(
+    loaded: Loaded, ids: Sequence[int], settings: Sampling, ended: PrefixCache | None
+) -> Iterator[int]:
     if settings.num_beams > 1:
         yield from generate(loaded.gpt, [ids], settings)[0]
         return
-    for (token,) in stream(loaded.gpt, [ids], settings):
+    for (token,) in stream(loaded.gpt, [ids], settings, ended):
         if token is not None:
             yield token
 

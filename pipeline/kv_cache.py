@@ -1,10 +1,12 @@
 """What a model that writes has seen: keys and values, so that a new token costs one token.
 
-Shapes: B rows, T new tokens, S tokens that there is room for, G key/value heads, D head size.
+Shapes: B rows, T new tokens, S tokens that there is room for, L layers, G key/value heads, D head
+size, N tokens of a text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +42,23 @@ class KVCache:
     def _hold(self, store: Tensor) -> None:
         self.store, size = store, store.shape[-1]
         self.layers = [(layer.view(-1, size), *layer) for layer in store]  # views made once
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was seen yet."""
+        return self.store.shape[4] == 0
+
+    def begin(self, texts: Sequence[Tensor | None]) -> None:
+        """Takes over what was seen of some rows' beginnings: (L, 2, G, N, D) each, or none."""
+        longest = max((kv.shape[3] for kv in texts if kv is not None), default=0)
+        self._hold(F.pad(self.store, (0, 0, 0, longest + -longest % CACHE_GROWTH)))
+        for row, kv in enumerate(texts):
+            if kv is not None:
+                self.store[:, :, row, :, : kv.shape[3]] = kv
+
+    def text(self, row: int, n_tokens: int) -> Tensor:
+        """What was seen of a row's first tokens: a view (L, 2, G, N, D)."""
+        return self.store[:, :, row, :, :n_tokens]
 
     def seek(self, positions: Tensor) -> Tensor:
         """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""

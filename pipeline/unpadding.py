@@ -21,11 +21,12 @@ class Unpadding:
     Args:
         input_ids: (B, T).
         mask: (B, T) bool, true where a token is real.
-        is_causal: whether what rows begin with can be shared.
+        shares_beginning: whether tokens that rows begin with have the same states in all of them.
     """
 
-    def __init__(self, input_ids: Tensor, mask: Tensor, *, is_causal: bool) -> None:
-        shared = (mask & (input_ids == input_ids[:1])).all(0).cumprod(0).bool() & is_causal  # (T,)
+    def __init__(self, input_ids: Tensor, mask: Tensor, *, shares_beginning: bool) -> None:
+        shared = (mask & (input_ids == input_ids[:1])).all(0).cumprod(0).bool()  # (T,)
+        shared &= shares_beginning
         is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
         kept = mask & (is_first | ~shared)
         places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # among those kept

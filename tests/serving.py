@@ -38,7 +38,7 @@ class Served:
 
     def notes(self) -> list[int]:
         """Tokens written for every request that is done."""
-        return [int(n) for n in re.findall(r"read, (\d+) written", self.log.read_text())]
+        return [int(n) for n in re.findall(r"(\d+) written", self.log.read_text())]
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(how)

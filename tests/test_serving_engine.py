@@ -146,6 +146,46 @@ def test_who_is_cancelled_gets_no_more(
     assert max(seen) == 2
 
 
+def test_what_was_read_is_kept_within_the_limits(
+    start: Callable[..., Engine], model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many texts as rows, of those that have ended; they give way to what is written."""
+    prompt = list(range(13))
+    texts = [[*prompt[:12], 40 + n] for n in range(5)]
+    expected = generate(model, texts, SETTINGS)
+    held: list[tuple[int, int]] = []
+    join = Batch.join
+
+    def noting(batch: Batch, prompts: Any, settings: Any) -> Any:
+        held.append((batch.ended.n_tokens, len(batch.rows) + len(prompts)))
+        return join(batch, prompts, settings)
+
+    monkeypatch.setattr(Batch, "join", noting)
+    for n_tokens, most in ((10 * 33, 2 * 32), (2 * 33, 32)):
+        engine = start(max_rows=2, max_tokens=n_tokens)
+        assert [Asked(engine, text).whole() for text in texts] == expected
+        assert [n for n, _ in held] == [0, 32, *[most] * 3]
+        held.clear()
+    engine = start(max_rows=2, max_tokens=3 * 33)
+    for text in texts:
+        Asked(engine, text).whole()
+    gate = Gate(engine, n_new=30)
+    last = [Asked(engine, prompt) for _ in range(2)]
+    gate.open.set()
+    for asked in last:
+        asked.whole()
+    # beside the gate and one of the two, 33 tokens of room for each, one text of 32 can be kept
+    assert held[-3:] == [(64, 1), (32, 2), (32, 2)]
+
+
+def test_what_was_not_computed_is_told(start: Callable[..., Engine]) -> None:
+    engine = start()
+    for n_cached in (0, 12, 12):
+        asked = Asked(engine, list(range(13)), Sampling(max_new_tokens=3))
+        pieces = [asked.pieces.get(timeout=30) for _ in range(3)]
+        assert [piece.n_cached for piece in pieces] == [n_cached, 0, 0]
+
+
 def broken_after(n: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The n-th step from now fails, once."""
     step, count = Batch.step, iter(range(n, -(10**6), -1))

@@ -121,11 +121,16 @@ async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[
     """Whole texts."""
     texts: dict[int, str] = {}
     ends: dict[int, str | None] = {}
-    async for index, text, ended, n_tokens in deltas:
-        texts[index] = texts.get(index, "") + text
-        ends[index] = ended
-        answer.n_completion += n_tokens
+    async for delta in deltas:
+        texts[delta.number] = texts.get(delta.number, "") + delta.text
+        ends[delta.number] = delta.ended
+        _count(answer, delta)
     return [Choice(index, texts[index], ends[index]) for index in sorted(texts)]
+
+
+def _count(answer: Answer, delta: Delta) -> None:
+    answer.n_completion += delta.n_tokens
+    answer.n_cached += delta.n_cached
 
 
 async def _events(
@@ -138,7 +143,7 @@ async def _events(
     """Server-sent events; an error in the middle is the last of them."""
 
     def events_of(delta: Delta) -> str:
-        answer.n_completion += delta.n_tokens
+        _count(answer, delta)
         if not (delta.text or delta.ended):  # half a character
             return ""
         return _event(answer.event(Choice(*delta[:3])))
@@ -220,7 +225,8 @@ def _note(answer: Answer, began: float) -> None:
     elapsed_s = time.monotonic() - began
     n = answer.n_completion
     rate = f"{n / elapsed_s:.0f} tokens/s" if elapsed_s else ""
-    line = f"{answer.n_prompt} tokens read, {n} written in {elapsed_s:.1f} s, {rate}"
+    read = f"{answer.n_prompt} tokens read ({answer.n_cached} were known)"
+    line = f"{read}, {n} written in {elapsed_s:.1f} s, {rate}"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from pipeline.failures import is_out_of_memory
 from pipeline.generate import Batch, Row, check_prompt
 from pipeline.gpt import GPT
+from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 
 
@@ -29,10 +30,12 @@ class Piece(NamedTuple):
     Attributes:
         token: one more, if any.
         ended: why there will be no more; None while it goes on.
+        n_cached: tokens of the prompt that were not computed for it; with the first piece.
     """
 
     token: int | None
     ended: Literal["stop", "length"] | EngineError | None
+    n_cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Limits:
     """How much is done at a time; it decides memory and waiting, and no answer.
 
     Args:
-        max_rows: texts that are written at the same time.
-        max_tokens: tokens that they may hold together, the longest one's room counted for each.
+        max_rows: texts that are written at the same time; as many that have ended are kept, for
+            those that begin alike.
+        max_tokens: tokens that all of them may hold together, the longest one's room counted for
+            each that is written.
     """
 
     max_rows: int
@@ -88,7 +93,7 @@ class Engine:
     ) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self.failure: Exception | None = None
-        self._on_failure, self._new_batch = on_failure, partial(Batch, model, n_vocab)
+        self._on_failure, self._empty_batch = on_failure, partial(Batch, model, n_vocab)
         self._batch = self._new_batch()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -164,18 +169,17 @@ class Engine:
             if request.is_cancelled and request.row:
                 self._batch.leave(request.row)
         self._running = [request for request in self._running if not request.is_cancelled]
-        moved = self._admit()
-        if moved:
-            settings = [request.settings for request in moved]
-            rows = self._batch.join([request.prompt for request in moved], settings)
-            for request, row in zip(moved, rows, strict=True):
+        if new := self._admit():
+            settings = [request.settings for request in new]
+            rows = self._batch.join([request.prompt for request in new], settings)
+            for request, row in zip(new, rows, strict=True):
                 request.row = row
+                request.deliver(Piece(row.token, row.ended, row.n_cached))
         elif self._running:
             self._batch.step()
-            moved = self._running
-        for request in moved:
-            assert request.row
-            request.deliver(Piece(request.row.token, request.row.ended))
+            for request in self._running:
+                assert request.row
+                request.deliver(Piece(request.row.token, request.row.ended))
         self._running = [r for r in self._running if r.row and r.row.ended is None]
 
     def _admit(self) -> list[Request]:
@@ -187,13 +191,21 @@ class Engine:
                 if not request.is_cancelled:
                     self._running.append(request)
                     admitted.append(request)
+        if admitted:
+            self._batch.ended.shrink(self.limits.max_tokens - self._room(self._running))
         return admitted
 
     def _fits(self, requests: list[Request]) -> bool:
-        """Whether there is memory for all of them; a row has as much as the longest."""
+        is_room = self._room(requests) <= self.limits.max_tokens
+        return is_room and len(requests) <= self.limits.max_rows
+
+    def _room(self, requests: list[Request]) -> int:
+        """Tokens that there is to be memory for; a row has as much as the longest."""
         wanted = [len(r.prompt) + r.settings.max_new_tokens for r in requests]
-        n_tokens = len(requests) * min(max(wanted), self.block_size)
-        return len(requests) <= self.limits.max_rows and n_tokens <= self.limits.max_tokens
+        return len(requests) * min(max(wanted), self.block_size)
+
+    def _new_batch(self) -> Batch:
+        return self._empty_batch(PrefixCache(self.limits.max_rows))
 
     def _give_up(self, why: str) -> None:
         for request in self._running:

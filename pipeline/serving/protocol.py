@@ -141,7 +141,8 @@ class Answer:
     """
 
     def __init__(self, model: str, *, is_chat: bool, n_prompt: int) -> None:
-        self.is_chat, self.n_prompt, self.n_completion = is_chat, n_prompt, 0
+        self.is_chat, self.n_prompt = is_chat, n_prompt
+        self.n_completion = self.n_cached = 0
         prefix = "chatcmpl" if is_chat else "cmpl"
         self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = model
@@ -156,12 +157,13 @@ class Answer:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return self._form(kind, "delta", choices)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens read and written."""
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_completion,
             "total_tokens": self.n_prompt + self.n_completion,
+            "prompt_tokens_details": {"cached_tokens": self.n_cached},
         }
 
     def _form(self, kind: str, key: str, choices: Iterable[Choice]) -> dict[str, Any]:

@@ -20,12 +20,19 @@ from pipeline.text_stream import TextStream
 
 
 class Delta(NamedTuple):
-    """What came of one of the texts asked for; `ended` says why there will be no more of it."""
+    """What came of one of the texts asked for.
+
+    Attributes:
+        ended: why there will be no more of it; None while it goes on.
+        n_tokens: tokens that were written for it.
+        n_cached: tokens of its prompt that were computed for another text; once for all choices.
+    """
 
     number: int
     text: str
     ended: str | None
     n_tokens: int
+    n_cached: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,8 @@ class Writer:
                 if index not in going:  # on its way when a stop text had come
                     continue
                 delta = _read(index, texts[index], piece)
+                if index % asked.n:
+                    delta = delta._replace(n_cached=0)
                 if delta.ended:
                     going.remove(index)
                     self.engine.cancel(requests[index])
@@ -124,7 +133,7 @@ def _read(index: int, text: TextStream, piece: Piece) -> Delta:
     if piece.ended:
         new += text.close()
     ended = "stop" if text.stopped else piece.ended
-    return Delta(index, new, ended, n_tokens=int(piece.token is not None))
+    return Delta(index, new, ended, int(piece.token is not None), piece.n_cached)
 
 
 def _role(role: str) -> str:

@@ -131,13 +131,14 @@ class Batch:
     def step(self) -> list[Row]:
         """One more token for every row; the rows that got one, or ended instead."""
         assert self._cache is not None, "a step needs rows"
-        rows = self.rows
+        rows = [*self.rows]
         places = torch.tensor([len(row.ids) - 1 for row in rows], device=self._cache.store.device)
         tokens = [row.token for row in rows if row.token is not None]
         _take(rows, decode(self.model, tokens, places, self._cache, self.n_vocab))
         self._keep(row for row in rows if row.ended is None)
         return rows
 
+    @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """Gives a row up."""
         self._keep(other for other in self.rows if other is not row)
@@ -157,16 +158,14 @@ class Batch:
         if len(kept) == len(self.rows):
             return
         assert self._cache is not None
-        indices = []
-        for i, row in enumerate(self.rows):
-            if row in kept:
-                indices.append(i)
-            else:  # its newest token has not been through the model
+        for i in reversed(range(len(self.rows))):
+            if (row := self.rows[i]) not in kept:  # its newest token has not been read
                 self.ended.add(row.ids[:-1], self._cache.text(i, len(row.ids) - 1))
-        self.rows = [self.rows[i] for i in indices]
+                self._cache.drop(i)
+                self.rows[i] = self.rows[-1]
+                self.rows.pop()
         if self.rows:
-            kept_rows = torch.tensor(indices, device=self._cache.store.device)
-            self._cache.keep(kept_rows, max(len(row.ids) for row in self.rows))
+            self._cache.fit(max(len(row.ids) for row in self.rows))
         else:
             self._cache = None
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ class KVCache:
     """Keys and values of the tokens seen so far; every row has a place of its own.
 
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
+    Rows come and go in place: what the others hold stays where it is.
 
     Args:
         config: configuration of a causal model.
@@ -37,11 +37,12 @@ class KVCache:
         if not config.causal:
             raise ValueError("model.gpt.causal is false; only a causal model can write text.")
         shape = (config.n_layer, 2, n_rows, config.n_kv_head, 0, config.head_size)
-        self._hold(like.new_zeros(shape))  # of every layer keys, then values
+        self._hold(like.new_zeros(shape), n_rows)  # of every layer keys, then values
 
-    def _hold(self, store: Tensor) -> None:
-        self.store, size = store, store.shape[-1]
-        self.layers = [(layer.view(-1, size), *layer) for layer in store]  # views made once
+    def _hold(self, store: Tensor, n_rows: int) -> None:
+        self.store, self.n_rows, size = store, n_rows, store.shape[-1]
+        pairs = zip(store, store[:, :, :n_rows], strict=True)
+        self.layers = [(layer.view(-1, size), *live) for layer, live in pairs]  # views made once
 
     @property
     def is_empty(self) -> bool:
@@ -50,11 +51,10 @@ class KVCache:
 
     def begin(self, texts: Sequence[Tensor | None]) -> None:
         """Takes over what was seen of some rows' beginnings: (L, 2, G, N, D) each, or none."""
-        longest = max((kv.shape[3] for kv in texts if kv is not None), default=0)
-        self._hold(F.pad(self.store, (0, 0, 0, longest + -longest % CACHE_GROWTH)))
+        self._resize(self.n_rows, max(kv.shape[3] for kv in texts if kv is not None))
         for row, kv in enumerate(texts):
             if kv is not None:
-                self.store[:, :, row, :, : kv.shape[3]] = kv
+                self.text(row, kv.shape[3]).copy_(kv)
 
     def text(self, row: int, n_tokens: int) -> Tensor:
         """What was seen of a row's first tokens: a view (L, 2, G, N, D)."""
@@ -62,15 +62,14 @@ class KVCache:
 
     def seek(self, positions: Tensor) -> Tensor:
         """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
-        missing = int(positions.max()) + 1 - self.store.shape[4]
-        if missing > 0:
-            growth = (0, 0, 0, missing + -missing % CACHE_GROWTH)
-            self._hold(F.pad(self.store, growth))
-        n_rows, n_heads, n_places = self.store.shape[2:5]
-        seen = torch.arange(n_places, device=positions.device) <= positions[:, None, :, None]
-        starts = torch.arange(0, 2 * n_rows * n_heads * n_places, n_places, device=seen.device)
-        starts = starts.view(2, n_rows, n_heads).transpose(0, 1).flatten(1)  # (B, 2 G)
-        self.places = starts[:, :, None] + positions[:, None]  # (B, 2 G, T), of a layer's 2 B G S
+        n_tokens = int(positions.max()) + 1
+        if n_tokens > self.store.shape[4]:
+            self._resize(self.n_rows, n_tokens)
+        n_places, n_heads, n_tokens = self.store.shape[2:5]
+        seen = torch.arange(n_tokens, device=positions.device) <= positions[:, None, :, None]
+        starts = torch.arange(0, 2 * n_places * n_heads * n_tokens, n_tokens, device=seen.device)
+        starts = starts.view(2, n_places, n_heads)[:, : self.n_rows].transpose(0, 1).flatten(1)
+        self.places = starts[:, :, None] + positions[:, None]  # (B, 2 G, T), in a layer
         return seen
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,23 +82,46 @@ class KVCache:
         Returns:
             Keys and values, (B, G, S, D) each.
         """
-        flat, keys, values = self.layers[layer]  # (2 B G S, D), then twice (B, G, S, D)
+        flat, keys, values = self.layers[layer]
         flat[self.places] = kv.to(flat.dtype)
         return keys, values
 
-    def keep(self, rows: Tensor, n_tokens: int | None = None) -> None:
-        """Drops or repeats rows, for finished sequences and for beams.
+    def keep(self, rows: Tensor) -> None:
+        """Drops or repeats rows (B',) int64, as beams do."""
+        self._hold(self.store.index_select(2, rows), len(rows))
 
-        Args:
-            rows: (B',) int64 indices.
-            n_tokens: what the longest of them needs; room for more is given up. None keeps it.
-        """
-        room = None if n_tokens is None else n_tokens + -n_tokens % CACHE_GROWTH
-        self._hold(self.store[:, :, :, :, :room].index_select(2, rows))
+    def drop(self, row: int) -> None:
+        """Gives a row up; the last one takes its place."""
+        last = self.n_rows - 1
+        if row != last:
+            self.store[:, :, row] = self.store[:, :, last]
+        self._hold(self.store, last)
+
+    def fit(self, n_tokens: int) -> None:
+        """Gives up room: for more tokens than the longest row has, for twice as many rows."""
+        n_places, _, room = self.store.shape[2:5]
+        if _rounded(n_tokens) < room or 2 * self.n_rows <= n_places:
+            self._resize(self.n_rows, n_tokens)
 
     def append(self, other: KVCache) -> None:
         """Adds the rows of another cache below these."""
-        stores = self.store, other.store
-        room = max(store.shape[4] for store in stores)
-        padded = [F.pad(store, (0, 0, 0, room - store.shape[4])) for store in stores]
-        self._hold(torch.cat(padded, dim=2))
+        n_before, n_rows = self.n_rows, self.n_rows + other.n_rows
+        places, room, seen = self.store.shape[2], self.store.shape[4], other.store.shape[4]
+        if n_rows > places or seen > room:
+            self._resize(n_rows, max(room, seen))
+        new = self.store[:, :, n_before:n_rows]
+        new[:, :, :, :, :seen] = other.store[:, :, : other.n_rows]
+        new[:, :, :, :, seen:] = 0.0  # of a row that is gone
+        self._hold(self.store, n_rows)
+
+    def _resize(self, n_places: int, n_tokens: int) -> None:
+        """Moves to a store of so many rows and tokens, the latter rounded up."""
+        shape = list(self.store.shape)
+        shape[2], shape[4] = n_places, _rounded(n_tokens)
+        store, room = self.store.new_zeros(shape), min(shape[4], self.store.shape[4])
+        store[:, :, : self.n_rows, :, :room] = self.store[:, :, : self.n_rows, :, :room]
+        self._hold(store, self.n_rows)
+
+
+def _rounded(n_tokens: int) -> int:
+    return n_tokens + -n_tokens % CACHE_GROWTH

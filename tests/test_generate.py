@@ -130,6 +130,37 @@ def test_rows_join_and_leave_while_others_are_written(model: GPT) -> None:
     assert written[again] == alone[0][:2]
 
 
+def test_the_last_row_takes_the_place_of_one_that_leaves(model: GPT) -> None:
+    batch = Batch(model, n_vocab=None)
+    rows = batch.join(PROMPTS, [GREEDY] * 4)
+    batch.step()
+    batch.leave(rows[1])
+    assert batch.rows == [rows[0], rows[3], rows[2]]
+    batch.step()
+    rows += batch.join([[8, 8, 8]], [GREEDY])  # in the place that is free
+    while batch.rows:
+        batch.step()
+    expected = generate(model, [*PROMPTS, [8, 8, 8]], GREEDY)
+    for i in (0, 2, 3, 4):
+        assert rows[i].ids == [*PROMPTS, [8, 8, 8]][i] + expected[i]
+
+
+def test_memory_of_rows_is_given_up_by_halves(model: GPT) -> None:
+    batch = Batch(model, n_vocab=None)
+    rows = batch.join([[n] for n in range(10, 18)], [GREEDY] * 8)
+    places = []
+    for row in rows[:7]:
+        batch.leave(row)
+        assert batch._cache
+        places.append(batch._cache.store.shape[2])
+    assert places == [8, 8, 8, 4, 4, 2, 1]
+    batch.join([[3, 4]] * 2, [GREEDY] * 2)
+    assert batch._cache.store.shape[2] == 3
+    while batch.rows:
+        batch.step()
+    assert rows[7].ids == [17, *generate(model, [[17]], GREEDY)[0]]
+
+
 def test_room_of_a_long_row_is_given_up_with_it(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt("llama", block_size=256)
     batch = Batch(model, n_vocab=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from datamodules.prompts import Message, encode_prompt
 from pipeline.generate import generate
+from pipeline.gpt import GPT
 from pipeline.inference import (
     label_probabilities,
     load_classifier,
@@ -25,6 +29,9 @@ from pipeline.inference import (
     settings_for,
 )
 from pipeline.models import Loaded
+from pipeline.serving import serve
+from pipeline.serving.engine import Limits
+from pipeline.serving.writer import Defaults
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
 from tests.journey import Journey, said
@@ -32,6 +39,7 @@ from tests.serving import Served
 
 QUESTIONS = [f"What is {n} and {n}, and who says so?" for n in range(12)]
 N_NEW = 24
+LABELS = ("/classify", "input")
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +384,46 @@ def listens(served: Served) -> bool:
     except httpx.ConnectError:
         return False
     return True
+
+
+@pytest.mark.parametrize("kind", ["writes", "labels"])
+def test_one_thread_loads_and_runs_the_model(
+    kind: str, published: Path, tiny: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread that computes has OpenMP's threads of its own, more than there are cores."""
+    threads: list[str] = []
+
+    def noting(function: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return function(*args, **options)
+
+        return noted
+
+    class Asking:
+        def __init__(self, app: FastAPI) -> None:
+            self.app = app
+
+        def run(self, _: Any) -> None:
+            client = TestClient(self.app)
+            for _ in range(2):
+                route, asked = ("/v1/completions", "prompt") if kind == "writes" else LABELS
+                client.post(route, json={"model": "it", asked: "Hello"}).raise_for_status()
+
+    monkeypatch.setattr(serve, "load_for_use", noting(serve.load_for_use))
+    monkeypatch.setattr(GPT, "forward", noting(GPT.forward))
+    monkeypatch.setattr(serve, "_server", Asking)
+    serve.serve(
+        str(published if kind == "writes" else tiny.best("spam")),
+        name="it",
+        address=("127.0.0.1", 0),
+        api_key_env="",
+        precision="32-true",
+        limits=Limits(max_rows=4, max_tokens=1024),
+        defaults=Defaults(max_new_tokens=4, temperature=0.0),
+    )
+    assert len(threads) >= 3
+    assert set(threads) == {"model_0"}
 
 
 def test_what_cannot_be_served_is_said_in_one_line(chatty: Served, published: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.generate import Batch, generate
 from pipeline.gpt import GPT
 from pipeline.sampling import Sampling
-from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
+from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece, model_worker
 
 MakeGPT = Callable[..., GPT]
 SETTINGS = Sampling(max_new_tokens=20)
@@ -64,7 +64,7 @@ def start(model: GPT) -> Iterator[Callable[..., Engine]]:
 
     def make(on_failure: Callable[[], None] = lambda: None, **limits: int) -> Engine:
         given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
-        engines.append(Engine(model, 96, given, on_failure))
+        engines.append(Engine(model_worker(), model, 96, given, on_failure))
         return engines[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -14,6 +15,15 @@ from pipeline.generate import Batch, Row, check_prompt
 from pipeline.gpt import GPT
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
+
+
+def model_worker() -> ThreadPoolExecutor:
+    """The one thread that runs a model, and loads it too.
+
+    OpenMP has threads for every thread that computes. Where that makes more of them than there are
+    cores they sleep between any two operations: a step of decoding then takes 1.3 times as long.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="model")
 
 
 class EngineError(Exception):
@@ -76,12 +86,13 @@ class Request:
 
 
 class Engine:
-    """Writes many texts at a time, in a thread of its own.
+    """Writes many texts at a time, in the thread of a worker, which it keeps until it is closed.
 
     Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
     there is room.
 
     Args:
+        worker: one thread, see `model_worker`.
         model: laid out for decoding.
         n_vocab: tokens of the tokenizer.
         limits: how much is done at a time.
@@ -89,7 +100,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: GPT, n_vocab: int, limits: Limits, on_failure: Callable[[], None]
+        self,
+        worker: Executor,
+        model: GPT,
+        n_vocab: int,
+        limits: Limits,
+        on_failure: Callable[[], None],
     ) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self.failure: Exception | None = None
@@ -99,8 +115,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._closing = False
         self._changed = threading.Condition()  # guards _waiting and _closing
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._ended = worker.submit(self._run)
 
     def submit(
         self, prompt: Sequence[int], settings: Sampling, deliver: Callable[[Piece], None]
@@ -138,7 +153,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._ended.result()
 
     def _run(self) -> None:
         while self._has_work():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from fastapi.concurrency import run_in_threadpool
+from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from pipeline.inference import label_probabilities
 from pipeline.models import Loaded
@@ -17,7 +16,7 @@ class Labeller:
     """A model that labels, one request after the other: each uses all cores."""
 
     loaded: Loaded
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    worker: Executor  # one thread
 
     @property
     def names(self) -> list[str]:
@@ -30,5 +29,5 @@ class Labeller:
         Raises:
             ValueError: for a text without anything to label.
         """
-        async with self._turn:
-            return await run_in_threadpool(label_probabilities, self.loaded, texts)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.worker, label_probabilities, self.loaded, texts)

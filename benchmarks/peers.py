@@ -38,6 +38,7 @@ LITGPT = Environment(  # its command line misses requests, which only its extras
     own_bounds=("huggingface_hub", "jsonargparse"),
 )
 LLAMA_CPP = Environment(("llama-cpp-python[server]==0.3.36",), is_compiled=True)
+LLAMA_SERVER = Environment(("xllamacpp==2026.10.11549",))  # llama.cpp's own server, built for AVX2
 
 
 def python_with(environment: Environment) -> str:

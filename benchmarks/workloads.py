@@ -11,8 +11,16 @@ from typing import Any
 import torch
 
 from benchmarks import prepare
+from benchmarks.contestants.serve_load import N_CLIENTS
 from benchmarks.harness import Contestant, Precision, Workload
-from benchmarks.peers import HUGGING_FACE, LITGPT, LLAMA_CPP, Environment, python_with
+from benchmarks.peers import (
+    HUGGING_FACE,
+    LITGPT,
+    LLAMA_CPP,
+    LLAMA_SERVER,
+    Environment,
+    python_with,
+)
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import default_device, multiplies_bf16
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
@@ -184,6 +192,10 @@ def serving() -> Workload:
             words += ["--type_k=0", "--type_v=0"] if precision == "float32" else []  # float32 too
             plainly = {**it, "repeat_penalty": 1.0}  # by default it is 1.1 there
             yield _server("llama-cpp-python", precision, questions, plainly, *words, of=LLAMA_CPP)
+        for precision, kind in GGUF.items():
+            llama = [str(prepare.smollm2_gguf(kind)), "{port}", precision, str(N_CLIENTS)]
+            words = [_module("llama_server")[1], *llama]
+            yield _server("llama.cpp's server", precision, questions, it, *words, of=LLAMA_SERVER)
 
     title = "a server that 16 ask at a time, 64 questions, 64 tokens at most"
     return Workload("P10", title, list(contestants()), 0, None, 0.0)

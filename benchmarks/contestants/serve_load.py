@@ -28,6 +28,7 @@ from pipeline.weights.reading import tokenizer_of
 
 N_CLIENTS, N_NEW = 16, 64
 PATIENCE_S = 300
+LOADING = 503  # as llama.cpp's server answers; others do not answer yet, or know no such route
 
 
 @contextlib.contextmanager
@@ -52,8 +53,8 @@ def server(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Process]
 
 def _answers(url: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        httpx.get(f"{url}/models", timeout=5)
-        return True
+        reply = httpx.get(url.replace("/v1", "/health"), timeout=5)
+        return reply.status_code != LOADING
     return False
 
 

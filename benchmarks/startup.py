@@ -20,14 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import ROOT, results_folder
+from benchmarks.prepare import SMOLLM2
 from benchmarks.workloads import small_pretraining
 
 N_STARTS = 5
 PYTHON = [sys.executable]
+ONE_TOKEN = [f"--ckpt={SMOLLM2}", "--prompt=The", "--max_new_tokens=1"]
 COMMANDS = {
     "--help": [*PYTHON, "-m", "pipeline", "--help"],
     "generate --help": [*PYTHON, "-m", "pipeline", "generate", "--help"],
     "run --help": [*PYTHON, "-m", "pipeline", "run", "--help"],
+    "generate, one token of SmolLM2": [*PYTHON, "-m", "pipeline", "generate", *ONE_TOKEN],
     "fit --help": [*PYTHON, "-m", "pipeline", "fit", "--help"],
     "import torch": [*PYTHON, "-c", "import torch"],
     "import lightning.pytorch": [*PYTHON, "-c", "import lightning.pytorch"],

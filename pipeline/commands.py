@@ -300,7 +300,8 @@ def serve(
         temperature: of requests that name none; 0 takes the likeliest token.
         precision: arithmetic; auto is bf16 where the hardware multiplies it, else float32.
         max_rows: texts that are written at the same time.
-        max_tokens: tokens that they may hold, the longest one's room for each: decides the memory.
+        max_tokens: tokens that they may hold, the longest one's room for each, and texts that have
+            ended: decides the memory.
     """
     from pipeline.serving.engine import Limits
     from pipeline.serving.serve import serve

@@ -44,7 +44,7 @@ class Row:
         settings: how its tokens are chosen.
         ids: its tokens so far, the prompt's included.
         limit: the length at which it ends: its own, or that of the context.
-        n_cached: tokens of the prompt that were computed for another text.
+        n_cached: tokens of the prompt that were not computed for it.
         token: the newest; None where a stop token came.
         ended: why it has: a stop token, or its length; None while it goes on.
     """
@@ -80,16 +80,24 @@ class Batch:
         model: put into eval mode.
         n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
             never chosen.
-        ended: where the texts of rows that leave are kept, for others that begin alike.
+        prefixes: keeps the texts of rows that leave, for others that begin alike.
 
     Attributes:
         rows: those that go on.
     """
 
-    def __init__(self, model: GPT, n_vocab: int | None, ended: PrefixCache | None = None) -> None:
-        self.model, self.n_vocab, self.ended = model, n_vocab, ended or PrefixCache(0)
+    def __init__(
+        self, model: GPT, n_vocab: int | None, prefixes: PrefixCache | None = None
+    ) -> None:
+        self.model, self.n_vocab = model, n_vocab
+        self.prefixes = prefixes or PrefixCache(0)
         self.rows: list[Row] = []
         self._cache: KVCache | None = None  # of `rows`, in their order
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that memory is held for, those that rows may still get included."""
+        return 0 if self._cache is None else self._cache.n_tokens
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[Row]:
@@ -103,21 +111,15 @@ class Batch:
             ValueError: for a prompt that is empty or fills the context.
         """
         different = list(dict.fromkeys(map(tuple, prompts)))
-        known = [self._known(prompt[:-1]) for prompt in different]
-        cache, logits = prefill(self.model, different, self.n_vocab, known)
+        cache, logits, n_known = self._read(different)
         places = [different.index(tuple(prompt)) for prompt in prompts]
         if len(different) < len(prompts):
             cache.keep(torch.tensor(places, device=logits.device))
-        block_size = self.model.config.block_size
-        new = [
-            Row(
-                own,
-                [*prompt],
-                limit=min(len(prompt) + own.max_new_tokens, block_size),
-                n_cached=0 if (kv := known[place]) is None else kv.shape[3],
-            )
-            for prompt, own, place in zip(prompts, settings, places, strict=True)
-        ]
+        new = []
+        for i, (prompt, own, place) in enumerate(zip(prompts, settings, places, strict=True)):
+            limit = min(len(prompt) + own.max_new_tokens, self.model.config.block_size)
+            n_cached = len(prompt) - 1 if place in places[:i] else n_known[place]
+            new.append(Row(own, [*prompt], limit, n_cached))
         _take(new, logits[places])
         if self._cache is None:
             self._cache = cache
@@ -143,9 +145,19 @@ class Batch:
         """Gives a row up."""
         self._keep(other for other in self.rows if other is not row)
 
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor, list[int]]:
+        """Cache of and logits (B, V) after different prompts, and how much of each was known."""
+        known = [self._known(prompt[:-1]) for prompt in prompts]
+        n_known = [0 if kv is None else kv.shape[3] for kv in known]
+        shared = common_length(min(prompts), max(prompts)) * (len(prompts) - 1)
+        if shared > sum(n_known):  # at the beginning of a cache that is computed once for all
+            known, n_known = [], [0] * len(prompts)
+        cache, logits = prefill(self.model, prompts, self.n_vocab, known)
+        return cache, logits, n_known
+
     def _known(self, ids: Sequence[int]) -> Tensor | None:
         """Keys and values (L, 2, G, N, D) of what a text begins with, as far as another did."""
-        kv = self.ended.find(ids)
+        kv = self.prefixes.find(ids)
         best = 0 if kv is None else kv.shape[3]
         for i, row in enumerate(self.rows):
             if (n_tokens := common_length(ids, row.ids[:-1])) > best:
@@ -159,8 +171,8 @@ class Batch:
             return
         assert self._cache is not None
         for i in reversed(range(len(self.rows))):
-            if (row := self.rows[i]) not in kept:  # its newest token has not been read
-                self.ended.add(row.ids[:-1], self._cache.text(i, len(row.ids) - 1))
+            if (row := self.rows[i]) not in kept:  # its newest token may not have been read
+                self.prefixes.add(row.ids[:-1], self._cache.text(i, len(row.ids) - 1))
                 self._cache.drop(i)
                 self.rows[i] = self.rows[-1]
                 self.rows.pop()
@@ -180,7 +192,7 @@ def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     settings: Sampling,
-    ended: PrefixCache | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> Iterator[list[int | None]]:
     """One list a step: the new token of every row, None for rows that have ended.
 
@@ -190,12 +202,12 @@ def stream(
         model: put into eval mode.
         prompts: token ids, one list a row, of unequal length.
         settings: how tokens are chosen; without beams. Row i draws with seed + i.
-        ended: where texts are kept, for others that begin alike.
+        prefixes: keeps the texts, for others that begin alike.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    batch = Batch(model, settings.n_vocab, ended)
+    batch = Batch(model, settings.n_vocab, prefixes)
     each = [replace(settings, seed=settings.seed + i) for i in range(len(prompts))]
     rows = batch.join(prompts, each)
     yield [row.token for row in rows]
@@ -282,20 +294,19 @@ def generate_each(
     """
     batch = Batch(model, settings.n_vocab)
     waiting = deque(enumerate(prompts))
-    written: dict[Row, tuple[int, list[int]]] = {}
+    numbers: dict[Row, int] = {}
     while waiting or batch.rows:
         n_places = min(max_rows - len(batch.rows), len(waiting))
         if n_places and n_places >= min(max_rows // JOIN_SHARE, len(waiting)):
-            numbers, new = zip(*(waiting.popleft() for _ in range(n_places)), strict=True)
-            moved = batch.join(new, [replace(settings, seed=settings.seed + i) for i in numbers])
-            written |= {row: (i, []) for row, i in zip(moved, numbers, strict=True)}
+            places, new = zip(*(waiting.popleft() for _ in range(n_places)), strict=True)
+            moved = batch.join(new, [replace(settings, seed=settings.seed + i) for i in places])
+            numbers |= dict(zip(moved, places, strict=True))
         else:
             moved = batch.step()
         for row in moved:
-            if row.token is not None:
-                written[row][1].append(row.token)
             if row.ended:
-                yield written.pop(row)
+                i = numbers.pop(row)
+                yield i, row.ids[len(prompts[i]) :]
 
 
 @torch.inference_mode()

@@ -321,8 +321,8 @@ class GPT(nn.Module):
         """Final hidden states.
 
         Rows are padded on the right, so in a causal model nothing real ever sees a pad. Given the
-        mask, padding, and again what all rows begin with, costs attention alone. Dropout then falls
-        on what they begin with once for all.
+        mask, padding, and again what all rows begin with, where nothing is before that in a cache,
+        costs attention alone. Dropout then falls on what they begin with once for all.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.

@@ -49,7 +49,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
     loaded = load_language_model(source)
     style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
     messages = [Message(role="system", content=system)] if system else []
-    ended = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
+    prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
     while True:
         print("you: ", end="", flush=True, file=sys.stderr)
         said = sys.stdin.readline().strip()
@@ -58,7 +58,7 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="user", content=said))
         ids = encode_prompt(loaded.tokenizer, style, messages)
         answer = ""
-        for piece in pieces(loaded, ids, settings, ended):
+        for piece in pieces(loaded, ids, settings, prefixes):
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -107,22 +107,22 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
 
 
 def pieces(
-    loaded: Loaded, ids: Sequence[int], settings: Sampling, ended: PrefixCache | None = None
+    loaded: Loaded, ids: Sequence[int], settings: Sampling, prefixes: PrefixCache | None = None
 ) -> Iterator[str]:
-    """Text as it is made, never half a character; `ended` is as `stream` has it."""
+    """Text as it is made, never half a character; `prefixes` as in `stream`."""
     text = TextStream(loaded.tokenizer, ids)
-    for token in _new_tokens(loaded, ids, settings, ended):
+    for token in _new_tokens(loaded, ids, settings, prefixes):
         yield text.push(token)
     yield text.close()
 
 
 def _new_tokens(
-    loaded: Loaded, ids: Sequence[int], settings: Sampling, ended: PrefixCache | None
+    loaded: Loaded, ids: Sequence[int], settings: Sampling, prefixes: PrefixCache | None
 ) -> Iterator[int]:
     if settings.num_beams > 1:
         yield from generate(loaded.gpt, [ids], settings)[0]
         return
-    for (token,) in stream(loaded.gpt, [ids], settings, ended):
+    for (token,) in stream(loaded.gpt, [ids], settings, prefixes):
         if token is not None:
             yield token
 

@@ -22,7 +22,7 @@ class KVCache:
     """Keys and values of the tokens seen so far; every row has a place of its own.
 
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
-    Rows come and go in place: what the others hold stays where it is.
+    Rows come and go in place; of the others only the last one is ever moved.
 
     Args:
         config: configuration of a causal model.
@@ -43,6 +43,11 @@ class KVCache:
         self.store, self.n_rows, size = store, n_rows, store.shape[-1]
         pairs = zip(store, store[:, :, :n_rows], strict=True)
         self.layers = [(layer.view(-1, size), *live) for layer, live in pairs]  # views made once
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that there is memory for, of all rows."""
+        return self.store.shape[2] * self.store.shape[4]
 
     @property
     def is_empty(self) -> bool:

@@ -47,6 +47,17 @@ def computed(model: GPT) -> Iterator[list[int]]:
         handle.remove()
 
 
+@contextmanager
+def blocks_fed(model: GPT) -> Iterator[list[torch.Size]]:
+    """Shapes that the first block gets."""
+    shapes: list[torch.Size] = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    try:
+        yield shapes
+    finally:
+        handle.remove()
+
+
 def alone(model: GPT, prompt: Sequence[int], settings: Sampling = GREEDY) -> list[int]:
     return generate(model, [prompt], settings)[0]
 
@@ -99,13 +110,20 @@ def test_the_newest_token_was_not_read(model: GPT) -> None:
 def test_what_new_prompts_begin_with_is_computed_once(model: GPT) -> None:
     """As in training; the rest of them is rounded up to 32."""
     prompts = [[*PREAMBLE * 4, n, n + 1] for n in range(4)]
-    passes: list[torch.Size] = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape))
-    rows = Batch(model, None).join(prompts, [GREEDY] * 4)
-    handle.remove()
-    assert passes == [(1, 64, 32)], "40 tokens and four times 2"
     firsts = [alone(model, prompt)[0] for prompt in prompts]
-    assert [row.token for row in rows] == firsts
+    for text, n_tokens, n_cached in (
+        ([1], 64, 0),  # 40 tokens and four times 2
+        (PREAMBLE, 64, 0),  # 10 of each were known: four times 32 would be more
+        (PREAMBLE * 4, 32, 40),
+    ):
+        batch = Batch(model, None, PrefixCache(1))
+        batch.join([text], [replace(GREEDY, max_new_tokens=2)])
+        finish(batch)
+        with blocks_fed(model) as passes:
+            rows = batch.join(prompts, [GREEDY] * 4)
+        assert passes == [(1, n_tokens, 32)]
+        assert [row.token for row in rows] == firsts
+        assert [row.n_cached for row in rows] == [n_cached] * 4
 
 
 def test_what_is_shared_after_different_beginnings_differs(model: GPT) -> None:
@@ -131,6 +149,7 @@ def test_equal_prompts_are_read_once(model: GPT) -> None:
     with computed(model) as passes:
         rows = batch.join(prompts, settings)
     assert passes == [10 + 11]
+    assert [row.n_cached for row in rows] == [0, 0, 9, 9]
     finish(batch)
     for row, prompt, own in zip(rows, prompts, settings, strict=True):
         assert row.ids == prompt + alone(model, prompt, own)

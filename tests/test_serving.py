@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ from pipeline.serving.engine import Limits
 from pipeline.serving.writer import Defaults
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
-from tests.journey import Journey, said
+from tests.journey import ROOT, Journey, said
 from tests.serving import Served
 
 QUESTIONS = [f"What is {n} and {n}, and who says so?" for n in range(12)]
@@ -378,10 +380,28 @@ def test_a_second_interrupt_ends_it_at_once(published: Path, tmp_path: Path) -> 
     assert "Traceback" not in served.log.read_text()
 
 
+def test_an_interrupt_does_not_wait_for_the_model() -> None:
+    code = """if True:
+        import sys, time
+        from pipeline.__main__ import main
+        from pipeline.serving import serve
+        serve.load_for_use = lambda *_: (print("loading", flush=True), time.sleep(60))
+        sys.exit(main(["serve", "--ckpt=any", "--port=0"]))
+    """
+    words, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
+
+
 def listens(served: Served) -> bool:
     try:
         httpx.get(served.url)
-    except httpx.ConnectError:
+    except httpx.HTTPError:
         return False
     return True
 
@@ -423,7 +443,7 @@ def test_one_thread_loads_and_runs_the_model(
         defaults=Defaults(max_new_tokens=4, temperature=0.0),
     )
     assert len(threads) >= 3
-    assert set(threads) == {"model_0"}
+    assert set(threads) == {"model"}
 
 
 def test_what_cannot_be_served_is_said_in_one_line(chatty: Served, published: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from pipeline.generate import Batch, generate
 from pipeline.gpt import GPT
 from pipeline.sampling import Sampling
-from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece, model_worker
+from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
+from pipeline.serving.worker import Worker
 
 MakeGPT = Callable[..., GPT]
 SETTINGS = Sampling(max_new_tokens=20)
@@ -64,7 +65,7 @@ def start(model: GPT) -> Iterator[Callable[..., Engine]]:
 
     def make(on_failure: Callable[[], None] = lambda: None, **limits: int) -> Engine:
         given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
-        engines.append(Engine(model_worker(), model, 96, given, on_failure))
+        engines.append(Engine(Worker(), model, 96, given, on_failure))
         return engines[-1]
 
     yield make
@@ -157,7 +158,7 @@ def test_what_was_read_is_kept_within_the_limits(
     join = Batch.join
 
     def noting(batch: Batch, prompts: Any, settings: Any) -> Any:
-        held.append((batch.ended.n_tokens, len(batch.rows) + len(prompts)))
+        held.append((batch.prefixes.n_tokens, len(batch.rows) + len(prompts)))
         return join(batch, prompts, settings)
 
     monkeypatch.setattr(Batch, "join", noting)
@@ -176,6 +177,64 @@ def test_what_was_read_is_kept_within_the_limits(
         asked.whole()
     # beside the gate and one of the two, 33 tokens of room for each, one text of 32 can be kept
     assert held[-3:] == [(64, 1), (32, 2), (32, 2)]
+
+
+def test_memory_that_is_held_for_rows_counts(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places of rows that are gone are given up by halves; no text is kept beside them before."""
+    held: list[tuple[int, int]] = []
+    step = Batch.step
+
+    def noting(batch: Batch) -> Any:
+        held.append((len(batch.rows), batch.n_tokens + batch.prefixes.n_tokens))
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", noting)
+    engine = start(max_rows=8, max_tokens=8 * 64)
+    gate = Gate(engine, n_new=4)
+    texts = [[40 + n] * 40 for n in range(8)]
+    asked = [Asked(engine, text, Sampling(4)) for text in texts[:3]]
+    asked += [Asked(engine, text, Sampling(24)) for text in texts[3:]]
+    gate.open.set()
+    for one in asked:
+        one.whole()
+    assert {n_rows for n_rows, _ in held} >= {8, 5}
+    assert max(n_tokens for _, n_tokens in held) == 8 * 64
+
+
+def test_what_is_wanted_next_is_given_up_last(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(max_rows=2, max_tokens=100)
+    texts = [[5] * 30, [6] * 30]
+    for text in texts:
+        Asked(engine, text, Sampling(2)).whole()
+    asked = Asked(engine, [*texts[0], 7], Sampling(20))  # there is room for one beside it
+    assert asked.pieces.get(timeout=30).n_cached == 30
+    asked.whole()
+
+
+def test_all_who_are_cancelled_leave_at_whatever_time(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one leaves the batch, another one is cancelled."""
+    engine = start()
+    gate = Gate(engine, n_new=2)
+    first, second = Asked(engine, [3]), Asked(engine, [4])
+    leave = Batch.leave
+
+    def leaving(batch: Batch, row: Any) -> None:
+        engine.cancel(first.request)
+        leave(batch, row)
+
+    monkeypatch.setattr(Batch, "leave", leaving)
+    gate.open.set()
+    second.pieces.get(timeout=30)
+    engine.cancel(second.request)
+    seen = sizes(monkeypatch)
+    assert len(Asked(engine, [5]).whole()) == 20
+    assert seen[-15:] == [1] * 15, "a row that nobody waits for is written"
 
 
 def test_what_was_not_computed_is_told(start: Callable[..., Engine]) -> None:

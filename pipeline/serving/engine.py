@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -15,15 +14,7 @@ from pipeline.generate import Batch, Row, check_prompt
 from pipeline.gpt import GPT
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
-
-
-def model_worker() -> ThreadPoolExecutor:
-    """The one thread that runs a model, and loads it too.
-
-    OpenMP has threads for every thread that computes. Where that makes more of them than there are
-    cores they sleep between any two operations: a step of decoding then takes 1.3 times as long.
-    """
-    return ThreadPoolExecutor(1, thread_name_prefix="model")
+from pipeline.serving.worker import Worker
 
 
 class EngineError(Exception):
@@ -92,7 +83,7 @@ class Engine:
     there is room.
 
     Args:
-        worker: one thread, see `model_worker`.
+        worker: has nothing else to do.
         model: laid out for decoding.
         n_vocab: tokens of the tokenizer.
         limits: how much is done at a time.
@@ -101,7 +92,7 @@ class Engine:
 
     def __init__(
         self,
-        worker: Executor,
+        worker: Worker,
         model: GPT,
         n_vocab: int,
         limits: Limits,
@@ -149,7 +140,7 @@ class Engine:
         request.is_cancelled = True
 
     def close(self) -> None:
-        """Ends the thread; whoever is not done is told so."""
+        """Comes to an end after the step at hand; whoever is not done is told so."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -180,10 +171,11 @@ class Engine:
 
     def _advance(self) -> None:
         """Takes in who waits and fits; or else everybody in the batch gets a step."""
-        for request in self._running:
-            if request.is_cancelled and request.row:
+        gone = {request for request in self._running if request.is_cancelled}  # looked at once
+        for request in gone:
+            if request.row:
                 self._batch.leave(request.row)
-        self._running = [request for request in self._running if not request.is_cancelled]
+        self._running = [request for request in self._running if request not in gone]
         if new := self._admit():
             settings = [request.settings for request in new]
             rows = self._batch.join([request.prompt for request in new], settings)
@@ -196,6 +188,7 @@ class Engine:
                 assert request.row
                 request.deliver(Piece(request.row.token, request.row.ended))
         self._running = [r for r in self._running if r.row and r.row.ended is None]
+        self._bound_prefixes()
 
     def _admit(self) -> list[Request]:
         """Who waited and has a place now."""
@@ -206,9 +199,14 @@ class Engine:
                 if not request.is_cancelled:
                     self._running.append(request)
                     admitted.append(request)
-        if admitted:
-            self._batch.ended.shrink(self.limits.max_tokens - self._room(self._running))
+        for request in admitted:
+            self._batch.prefixes.find(request.prompt)  # what it begins with is given up last
+        self._bound_prefixes()
         return admitted
+
+    def _bound_prefixes(self) -> None:
+        written = max(self._room(self._running), self._batch.n_tokens)
+        self._batch.prefixes.shrink(self.limits.max_tokens - written)
 
     def _fits(self, requests: list[Request]) -> bool:
         is_room = self._room(requests) <= self.limits.max_tokens
@@ -217,7 +215,7 @@ class Engine:
     def _room(self, requests: list[Request]) -> int:
         """Tokens that there is to be memory for; a row has as much as the longest."""
         wanted = [len(r.prompt) + r.settings.max_new_tokens for r in requests]
-        return len(requests) * min(max(wanted), self.block_size)
+        return len(requests) * min(max(wanted, default=0), self.block_size)
 
     def _new_batch(self) -> Batch:
         return self._empty_batch(PrefixCache(self.limits.max_rows))

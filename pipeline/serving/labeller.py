@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from pipeline.inference import label_probabilities
 from pipeline.models import Loaded
+from pipeline.serving.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Labeller:
     """A model that labels, one request after the other: each uses all cores."""
 
     loaded: Loaded
-    worker: Executor  # one thread
+    worker: Worker
 
     @property
     def names(self) -> list[str]:

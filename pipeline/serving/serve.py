@@ -21,8 +21,9 @@ from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import listen
 from pipeline.serving.app import make_app
-from pipeline.serving.engine import Engine, Limits, model_worker
+from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.labeller import Labeller
+from pipeline.serving.worker import Worker
 from pipeline.serving.writer import Defaults, Writer
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -49,23 +50,25 @@ def serve(
     if address[0] not in LOOPBACK and not key:
         said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
         print(said, file=sys.stderr)
-    with model_worker() as worker:
-        loaded = worker.submit(load_for_use, ckpt, inference_dtype(precision)).result()
-        name = name or default_name(loaded)
+    worker = Worker()
+    loaded = worker.submit(load_for_use, ckpt, inference_dtype(precision)).result()
+    name = name or default_name(loaded)
+    if isinstance(loaded.model, GPTClassifier):
+        server = _server(make_app(name, Labeller(loaded, worker), key))
         _greet(loaded, name, listener)
-        if isinstance(loaded.model, GPTClassifier):
-            _server(make_app(name, Labeller(loaded, worker), key)).run([listener])
-            return
+        server.run([listener])
+        return
 
-        def stop() -> None:
-            server.should_exit = True
+    def stop() -> None:
+        server.should_exit = True
 
-        engine = Engine(worker, loaded.gpt, loaded.tokenizer.n_vocab, limits, on_failure=stop)
-        server = _server(make_app(name, Writer(loaded, engine, defaults), key))
-        try:
-            server.run([listener])
-        finally:
-            engine.close()
+    engine = Engine(worker, loaded.gpt, loaded.tokenizer.n_vocab, limits, on_failure=stop)
+    server = _server(make_app(name, Writer(loaded, engine, defaults), key))
+    try:
+        _greet(loaded, name, listener)
+        server.run([listener])
+    finally:
+        engine.close()
     if engine.failure:
         raise engine.failure
 

@@ -184,21 +184,28 @@ def test_memory_that_is_held_for_rows_counts(
 ) -> None:
     """Places of rows that are gone are given up by halves; no text is kept beside them before."""
     held: list[tuple[int, int]] = []
-    step = Batch.step
+    join, step = Batch.join, Batch.step
 
-    def noting(batch: Batch) -> Any:
+    def joining(batch: Batch, prompts: Any, settings: Any) -> Any:
+        n_rows = len(batch.rows) + len(prompts)
+        held.append((n_rows, n_rows * 64 + batch.prefixes.n_tokens))
+        return join(batch, prompts, settings)
+
+    def stepping(batch: Batch) -> Any:
         held.append((len(batch.rows), batch.n_tokens + batch.prefixes.n_tokens))
         return step(batch)
 
-    monkeypatch.setattr(Batch, "step", noting)
+    monkeypatch.setattr(Batch, "join", joining)
+    monkeypatch.setattr(Batch, "step", stepping)
     engine = start(max_rows=8, max_tokens=8 * 64)
-    gate = Gate(engine, n_new=4)
-    texts = [[40 + n] * 40 for n in range(8)]
-    asked = [Asked(engine, text, Sampling(4)) for text in texts[:3]]
-    asked += [Asked(engine, text, Sampling(24)) for text in texts[3:]]
-    gate.open.set()
-    for one in asked:
-        one.whole()
+    for n in (0, 8):  # the second time there are texts to be given up
+        gate = Gate(engine, n_new=2)
+        texts = [[40 + n + i] * 40 for i in range(8)]
+        asked = [Asked(engine, text, Sampling(4)) for text in texts[:3]]
+        asked += [Asked(engine, text, Sampling(24)) for text in texts[3:]]
+        gate.open.set()
+        for one in asked:
+            one.whole()
     assert {n_rows for n_rows, _ in held} >= {8, 5}
     assert max(n_tokens for _, n_tokens in held) == 8 * 64
 

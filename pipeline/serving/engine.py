@@ -188,7 +188,6 @@ class Engine:
                 assert request.row
                 request.deliver(Piece(request.row.token, request.row.ended))
         self._running = [r for r in self._running if r.row and r.row.ended is None]
-        self._bound_prefixes()
 
     def _admit(self) -> list[Request]:
         """Who waited and has a place now."""
@@ -201,12 +200,9 @@ class Engine:
                     admitted.append(request)
         for request in admitted:
             self._batch.prefixes.find(request.prompt)  # what it begins with is given up last
-        self._bound_prefixes()
+        held = max(self._room(self._running), self._batch.n_tokens)
+        self._batch.prefixes.shrink(self.limits.max_tokens - held)
         return admitted
-
-    def _bound_prefixes(self) -> None:
-        written = max(self._room(self._running), self._batch.n_tokens)
-        self._batch.prefixes.shrink(self.limits.max_tokens - written)
 
     def _fits(self, requests: list[Request]) -> bool:
         is_room = self._room(requests) <= self.limits.max_tokens

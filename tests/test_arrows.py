@@ -15,6 +15,7 @@ TORCH_ONLY = {  # and each other
     "gpt",
     "kv_cache",
     "loss",
+    "prefix_cache",
     "rotary",
     "sampling",
     "unpadding",

@@ -96,7 +96,7 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that memory is held for, those that rows may still get included."""
+        """Tokens that there is memory for, of all rows."""
         return 0 if self._cache is None else self._cache.n_tokens
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """What a model that writes has seen: keys and values, so that a new token costs one token.
 
-Shapes: B rows, T new tokens, S tokens that there is room for, L layers, G key/value heads, D head
-size, N tokens of a text.
+Shapes: B rows, R places for rows, T new tokens, S tokens that there is room for, L layers, G
+key/value heads, D head size, N tokens of a text.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class KVCache:
         seen = torch.arange(n_tokens, device=positions.device) <= positions[:, None, :, None]
         starts = torch.arange(0, 2 * n_places * n_heads * n_tokens, n_tokens, device=seen.device)
         starts = starts.view(2, n_places, n_heads)[:, : self.n_rows].transpose(0, 1).flatten(1)
-        self.places = starts[:, :, None] + positions[:, None]  # (B, 2 G, T), in a layer
+        self.places = starts[:, :, None] + positions[:, None]  # (B, 2 G, T), of a layer's 2 R G S
         return seen
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class KVCache:
         Returns:
             Keys and values, (B, G, S, D) each.
         """
-        flat, keys, values = self.layers[layer]
+        flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)
         return keys, values
 

@@ -1,6 +1,6 @@
 """llama.cpp's own server, as the package xllamacpp builds it.
 
-    python benchmarks/contestants/llama_server.py MODEL PORT PRECISION PLACES
+    python -m benchmarks.contestants.llama_server MODEL PORT PRECISION PLACES
 
 PLACES texts are written at a time; all else is as llama.cpp has it, but that float32 is float32.
 """

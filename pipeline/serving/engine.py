@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 from pipeline.failures import is_out_of_memory
@@ -100,7 +99,8 @@ class Engine:
     ) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self.failure: Exception | None = None
-        self._on_failure, self._empty_batch = on_failure, partial(Batch, model, n_vocab)
+        self._on_failure = on_failure
+        self._new_batch = lambda: Batch(model, n_vocab, PrefixCache(limits.max_rows))
         self._batch = self._new_batch()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -212,9 +212,6 @@ class Engine:
         """Tokens that there is to be memory for; a row has as much as the longest."""
         wanted = [len(r.prompt) + r.settings.max_new_tokens for r in requests]
         return len(requests) * min(max(wanted, default=0), self.block_size)
-
-    def _new_batch(self) -> Batch:
-        return self._empty_batch(PrefixCache(self.limits.max_rows))
 
     def _give_up(self, why: str) -> None:
         for request in self._running:

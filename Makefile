@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo smollm2 test test-slow soak gpu-test bench ui clean
+.PHONY: demo smollm2 test types unit test-slow soak gpu-test bench ui clean
 
 demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
@@ -15,7 +15,12 @@ smollm2: $(VENV)/base  ## the same from published weights: SmolLM2-135M learns s
 test: $(VENV)/dev  ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 types unit  # tests wait now and then; types are checked meanwhile
+
+types:
 	$(BIN)/mypy
+
+unit:
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev

@@ -28,8 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 Precision = Literal["float32", "bf16", "float16", "q8_0"]
 CEILINGS = """
 import json, torch
-from pipeline.callbacks import matrix_product_ceiling
-from pipeline.hardware import default_device, multiplies_bf16
+from pipeline.hardware import default_device, matrix_product_ceiling, multiplies_bf16
 device, types = default_device(), {"float32": torch.float32}
 if multiplies_bf16(device):
     types["bf16"] = torch.bfloat16

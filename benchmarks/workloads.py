@@ -18,6 +18,7 @@ from benchmarks.peers import (
     LITGPT,
     LLAMA_CPP,
     LLAMA_SERVER,
+    VLLM,
     Environment,
     python_with,
 )
@@ -166,7 +167,9 @@ def generation(n_prompts: int) -> Workload:
             yield _with_our_python("ours", precision, "generate_ours", *words, precision, ours=True)
         for precision in PRECISIONS:
             yield _peer("transformers", precision, "generate_transformers", *words, precision)
-        if default_device().type == "cpu":  # pip builds llama.cpp for CPUs
+        if default_device().type == "cpu":  # as which pip has vLLM and builds llama.cpp
+            for precision in PRECISIONS:
+                yield _peer("vLLM", precision, "generate_vllm", *words, precision, of=VLLM)
             for precision, kind in GGUF.items():
                 llama = ("{record}", str(prepare.smollm2_gguf(kind)), *words[2:], precision)
                 yield _peer("llama.cpp", precision, "generate_llama_cpp", *llama, of=LLAMA_CPP)
@@ -186,6 +189,8 @@ def serving() -> Workload:
         transformers = ["transformers.cli.transformers", "serve", str(weights), "--port={port}"]
         words = [*transformers, "--device=cpu", "--dtype=float32"]
         yield _server("transformers serve", "float32", questions, {"model": str(weights)}, *words)
+        words = [_module("vllm_server")[1], str(weights), "{port}", str(N_CLIENTS)]
+        yield _server("vLLM's server", "float32", questions, it, *words, of=VLLM)
         for precision, kind in GGUF.items():
             words = ["llama_cpp.server", f"--model={prepare.smollm2_gguf(kind)}", "--port={port}"]
             words += ["--model_alias=it", "--n_ctx=2048"]

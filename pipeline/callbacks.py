@@ -15,12 +15,11 @@ from datamodules.batching import MicroBatch
 from datamodules.prompts import encode_start, stop_ids
 from datamodules.step_data_module import StepDataModule
 from pipeline.generate import check_prompt, generate
+from pipeline.hardware import matrix_product_ceiling
 from pipeline.sampling import Sampling
 from pipeline.sharding import gather_shared
 from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
 
-CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
-CEILING_SECONDS = 0.3
 SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
 NORMAL_MAD = 1.4826  # standard deviations of a normal distribution in its median distance
@@ -125,21 +124,6 @@ def robust_z(value: float, others: Sequence[float]) -> float:
     spread = median(abs(other - middle) for other in others) * NORMAL_MAD
     floor = max(abs(middle) * 1e-3, LOSS_FLOOR)  # equal losses are no scale
     return (value - middle) / max(spread, floor)
-
-
-def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of large matrix products, measured."""
-    a = torch.randn(CEILING_SIZE, CEILING_SIZE, generator=torch.Generator().manual_seed(0))
-    a = a.to(device=device, dtype=dtype)
-    n_products, best = 0, 0.0
-    start = time.perf_counter()
-    while time.perf_counter() - start < CEILING_SECONDS or n_products < 3:
-        before = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = max(best, 2 * CEILING_SIZE**3 / (time.perf_counter() - before))
-        n_products += 1
-    return best
 
 
 class SampleTexts(pl.Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ import psutil
 import torch
 
 _STATUS, _CONTAINER = Path("/proc/self/status"), Path("/sys/fs/cgroup")
+CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
+CEILING_SECONDS = 0.3
 Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
 
 
@@ -49,6 +52,21 @@ def multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of large matrix products, measured."""
+    a = torch.randn(CEILING_SIZE, CEILING_SIZE, generator=torch.Generator().manual_seed(0))
+    a = a.to(device=device, dtype=dtype)
+    n_products, best = 0, 0.0
+    start = time.perf_counter()
+    while time.perf_counter() - start < CEILING_SECONDS or n_products < 3:
+        before = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = max(best, 2 * CEILING_SIZE**3 / (time.perf_counter() - before))
+        n_products += 1
+    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

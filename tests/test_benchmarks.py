@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from benchmarks.harness import (
     check_equal_work,
     measure,
 )
-from benchmarks.peers import CONSTRAINTS, LITGPT, LLAMA_CPP, Environment, constraints_of
+from benchmarks.peers import CONSTRAINTS, LITGPT, LLAMA_CPP, VLLM, Environment, constraints_of
+from benchmarks.record import peak_memory
 from benchmarks.report import plot, table
 
 STEPS = """
@@ -63,6 +65,18 @@ def test_warm_up_is_left_out_and_reported(results: list[Result]) -> None:
         assert all(5e6 < rss < 1e9 for rss in result.rss)  # bytes of a Python process
 
 
+def test_memory_of_a_process_is_that_of_those_it_started_too() -> None:
+    """A server's model may be in a process of its own."""
+    started = "x = b'x' * 60_000_000; print(flush=True); input()"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {started!r}])"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", starts], **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 60_000_000 < peak_memory(process.pid) < 200_000_000
+        process.communicate(b"\n")
+
+
 def test_other_work_is_refused(results: list[Result]) -> None:
     ours, theirs = results
     less = Result(**{**vars(theirs), "tokens": [199, 200]})
@@ -105,7 +119,7 @@ def test_constraints_but_those_that_a_peer_contradicts() -> None:
 @pytest.fixture
 def nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths alone, and neither weights nor environments."""
-    names = {LITGPT: "python of litgpt", LLAMA_CPP: "python of llama.cpp"}
+    names = {LITGPT: "python of litgpt", LLAMA_CPP: "python of llama.cpp", VLLM: "python of vLLM"}
 
     def python_with(environment: Environment) -> str:
         return names.get(environment, "python of another")
@@ -146,6 +160,19 @@ def test_llama_cpp_has_our_prompts_in_files_of_its_precisions() -> None:
         precision: ["{record}", f"{kind}.gguf", *ours[5:7], precision]
         for precision, kind in kinds.items()
     }
+
+
+@pytest.mark.usefixtures("nothing_prepared")
+def test_vllm_has_our_prompts_and_weights() -> None:
+    ours, vllm = (
+        [c for c in workloads.generation(16).contestants if c.name == name]
+        for name in ("ours", "vLLM")
+    )
+    assert [c.precision for c in vllm] == [c.precision for c in ours] == ["bf16", "float32"]
+    for theirs, mine in zip(vllm, ours, strict=True):
+        python, _, module, *words = theirs.words
+        assert (python, module) == ("python of vLLM", "benchmarks.contestants.generate_vllm")
+        assert words == list(mine.words[3:])
 
 
 def test_table_and_plot(tmp_path: Path) -> None:

@@ -6,15 +6,16 @@ Shapes: B rows, T tokens, V vocabulary; L, G, N and D as in `kv_cache.py`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.gpt import GPT
 from pipeline.kv_cache import KVCache
+from pipeline.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from pipeline.prefix_cache import PrefixCache, common_length
 from pipeline.sampling import Sampling, choose
 
@@ -47,6 +48,8 @@ class Row:
         n_cached: tokens of the prompt that were not computed for it.
         token: the newest; None where a stop token came.
         ended: why it has: a stop token, or its length; None while it goes on.
+        logprobs: of what came last, where its settings have it reported: the newest token, a stop
+            token too; at first, with `echo`, those of the prompt before it.
     """
 
     settings: Sampling
@@ -55,6 +58,7 @@ class Row:
     n_cached: int
     token: int | None = None
     ended: Literal["stop", "length"] | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,20 +115,27 @@ class Batch:
             ValueError: for a prompt that is empty or fills the context.
         """
         different = list(dict.fromkeys(map(tuple, prompts)))
-        cache, logits, n_known = self._read(different)
         places = [different.index(tuple(prompt)) for prompt in prompts]
+        whole = {place for place, own in zip(places, settings, strict=True) if own.echo}
+        read, n_known = self._read(different, whole)
         if len(different) < len(prompts):
-            cache.keep(torch.tensor(places, device=logits.device))
+            read.cache.keep(torch.tensor(places, device=read.logits.device))
         new = []
         for i, (prompt, own, place) in enumerate(zip(prompts, settings, places, strict=True)):
             limit = min(len(prompt) + own.max_new_tokens, self.model.config.block_size)
             n_cached = len(prompt) - 1 if place in places[:i] else n_known[place]
             new.append(Row(own, [*prompt], limit, n_cached))
-        _take(new, logits[places])
+        _take(new, read.logits[places])
+        for row, prompt, own, place in zip(new, prompts, settings, places, strict=True):
+            if own.echo:
+                of_prompt = prompt_logprobs(
+                    self.model, read.hidden[place], prompt, own.n_likeliest or 0, self.n_vocab
+                )
+                row.logprobs = of_prompt + row.logprobs
         if self._cache is None:
-            self._cache = cache
+            self._cache = read.cache
         else:
-            self._cache.append(cache)
+            self._cache.append(read.cache)
         self.rows += new
         self._keep(row for row in self.rows if row.ended is None)
         return new
@@ -145,15 +156,16 @@ class Batch:
         """Gives a row up."""
         self._keep(other for other in self.rows if other is not row)
 
-    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor, list[int]]:
-        """Cache of and logits (B, V) after different prompts, and how much of each was known."""
-        known = [self._known(prompt[:-1]) for prompt in prompts]
+    def _read(
+        self, prompts: Sequence[tuple[int, ...]], whole: Container[int]
+    ) -> tuple[Prefilled, list[int]]:
+        """Runs different prompts through the model, some of them whole; how much was known."""
+        known = [None if i in whole else self._known(ids[:-1]) for i, ids in enumerate(prompts)]
         n_known = [0 if kv is None else kv.shape[3] for kv in known]
         shared = common_length(min(prompts), max(prompts)) * (len(prompts) - 1)
         if shared > sum(n_known):  # at the beginning of a cache that is computed once for all
             known, n_known = [], [0] * len(prompts)
-        cache, logits = prefill(self.model, prompts, self.n_vocab, known)
-        return cache, logits, n_known
+        return prefill(self.model, prompts, self.n_vocab, known), n_known
 
     def _known(self, ids: Sequence[int]) -> Tensor | None:
         """Keys and values (L, 2, G, N, D) of what a text begins with, as far as another did."""
@@ -184,7 +196,9 @@ class Batch:
 
 def _take(rows: list[Row], logits: Tensor) -> None:
     chosen = choose(logits, [row.settings for row in rows], [row.generator for row in rows])
-    for row, token in zip(rows, chosen, strict=True):
+    for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+        if row.settings.n_likeliest is not None:
+            row.logprobs = token_logprobs(logits[i : i + 1], [token], row.settings.n_likeliest)
         row.take(token)
 
 
@@ -216,13 +230,27 @@ def stream(
         yield [row.token if row in going else None for row in rows]
 
 
+class Prefilled(NamedTuple):
+    """What became of prompts.
+
+    Attributes:
+        cache: with room for answers.
+        logits: (B, V) after each prompt.
+        hidden: (B, T, C) of the tokens that were not known, without meaning at pads.
+    """
+
+    cache: KVCache
+    logits: Tensor
+    hidden: Tensor
+
+
 def prefill(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     n_vocab: int | None,
     known: Sequence[Tensor | None] = (),
-) -> tuple[KVCache, Tensor]:
-    """Runs prompts through the model: a cache with room for answers, and logits (B, V) after each.
+) -> Prefilled:
+    """Runs prompts through the model.
 
     Args:
         model: put into eval mode.
@@ -254,7 +282,7 @@ def prefill(
     hidden = model(input_ids, is_real, positions=positions.minimum(end), cache=cache)
     last = is_real.sum(dim=1) - 1
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
-    return cache, _logits(model, ends, n_vocab)
+    return Prefilled(cache, _logits(model, ends, n_vocab), hidden)
 
 
 def decode(
@@ -316,7 +344,7 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    cache, logits = prefill(model, [prompt], settings.n_vocab)
+    cache, logits, _ = prefill(model, [prompt], settings.n_vocab)
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
     # so many that num_beams go on however many stop here
     n_candidates = settings.num_beams * (1 + len(settings.stop_ids))

@@ -26,6 +26,9 @@ class Sampling:
         seed: random seed of the draws.
         n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
             never chosen.
+        n_likeliest: report the log-probability of each token, and of so many that were likeliest
+            in its place; None reports nothing.
+        echo: report those of the prompt too.
     """
 
     max_new_tokens: int
@@ -36,6 +39,8 @@ class Sampling:
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     n_vocab: int | None = None
+    n_likeliest: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         for key, ok, wanted in (
@@ -44,9 +49,12 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "a probability in (0, 1]"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("n_likeliest", (self.n_likeliest or 0) >= 0, "0 or more, or null"),
         ):
             if not ok:
                 raise ValueError(f"{key} is {getattr(self, key)}; give {wanted}.")
+        if self.echo and self.n_likeliest is None:
+            raise ValueError("echo reports the prompt, but n_likeliest is null; give 0 or more.")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"num_beams is {self.num_beams}, a search for the likeliest text, but temperature "

@@ -14,6 +14,7 @@ TORCH_ONLY = {  # and each other
     "generate",
     "gpt",
     "kv_cache",
+    "logprobs",
     "loss",
     "prefix_cache",
     "rotary",

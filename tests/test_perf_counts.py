@@ -178,7 +178,7 @@ def test_a_block_decodes_in_few_operations(tiny_gpt: Callable[..., GPT]) -> None
     counts = []
     for n_layer in (2, 3):
         model = pack(tiny_gpt("llama", n_layer=n_layer))
-        cache, _ = prefill(model, [[5, 6, 7], [11]], None)
+        cache = prefill(model, [[5, 6, 7], [11]], None).cache
         with Operations() as operations:
             decode(model, [1, 2], torch.tensor([3, 1]), cache, None)
         counts.append(Counter(name for name, *_ in operations.seen))

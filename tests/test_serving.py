@@ -186,6 +186,79 @@ def test_texts_are_continued_as_they_stand(chatty: Served, model: Loaded) -> Non
     assert "".join(event.choices[0].text for event in one).startswith(expected[0])
 
 
+@torch.inference_mode()
+def logprobs_of(model: Loaded, ids: list[int]) -> list[list[float]]:
+    """Of every token that may follow the first ids, the first two, and so on."""
+    logits = model.gpt.head(model.gpt(torch.tensor([ids[:-1]])))[0, :, : model.tokenizer.n_vocab]
+    return logits.float().log_softmax(dim=-1).tolist()
+
+
+def near(values: list[float]) -> Any:
+    return pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "end"), [(7, "<|im_end|>"), (8, "")])
+def test_logprobs_of_a_chat(chatty: Served, model: Loaded, seed: int, end: str) -> None:
+    """Of every token that was written, and of the one that ended it; a stream has the same."""
+    options = {"logprobs": True, "top_logprobs": 3, "temperature": 1.0, "seed": seed}
+    (choice,) = ask(chatty, QUESTIONS[4], **options).choices
+    told = choice.logprobs.content
+    pieces = b"".join(bytes(one.bytes) for one in told).decode(errors="replace")
+    assert pieces == choice.message.content + end
+    said = [Message(role="user", content=QUESTIONS[4])]
+    prompt = encode_prompt(model.tokenizer, prompt_style(model), said)
+    sampling = settings_for(model, max_new_tokens=N_NEW, temperature=1.0, seed=seed)
+    ids = generate(model.gpt, [prompt], sampling)[0]
+    ids += [model.tokenizer.special_ids[end]] if end else []
+    every = logprobs_of(model, prompt + ids)[-len(ids) :]
+    assert [one.logprob for one in told] == near([e[i] for e, i in zip(every, ids, strict=True)])
+    assert [one.token for one in told] == [model.tokenizer.decode([i]) for i in ids]
+    for one, row in zip(told, every, strict=True):
+        best = sorted(range(len(row)), key=row.__getitem__, reverse=True)[:3]
+        assert [bytes(other.bytes) for other in one.top_logprobs] == [
+            model.tokenizer.decode_bytes([i]) for i in best
+        ]
+        assert [other.logprob for other in one.top_logprobs] == near([row[i] for i in best])
+    events = [event.choices[0] for event in ask(chatty, QUESTIONS[4], **options, stream=True)]
+    streamed = [one for event in events if event.logprobs for one in event.logprobs.content]
+    assert [one.logprob for one in streamed] == near([one.logprob for one in told])
+    (alone,) = ask(chatty, QUESTIONS[4], logprobs=True, max_tokens=1).choices
+    assert [one.top_logprobs for one in alone.logprobs.content] == [[]]
+    assert ask(chatty, QUESTIONS[4]).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("form", ["texts", "ids"])
+def test_logprobs_of_what_was_asked(chatty: Served, model: Loaded, form: str) -> None:
+    """As harnesses ask for the likelihood of a text: it is said again, with a token behind it."""
+    texts = ["The quick brown fox", "It returns 12 times."]
+    prompts: Any = texts if form == "texts" else [model.tokenizer.encode(text) for text in texts]
+    asked = {"model": "tiny", "prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True}
+    answer = chatty.client().completions.create(**asked)
+    for text, choice in zip(texts, answer.choices, strict=True):
+        told, ids = choice.logprobs, model.tokenizer.encode(text)
+        assert choice.text.startswith(text)
+        assert len(told.tokens) == len(ids) + 1
+        assert "".join(told.tokens[:-1]) == text
+        for token, start in zip(told.tokens[:-1], told.text_offset, strict=False):
+            assert choice.text[start:].startswith(token)
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)
+        every = logprobs_of(model, [*ids, 0])
+        expected = [every[i - 1][ids[i]] for i in range(1, len(ids))] + [max(every[-1])]
+        assert told.token_logprobs[1:] == near(expected)
+        assert [max(top.values()) for top in told.top_logprobs[1:]] == near(list(map(max, every)))
+        assert all(len(top) in (1, 2) for top in told.top_logprobs[1:])
+    (event, *_) = chatty.client().completions.create(**asked, stream=True)
+    assert event.choices[0].text == answer.choices[0].text
+    assert event.choices[0].logprobs.text_offset == answer.choices[0].logprobs.text_offset
+    plain = chatty.client().completions.create(**{**asked, "logprobs": None}).choices
+    assert [choice.text for choice in plain] == [choice.text for choice in answer.choices]
+    assert plain[0].logprobs is None
+    one = chatty.client().completions.create(**{**asked, "prompt": prompts[0], "logprobs": 0})
+    assert [len(top) for top in one.choices[0].logprobs.top_logprobs[1:]] == [1] * len(
+        one.choices[0].logprobs.tokens[1:]
+    )
+
+
 def test_many_at_a_time_are_each_as_alone(chatty: Served, model: Loaded) -> None:
     """Twelve who ask at once, four of whom are written at a time."""
     expected = [said_by(model, question) for question in QUESTIONS]
@@ -229,7 +302,9 @@ def until(is_so: Any, patience_s: float = 60) -> None:
         ({"stop": list("abcde")}, 400, "stop", "at most 4"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "not permitted"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "not permitted"),
-        ({"logprobs": True}, 400, "logprobs", "not permitted"),
+        ({"top_logprobs": 3}, 400, "top_logprobs", "needs logprobs to be true"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
+        ({"echo": True}, 400, "echo", "not permitted"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not permitted"),
         ({"anything": 1}, 400, "anything", "not permitted"),
         ({"messages": []}, 400, "messages", "at least 1 item"),
@@ -278,6 +353,9 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
     habits: dict[str, Any] = {"frequency_penalty": 0, "logprobs": False, "tools": [], "user": "me"}
     habits |= {"stop": None, "n": None, "response_format": {"type": "text"}, "metadata": {"a": "b"}}
     assert ask(chatty, "Hi", **habits).choices[0].message.content
+    plain: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "logprobs": False, "echo": False}
+    (choice,) = chatty.client().completions.create(**plain).choices
+    assert choice.logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -290,6 +368,15 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
         (b'{"model": "tiny", "prompt": "\xff"}', 400, "error parsing the body"),
         (b'{"model": "tiny", "prompt": ""}', 400, "prompt is empty"),
         (b'{"model": "tiny", "prompt": ["a", 3]}', 400, "prompt.1"),
+        (b'{"model": "tiny", "prompt": [3, "a"]}', 400, "prompt.0"),
+        (b'{"model": "tiny", "prompt": []}', 400, "prompt"),
+        (b'{"model": "tiny", "prompt": [[]]}', 400, "prompt.0"),
+        (b'{"model": "tiny", "prompt": [-1]}', 400, "prompt.0"),
+        (b'{"model": "tiny", "prompt": [true]}', 400, "prompt.0"),
+        (b'{"model": "tiny", "prompt": [1, 2147483647]}', 400, "not among the 348 tokens"),
+        (b'{"model": "tiny", "prompt": [1, 99999999999999999999]}', 400, "prompt.0"),
+        (b'{"model": "tiny", "prompt": "a", "logprobs": 21}', 400, "logprobs"),
+        (b'{"model": "tiny", "prompt": "a", "logprobs": true}', 400, "logprobs"),
     ],
 )
 def test_bodies_that_are_none(chatty: Served, body: bytes, status: int, words: str) -> None:

@@ -119,13 +119,13 @@ def _add_labels(router: APIRouter, name: str, labeller: Labeller) -> None:
 
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Choice]:
     """Whole texts."""
-    texts: dict[int, str] = {}
-    ends: dict[int, str | None] = {}
+    choices: dict[int, Choice] = {}
     async for delta in deltas:
-        texts[delta.number] = texts.get(delta.number, "") + delta.text
-        ends[delta.number] = delta.ended
+        so_far = choices.get(delta.number, Choice(delta.number, "", None, []))
+        text, tokens = so_far.text + delta.text, so_far.tokens + delta.tokens
+        choices[delta.number] = Choice(delta.number, text, delta.ended, tokens)
         _count(answer, delta)
-    return [Choice(index, texts[index], ends[index]) for index in sorted(texts)]
+    return [choices[number] for number in sorted(choices)]
 
 
 def _count(answer: Answer, delta: Delta) -> None:
@@ -144,9 +144,10 @@ async def _events(
 
     def events_of(delta: Delta) -> str:
         _count(answer, delta)
-        if not (delta.text or delta.ended):  # half a character
+        if not (delta.text or delta.ended or delta.tokens):  # half a character
             return ""
-        return _event(answer.event(Choice(*delta[:3])))
+        choice = Choice(delta.number, delta.text, delta.ended, delta.tokens)
+        return _event(answer.event(choice))
 
     try:
         async with contextlib.aclosing(deltas):

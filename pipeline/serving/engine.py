@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from pipeline.failures import is_out_of_memory
 from pipeline.generate import Batch, Row, check_prompt
 from pipeline.gpt import GPT
+from pipeline.logprobs import TokenLogprob
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from pipeline.serving.worker import Worker
@@ -31,11 +32,13 @@ class Piece(NamedTuple):
         token: one more, if any.
         ended: why there will be no more; None while it goes on.
         n_cached: tokens of the prompt that were not computed for it; with the first piece.
+        logprobs: as `Row` has them.
     """
 
     token: int | None
     ended: Literal["stop", "length"] | EngineError | None
     n_cached: int = 0
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,12 @@ class Engine:
             rows = self._batch.join([request.prompt for request in new], settings)
             for request, row in zip(new, rows, strict=True):
                 request.row = row
-                request.deliver(Piece(row.token, row.ended, row.n_cached))
+                request.deliver(_newest(row)._replace(n_cached=row.n_cached))
         elif self._running:
             self._batch.step()
             for request in self._running:
                 assert request.row
-                request.deliver(Piece(request.row.token, request.row.ended))
+                request.deliver(_newest(request.row))
         self._running = [r for r in self._running if r.row and r.row.ended is None]
 
     def _admit(self) -> list[Request]:
@@ -217,3 +220,7 @@ class Engine:
         for request in self._running:
             request.deliver(Piece(None, EngineError(why)))
         self._running, self._batch = [], self._new_batch()
+
+
+def _newest(row: Row) -> Piece:
+    return Piece(row.token, row.ended, logprobs=row.logprobs)

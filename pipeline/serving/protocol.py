@@ -10,9 +10,19 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-MAX_STOPS, MAX_CHOICES, MAX_INPUTS = 4, 16, 256
+from pipeline.serving.telling import Told, chat_form, text_form
+
+MAX_STOPS, MAX_CHOICES, MAX_INPUTS, MAX_LIKELIEST = 4, 16, 256, 20
 # what clients send by habit, with the values that ask for nothing, as null does
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -20,7 +30,6 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
@@ -34,6 +43,7 @@ ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 T = TypeVar("T")
 OneOrMore = Annotated[list[T], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -52,6 +62,16 @@ class Strict(BaseModel):
             for key, value in asked.items()
             if value is not None and value not in ASKS_NOTHING.get(key, ())
         }
+
+
+def _prompts(value: Any) -> Any:
+    """A list of prompts, of one too."""
+    is_one = isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0]))
+    return [value] if is_one else value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 class StreamOptions(Strict):
@@ -108,12 +128,42 @@ class ChatAsked(Asked):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LIKELIEST)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int, others: ValidationInfo) -> int:
+        if value and not others.data.get("logprobs"):
+            raise ValueError("it needs logprobs to be true")
+        return value
+
+    @property
+    def n_likeliest(self) -> int | None:
+        """Tokens to be told beside each one; None where nothing is told."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def echo(self) -> bool:
+        """A chat is never said again."""
+        return False
 
 
 class TextAsked(Asked):
-    """POST /v1/completions."""
+    """POST /v1/completions; a prompt is a text or its token ids."""
 
-    prompt: OneOrMore[str] = Field(min_length=1, max_length=MAX_INPUTS)
+    prompt: Annotated[list[str | Ids], BeforeValidator(_prompts)] = Field(
+        min_length=1, max_length=MAX_INPUTS
+    )
+    logprobs: Annotated[int | None, BeforeValidator(lambda v: None if v is False else v)] = Field(
+        None, ge=0, le=MAX_LIKELIEST, strict=True
+    )
+    echo: bool = False
+
+    @property
+    def n_likeliest(self) -> int | None:
+        """Tokens to be told beside each one; None where nothing is told."""
+        return self.logprobs
 
 
 class LabelsAsked(Strict):
@@ -124,11 +174,12 @@ class LabelsAsked(Strict):
 
 
 class Choice(NamedTuple):
-    """A text, or as much of it as came at a time."""
+    """A text, or as much of it as came at a time; its tokens where they are to be told."""
 
     number: int
     text: str
     finish_reason: str | None
+    tokens: list[Told]
 
 
 class Answer:
@@ -167,14 +218,18 @@ class Answer:
         }
 
     def _form(self, kind: str, key: str, choices: Iterable[Choice]) -> dict[str, Any]:
-        said = [self._choice(key, *choice) for choice in choices]
+        said = [self._choice(key, choice) for choice in choices]
         return {**self._head, "object": kind, "model": self._model, "choices": said}
 
-    def _choice(self, key: str, number: int, text: str, finish_reason: str | None) -> Any:
-        place = {"index": number, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(self, key: str, choice: Choice) -> Any:
+        form = chat_form if self.is_chat else text_form
+        logprobs = form(choice.tokens) if choice.tokens else None
+        place = {"index": choice.number, "finish_reason": choice.finish_reason}
         if self.is_chat:
-            return {**place, key: {"role": "assistant", "content": text}}
-        return {**place, "text": text}
+            said: dict[str, Any] = {key: {"role": "assistant", "content": choice.text}}
+        else:
+            said = {"text": choice.text}
+        return {**place, **said, "logprobs": logprobs}
 
 
 def label_form(

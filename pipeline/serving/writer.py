@@ -11,11 +11,13 @@ from functools import partial
 from typing import NamedTuple
 
 from datamodules.prompts import Message, encode_prompt, encode_start
+from datamodules.tokenizer import Tokenizer
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
 from pipeline.sampling import Sampling
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
-from pipeline.serving.protocol import Asked, ChatAsked, TextAsked
+from pipeline.serving.protocol import ChatAsked, TextAsked
+from pipeline.serving.telling import Teller, Told
 from pipeline.text_stream import TextStream
 
 
@@ -26,6 +28,8 @@ class Delta(NamedTuple):
         ended: why there will be no more of it; None while it goes on.
         n_tokens: tokens that were written for it.
         n_cached: tokens of its prompt that were computed for another text; once for all choices.
+        tokens: where they are to be told: those written, the one that ended the text and those of a
+            stop text too; with `echo` the prompt's before them.
     """
 
     number: int
@@ -33,6 +37,7 @@ class Delta(NamedTuple):
     ended: str | None
     n_tokens: int
     n_cached: int
+    tokens: list[Told]
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,27 @@ class Writer:
         """Token ids of what is to be continued.
 
         Raises:
-            ValueError: for a conversation that the model's template has no form for.
+            ValueError: for a conversation that the model's template has no form for, or for ids
+                that the vocabulary does not have.
         """
         tokenizer = self.loaded.tokenizer
         if isinstance(asked, TextAsked):
-            return [encode_start(tokenizer, None, text) for text in asked.prompt]
+            return [self._ids(prompt) for prompt in asked.prompt]
         said = [Message(role=_role(m.role), content=m.text) for m in asked.messages]
         return [encode_prompt(tokenizer, prompt_style(self.loaded), said)]
 
-    def settings(self, asked: Asked) -> Sampling:
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        tokenizer = self.loaded.tokenizer
+        if isinstance(prompt, str):
+            return encode_start(tokenizer, None, prompt)
+        try:
+            tokenizer.decode_bytes(prompt)
+        except KeyError:
+            n = tokenizer.n_vocab
+            raise ValueError(f"the prompt has ids that are not among the {n} tokens.") from None
+        return prompt
+
+    def settings(self, asked: ChatAsked | TextAsked) -> Sampling:
         """How tokens are chosen; what is not said is as the server was started."""
         limit = asked.max_tokens
         if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
@@ -84,10 +101,12 @@ class Writer:
             top_k=asked.top_k or 0,
             top_p=asked.top_p or 1.0,
             seed=secrets.randbits(62) if asked.seed is None else asked.seed,
+            n_likeliest=asked.n_likeliest,
+            echo=asked.echo and asked.n_likeliest is not None,
         )
 
     async def write(
-        self, prompts: Sequence[list[int]], settings: Sampling, asked: Asked
+        self, prompts: Sequence[list[int]], settings: Sampling, asked: ChatAsked | TextAsked
     ) -> AsyncGenerator[Delta, None]:
         """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
 
@@ -103,7 +122,7 @@ class Writer:
                 loop.call_soon_threadsafe(events.put_nowait, (index, piece))
 
         each = [prompt for prompt in prompts for _ in range(asked.n)]
-        texts = [TextStream(self.loaded.tokenizer, prompt, asked.stop) for prompt in each]
+        texts = [SaidText(self.loaded.tokenizer, prompt, asked) for prompt in each]
         requests: list[Request] = []
         try:
             for i, prompt in enumerate(each):
@@ -114,7 +133,7 @@ class Writer:
                 index, piece = await events.get()
                 if index not in going:  # on its way when a stop text had come
                     continue
-                delta = _read(index, texts[index], piece)
+                delta = texts[index].read(index, piece)
                 if index % asked.n:
                     delta = delta._replace(n_cached=0)
                 if delta.ended:
@@ -126,14 +145,34 @@ class Writer:
                 self.engine.cancel(request)
 
 
-def _read(index: int, text: TextStream, piece: Piece) -> Delta:
-    if isinstance(piece.ended, EngineError):
-        raise piece.ended
-    new = "" if piece.token is None else text.push(piece.token)
-    if piece.ended:
-        new += text.close()
-    ended = "stop" if text.stopped else piece.ended
-    return Delta(index, new, ended, int(piece.token is not None), piece.n_cached)
+class SaidText:
+    """What is said of a text while it is written."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], asked: ChatAsked | TextAsked
+    ) -> None:
+        self._stream = TextStream(tokenizer, prompt, asked.stop)
+        self._teller = Teller(tokenizer, () if asked.echo else prompt)
+        self._echo = ""
+        if asked.echo:
+            n_bos = len(tokenizer.bos_ids) if [*prompt[:1]] == tokenizer.bos_ids else 0
+            self._echo = tokenizer.decode(prompt[n_bos:])
+
+    def read(self, number: int, piece: Piece) -> Delta:
+        """What came of it.
+
+        Raises:
+            EngineError: where the model could not go on.
+        """
+        if isinstance(piece.ended, EngineError):
+            raise piece.ended
+        stream, text, self._echo = self._stream, self._echo, ""
+        text += "" if piece.token is None else stream.push(piece.token)
+        if piece.ended:
+            text += stream.close()
+        ended = "stop" if stream.stopped else piece.ended
+        told = list(map(self._teller.tell, piece.logprobs))
+        return Delta(number, text, ended, int(piece.token is not None), piece.n_cached, told)
 
 
 def _role(role: str) -> str:

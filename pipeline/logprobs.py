@@ -1,0 +1,54 @@
+"""Log-probabilities of tokens, beside those of the likeliest in their places.
+
+Shapes: N places, T tokens, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.gpt import GPT
+
+PLACES_AT_A_TIME = 64  # whose logits are held: 12 MB with a vocabulary of 50,000
+
+
+class TokenLogprob(NamedTuple):
+    """What the model gave a token, in nats: before temperature, top-k and top-p.
+
+    Attributes:
+        token: its id.
+        logprob: None where nothing comes before it.
+        likeliest: ids and log-probabilities of as many tokens as were asked for, best first.
+    """
+
+    token: int
+    logprob: float | None
+    likeliest: list[tuple[int, float]]
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> list[TokenLogprob]:
+    """Of tokens that logits (N, V) foretell, one of each."""
+    every = logits.log_softmax(dim=-1)
+    own = every.gather(1, torch.tensor(tokens, device=every.device)[:, None])[:, 0]
+    best = every.topk(min(n_likeliest, every.shape[1]))
+    likeliest = (
+        list(zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    return [TokenLogprob(*found) for found in zip(tokens, own.tolist(), likeliest, strict=True)]
+
+
+def prompt_logprobs(
+    model: GPT, hidden: Tensor, ids: Sequence[int], n_likeliest: int, n_vocab: int | None
+) -> list[TokenLogprob]:
+    """Of all tokens of a prompt, whose hidden states are (T, C); its first has none."""
+    found = [TokenLogprob(ids[0], None, [])]
+    for start in range(0, len(ids) - 1, PLACES_AT_A_TIME):
+        following = ids[start + 1 : start + 1 + PLACES_AT_A_TIME]
+        logits = model.head(hidden[start : start + len(following)]).float()[:, :n_vocab]
+        found += token_logprobs(logits, following, n_likeliest)
+    return found

@@ -1,0 +1,98 @@
+"""Log-probabilities in OpenAI's two forms: tokens as pieces of a text, and where each begins."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from datamodules.tokenizer import Tokenizer
+from pipeline.logprobs import TokenLogprob
+
+
+class Told(NamedTuple):
+    """A token of a text.
+
+    Attributes:
+        piece: its bytes, which may be half a character.
+        offset: characters of the text before it.
+        logprob: in nats; None where nothing comes before it.
+        likeliest: bytes and log-probabilities of those that were likeliest in its place.
+    """
+
+    piece: bytes
+    offset: int
+    logprob: float | None
+    likeliest: list[tuple[bytes, float]]
+
+
+class Teller:
+    """Tells tokens, one after the other, as pieces of a text.
+
+    Args:
+        tokenizer: whose tokens they are.
+        before: token ids that the first one follows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        self._tokenizer, self._before = tokenizer, before
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def tell(self, token: TokenLogprob) -> Told:
+        """The next token; BOS is no text."""
+        piece = self._piece(token.token)
+        likeliest = [(self._piece(other), logprob) for other, logprob in token.likeliest]
+        told = Told(piece, self._offset, token.logprob, likeliest)
+        if token.token not in self._tokenizer.bos_ids:
+            self._offset += len(self._decoder.decode(piece))
+        self._before = [token.token]
+        return told
+
+    def _piece(self, token: int) -> bytes:
+        return self._tokenizer.decode_bytes([token], self._before)
+
+
+def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:
+    """As a chat's choice has them."""
+    content = [
+        {
+            **_chat_piece(told.piece, told.logprob),
+            "top_logprobs": [_chat_piece(*other) for other in told.likeliest],
+        }
+        for told in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_piece(piece: bytes, logprob: float | None) -> dict[str, Any]:
+    text = piece.decode("utf-8", errors="replace")
+    return {"token": text, "logprob": logprob, "bytes": list(piece)}
+
+
+def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
+    """As a text's choice has them."""
+    return {
+        "tokens": [_named(told.piece) for told in tokens],
+        "token_logprobs": [told.logprob for told in tokens],
+        "top_logprobs": [_by_name(told) for told in tokens],
+        "text_offset": [told.offset for told in tokens],
+    }
+
+
+def _by_name(told: Told) -> dict[str, float] | None:
+    """Of the likeliest, and of the token itself; none of a text's first."""
+    if told.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for piece, logprob in [*told.likeliest, (told.piece, told.logprob)]:
+        found.setdefault(_named(piece), logprob)
+    return found
+
+
+def _named(piece: bytes) -> str:
+    """Text, or half a character in OpenAI's spelling, so that no two pieces have one name."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

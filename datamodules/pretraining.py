@@ -21,7 +21,10 @@ from datamodules.step_data_module import StepDataModule, load_tokenizer
 class Blocks(Dataset[Sample]):
     """Blocks of a token file, one every `stride` tokens; the last ones may be shorter.
 
-    The file is mapped for each block: workers share its pages, and nothing but its path is pickled.
+    A block is read when it is asked for: nothing of the file stays in this process's memory.
+
+    Raises:
+        OSError, ValueError: from an index, where the file is gone or was cut.
     """
 
     path: Path
@@ -36,10 +39,12 @@ class Blocks(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.stride
-        tokens = np.memmap(self.path, self.dtype, mode="r", shape=(self.n_tokens,))
-        block = tokens[start : start + self.block_size].astype(np.int64)
-        input_ids = torch.from_numpy(block)  # (T,)
+        start, dtype = index * self.stride, np.dtype(self.dtype)
+        n_tokens = min(self.block_size, self.n_tokens - start)
+        block = np.fromfile(self.path, dtype, n_tokens, offset=start * dtype.itemsize)
+        if len(block) < n_tokens:
+            raise ValueError(f"{self.path} was cut while in use; the same command makes it anew.")
+        input_ids = torch.from_numpy(block.astype(np.int64))  # (T,)
         return Sample(sample_id=index, input_ids=input_ids, labels=input_ids)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -335,6 +336,19 @@ def test_a_sample_is_its_tokens(stories: Path, make: Callable[..., PretrainingDa
     sample = module.train_set[37]
     assert sample["input_ids"].tolist() == sample["labels"].tolist() == tokens[37:53]
     assert (sample["sample_id"], sample["input_ids"].dtype) == (37, torch.int64)
+
+
+def test_a_file_that_is_cut_in_use_gives_no_short_sample(
+    stories: Path, make: Callable[..., PretrainingDataModule]
+) -> None:
+    module = make(stories)
+    module.setup("fit")
+    assert module.corpus
+    path = module.corpus.path("train")
+    os.truncate(path, 2 * 50)  # two bytes a token
+    assert len(module.train_set[34]["input_ids"]) == 16
+    with pytest.raises(ValueError, match=r"train\.bin was cut while in use"):
+        module.train_set[35]
 
 
 @pytest.mark.parametrize("block_size", [2, 16, 31])

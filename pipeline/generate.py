@@ -140,6 +140,19 @@ class Batch:
         self._keep(row for row in self.rows if row.ended is None)
         return new
 
+    def n_unread(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that would have to be computed if it joined now."""
+        kv = self._known(prompt[:-1])
+        return len(prompt) - (0 if kv is None else kv.shape[3])
+
+    @torch.inference_mode()
+    def read(self, prompt: Sequence[int], n_tokens: int) -> None:
+        """Computes so many of a prompt's unread tokens, not all, and keeps them until it joins."""
+        kv = self._known(prompt[:-1])
+        n_read = n_tokens + (0 if kv is None else kv.shape[3])
+        cache = prefill(self.model, [prompt[:n_read]], self.n_vocab, [kv]).cache
+        self.prefixes.add(prompt[:n_read], cache.text(0, n_read))
+
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """One more token for every row; the rows that got one, or ended instead."""

@@ -166,6 +166,22 @@ def test_one_token_at_least_is_read(model: GPT) -> None:
         assert row.ids == PREAMBLE + alone(model, PREAMBLE)
 
 
+def test_a_prompt_may_be_read_ahead_in_pieces(model: GPT) -> None:
+    prompt, alone = [*PREAMBLE, *PREAMBLE, 3], generate(model, [[*PREAMBLE, *PREAMBLE, 3]], GREEDY)
+    batch = Batch(model, None, PrefixCache(2))
+    assert batch.n_unread(prompt) == 21
+    with computed(model) as seen:
+        for n_tokens, n_unread in ((8, 13), (5, 8)):
+            batch.read(prompt, n_tokens)
+            assert batch.n_unread(prompt) == n_unread
+        (row,) = batch.join([prompt], [GREEDY])
+    assert seen == [8, 5, 8]
+    assert (row.n_cached, batch.prefixes.n_tokens) == (13, 13)
+    while batch.rows:
+        batch.step()
+    assert row.ids[21:] == alone[0]
+
+
 def test_at_the_end_of_the_context(model: GPT) -> None:
     """A short row beside one whose new part is long has no place for as much padding."""
     batch = Batch(model, None, PrefixCache(2))

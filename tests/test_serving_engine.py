@@ -12,6 +12,7 @@ import pytest
 from pipeline.generate import Batch, generate
 from pipeline.gpt import GPT
 from pipeline.sampling import Sampling
+from pipeline.serving import engine as engine_module
 from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
 from pipeline.serving.worker import Worker
 
@@ -250,6 +251,100 @@ def test_what_was_not_computed_is_told(start: Callable[..., Engine]) -> None:
         asked = Asked(engine, list(range(13)), Sampling(max_new_tokens=3))
         pieces = [asked.pieces.get(timeout=30) for _ in range(3)]
         assert [piece.n_cached for piece in pieces] == [n_cached, 0, 0]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What the batch does: joins, by prompts; reads, by tokens; steps, by rows. Pieces are of 8."""
+    seen: list[tuple[str, Any]] = []
+    join, read, step = Batch.join, Batch.read, Batch.step
+
+    def joining(self: Batch, prompts: Any, settings: Any) -> Any:
+        seen.append(("join", [*map(len, prompts)]))
+        return join(self, prompts, settings)
+
+    def reading(self: Batch, prompt: Any, n_tokens: int) -> None:
+        before = self.n_unread(prompt)
+        read(self, prompt, n_tokens)
+        seen.append(("read", before - self.n_unread(prompt)))
+
+    def stepping(self: Batch) -> Any:
+        seen.append(("step", len(self.rows)))
+        return step(self)
+
+    monkeypatch.setattr(Batch, "join", joining)
+    monkeypatch.setattr(Batch, "read", reading)
+    monkeypatch.setattr(Batch, "step", stepping)
+    monkeypatch.setattr(engine_module, "READ_AT_A_TIME", 8)
+    return seen
+
+
+def long_beside_a_gate(
+    engine: Engine, n_tokens: int, done: list[Any], settings: Sampling = SETTINGS
+) -> Asked:
+    gate = Gate(engine)
+    done.clear()
+    asked = Asked(engine, list(range(20, 20 + n_tokens)), settings)
+    gate.open.set()
+    return asked
+
+
+def test_a_long_prompt_is_read_in_pieces_between_steps_of_others(
+    start: Callable[..., Engine], model: GPT, done: list[tuple[str, Any]]
+) -> None:
+    asked = long_beside_a_gate(start(), 30, done)
+    first = asked.pieces.get(timeout=30)
+    tokens = [first.token, *asked.whole()]
+    assert tokens == generate(model, [list(range(20, 50))], SETTINGS)[0]
+    assert first.n_cached == 0, "it was read for this text alone"
+    pieces = [("step", 1), ("read", 8)] * 3
+    assert done[: len(pieces) + 3] == [*pieces, ("step", 1), ("join", [30]), ("step", 2)]
+
+
+def test_what_others_have_read_counts_and_is_not_read_again(
+    start: Callable[..., Engine], done: list[tuple[str, Any]]
+) -> None:
+    engine = start()
+    Asked(engine, list(range(20, 35)), Sampling(1)).whole()  # keeps 15 tokens
+    asked = long_beside_a_gate(engine, 40, done)
+    assert asked.pieces.get(timeout=30).n_cached == 15
+    asked.whole()
+    assert [n for what, n in done if what == "read"] == [8, 8, 8]
+
+
+def test_many_prompts_join_a_few_at_a_time(
+    start: Callable[..., Engine], model: GPT, done: list[tuple[str, Any]]
+) -> None:
+    engine = start(max_rows=8)
+    gate = Gate(engine)
+    done.clear()
+    prompts = [[20 + i] * n for i, n in enumerate((3, 4, 2, 7, 8))]
+    asked = [Asked(engine, prompt) for prompt in prompts]
+    gate.open.set()
+    written, joined = [one.whole() for one in asked], [f for f in done if f[0] == "join"]
+    assert written == generate(model, prompts, SETTINGS)
+    assert joined == [("join", [3, 4]), ("join", [2]), ("join", [7]), ("join", [8])]
+    assert all(done[done.index(found) + 1][0] == "step" for found in joined)
+
+
+def test_alone_nothing_is_read_in_pieces(
+    start: Callable[..., Engine], done: list[tuple[str, Any]]
+) -> None:
+    Asked(start(), list(range(20, 50))).whole()
+    assert [found for found in done if found[0] != "step"] == [("join", [30])]
+
+
+@pytest.mark.parametrize("why", ["its prompt is told", "there is no room to keep it"])
+def test_what_cannot_be_in_pieces_is_read_whole(
+    start: Callable[..., Engine], model: GPT, done: list[tuple[str, Any]], why: str
+) -> None:
+    is_told = "told" in why
+    settings = Sampling(3, n_likeliest=0, echo=True) if is_told else Sampling(3)
+    engine = start() if is_told else start(max_tokens=2 * 33)
+    asked = long_beside_a_gate(engine, 30, done, settings)
+    written, others = asked.whole(), [found for found in done if found[0] != "step"]
+    assert written == generate(model, [list(range(20, 50))], Sampling(3))[0]
+    assert others == [("join", [30])]
 
 
 def broken_after(n: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

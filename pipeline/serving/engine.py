@@ -16,6 +16,8 @@ from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from pipeline.serving.worker import Worker
 
+READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts
+
 
 class EngineError(Exception):
     """The model could not go on with a request."""
@@ -69,12 +71,14 @@ class Request:
     Attributes:
         deliver: called in the engine's thread with every `Piece`.
         row: its place in the batch, once it has one.
+        n_read: tokens that were computed before it had one.
     """
 
     prompt: Sequence[int]
     settings: Sampling
     deliver: Callable[[Piece], None]
     row: Row | None = None
+    n_read: int = 0
     is_cancelled: bool = False
 
 
@@ -82,7 +86,8 @@ class Engine:
     """Writes many texts at a time, in the thread of a worker, which it keeps until it is closed.
 
     Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
-    there is room.
+    there is room. A long prompt is read in pieces, so that the others go on meanwhile (chunked
+    prefill, Agrawal et al. 2023).
 
     Args:
         worker: has nothing else to do.
@@ -173,7 +178,7 @@ class Engine:
             return not self._closing
 
     def _advance(self) -> None:
-        """Takes in who waits and fits; or else everybody in the batch gets a step."""
+        """Takes in who waits and fits; then everybody in the batch gets a step."""
         gone = {request for request in self._running if request.is_cancelled}  # looked at once
         for request in gone:
             if request.row:
@@ -184,8 +189,10 @@ class Engine:
             rows = self._batch.join([request.prompt for request in new], settings)
             for request, row in zip(new, rows, strict=True):
                 request.row = row
-                request.deliver(_newest(row)._replace(n_cached=row.n_cached))
-        elif self._running:
+                n_cached = max(row.n_cached - request.n_read, 0)
+                request.deliver(_newest(row)._replace(n_cached=n_cached))
+        self._running = [r for r in self._running if r.row and r.row.ended is None]
+        if self._running:
             self._batch.step()
             for request in self._running:
                 assert request.row
@@ -193,19 +200,39 @@ class Engine:
         self._running = [r for r in self._running if r.row and r.row.ended is None]
 
     def _admit(self) -> list[Request]:
-        """Who waited and has a place now."""
+        """Who waited and has a place now; beside others in pieces, of which this reads one."""
         admitted: list[Request] = []
-        with self._changed:
-            while self._waiting and self._fits([*self._running, self._waiting[0]]):
-                request = self._waiting.popleft()
-                if not request.is_cancelled:
-                    self._running.append(request)
-                    admitted.append(request)
+        left = READ_AT_A_TIME if self._running else self.limits.max_tokens
+        while request := self._first():
+            is_whole = request.settings.echo
+            n_unread = len(request.prompt) if is_whole else self._batch.n_unread(request.prompt)
+            if n_unread > left and admitted:
+                break
+            if n_unread > left and not is_whole and len(request.prompt) <= self._free():
+                self._batch.read(request.prompt, READ_AT_A_TIME)
+                request.n_read += READ_AT_A_TIME
+                break
+            with self._changed:
+                self._waiting.popleft()
+            self._running.append(request)
+            admitted.append(request)
+            left -= n_unread
         for request in admitted:
             self._batch.prefixes.find(request.prompt)  # what it begins with is given up last
-        held = max(self._room(self._running), self._batch.n_tokens)
-        self._batch.prefixes.shrink(self.limits.max_tokens - held)
+        self._batch.prefixes.shrink(self._free())
         return admitted
+
+    def _first(self) -> Request | None:
+        """Who has waited longest, if there is room."""
+        with self._changed:
+            while self._waiting and self._waiting[0].is_cancelled:
+                self._waiting.popleft()
+            first = self._waiting[0] if self._waiting else None
+        return first if first and self._fits([*self._running, first]) else None
+
+    def _free(self) -> int:
+        """Tokens of texts that may be kept beside those that are written."""
+        return self.limits.max_tokens - max(self._room(self._running), self._batch.n_tokens)
 
     def _fits(self, requests: list[Request]) -> bool:
         is_room = self._room(requests) <= self.limits.max_tokens

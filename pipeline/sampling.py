@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE = 1e-30  # of the division: float32 would make a smaller one nought
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -83,7 +85,8 @@ def _draw(logits: Tensor, settings: Sampling, generator: torch.Generator) -> int
 
 def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
     """What tokens are drawn with, (B, V): temperature, then top-k, then top-p of logits (B, V)."""
-    logits = logits / settings.temperature
+    best = logits.amax(dim=-1, keepdim=True)  # stays finite, however small the temperature
+    logits = (logits - best) / max(settings.temperature, MIN_TEMPERATURE)
     if 0 < settings.top_k < logits.shape[1]:
         smallest = logits.topk(settings.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -92,5 +95,6 @@ def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
         beyond = before >= settings.top_p  # the one that reaches it stays
+        beyond[:, 0] = False  # however small it is
         p = p.masked_fill(beyond.scatter(1, order, beyond), 0.0)
     return p / p.sum(dim=-1, keepdim=True)

@@ -268,6 +268,9 @@ LOGITS = torch.tensor([[2.0, 8.0, 1.0, 4.0, 1.0]]).log()
         ({"top_k": 3, "top_p": 0.8}, [0, 8, 0, 4, 0]),  # of the three that are left: 12/14
         ({"temperature": 2.0, "top_k": 2}, [0, 2**0.5, 0, 1, 0]),
         ({"temperature": 1e-30}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0, 0]),  # less than float32 has
+        ({"temperature": 1e-320}, [0, 1, 0, 0, 0]),
+        ({"top_p": 1e-50}, [0, 8, 0, 0, 0]),
     ],
 )
 def test_distributions_by_hand(changes: dict[str, Any], odds: list[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.tokenizer import ENDOFTEXT
+from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline import logprobs
 from pipeline.generate import Batch, Row
 from pipeline.gpt import GPT
@@ -22,8 +23,8 @@ from pipeline.sampling import Sampling
 from pipeline.serving.engine import Piece
 from pipeline.serving.protocol import TextAsked
 from pipeline.serving.telling import Teller, Told, chat_form, text_form
-from pipeline.serving.writer import SaidText
-from tests.exporting import vocabulary
+from pipeline.serving.writer import Defaults, SaidText, Writer
+from tests.exporting import loaded, vocabulary
 from tests.sentencepieces import of_others, sentencepiece
 
 MakeGPT = Callable[..., GPT]
@@ -176,3 +177,45 @@ def test_a_prompt_is_said_again_as_it_was(tmp_path: Path) -> None:
         pieces = [one.piece for one in deltas[0].tokens if one.piece != b"<s>"]
         assert b"".join(pieces) == b"the lamb" + tokenizer.decode_bytes(new[:1], ids)
         assert deltas[0].tokens[-1].offset == len("the lamb")
+
+
+@pytest.mark.parametrize("form", ["first", "always"])
+def test_bos_is_nothing_that_a_text_follows(tmp_path: Path, form: str) -> None:
+    """Some put a blank before a text's first token alone."""
+    tokenizer = of_others(sentencepiece(form), tmp_path)
+    teller, ids = Teller(tokenizer, ()), tokenizer.encode("the lamb")
+    told = [teller.tell(TokenLogprob(token, -1.0, [])) for token in (*tokenizer.bos_ids, *ids)]
+    assert b"".join(one.piece for one in told[1:]) == b"the lamb"
+    assert [one.offset for one in told[:2]] == [0, 0]
+    bos = teller.tell(TokenLogprob(tokenizer.bos_ids[0], -1.0, []))
+    after = teller.tell(TokenLogprob(ids[0], -1.0, []))
+    assert after.offset - bos.offset == len("<s>"), "within a text it is text"
+
+
+@pytest.fixture
+def lacking() -> tuple[Tokenizer, int]:
+    """A tokenizer without a byte, and the id that nothing has instead."""
+    known = vocabulary().vocabulary
+    hole = known.tokens.index(b"\x04")
+    tokens = [b"" if i == hole else token for i, token in enumerate(known.tokens)]
+    return Tokenizer.of(replace(known, tokens=tokens)), hole
+
+
+def test_ids_that_are_no_tokens_are_refused(
+    tiny_gpt: MakeGPT, lacking: tuple[Tokenizer, int]
+) -> None:
+    """The model has no row for the first, and what the second stands for nobody knows."""
+    tokenizer, hole = lacking
+    model = loaded(tiny_gpt("llama", vocab_size=tokenizer.n_vocab), tokenizer)
+    writer = Writer(model, None, Defaults(4, 0.0))  # type: ignore[arg-type]
+    for ids in ([tokenizer.n_vocab], [5, hole], [5, tokenizer.n_vocab + 9]):
+        with pytest.raises(ValueError, match=f"not among the {tokenizer.n_vocab} tokens"):
+            writer.prompts(TextAsked(model="it", prompt=[ids]))
+    last = tokenizer.n_vocab - 1
+    assert writer.prompts(TextAsked(model="it", prompt=[[5, last]])) == [[5, last]]
+
+
+def test_an_id_that_is_no_token_may_be_likely(lacking: tuple[Tokenizer, int]) -> None:
+    tokenizer, hole = lacking
+    told = Teller(tokenizer, ()).tell(TokenLogprob(5, -1.0, [(hole, -0.5)]))
+    assert told.likeliest == [(b"", -0.5)]

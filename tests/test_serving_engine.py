@@ -312,6 +312,16 @@ def test_what_others_have_read_counts_and_is_not_read_again(
     assert [n for what, n in done if what == "read"] == [8, 8, 8]
 
 
+def test_what_is_read_in_pieces_stays_until_it_joins(
+    start: Callable[..., Engine], done: list[tuple[str, Any]]
+) -> None:
+    """Or else it is read whole at once: there is room for it now, but not beside its own row."""
+    for n_tokens, expected in ((2 * 33 + 30, [8, 8, 8]), (2 * 33 + 29, [])):
+        asked = long_beside_a_gate(start(max_tokens=n_tokens), 30, done, Sampling(3))
+        asked.whole()
+        assert [n for what, n in done if what == "read"] == expected
+
+
 def test_many_prompts_join_a_few_at_a_time(
     start: Callable[..., Engine], model: GPT, done: list[tuple[str, Any]]
 ) -> None:

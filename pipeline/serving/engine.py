@@ -208,7 +208,9 @@ class Engine:
             n_unread = len(request.prompt) if is_whole else self._batch.n_unread(request.prompt)
             if n_unread > left and admitted:
                 break
-            if n_unread > left and not is_whole and len(request.prompt) <= self._free():
+            free = self._free([*self._running, request])  # then: what is read has to stay
+            if n_unread > left and not is_whole and len(request.prompt) <= free:
+                self._batch.prefixes.shrink(free - READ_AT_A_TIME)
                 self._batch.read(request.prompt, READ_AT_A_TIME)
                 request.n_read += READ_AT_A_TIME
                 break
@@ -219,7 +221,7 @@ class Engine:
             left -= n_unread
         for request in admitted:
             self._batch.prefixes.find(request.prompt)  # what it begins with is given up last
-        self._batch.prefixes.shrink(self._free())
+        self._batch.prefixes.shrink(self._free(self._running))
         return admitted
 
     def _first(self) -> Request | None:
@@ -230,9 +232,9 @@ class Engine:
             first = self._waiting[0] if self._waiting else None
         return first if first and self._fits([*self._running, first]) else None
 
-    def _free(self) -> int:
-        """Tokens of texts that may be kept beside those that are written."""
-        return self.limits.max_tokens - max(self._room(self._running), self._batch.n_tokens)
+    def _free(self, requests: list[Request]) -> int:
+        """Tokens of texts that may be kept beside those that are written, and to be written."""
+        return self.limits.max_tokens - max(self._room(requests), self._batch.n_tokens)
 
     def _fits(self, requests: list[Request]) -> bool:
         is_room = self._room(requests) <= self.limits.max_tokens

@@ -37,20 +37,24 @@ class Teller:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer, self._before = tokenizer, before
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset, self._is_first = 0, True
 
     def tell(self, token: TokenLogprob) -> Told:
-        """The next token; BOS is no text."""
+        """The next token; BOS before a text is no part of it."""
         piece = self._piece(token.token)
         likeliest = [(self._piece(other), logprob) for other, logprob in token.likeliest]
         told = Told(piece, self._offset, token.logprob, likeliest)
-        if token.token not in self._tokenizer.bos_ids:
+        if not (self._is_first and token.token in self._tokenizer.bos_ids):
             self._offset += len(self._decoder.decode(piece))
-        self._before = [token.token]
+            self._before = [token.token]
+        self._is_first = False
         return told
 
     def _piece(self, token: int) -> bytes:
-        return self._tokenizer.decode_bytes([token], self._before)
+        try:
+            return self._tokenizer.decode_bytes([token], self._before)
+        except KeyError:  # an id that a vocabulary leaves out, likely as it may be
+            return b""
 
 
 def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:

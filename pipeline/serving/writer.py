@@ -82,10 +82,14 @@ class Writer:
         if isinstance(prompt, str):
             return encode_start(tokenizer, None, prompt)
         try:
-            tokenizer.decode_bytes(prompt)
+            tokenizer.decode_bytes(prompt)  # there may be no token of an id
+            is_known = max(prompt) < tokenizer.n_vocab
         except KeyError:
-            n = tokenizer.n_vocab
-            raise ValueError(f"the prompt has ids that are not among the {n} tokens.") from None
+            is_known = False
+        if not is_known:
+            raise ValueError(
+                f"the prompt has ids that are not among the {tokenizer.n_vocab} tokens."
+            )
         return prompt
 
     def settings(self, asked: ChatAsked | TextAsked) -> Sampling:

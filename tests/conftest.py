@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # so that no command looks 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# a shell has what it runs in the background ignore Ctrl-C, and so would every command started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 USERS_CACHE = cache_dir()  # before the tests get one of their own
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}

@@ -47,7 +47,9 @@ def server(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Process]
             time.sleep(0.2)
         yield url, process
     finally:
-        process.kill()
+        for started in (*process.children(recursive=True), process):  # some start others
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started.kill()
         process.wait()
 
 

@@ -25,18 +25,8 @@ from benchmarks.prepare import SMOLLM2
 
 N_BEFORE, N_NEW = 7, 250
 WORDS = (
-    "the",
-    "a",
-    "river",
-    "stone",
-    "bird",
-    "sky",
-    "deep",
-    "old",
-    "runs",
-    "falls",
-    "under",
-    "green",
+    *("the", "a", "river", "house", "stone", "bird", "sky", "deep"),
+    *("old", "new", "runs", "falls", "under", "over", "green", "light"),
 )
 CASES = {"one prompt of 1,500 words": [1500], "eight prompts of 200 words": [200] * 8}
 PIECES = {"whole": 10**9, "pieces of 128": 128, "pieces of 256": 256, "pieces of 512": 512}

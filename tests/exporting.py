@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -64,6 +65,13 @@ def with_whole_pieces(pre: str) -> Tokenizer:
             tokens.insert(draw.randint(256, len(tokens)), token)
     specials = {name: len(tokens) + i for i, name in enumerate(known.special_tokens)}
     return Tokenizer.of(replace(known, tokens=tokens, special_tokens=specials))
+
+
+def python_named(variable: str, has: str) -> str:
+    """The Python that an environment variable names, which has other packages than this one."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no Python with {has}")
+    return os.environ[variable]
 
 
 def loaded(model: Any, tokenizer: Tokenizer, **meta: Any) -> Loaded:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.weights.huggingface_out import huggingface_writers
-from tests.exporting import MakeGPT, loaded, smollm2, vocabulary, write
+from tests.exporting import MakeGPT, loaded, python_named, smollm2, vocabulary, write
 from tests.serving import Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,11 +54,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """The Python that has the harness."""
-    named = os.environ.get("GPT_PIPELINE_LM_EVAL")
-    if named is None:
-        pytest.skip("GPT_PIPELINE_LM_EVAL names no Python with lm-evaluation-harness")
-    return named
+    return python_named("GPT_PIPELINE_LM_EVAL", "lm-evaluation-harness")
 
 
 @pytest.fixture

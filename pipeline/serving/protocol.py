@@ -66,12 +66,8 @@ class Strict(BaseModel):
 
 def _prompts(value: Any) -> Any:
     """A list of prompts, of one too."""
-    is_one = isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0]))
-    return [value] if is_one else value
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int)
+    are_ids = isinstance(value, list) and bool(value) and isinstance(value[0], int)
+    return [value] if are_ids or isinstance(value, str) else value
 
 
 class StreamOptions(Strict):

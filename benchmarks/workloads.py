@@ -23,15 +23,24 @@ from benchmarks.peers import (
     python_with,
 )
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.hardware import default_device, multiplies_bf16
+from pipeline.hardware import default_device, multiplies_bf16, multiplies_f16_weights
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
 from pipeline.models import load
 
 # bf16 where the hardware multiplies it: emulated, it would say nothing about anyone
 HAS_BF16 = multiplies_bf16(default_device())
 PRECISIONS: tuple[Precision, ...] = ("bf16", "float32") if HAS_BF16 else ("float32",)
+# of what decodes with ours: with weights in float16 too where there are such products
+OF_OURS: tuple[Precision, ...] = (
+    (*PRECISIONS, "float16") if multiplies_f16_weights(default_device()) else PRECISIONS
+)
 # Lightning's names; litgpt's bf16-true was slower than its bf16-mixed where both were measured
 FABRIC: dict[Precision, str] = {"bf16": "bf16-mixed", "float32": "32-true"}
+ANSWERING: dict[Precision, str] = {
+    "float32": "32-true",
+    "bf16": "bf16-true",
+    "float16": "f16-weights",
+}
 TRANSFORMERS, TRL, PEFT = "transformers Trainer", "TRL", "transformers + PEFT"
 GGUF: dict[Precision, str] = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 N_NEW = 64  # tokens of every prompt in P5
@@ -163,8 +172,9 @@ def generation(n_prompts: int) -> Workload:
     words = ("{record}", str(prepare.smollm2()), str(prepare.prompts(n_prompts)), str(N_NEW))
 
     def contestants() -> Iterator[Contestant]:
-        for precision in PRECISIONS:
-            yield _with_our_python("ours", precision, "generate_ours", *words, precision, ours=True)
+        for precision in OF_OURS:
+            own = (*words, ANSWERING[precision])
+            yield _with_our_python("ours", precision, "generate_ours", *own, ours=True)
         for precision in PRECISIONS:
             yield _peer("transformers", precision, "generate_transformers", *words, precision)
         if default_device().type == "cpu":  # as which pip has vLLM and builds llama.cpp
@@ -179,13 +189,15 @@ def generation(n_prompts: int) -> Workload:
 
 
 def serving() -> Workload:
-    """P10: everyone in float32, so that all say the same; q8_0 as many run llama.cpp."""
+    """P10: everyone in float32, so that all say the same; smaller weights as many run them."""
     weights, questions = prepare.smollm2(), prepare.questions(64)
 
     def contestants() -> Iterator[Contestant]:
-        ours = ["pipeline", "serve", f"--ckpt={weights}", "--name=it", "--precision=32-true"]
+        ours = ["pipeline", "serve", f"--ckpt={weights}", "--name=it", "--port={port}"]
         it = {"model": "it"}
-        yield _server("ours", "float32", questions, it, *ours, "--port={port}", ours=True)
+        for precision in OF_OURS:
+            own = [*ours, f"--precision={ANSWERING[precision]}"]
+            yield _server("ours", precision, questions, it, *own, ours=True)
         transformers = ["transformers.cli.transformers", "serve", str(weights), "--port={port}"]
         words = [*transformers, "--device=cpu", "--dtype=float32"]
         yield _server("transformers serve", "float32", questions, {"model": str(weights)}, *words)

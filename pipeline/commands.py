@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.evaluation.judge_config import JudgeConfig
+from pipeline.precision import Precision
 
 
 def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"] = "auto") -> int:
@@ -69,6 +70,7 @@ def generate(
     top_p: float = 1.0,
     num_beams: int = 1,
     seed: int = 0,
+    precision: Precision = "auto",
     chat: bool = False,
 ) -> None:
     """Continue a text; the continuation alone goes to stdout, as it is made.
@@ -83,6 +85,8 @@ def generate(
         top_p: draw only from the likeliest tokens that together reach this probability.
         num_beams: beams of beam search, printed when it is done; 1 is none.
         seed: random seed of sampling.
+        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
+            where the hardware multiplies it, else f16-weights where that is fast.
         chat: take the prompt as a user's message, in the checkpoint's template.
     """
     _check_draws(temperature, top_k, top_p)
@@ -91,6 +95,7 @@ def generate(
     print_continuation(
         ckpt,
         sys.stdin.read() if prompt == "-" else prompt,
+        precision=precision,
         is_message=chat,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -110,6 +115,7 @@ def chat(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    precision: Precision = "auto",
 ) -> None:
     """Talk with an instruction-tuned checkpoint; an empty line or Ctrl-D ends it.
 
@@ -122,12 +128,15 @@ def chat(
         top_k: draw only from the k likeliest tokens; 0 is all.
         top_p: draw only from the likeliest tokens that together reach this probability.
         seed: random seed of sampling.
+        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
+            where the hardware multiplies it, else f16-weights where that is fast.
     """
     _check_draws(temperature, top_k, top_p)
     from pipeline.inference import converse
 
     converse(
         ckpt,
+        precision=precision,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -183,7 +192,7 @@ def score(
     split: Literal["train", "val", "test"] = "test",
     max_new_tokens: int = 256,
     batch_size: int = 32,
-    precision: Literal["auto", "32-true", "bf16-true"] = "auto",
+    precision: Precision = "auto",
     judge: JudgeConfig | None = None,
 ) -> None:
     """Score a checkpoint's responses to held-out instructions, or the responses of any model.
@@ -196,7 +205,8 @@ def score(
         split: which split is answered: train, val or test.
         max_new_tokens: length limit of each response.
         batch_size: responses at a time.
-        precision: arithmetic; auto is bf16 where the hardware multiplies it, else float32.
+        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
+            where the hardware multiplies it, else f16-weights where that is fast.
         judge: a language model that grades from 0 to 100; null for text metrics alone.
     """
     if (ckpt is None) == (responses is None):
@@ -281,7 +291,7 @@ def serve(
     api_key_env: str = "",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    precision: Literal["auto", "32-true", "bf16-true"] = "auto",
+    precision: Precision = "auto",
     max_rows: int = 16,
     max_tokens: int = 16384,
 ) -> None:
@@ -298,7 +308,8 @@ def serve(
         api_key_env: environment variable with the key that clients have to show; empty for none.
         max_new_tokens: length limit of answers to requests that name none.
         temperature: of requests that name none; 0 takes the likeliest token.
-        precision: arithmetic; auto is bf16 where the hardware multiplies it, else float32.
+        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
+            where the hardware multiplies it, else f16-weights where that is fast.
         max_rows: texts that are written at the same time.
         max_tokens: tokens that they may hold, the longest one's room for each, and texts that have
             ended: decides the memory.

@@ -6,15 +6,15 @@ import re
 import resource
 import time
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
 
+from pipeline.precision import Precision
+
 _STATUS, _CONTAINER = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SECONDS = 0.3
-Precision = Literal["auto", "32-true", "bf16-true"]  # of a model that only answers
 
 
 def default_device() -> torch.device:
@@ -22,12 +22,26 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def inference_dtype(precision: Precision) -> torch.dtype:
-    """Of the weights: bf16 where it is asked for, or `auto` and the hardware multiplies it."""
-    is_half = precision == "bf16-true" or (
-        precision == "auto" and multiplies_bf16(default_device())
-    )
-    return torch.bfloat16 if is_half else torch.float32
+def inference_precision(precision: Precision) -> Precision:
+    """`auto` as what answers fastest here: bf16-true, f16-weights or 32-true.
+
+    Decoding takes as long as memory takes to give the weights, so they are held in 16 bits where
+    the hardware multiplies bf16, or has products of float32 with float16.
+
+    Raises:
+        ValueError: f16-weights are asked for and there are no such products.
+    """
+    device = default_device()
+    if precision == "auto" and multiplies_bf16(device):
+        return "bf16-true"
+    if precision in ("auto", "f16-weights") and multiplies_f16_weights(device):
+        return "f16-weights"
+    if precision == "f16-weights":
+        raise ValueError(
+            "precision is f16-weights, which takes a CPU with AVX2; give auto, 32-true or "
+            "bf16-true."
+        )
+    return "32-true" if precision == "auto" else precision
 
 
 def resolve_precision(precision: str, accelerator: object) -> str:
@@ -52,6 +66,14 @@ def multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def multiplies_f16_weights(device: torch.device) -> bool:
+    """Whether there are products of float32 with weights in float16: FBGEMM's, on AVX2 and later.
+
+    They round the weights, to 11 bits, and nothing else.
+    """
+    return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:

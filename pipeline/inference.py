@@ -17,36 +17,40 @@ from datamodules.prompts import Message, encode_prompt, encode_start, encode_tex
 from datamodules.sources import read_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import generate, stream
-from pipeline.hardware import default_device
+from pipeline.hardware import default_device, inference_precision
 from pipeline.models import Loaded, load
 from pipeline.packed import pack
+from pipeline.precision import Precision
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from pipeline.text_stream import TextStream
 
 
-def print_continuation(source: str, prompt: str, *, is_message: bool, **sampling: Any) -> None:
+def print_continuation(
+    source: str, prompt: str, *, precision: Precision, is_message: bool, **sampling: Any
+) -> None:
     """Writes the continuation of a prompt to stdout as it is made, and nothing else.
 
     Args:
         source: a checkpoint, or what `weights.fetch.locate` takes.
         prompt: the text, as it stands.
+        precision: arithmetic of the model.
         is_message: wrap it in the checkpoint's template as what a user says.
         **sampling: fields of `Sampling`.
 
     Raises:
         ValueError: for a checkpoint without the template, or a prompt that does not fit.
     """
-    loaded = load_language_model(source)
+    loaded = load_language_model(source, precision)
     ids = encode_start(loaded.tokenizer, prompt_style(loaded) if is_message else None, prompt)
     for piece in pieces(loaded, ids, settings_for(loaded, **sampling)):
         print(piece, end="", flush=True)
     print()
 
 
-def converse(source: str, *, system: str, **sampling: Any) -> None:
+def converse(source: str, *, precision: Precision, system: str, **sampling: Any) -> None:
     """A conversation on stdin and stdout; an empty line or the end of stdin ends it."""
-    loaded = load_language_model(source)
+    loaded = load_language_model(source, precision)
     style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
     messages = [Message(role="system", content=system)] if system else []
     prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
@@ -65,22 +69,26 @@ def converse(source: str, *, system: str, **sampling: Any) -> None:
         messages.append(Message(role="assistant", content=answer))
 
 
-def load_for_use(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """A checkpoint on the GPU if there is one; what continues text is laid out for decoding."""
-    loaded = load(source, dtype)
+def load_for_use(source: str | Path, precision: Precision) -> Loaded:
+    """A checkpoint on the GPU if there is one; what continues text is laid out for decoding.
+
+    A classifier, which reads many tokens at a time, holds float32 where others hold f16-weights.
+    """
+    precision = inference_precision(precision)
+    loaded = load(source, torch.bfloat16 if precision == "bf16-true" else torch.float32)
     loaded.model.to(default_device())
     if not isinstance(loaded.model, GPTClassifier):
-        pack(loaded.model)
+        pack(loaded.model, in_f16=precision == "f16-weights")
     return loaded
 
 
-def load_language_model(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_language_model(source: str | Path, precision: Precision) -> Loaded:
     """A checkpoint that continues text, ready for use.
 
     Raises:
         ValueError: for a classifier.
     """
-    loaded = load_for_use(source, dtype)
+    loaded = load_for_use(source, precision)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
     return loaded
@@ -198,7 +206,7 @@ def load_classifier(source: str) -> Loaded:
     Raises:
         ValueError: for a language model.
     """
-    loaded = load_for_use(source)
+    loaded = load_for_use(source, "32-true")
     if not isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
     return loaded

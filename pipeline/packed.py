@@ -1,9 +1,10 @@
-"""Weights laid out for decoding: what reads one input is one product, in oneDNN's own layout.
+"""Weights laid out for decoding: what reads one input is one product, in a library's own layout.
 
 A step of decoding reads every weight for a few tokens, so on a CPU it takes as long as memory
 takes to give them. Rows of a plain matrix give 13 GB/s of the 31 that two cores can read; blocks
-as oneDNN wants them, and fewer and larger products, come closer. What is left of a step are small
-operations, each a few microseconds however small: so there are few of them, and some in place.
+as oneDNN wants them, and fewer and larger products, come closer; held in float16, as FBGEMM wants
+them, they are half as much to read. What is left of a step are small operations, each a few
+microseconds however small: so there are few of them, and some in place.
 
 Shapes: I inputs, O outputs, of several layers one after the other; the rest as in `gpt.py`.
 """
@@ -27,20 +28,30 @@ class PackedLinear(nn.Module):
 
     Args:
         layers: with biases, or without.
+        in_f16: hold the weights in float16, for products with float32.
+
+    Raises:
+        ValueError: where float16 has no room for a weight.
     """
 
-    def __init__(self, *layers: nn.Linear) -> None:
+    def __init__(self, *layers: nn.Linear, in_f16: bool = False) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])  # (O, I)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None  # (O,)
-        self.is_blocked = _has_blocks(weight)
-        if self.is_blocked:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_LAID_OUT_FOR)
-        self.matrix = weight
+        self.in_f16, self.is_blocked = in_f16, not in_f16 and _has_blocks(weight)
+        self.matrix: Any = weight
+        if in_f16:
+            _check_range(weight)
+            self.matrix = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
+        elif self.is_blocked:
+            self.matrix = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_LAID_OUT_FOR)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O), added to `plus` (..., O) where that is given."""
+        if self.in_f16:
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self.matrix)
+            return y if plus is None else y.add_(plus)
         if not self.is_blocked:
             y = F.linear(x, self.matrix, self.bias)
             return y if plus is None else y.add_(plus)
@@ -58,6 +69,15 @@ def _has_blocks(weight: Tensor) -> bool:
     )
 
 
+def _check_range(weight: Tensor) -> None:
+    largest = float(weight.abs().max())
+    if largest > torch.finfo(torch.float16).max:
+        raise ValueError(
+            f"a weight is {largest:.3g}, for which f16-weights have no room; give --precision "
+            "32-true."
+        )
+
+
 class PackedBlock(nn.Module):
     """A block of few operations, for inference.
 
@@ -65,15 +85,17 @@ class PackedBlock(nn.Module):
     add to the residual stream.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, *, in_f16: bool) -> None:
         super().__init__()
         attention, mlp = cast(Any, block.attention), cast(Any, block.mlp)
         self.config, self.layer = attention.config, attention.layer
         self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
-        self.qkv = PackedLinear(attention.q, attention.k, attention.v)
-        self.o, self.down = PackedLinear(attention.o), PackedLinear(mlp.down)
         self.is_gated = mlp.gate is not None
-        self.up = PackedLinear(mlp.gate, mlp.up) if self.is_gated else PackedLinear(mlp.up)
+        ups = (mlp.gate, mlp.up) if self.is_gated else (mlp.up,)
+        self.qkv = PackedLinear(attention.q, attention.k, attention.v, in_f16=in_f16)
+        self.o = PackedLinear(attention.o, in_f16=in_f16)
+        self.up = PackedLinear(*ups, in_f16=in_f16)
+        self.down = PackedLinear(mlp.down, in_f16=in_f16)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
@@ -97,15 +119,19 @@ class PackedBlock(nn.Module):
         return F.silu(gate).mul_(up)
 
 
-def pack(model: GPT) -> GPT:
+def pack(model: GPT, *, in_f16: bool = False) -> GPT:
     """Lays a model out for decoding, in place; it can be neither trained nor saved afterwards.
 
     Args:
         model: plain, without live adapters.
+        in_f16: hold the weights in float16; where `hardware.multiplies_f16_weights` says so.
+
+    Raises:
+        ValueError: where float16 has no room for a weight.
     """
     for i, block in enumerate(cast("list[Block]", model.blocks)):
-        model.blocks[i] = PackedBlock(block)
-    head = cast(Any, PackedLinear(model.head))
+        model.blocks[i] = PackedBlock(block, in_f16=in_f16)
+    head = cast(Any, PackedLinear(model.head, in_f16=in_f16))
     head.weight = model.head.weight  # losses take it; where it is tied it is the embedding anyway
     model.head = head
     return model.eval().requires_grad_(False)

@@ -23,11 +23,12 @@ from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
 from pipeline.generate import generate_each
-from pipeline.hardware import Precision, inference_dtype
+from pipeline.hardware import inference_precision
 from pipeline.identity import decisive, digest
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
+from pipeline.precision import Precision
 from pipeline.resume import check_held_out
 from pipeline.reuse import still_holds
 from pipeline.run_directory import AlreadyFinished, Run, flat
@@ -56,11 +57,6 @@ class Answering:
     batch_size: int
     precision: Precision
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the models' weights."""
-        return inference_dtype(self.precision)
-
 
 def score_stage(
     *,
@@ -82,7 +78,7 @@ def score_stage(
         "data": data,
         "split": answering.split,
         "max_new_tokens": answering.max_new_tokens,
-        "dtype": str(answering.dtype),
+        "precision": inference_precision(answering.precision),
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
@@ -158,13 +154,13 @@ def answer(
     ckpt: str, before: str | None, data: dict[str, Any] | None, answering: Answering
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
-    tuned = load_language_model(ckpt, answering.dtype)
+    tuned = load_language_model(ckpt, answering.precision)
     held_out = data_of(tuned, data)
     held_out.setup("test")
     if tuned.meta.get("dataset"):
         check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
     origin = before or parent_of(tuned)
-    untuned = load_language_model(origin, answering.dtype) if origin else None
+    untuned = load_language_model(origin, answering.precision) if origin else None
     if untuned is not None and untuned.tokenizer.digest != tuned.tokenizer.digest:
         raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
     models = [loaded for loaded in (tuned, untuned) if loaded is not None]
@@ -175,7 +171,7 @@ def answer(
         "checkpoint": ckpt,
         "data": held_out.fingerprint["digest"],
         "max_new_tokens": str(answering.max_new_tokens),
-        "dtype": str(answering.dtype),
+        "precision": inference_precision(answering.precision),
     }
     if origin:
         lineage["before"] = origin

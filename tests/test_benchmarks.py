@@ -126,6 +126,7 @@ def nothing_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(workloads, "python_with", python_with)
     monkeypatch.setattr(workloads, "PRECISIONS", ("bf16", "float32"))
+    monkeypatch.setattr(workloads, "OF_OURS", ("bf16", "float32", "float16"))
     monkeypatch.setattr(workloads, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(workloads, "_adapted_flops", lambda *_: 1.0)
     monkeypatch.setattr(prepare, "smollm2", lambda: Path("smollm2"))
@@ -168,11 +169,13 @@ def test_vllm_has_our_prompts_and_weights() -> None:
         [c for c in workloads.generation(16).contestants if c.name == name]
         for name in ("ours", "vLLM")
     )
-    assert [c.precision for c in vllm] == [c.precision for c in ours] == ["bf16", "float32"]
-    for theirs, mine in zip(vllm, ours, strict=True):
+    assert [c.precision for c in vllm] == ["bf16", "float32"]
+    assert [c.precision for c in ours] == ["bf16", "float32", "float16"]
+    assert [c.words[-1] for c in ours] == ["bf16-true", "32-true", "f16-weights"]
+    for theirs, mine in zip(vllm, ours, strict=False):
         python, _, module, *words = theirs.words
         assert (python, module) == ("python of vLLM", "benchmarks.contestants.generate_vllm")
-        assert words == list(mine.words[3:])
+        assert words == [*mine.words[3:-1], theirs.precision]
 
 
 def test_table_and_plot(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.generate import generate
 from pipeline.gpt import GPT
 from pipeline.packed import PackedLinear, pack
 from pipeline.sampling import Sampling
+from tests.machine import needs_f16_products
 
 MakeGPT = Callable[..., GPT]
 PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3]]
@@ -29,6 +30,36 @@ def test_the_same_logits(tiny_gpt: MakeGPT, family: str, tied: bool, dtype: torc
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
     assert (ours - theirs).abs().max() < bound * theirs.abs().max()
     assert torch.equal(packed.head.weight, plain.head.weight)
+
+
+@needs_f16_products
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_in_f16_the_weights_alone_are_rounded(tiny_gpt: MakeGPT, family: str, tied: bool) -> None:
+    packed, plain = (tiny_gpt(family, tie_embeddings=tied) for _ in range(2))
+    assert pack(packed, in_f16=True) is packed
+    unrounded, embedding = plain.head(plain(torch.tensor([PROMPTS[2]]))), plain.token_embedding
+    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+    head.weight = nn.Parameter(plain.head.weight.detach().half().float())  # not the embedding's
+    plain.head = head
+    for module in plain.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.half().float()
+    with torch.inference_mode():
+        hidden = packed(torch.tensor([PROMPTS[2]]))
+        ours, theirs = packed.head(hidden), plain.head(plain(torch.tensor([PROMPTS[2]])))
+    assert ours.dtype == hidden.dtype == torch.float32
+    bound = 1e-5 * theirs.abs().max()
+    assert (ours - theirs).abs().max() < bound < (unrounded - theirs).abs().max()
+
+
+@needs_f16_products
+def test_what_f16_has_no_room_for_is_refused(tiny_gpt: MakeGPT) -> None:
+    model = tiny_gpt("llama")
+    model.blocks[0].mlp.down.weight.data[3, 5] = -65536.0
+    with pytest.raises(ValueError, match=r"a weight is 6\.55e\+04.*give --precision 32-true"):
+        pack(model, in_f16=True)
+    assert pack(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -50,12 +81,15 @@ def test_nothing_is_held_twice(tiny_gpt: MakeGPT) -> None:
     assert {*packed} == {"head", *(f"blocks.{i}.{name}" for i in blocks for name in of_block)}
 
 
-def test_layers_with_and_without_biases() -> None:
+@pytest.mark.parametrize("in_f16", [False, pytest.param(True, marks=needs_f16_products)])
+def test_layers_with_and_without_biases(in_f16: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 2, 8)
     for has_bias in (True, False):
         layers = [nn.Linear(8, n, bias=has_bias) for n in (5, 3)]
+        for layer in layers:
+            layer.weight.data = layer.weight.data.half().float()
         expected = torch.cat([layer(x) for layer in layers], dim=-1)
-        packed, residual = PackedLinear(*layers), torch.randn(3, 2, 8)
+        packed, residual = PackedLinear(*layers, in_f16=in_f16), torch.randn(3, 2, 8)
         torch.testing.assert_close(packed(x), expected)
         torch.testing.assert_close(packed(x, plus=residual), expected + residual)

@@ -31,6 +31,7 @@ from pipeline.loss import count_supervised
 from pipeline.packed import pack
 from pipeline.unpadding import MULTIPLE
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
+from tests.machine import needs_f16_products
 from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
@@ -173,18 +174,27 @@ def test_the_frozen_base_is_never_cast_or_copied(adapters: tuple[Any, Watch]) ->
     ]
 
 
-def test_a_block_decodes_in_few_operations(tiny_gpt: Callable[..., GPT]) -> None:
+@pytest.mark.parametrize(
+    ("in_f16", "product", "n_more"),
+    [
+        (False, "_linear_pointwise", 0),
+        pytest.param(True, "linear_dynamic_fp16", 2, marks=needs_f16_products),  # two adds
+    ],
+)
+def test_a_block_decodes_in_few_operations(
+    tiny_gpt: Callable[..., GPT], in_f16: bool, product: str, n_more: int
+) -> None:
     """They cost as much as the products do, where these are small."""
     counts = []
     for n_layer in (2, 3):
-        model = pack(tiny_gpt("llama", n_layer=n_layer))
+        model = pack(tiny_gpt("llama", n_layer=n_layer), in_f16=in_f16)
         cache = prefill(model, [[5, 6, 7], [11]], None).cache
         with Operations() as operations:
             decode(model, [1, 2], torch.tensor([3, 1]), cache, None)
         counts.append(Counter(name for name, *_ in operations.seen))
     of_block = counts[1] - counts[0]
-    assert of_block["_linear_pointwise"] == DECODING_PRODUCTS
-    assert of_block.total() == DECODING_OPERATIONS
+    assert of_block[product] == DECODING_PRODUCTS
+    assert of_block.total() == DECODING_OPERATIONS + n_more
 
 
 def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_a_chat_reads_what_is_new(
     tokenizer = vocabulary()
     gpt = tiny_gpt("llama", vocab_size=tokenizer.n_vocab, block_size=512)
     model = loaded(gpt, tokenizer, prompt_style="chatml")
-    monkeypatch.setattr("pipeline.inference.load_language_model", lambda source: model)
+    monkeypatch.setattr("pipeline.inference.load_language_model", lambda *_: model)
     prompts: list[list[int]] = []
 
     def noting(loaded: Any, ids: list[int], *rest: Any) -> Iterator[str]:
@@ -304,7 +304,7 @@ def test_a_chat_reads_what_is_new(
     monkeypatch.setattr("pipeline.inference.pieces", noting)
     monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\nAnd why is that?\nOh.\n\n"))
     with computed(gpt) as passes:
-        converse("", system="Be brief.", max_new_tokens=8)
+        converse("", precision="auto", system="Be brief.", max_new_tokens=8)
     assert len(capsys.readouterr().out.splitlines()) >= 3
     reads = [n for n in passes if n > 1]
     assert len(reads) == len(prompts) == 3

@@ -41,6 +41,7 @@ from tests.serving import Served
 
 QUESTIONS = [f"What is {n} and {n}, and who says so?" for n in range(12)]
 N_NEW = 24
+EXACT = "--precision=32-true"
 LABELS = ("/classify", "input")
 
 
@@ -57,7 +58,7 @@ def published(tiny_gpt: MakeGPT, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def chatty(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("chatty")
-    words = [f"--max_new_tokens={N_NEW}", "--max_rows=4", "--name=tiny"]
+    words = [f"--max_new_tokens={N_NEW}", "--max_rows=4", "--name=tiny", EXACT]
     served = Served(folder, f"--ckpt={published}", *words)
     yield served
     served.process.kill()
@@ -66,14 +67,15 @@ def chatty(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def labelling(tiny: Journey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("labelling")
-    served = Served(folder, f"--ckpt={tiny.best('spam')}", "--api_key_env=SECRET", SECRET="sesame")
+    words = [f"--ckpt={tiny.best('spam')}", "--api_key_env=SECRET", EXACT]
+    served = Served(folder, *words, SECRET="sesame")
     yield served
     served.process.kill()
 
 
 @pytest.fixture(scope="module")
 def model(published: Path) -> Loaded:
-    return load_language_model(published)
+    return load_language_model(published, "32-true")
 
 
 def said_by(model: Loaded, question: str, **settings: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ import torch
 from datamodules.sources import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
+from pipeline.inference import load_for_use
 from pipeline.journal import read_journal
-from pipeline.models import load
+from pipeline.models import Loaded, load
+from pipeline.packed import PackedLinear
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
+from tests.machine import needs_f16_products
 
 
 def run_directory(journey: Journey, stage: str) -> Path:
@@ -160,6 +165,39 @@ def test_generate_prints_the_continuation_alone(tiny: Journey) -> None:
     drawn = [said(*words, "--temperature=1.5", f"--seed={seed}")[1] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert said(*words, "--max_new_tokens=6", "--num_beams=3")[0] == 0
+
+
+@needs_f16_products
+@pytest.mark.parametrize("command", ["generate", "chat", "score"])
+def test_precision_is_that_of_the_model(
+    command: str, tiny: Journey, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The head of every model that is loaded."""
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say hi.\n\n"))
+    packed: list[PackedLinear] = []
+
+    def noting(*args: Any) -> Loaded:
+        loaded = load_for_use(*args)
+        packed.append(loaded.gpt.head)
+        return loaded
+
+    monkeypatch.setattr("pipeline.inference.load_for_use", noting)
+    more = ["--prompt=x"] if command == "generate" else []
+    for precision in ("32-true", "bf16-true", "f16-weights"):
+        words = [f"--ckpt={tiny.best('instruct')}", "--max_new_tokens=1", *more]
+        code, _, err = said(command, *words, f"--precision={precision}")
+        assert code == 0, err
+        heads, packed[:] = [*packed], []
+        assert len(heads) == (2 if command == "score" else 1)
+        for head in heads:
+            assert head.in_f16 == (precision == "f16-weights")
+            dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+            assert head.weight.dtype == dtype
+    if command == "score":
+        reports = [path.read_text() for path in tmp_path.glob("score/*/report.html")]
+        named = [p for p in ("32-true", "bf16-true", "f16-weights") for r in reports if p in r]
+        assert named == ["32-true", "bf16-true", "f16-weights"]
 
 
 def test_chat_wraps_the_prompt(tiny: Journey) -> None:

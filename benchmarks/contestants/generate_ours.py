@@ -8,26 +8,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 from pipeline.__main__ import choose_waiting
 
 choose_waiting()  # as the command line does, before torch is loaded
 
-import torch  # noqa: E402
-
 from benchmarks.record import Record  # noqa: E402
 from pipeline.generate import generate  # noqa: E402
-from pipeline.models import load  # noqa: E402
-from pipeline.packed import pack  # noqa: E402
+from pipeline.inference import load_language_model  # noqa: E402
+from pipeline.precision import Precision  # noqa: E402
 from pipeline.sampling import Sampling  # noqa: E402
 
 N_REPEATS = 2  # the first warms up
 
 
 def main(record_path: str, weights: str, prompts: str, n_new: str, precision: str) -> None:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, ids = pack(load(weights, dtype).gpt.to(device)), json.loads(Path(prompts).read_text())
+    model = load_language_model(weights, cast(Precision, precision)).gpt
+    ids = json.loads(Path(prompts).read_text())
     record = Record(record_path)
     for _ in range(N_REPEATS):
         record.start()

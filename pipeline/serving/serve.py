@@ -15,11 +15,11 @@ from fastapi import FastAPI
 
 from pipeline.checkpoint import CHECKPOINTS
 from pipeline.classifier import GPTClassifier
-from pipeline.hardware import Precision, inference_dtype
 from pipeline.inference import load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import listen
+from pipeline.precision import Precision
 from pipeline.serving.app import make_app
 from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.labeller import Labeller
@@ -51,7 +51,7 @@ def serve(
         said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
         print(said, file=sys.stderr)
     worker = Worker()
-    loaded = worker.submit(load_for_use, ckpt, inference_dtype(precision)).result()
+    loaded = worker.submit(load_for_use, ckpt, precision).result()
     name = name or default_name(loaded)
     if isinstance(loaded.model, GPTClassifier):
         server = _server(make_app(name, Labeller(loaded, worker), key))

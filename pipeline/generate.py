@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gpt import GPT
+from pipeline.guessing import guess
 from pipeline.kv_cache import KVCache
 from pipeline.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from pipeline.prefix_cache import PrefixCache, common_length
@@ -78,7 +79,8 @@ class Row:
 class Batch:
     """Rows that get a token each a step; others join and leave between steps.
 
-    Continuous batching (Yu et al. 2022). What a row gets does not depend on its neighbours.
+    Continuous batching (Yu et al. 2022). What a row gets does not depend on its neighbours. A row
+    that is alone has its next tokens guessed, so that some steps cost nothing.
 
     Args:
         model: put into eval mode.
@@ -97,6 +99,7 @@ class Batch:
         self.prefixes = prefixes or PrefixCache(0)
         self.rows: list[Row] = []
         self._cache: KVCache | None = None  # of `rows`, in their order
+        self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and logits (1, V) after each
 
     @property
     def n_tokens(self) -> int:
@@ -136,6 +139,7 @@ class Batch:
             self._cache = read.cache
         else:
             self._cache.append(read.cache)
+        self._ahead.clear()
         self.rows += new
         self._keep(row for row in self.rows if row.ended is None)
         return new
@@ -158,11 +162,25 @@ class Batch:
         """One more token for every row; the rows that got one, or ended instead."""
         assert self._cache is not None, "a step needs rows"
         rows = [*self.rows]
-        places = torch.tensor([len(row.ids) - 1 for row in rows], device=self._cache.store.device)
-        tokens = [row.token for row in rows if row.token is not None]
-        _take(rows, decode(self.model, tokens, places, self._cache, self.n_vocab))
+        _take(rows, self._next_logits(self._cache))
         self._keep(row for row in rows if row.ended is None)
         return rows
+
+    def _next_logits(self, cache: KVCache) -> Tensor:
+        """Logits (B, V) after the newest tokens: of a guess that came true, or computed."""
+        if self._ahead:
+            guessed, logits = self._ahead.popleft()
+            if guessed == self.rows[0].ids[-1]:
+                return logits
+            self._ahead.clear()
+        tokens = [row.ids[-1:] for row in self.rows]
+        if len(self.rows) == 1:
+            (row,) = self.rows
+            tokens[0] += guess(row.ids, row.limit - len(row.ids) - 1)
+        places = torch.tensor([len(row.ids) - 1 for row in self.rows], device=cache.store.device)
+        logits = decode(self.model, tokens, places, cache, self.n_vocab)  # (B, T, V)
+        self._ahead.extend(zip(tokens[0][1:], logits.unbind(1)[1:], strict=True))
+        return logits[:, 0]
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
@@ -299,16 +317,16 @@ def prefill(
 
 
 def decode(
-    model: GPT, tokens: list[int], positions: Tensor, cache: KVCache, n_vocab: int | None
+    model: GPT, tokens: list[list[int]], starts: Tensor, cache: KVCache, n_vocab: int | None
 ) -> Tensor:
-    """Runs one more token of every row, at positions (B,); logits (B, V) after it."""
-    input_ids = torch.tensor(tokens, device=positions.device)[:, None]  # (B, 1)
-    hidden = model(input_ids, positions=positions[:, None], cache=cache)
-    return _logits(model, hidden[:, 0], n_vocab)
+    """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
+    input_ids = torch.tensor(tokens, device=starts.device)  # (B, T)
+    positions = starts[:, None] + torch.arange(input_ids.shape[1], device=starts.device)
+    return _logits(model, model(input_ids, positions=positions, cache=cache), n_vocab)
 
 
 def _logits(model: GPT, hidden: Tensor, n_vocab: int | None) -> Tensor:
-    return model.head(hidden).float()[:, :n_vocab]
+    return model.head(hidden).float()[..., :n_vocab]
 
 
 def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
@@ -381,8 +399,8 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
             break
         cache.keep(torch.tensor([origin for _, origin, _ in going], device=logits.device))
         positions = torch.full((len(going),), len(prompt) + n_tokens - 1, device=logits.device)
-        tokens = [token for *_, token in going]
-        logits = decode(model, tokens, positions, cache, settings.n_vocab)
+        tokens = [[token] for *_, token in going]
+        logits = decode(model, tokens, positions, cache, settings.n_vocab)[:, 0]
         so_far = torch.tensor([value for value, *_ in going], device=logits.device)
         scores = so_far[:, None] + logits.log_softmax(dim=-1)
     return max(finished)[1]

@@ -31,6 +31,12 @@ def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
     return pack(tiny_gpt("llama")) if request.param == "packed" else tiny_gpt(request.param)
 
 
+@pytest.fixture
+def no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step reads one token."""
+    monkeypatch.setattr("pipeline.generate.guess", lambda *_: [])
+
+
 @contextmanager
 def computed(model: GPT) -> Iterator[list[int]]:
     """Tokens that go through the blocks in every pass, padding and fillers left out."""
@@ -67,6 +73,7 @@ def finish(batch: Batch) -> None:
         batch.step()
 
 
+@pytest.mark.usefixtures("no_guesses")
 def test_a_turn_of_a_conversation_costs_what_is_new(model: GPT) -> None:
     batch = Batch(model, None, PrefixCache(1))
     prompt, n_known = PREAMBLE, 0
@@ -288,6 +295,7 @@ def test_common_length() -> None:
     assert common_length([2], [1]) == 0
 
 
+@pytest.mark.usefixtures("no_guesses")
 def test_a_chat_reads_what_is_new(
     tiny_gpt: MakeGPT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,173 @@
+"""Guessed tokens save steps, and change no text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from pipeline.generate import Batch, Row, generate, stream
+from pipeline.gpt import GPT
+from pipeline.guessing import MAX_GUESSES, guess
+from pipeline.packed import pack
+from pipeline.prefix_cache import PrefixCache
+from pipeline.sampling import Sampling
+from tests.test_prefix_cache import computed
+
+MakeGPT = Callable[..., GPT]
+GUESS = "pipeline.generate.guess"
+PROMPT = [5, 6, 7, 5, 6]
+GREEDY = Sampling(max_new_tokens=40)
+DRAWN = replace(GREEDY, temperature=1.5, top_k=30, seed=3)
+TOLD = replace(DRAWN, n_likeliest=3)
+
+
+@pytest.fixture(params=["gpt2", "llama", "packed"])
+def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
+    if request.param == "packed":
+        return pack(tiny_gpt("llama", block_size=96))
+    return tiny_gpt(request.param, block_size=96)
+
+
+class Oracle:
+    """Guesses what will come, or what will not, at random.
+
+    Args:
+        texts: whole texts, of which `guess` sees beginnings.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], share_right: float = 0.8) -> None:
+        self.texts, self.share_right, self.draw = texts, share_right, random.Random(0)
+
+    def __call__(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        assert max_tokens >= 0
+        n = self.draw.randint(0, min(max_tokens, MAX_GUESSES))
+        (text,) = {tuple(text) for text in self.texts if [*text[: len(ids)]] == [*ids]}
+        assert len(ids) + max_tokens < len(text), "a guess that nothing can come of"
+        right = [*text[len(ids) : len(ids) + n]]
+        return [t if self.draw.random() < self.share_right else t ^ 1 for t in right]
+
+
+def plain(
+    monkeypatch: pytest.MonkeyPatch, model: GPT, prompt: Sequence[int], settings: Sampling
+) -> Row:
+    """The row as it is without guesses."""
+    with monkeypatch.context() as without:
+        without.setattr(GUESS, lambda *_: [])
+        batch = Batch(model, settings.n_vocab)
+        (row,) = batch.join([prompt], [settings])
+        while batch.rows:
+            batch.step()
+    return row
+
+
+def test_a_guess_is_what_came_last_time() -> None:
+    assert guess([1, 2, 3, 4, 1, 2], 9) == [3, 4, 1, 2]
+    assert guess([1, 2, 3, 1, 2, 4, 1, 2], 2) == [4, 1]
+    assert (
+        guess([1, 2, 3, 4, 5, 6, 7, 1, 2], 9) == [3, 4, 5, 6] == guess([1, 2, 3, 4, 5, 6, 1, 2], 9)
+    )
+    assert guess([7, 7, 7], 9) == [7]
+    assert guess([2, 1, 2, 3], 9) == guess([3, 1, 2, 1, 1], 9) == guess([1, 1], 9) == []
+    assert guess([], 9) == guess([1], 9) == guess([1, 2, 3, 1, 2], 0) == []
+    assert guess([1, 2, 3, 1, 2], -1) == []
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN, TOLD])
+def test_guesses_change_no_text(
+    model: GPT, settings: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain(monkeypatch, model, PROMPT, settings)
+    assert len(expected.ids) == len(PROMPT) + 40
+    for share_right in (1.0, 0.7, 0.0):
+        monkeypatch.setattr(GUESS, Oracle([expected.ids], share_right))
+        batch, told = Batch(model, None), []
+        with computed(model) as passes:
+            (row,) = batch.join([PROMPT], [settings])
+            while batch.rows:
+                told.append(row.logprobs)
+                batch.step()
+        assert row.ids == expected.ids
+        assert row.ended == "length"
+        n_steps = len(passes) - 1
+        assert n_steps <= 20 if share_right == 1.0 else n_steps <= 39
+        assert (n_steps == 39) == (share_right == 0.0)
+        if settings.n_likeliest:
+            assert [[t.token for t in one] for one in told] == [[t] for t in row.ids[5:-1]]
+    if settings.n_likeliest:
+        assert row.logprobs[0].logprob == pytest.approx(expected.logprobs[0].logprob, abs=1e-4)
+
+
+def test_what_repeats_itself_is_written_in_fewer_steps(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what came before alone: draws of the two likeliest come back to the same."""
+    settings = Sampling(max_new_tokens=60, temperature=0.05, top_k=2)
+    expected = plain(monkeypatch, model, PROMPT, settings)
+    assert len(set(expected.ids)) < len(expected.ids) - 10
+    with computed(model) as passes:
+        (written,) = generate(model, [PROMPT], settings)
+    assert PROMPT + written == expected.ids
+    assert len(passes) < len(written)
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 3, 7])
+def test_guesses_end_where_the_text_does(
+    model: GPT, n_new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(GREEDY, max_new_tokens=n_new)
+    expected = plain(monkeypatch, model, PROMPT, GREEDY).ids
+    monkeypatch.setattr(GUESS, Oracle([expected[: len(PROMPT) + n_new]], 1.0))
+    assert generate(model, [PROMPT], settings) == [expected[5 : 5 + n_new]]
+    stop = replace(GREEDY, stop_ids=frozenset({expected[9]}))
+    first = expected.index(expected[9], 5)
+    monkeypatch.setattr(GUESS, Oracle([expected], 1.0))
+    assert generate(model, [PROMPT], stop) == [expected[5:first]]
+
+
+def test_the_context_is_filled_to_its_end(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Sampling(max_new_tokens=1000)
+    expected = plain(monkeypatch, model, PROMPT, settings).ids
+    assert len(expected) == model.config.block_size
+    monkeypatch.setattr(GUESS, Oracle([expected], 1.0))
+    assert generate(model, [PROMPT], settings) == [expected[5:]]
+
+
+def test_a_step_of_several_rows_guesses_nothing(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GUESS, lambda *_: pytest.fail("there are two"))
+    rows = list(stream(model, [PROMPT, [11]], replace(GREEDY, max_new_tokens=5)))
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_come_and_go_between_guesses(
+    model: GPT, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they leave behind for others that begin alike is right too."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(50) for _ in range(draw.randint(1, 9))] for _ in range(5)]
+    settings = [
+        replace(draw.choice([GREEDY, DRAWN]), max_new_tokens=draw.randint(1, 25), seed=i)
+        for i in range(5)
+    ]
+    expected = [
+        plain(monkeypatch, model, *both).ids for both in zip(prompts, settings, strict=True)
+    ]
+    monkeypatch.setattr(GUESS, Oracle(expected))
+    batch, rows = Batch(model, None, PrefixCache(3)), {}
+    waiting = [*range(5), *range(5)]
+    while waiting or batch.rows:
+        if waiting and (not batch.rows or draw.random() < 0.1):
+            i = waiting.pop()
+            (rows[i],) = batch.join([prompts[i]], [settings[i]])
+        elif draw.random() < 0.05:
+            gone = draw.choice(batch.rows)
+            batch.leave(gone)
+            waiting += [i for i, row in rows.items() if row is gone]
+        else:
+            batch.step()
+    assert [rows[i].ids for i in range(5)] == expected

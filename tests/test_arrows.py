@@ -13,6 +13,7 @@ TORCH_ONLY = {  # and each other
     "cpu_attention",
     "generate",
     "gpt",
+    "guessing",
     "kv_cache",
     "logprobs",
     "loss",

@@ -395,7 +395,9 @@ def test_merges_that_no_scores_stand_for(llama2: Tokenizer, tiny_gpt: MakeGPT) -
 def test_an_imported_model_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of_others(sentencepiece("prepend"), tmp_path, TINYLLAMA)
     assert load(tmp_path).meta["prompt_style"] == TEMPLATE
-    inference.print_continuation(str(tmp_path), "Once", is_message=True, max_new_tokens=8)
+    inference.print_continuation(
+        str(tmp_path), "Once", precision="auto", is_message=True, max_new_tokens=8
+    )
     assert capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def train(
     return bpe
 
 
+@cache
 def fuzz(n_strings: int, seed: int = 0) -> list[str]:
     """Strings of runs of characters from up to four pools each, the same for the same seed."""
     rng = random.Random(seed)
@@ -249,9 +251,14 @@ def _as_llama_cpp(name: str, values: Any, config: Any) -> tuple[Any, Any]:
 
 def gguf_name(name: str) -> str:
     kind = {"model.": gguf.MODEL_ARCH.LLAMA}.get(name[:6], gguf.MODEL_ARCH.GPT2)
-    found = gguf.get_tensor_name_map(kind, 64).get_name(name, try_suffixes=(".weight", ".bias"))
+    found = _gguf_names(kind).get_name(name, try_suffixes=(".weight", ".bias"))
     assert found, name
     return found
+
+
+@cache
+def _gguf_names(kind: gguf.MODEL_ARCH) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(kind, 64)
 
 
 def _random_blocks(shape: tuple[int, ...], how: gguf.GGMLQuantizationType) -> Any:

@@ -216,6 +216,7 @@ def score(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
+    from pipeline.hardware import inference_precision
     from pipeline.score_stage import Answering, score_stage
 
     score_stage(
@@ -223,7 +224,7 @@ def score(
         before=before,
         responses=Path(responses) if responses else None,
         data=data,
-        answering=Answering(split, max_new_tokens, batch_size, precision),
+        answering=Answering(split, max_new_tokens, batch_size, inference_precision(precision)),
         judge=judge,
     )
 
@@ -309,7 +310,8 @@ def serve(
         max_new_tokens: length limit of answers to requests that name none.
         temperature: of requests that name none; 0 takes the likeliest token.
         precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
-            where the hardware multiplies it, else f16-weights where that is fast.
+            where the hardware multiplies it, else f16-weights where that is fast. A classifier
+            takes float32 instead of those.
         max_rows: texts that are written at the same time.
         max_tokens: tokens that they may hold, the longest one's room for each, and texts that have
             ended: decides the memory.

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.guessing import MAX_GUESSES
+
 if TYPE_CHECKING:
     from pipeline.gpt import GPTConfig
 
@@ -19,7 +21,8 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     """What is added to attention's scores where two products are faster than the fused kernel.
 
     On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
-    pass for one new token a row as much.
+    pass for one new token a row as much. Tokens guessed after it are in the same products, so that
+    they are rounded as they would be one by one.
 
     Args:
         x: (B, T, C) what enters the first block.
@@ -31,12 +34,14 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     """
     if x.device.type != "cpu" or not config.causal:
         return None
-    if mask is not None and x.shape[1] == 1:
-        seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, 1, S)
-        return x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    per_group = config.n_head // config.n_kv_head
+    if mask is not None and x.shape[1] <= 1 + MAX_GUESSES:
+        seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, T, S)
+        bias = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return bias if x.shape[1] == 1 else bias.repeat(1, per_group, 1)
     if mask is None and torch.is_grad_enabled() and product_dtype(x) == torch.bfloat16:
         future = x.new_full((x.shape[1], x.shape[1]), -torch.inf, dtype=torch.bfloat16).triu_(1)
-        return future.repeat(config.n_head // config.n_kv_head, 1)  # (H/G T, T)
+        return future.repeat(per_group, 1)  # (H/G T, T)
     return None
 
 

@@ -1,8 +1,8 @@
 """Tokens guessed ahead: what followed the newest two where the text had them before.
 
 A step of decoding takes little longer for five tokens than for one, so guesses are checked in the
-step that is due anyway (prompt lookup decoding, Saxena 2023). They change no text: logits after a
-guess are used if that very token was chosen, and by whatever way tokens are chosen.
+step that is due anyway (prompt lookup decoding, Saxena 2023). They change no text but for rounding:
+logits after a guess are used if that very token was chosen, by whatever way tokens are chosen.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def multiplies_bf16(device: torch.device) -> bool:
 def multiplies_f16_weights(device: torch.device) -> bool:
     """Whether there are products of float32 with weights in float16: FBGEMM's, on AVX2 and later.
 
-    They round the weights, to 11 bits, and nothing else.
+    They round the weights to float16, and nothing else; what one row gets and what it gets among
+    others is summed in another order.
     """
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 

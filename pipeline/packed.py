@@ -71,7 +71,7 @@ def _has_blocks(weight: Tensor) -> bool:
 
 def _check_range(weight: Tensor) -> None:
     largest = float(weight.abs().max())
-    if largest > torch.finfo(torch.float16).max:
+    if not largest <= torch.finfo(torch.float16).max:  # as NaN is not
         raise ValueError(
             f"a weight is {largest:.3g}, for which f16-weights have no room; give --precision "
             "32-true."
@@ -133,5 +133,7 @@ def pack(model: GPT, *, in_f16: bool = False) -> GPT:
         model.blocks[i] = PackedBlock(block, in_f16=in_f16)
     head = cast(Any, PackedLinear(model.head, in_f16=in_f16))
     head.weight = model.head.weight  # losses take it; where it is tied it is the embedding anyway
+    if in_f16:
+        head.weight.data = head.weight.data.half().float()  # as it answers
     model.head = head
     return model.eval().requires_grad_(False)

@@ -23,7 +23,6 @@ from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
 from pipeline.generate import generate_each
-from pipeline.hardware import inference_precision
 from pipeline.identity import decisive, digest
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
@@ -49,7 +48,7 @@ class Answering:
         split: which split is answered: train, val or test.
         max_new_tokens: length limit; less where the context is full.
         batch_size: answers that are written at a time.
-        precision: arithmetic of the models.
+        precision: arithmetic of the models; not auto.
     """
 
     split: str
@@ -78,7 +77,7 @@ def score_stage(
         "data": data,
         "split": answering.split,
         "max_new_tokens": answering.max_new_tokens,
-        "precision": inference_precision(answering.precision),
+        "precision": answering.precision,
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
@@ -171,7 +170,7 @@ def answer(
         "checkpoint": ckpt,
         "data": held_out.fingerprint["digest"],
         "max_new_tokens": str(answering.max_new_tokens),
-        "precision": inference_precision(answering.precision),
+        "precision": answering.precision,
     }
     if origin:
         lineage["before"] = origin

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.generate import Batch, Row, generate, stream
+from pipeline.generate import Batch, generate, stream
 from pipeline.gpt import GPT
 from pipeline.guessing import MAX_GUESSES, guess
+from pipeline.logprobs import TokenLogprob
 from pipeline.packed import pack
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
+from tests.machine import needs_bf16_of_one_kernel, needs_f16_products
 from tests.test_prefix_cache import computed
 
 MakeGPT = Callable[..., GPT]
@@ -24,11 +26,21 @@ DRAWN = replace(GREEDY, temperature=1.5, top_k=30, seed=3)
 TOLD = replace(DRAWN, n_likeliest=3)
 
 
-@pytest.fixture(params=["gpt2", "llama", "packed"])
+@pytest.fixture(
+    params=[
+        "gpt2",
+        "llama",
+        "packed",
+        pytest.param("bf16", marks=needs_bf16_of_one_kernel),
+        pytest.param("f16", marks=needs_f16_products),
+    ]
+)
 def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
-    if request.param == "packed":
-        return pack(tiny_gpt("llama", block_size=96))
-    return tiny_gpt(request.param, block_size=96)
+    family = request.param if request.param in ("gpt2", "llama") else "llama"
+    gpt = tiny_gpt(family, block_size=96)
+    if request.param == family:
+        return gpt
+    return pack(gpt.bfloat16() if request.param == "bf16" else gpt, in_f16=request.param == "f16")
 
 
 class Oracle:
@@ -50,17 +62,26 @@ class Oracle:
         return [t if self.draw.random() < self.share_right else t ^ 1 for t in right]
 
 
+def written(
+    model: GPT, prompt: Sequence[int], settings: Sampling
+) -> tuple[list[int], list[list[TokenLogprob]]]:
+    """A whole text, and what is told of each of its new tokens."""
+    batch = Batch(model, settings.n_vocab)
+    (row,) = batch.join([prompt], [settings])
+    told = [row.logprobs]
+    while batch.rows:
+        batch.step()
+        told.append(row.logprobs)
+    return row.ids, told
+
+
 def plain(
     monkeypatch: pytest.MonkeyPatch, model: GPT, prompt: Sequence[int], settings: Sampling
-) -> Row:
-    """The row as it is without guesses."""
+) -> tuple[list[int], list[list[TokenLogprob]]]:
+    """The same without guesses."""
     with monkeypatch.context() as without:
         without.setattr(GUESS, lambda *_: [])
-        batch = Batch(model, settings.n_vocab)
-        (row,) = batch.join([prompt], [settings])
-        while batch.rows:
-            batch.step()
-    return row
+        return written(model, prompt, settings)
 
 
 def test_a_guess_is_what_came_last_time() -> None:
@@ -79,25 +100,19 @@ def test_a_guess_is_what_came_last_time() -> None:
 def test_guesses_change_no_text(
     model: GPT, settings: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = plain(monkeypatch, model, PROMPT, settings)
-    assert len(expected.ids) == len(PROMPT) + 40
+    expected, expected_told = plain(monkeypatch, model, PROMPT, settings)
+    assert len(expected) == len(PROMPT) + 40
     for share_right in (1.0, 0.7, 0.0):
-        monkeypatch.setattr(GUESS, Oracle([expected.ids], share_right))
-        batch, told = Batch(model, None), []
+        monkeypatch.setattr(GUESS, Oracle([expected], share_right))
         with computed(model) as passes:
-            (row,) = batch.join([PROMPT], [settings])
-            while batch.rows:
-                told.append(row.logprobs)
-                batch.step()
-        assert row.ids == expected.ids
-        assert row.ended == "length"
+            ids, told = written(model, PROMPT, settings)
+        assert ids == expected
         n_steps = len(passes) - 1
         assert n_steps <= 20 if share_right == 1.0 else n_steps <= 39
         assert (n_steps == 39) == (share_right == 0.0)
-        if settings.n_likeliest:
-            assert [[t.token for t in one] for one in told] == [[t] for t in row.ids[5:-1]]
-    if settings.n_likeliest:
-        assert row.logprobs[0].logprob == pytest.approx(expected.logprobs[0].logprob, abs=1e-4)
+        for one, other in zip(told, expected_told, strict=True):
+            assert [t.token for t in one] == [t.token for t in other]
+            assert [t.logprob for t in one] == pytest.approx([t.logprob for t in other], abs=1e-3)
 
 
 def test_what_repeats_itself_is_written_in_fewer_steps(
@@ -105,12 +120,12 @@ def test_what_repeats_itself_is_written_in_fewer_steps(
 ) -> None:
     """By what came before alone: draws of the two likeliest come back to the same."""
     settings = Sampling(max_new_tokens=60, temperature=0.05, top_k=2)
-    expected = plain(monkeypatch, model, PROMPT, settings)
-    assert len(set(expected.ids)) < len(expected.ids) - 10
+    expected, _ = plain(monkeypatch, model, PROMPT, settings)
+    assert len(set(expected)) < len(expected) - 10
     with computed(model) as passes:
-        (written,) = generate(model, [PROMPT], settings)
-    assert PROMPT + written == expected.ids
-    assert len(passes) < len(written)
+        (new,) = generate(model, [PROMPT], settings)
+    assert PROMPT + new == expected
+    assert len(passes) < len(new)
 
 
 @pytest.mark.parametrize("n_new", [1, 2, 3, 7])
@@ -118,7 +133,7 @@ def test_guesses_end_where_the_text_does(
     model: GPT, n_new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(GREEDY, max_new_tokens=n_new)
-    expected = plain(monkeypatch, model, PROMPT, GREEDY).ids
+    expected = plain(monkeypatch, model, PROMPT, GREEDY)[0]
     monkeypatch.setattr(GUESS, Oracle([expected[: len(PROMPT) + n_new]], 1.0))
     assert generate(model, [PROMPT], settings) == [expected[5 : 5 + n_new]]
     stop = replace(GREEDY, stop_ids=frozenset({expected[9]}))
@@ -129,7 +144,7 @@ def test_guesses_end_where_the_text_does(
 
 def test_the_context_is_filled_to_its_end(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Sampling(max_new_tokens=1000)
-    expected = plain(monkeypatch, model, PROMPT, settings).ids
+    expected = plain(monkeypatch, model, PROMPT, settings)[0]
     assert len(expected) == model.config.block_size
     monkeypatch.setattr(GUESS, Oracle([expected], 1.0))
     assert generate(model, [PROMPT], settings) == [expected[5:]]
@@ -154,9 +169,7 @@ def test_rows_that_come_and_go_between_guesses(
         replace(draw.choice([GREEDY, DRAWN]), max_new_tokens=draw.randint(1, 25), seed=i)
         for i in range(5)
     ]
-    expected = [
-        plain(monkeypatch, model, *both).ids for both in zip(prompts, settings, strict=True)
-    ]
+    expected = [plain(monkeypatch, model, *both)[0] for both in zip(prompts, settings, strict=True)]
     monkeypatch.setattr(GUESS, Oracle(expected))
     batch, rows = Batch(model, None, PrefixCache(3)), {}
     waiting = [*range(5), *range(5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -38,13 +39,12 @@ def test_the_same_logits(tiny_gpt: MakeGPT, family: str, tied: bool, dtype: torc
 def test_in_f16_the_weights_alone_are_rounded(tiny_gpt: MakeGPT, family: str, tied: bool) -> None:
     packed, plain = (tiny_gpt(family, tie_embeddings=tied) for _ in range(2))
     assert pack(packed, in_f16=True) is packed
-    unrounded, embedding = plain.head(plain(torch.tensor([PROMPTS[2]]))), plain.token_embedding
-    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
-    head.weight = nn.Parameter(plain.head.weight.detach().half().float())  # not the embedding's
-    plain.head = head
-    for module in plain.blocks.modules():
+    unrounded = plain.head(plain(torch.tensor([PROMPTS[2]])))
+    for module in plain.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.half().float()
+    assert torch.equal(packed.head.weight, plain.head.weight)
+    assert (packed.head.weight is packed.token_embedding.weight) == tied
     with torch.inference_mode():
         hidden = packed(torch.tensor([PROMPTS[2]]))
         ours, theirs = packed.head(hidden), plain.head(plain(torch.tensor([PROMPTS[2]])))
@@ -54,12 +54,14 @@ def test_in_f16_the_weights_alone_are_rounded(tiny_gpt: MakeGPT, family: str, ti
 
 
 @needs_f16_products
-def test_what_f16_has_no_room_for_is_refused(tiny_gpt: MakeGPT) -> None:
-    model = tiny_gpt("llama")
-    model.blocks[0].mlp.down.weight.data[3, 5] = -65536.0
-    with pytest.raises(ValueError, match=r"a weight is 6\.55e\+04.*give --precision 32-true"):
-        pack(model, in_f16=True)
-    assert pack(model)
+@pytest.mark.parametrize(("weight", "said"), [(-65536.0, "6.55e+04"), (torch.nan, "nan")])
+def test_what_f16_has_no_room_for_is_refused(weight: float, said: str) -> None:
+    """FBGEMM would take the largest number instead."""
+    layer = nn.Linear(8, 5)
+    layer.weight.data[3, 5] = weight
+    with pytest.raises(ValueError, match=rf"a weight is {re.escape(said)}, .*--precision 32-true"):
+        PackedLinear(layer, in_f16=True)
+    assert PackedLinear(layer)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -536,6 +536,16 @@ def test_one_thread_loads_and_runs_the_model(
     assert set(threads) == {"model"}
 
 
+def test_precision_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(ckpt: str, precision: str) -> None:
+        raise ValueError(f"{ckpt} in {precision}")
+
+    monkeypatch.setattr(serve, "load_for_use", load)
+    for precision in ("auto", "32-true", "bf16-true", "f16-weights"):
+        code, _, err = said("serve", "--ckpt=it", "--port=0", f"--precision={precision}")
+        assert (code, err) == (2, f"error: it in {precision}\n")
+
+
 def test_what_cannot_be_served_is_said_in_one_line(chatty: Served, published: Path) -> None:
     port = chatty.url.rpartition(":")[2]
     for words, expected in (

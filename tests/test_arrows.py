@@ -17,6 +17,7 @@ TORCH_ONLY = {  # and each other
     "kv_cache",
     "logprobs",
     "loss",
+    "passes",
     "prefix_cache",
     "rotary",
     "sampling",

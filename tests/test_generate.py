@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.generate import Batch, check_prompt, generate, generate_each, stream
+from pipeline.generate import Batch, generate, generate_each, stream
 from pipeline.gpt import GPT
+from pipeline.passes import check_prompt
 from pipeline.sampling import Sampling, choose, probabilities
 
 MakeGPT = Callable[..., GPT]

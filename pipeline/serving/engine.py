@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from pipeline.failures import is_out_of_memory
-from pipeline.generate import Batch, Row, check_prompt
+from pipeline.generate import Batch, Row
 from pipeline.gpt import GPT
 from pipeline.logprobs import TokenLogprob
+from pipeline.passes import check_prompt
 from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from pipeline.serving.worker import Worker

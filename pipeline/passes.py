@@ -1,0 +1,98 @@
+"""Passes through a model that writes: prompts as far as they are new, then tokens one by one.
+
+Shapes: B rows, T tokens, C width, V vocabulary; L, G, N and D as in `kv_cache.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.gpt import GPT
+from pipeline.kv_cache import KVCache
+
+
+def check_prompt(n_tokens: int, block_size: int) -> None:
+    """Refuses a prompt that leaves no room for an answer.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if n_tokens == 0:
+        raise ValueError("prompt is empty; give at least one character.")
+    if n_tokens >= block_size:
+        raise ValueError(
+            f"prompt has {n_tokens} tokens but model.gpt.block_size is {block_size}, "
+            "the context that it must leave room in; shorten it."
+        )
+
+
+class Prefilled(NamedTuple):
+    """What became of prompts.
+
+    Attributes:
+        cache: with room for answers.
+        logits: (B, V) after each prompt.
+        hidden: (B, T, C) of the tokens that were not known, without meaning at pads.
+    """
+
+    cache: KVCache
+    logits: Tensor
+    hidden: Tensor
+
+
+def prefill(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    n_vocab: int | None,
+    known: Sequence[Tensor | None] = (),
+) -> Prefilled:
+    """Runs prompts through the model.
+
+    Args:
+        model: put into eval mode.
+        prompts: token ids, one list a row, of unequal length.
+        n_vocab: as `Batch` has it.
+        known: of some of them, keys and values (L, 2, G, N, D) of the first N tokens, not of all.
+
+    Raises:
+        ValueError: for a prompt that is empty or fills the context.
+    """
+    model.eval()
+    for prompt in prompts:
+        check_prompt(len(prompt), model.config.block_size)
+    weight = model.token_embedding.weight
+    cache = KVCache(model.config, len(prompts), like=weight)
+    starts = [0] * len(prompts)
+    if any(kv is not None for kv in known):
+        cache.begin(known)
+        starts = [0 if kv is None else kv.shape[3] for kv in known]
+    new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+    longest = max(map(len, new))
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in new]
+    input_ids = torch.tensor(padded, device=weight.device)  # (B, T), padded on the right
+    start = torch.tensor(starts, device=weight.device)[:, None]
+    end = torch.tensor(list(map(len, prompts)), device=weight.device)[:, None]
+    positions = start + torch.arange(longest, device=weight.device)  # (B, T)
+    is_real = positions < end
+    # pads lie where the next token will, as beyond the context there are no places
+    hidden = model(input_ids, is_real, positions=positions.minimum(end), cache=cache)
+    last = is_real.sum(dim=1) - 1
+    ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
+    return Prefilled(cache, _logits(model, ends, n_vocab), hidden)
+
+
+def decode(
+    model: GPT, tokens: list[list[int]], starts: Tensor, cache: KVCache, n_vocab: int | None
+) -> Tensor:
+    """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
+    input_ids = torch.tensor(tokens, device=starts.device)  # (B, T)
+    positions = starts[:, None] + torch.arange(input_ids.shape[1], device=starts.device)
+    return _logits(model, model(input_ids, positions=positions, cache=cache), n_vocab)
+
+
+def _logits(model: GPT, hidden: Tensor, n_vocab: int | None) -> Tensor:
+    return model.head(hidden).float()[..., :n_vocab]

@@ -8,6 +8,7 @@ import logging
 import shlex
 import socket
 import sys
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -81,6 +82,18 @@ def default_name(loaded: Loaded) -> str:
     return path.parents[1].name if path.parent.name == CHECKPOINTS else path.stem
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's, which since Python 3.12 would wait for connections after a second Ctrl-C too."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes a signal; the second interrupt hangs up on everyone."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            loop = asyncio.get_running_loop()
+            for connection in [*self.server_state.connections]:
+                loop.call_soon_threadsafe(connection.transport.abort)
+
+
 def _server(app: FastAPI) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
@@ -91,7 +104,7 @@ def _server(app: FastAPI) -> uvicorn.Server:
     )
     # a second Ctrl-C cancels what is being written, which is no error to be shown
     logging.getLogger("uvicorn.error").addFilter(_is_error)
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

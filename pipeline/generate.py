@@ -163,7 +163,7 @@ class Batch:
         if len(self.rows) == 1:
             (row,) = self.rows
             tokens[0] += guess(row.ids, row.limit - len(row.ids) - 1)
-        places = torch.tensor([len(row.ids) - 1 for row in self.rows], device=cache.store.device)
+        places = [len(row.ids) - 1 for row in self.rows]
         logits = decode(self.model, tokens, places, cache, self.n_vocab)  # (B, T, V)
         self._ahead.extend(zip(tokens[0][1:], logits.unbind(1)[1:], strict=True))
         return logits[:, 0]
@@ -316,9 +316,8 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
         if not going or (finished and max(finished)[0] >= going[0][0] / n_new):
             break
         cache.keep(torch.tensor([origin for _, origin, _ in going], device=logits.device))
-        positions = torch.full((len(going),), len(prompt) + n_tokens - 1, device=logits.device)
-        tokens = [[token] for *_, token in going]
-        logits = decode(model, tokens, positions, cache, settings.n_vocab)[:, 0]
+        tokens, places = [[token] for *_, token in going], [len(prompt) + n_tokens - 1] * len(going)
+        logits = decode(model, tokens, places, cache, settings.n_vocab)[:, 0]
         so_far = torch.tensor([value for value, *_ in going], device=logits.device)
         scores = so_far[:, None] + logits.log_softmax(dim=-1)
     return max(finished)[1]

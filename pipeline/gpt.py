@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.cpu_attention import attention_bias, attention_products, product_dtype
+from pipeline.attention_products import attention_bias, attention_products, product_dtype
 from pipeline.kv_cache import KVCache
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
@@ -352,8 +352,7 @@ class GPT(nn.Module):
         mask, unpadding, is_first = None, None, True
         if cache is not None:
             assert positions is not None, "a cache needs positions"
-            is_first = cache.is_empty
-            mask = cache.seek(positions)
+            is_first, mask = cache.is_empty, cache.seek(positions)
         elif attention_mask is not None and not self.config.causal:
             mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
         bias = attention_bias(x, mask, self.config)

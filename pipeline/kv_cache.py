@@ -6,8 +6,9 @@ key/value heads, D head size, N tokens of a text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,12 @@ class KVCache:
         if not config.causal:
             raise ValueError("model.gpt.causal is false; only a causal model can write text.")
         shape = (config.n_layer, 2, n_rows, config.n_kv_head, 0, config.head_size)
+        self.is_empty = True
         self._hold(like.new_zeros(shape), n_rows)  # of every layer keys, then values
 
     def _hold(self, store: Tensor, n_rows: int) -> None:
+        if store is not getattr(self, "store", None):
+            self.graphs: dict[int, Any] = {}
         self.store, self.n_rows, size = store, n_rows, store.shape[-1]
         pairs = zip(store, store[:, :, :n_rows], strict=True)
         self.layers = [(layer.view(-1, size), *live) for layer, live in pairs]  # views made once
@@ -49,13 +53,9 @@ class KVCache:
         """Tokens that there is memory for, of all rows."""
         return self.store.shape[2] * self.store.shape[4]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was seen yet."""
-        return self.store.shape[4] == 0
-
     def begin(self, texts: Sequence[Tensor | None]) -> None:
         """Takes over what was seen of some rows' beginnings: (L, 2, G, N, D) each, or none."""
+        self.is_empty = False
         self._resize(self.n_rows, max(kv.shape[3] for kv in texts if kv is not None))
         for row, kv in enumerate(texts):
             if kv is not None:
@@ -65,11 +65,18 @@ class KVCache:
         """What was seen of a row's first tokens: a view (L, 2, G, N, D)."""
         return self.store[:, :, row, :, :n_tokens]
 
-    def seek(self, positions: Tensor) -> Tensor:
-        """Goes to positions (B, T); what may be seen from there, (B, 1, T, S) bool."""
-        n_tokens = int(positions.max()) + 1
+    def reserve(self, n_tokens: int) -> None:
+        """Makes room for so many tokens of every row."""
         if n_tokens > self.store.shape[4]:
             self._resize(self.n_rows, n_tokens)
+
+    def seek(self, positions: Tensor) -> Tensor:
+        """Goes to positions (B, T), which there is room for.
+
+        Returns:
+            What may be seen from there, (B, 1, T, S) bool.
+        """
+        self.is_empty = False
         n_places, n_heads, n_tokens = self.store.shape[2:5]
         seen = torch.arange(n_tokens, device=positions.device) <= positions[:, None, :, None]
         starts = torch.arange(0, 2 * n_places * n_heads * n_tokens, n_tokens, device=seen.device)
@@ -90,6 +97,13 @@ class KVCache:
         flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)
         return keys, values
+
+    def whole(self) -> KVCache:
+        """The same store with a row in every place."""
+        other = copy.copy(self)
+        other.graphs = {}
+        other._hold(self.store, self.store.shape[2])
+        return other
 
     def keep(self, rows: Tensor) -> None:
         """Drops or repeats rows (B',) int64, as beams do."""

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, C width, V vocabulary; L, G, N and D as in `kv_cache.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from pipeline.gpt import GPT
 from pipeline.kv_cache import KVCache
+from pipeline.packed import PackedLinear
+from pipeline.step_graph import StepGraph
 
 
 def check_prompt(n_tokens: int, block_size: int) -> None:
@@ -79,18 +82,41 @@ def prefill(
     positions = start + torch.arange(longest, device=weight.device)  # (B, T)
     is_real = positions < end
     # pads lie where the next token will, as beyond the context there are no places
-    hidden = model(input_ids, is_real, positions=positions.minimum(end), cache=cache)
+    positions = positions.minimum(end)
+    cache.reserve(int(positions.max()) + 1)
+    hidden = model(input_ids, is_real, positions=positions, cache=cache)
     last = is_real.sum(dim=1) - 1
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
     return Prefilled(cache, _logits(model, ends, n_vocab), hidden)
 
 
 def decode(
-    model: GPT, tokens: list[list[int]], starts: Tensor, cache: KVCache, n_vocab: int | None
+    model: GPT,
+    tokens: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    cache: KVCache,
+    n_vocab: int | None,
 ) -> Tensor:
     """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
-    input_ids = torch.tensor(tokens, device=starts.device)  # (B, T)
-    positions = starts[:, None] + torch.arange(input_ids.shape[1], device=starts.device)
+    cache.reserve(max(starts) + len(tokens[0]))
+    step = partial(_step, model, n_vocab)
+    if _is_captured(model, cache):
+        graphs, n_tokens = cache.graphs, len(tokens[0])
+        if n_tokens not in graphs:
+            graphs[n_tokens] = StepGraph(step, cache, n_tokens)
+        return graphs[n_tokens](tokens, starts)
+    device = cache.store.device
+    return step(torch.tensor(tokens, device=device), torch.tensor(starts, device=device), cache)
+
+
+def _is_captured(model: GPT, cache: KVCache) -> bool:
+    return cache.store.is_cuda and isinstance(model.head, PackedLinear)  # is not trained any more
+
+
+def _step(
+    model: GPT, n_vocab: int | None, input_ids: Tensor, starts: Tensor, cache: KVCache
+) -> Tensor:
+    positions = starts[:, None] + torch.arange(input_ids.shape[1], device=starts.device)  # (B, T)
     return _logits(model, model(input_ids, positions=positions, cache=cache), n_vocab)
 
 

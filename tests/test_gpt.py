@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.cpu_attention import attention_products
+from pipeline.attention_products import attention_products
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
 from pipeline.kv_cache import KVCache
 from pipeline.loss import next_token_loss

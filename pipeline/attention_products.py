@@ -1,4 +1,4 @@
-"""Attention as two batched products, where a CPU computes those faster than the fused kernel.
+"""Attention as two batched products, where those are faster than the fused kernel.
 
 Shapes: B rows, T tokens, S keys, C width, H query heads, G key/value heads, D head size.
 """
@@ -21,8 +21,8 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     """What is added to attention's scores where two products are faster than the fused kernel.
 
     On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
-    pass for one new token a row as much. Tokens guessed after it are in the same products, so that
-    they are rounded as they would be one by one.
+    pass for one new token a row as much (on a GPU, a little longer). Tokens guessed after it are in
+    the same products, so that they are rounded as they would be one by one.
 
     Args:
         x: (B, T, C) what enters the first block.
@@ -32,14 +32,15 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     Returns:
         0 or -inf, broadcast to (B G, H/G T, S); none where the fused kernel is to be taken.
     """
-    if x.device.type != "cpu" or not config.causal:
+    if not config.causal:
         return None
     per_group = config.n_head // config.n_kv_head
     if mask is not None and x.shape[1] <= 1 + MAX_GUESSES:
         seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, T, S)
         bias = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         return bias if x.shape[1] == 1 else bias.repeat(1, per_group, 1)
-    if mask is None and torch.is_grad_enabled() and product_dtype(x) == torch.bfloat16:
+    is_trained = mask is None and torch.is_grad_enabled()
+    if x.device.type == "cpu" and is_trained and product_dtype(x) == torch.bfloat16:
         future = x.new_full((x.shape[1], x.shape[1]), -torch.inf, dtype=torch.bfloat16).triu_(1)
         return future.repeat(per_group, 1)  # (H/G T, T)
     return None

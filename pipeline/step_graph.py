@@ -1,0 +1,64 @@
+"""A step of decoding as one CUDA graph: a GPU is asked once for what it does again and again.
+
+A step of a small model is hundreds of operations of a few microseconds each; to ask for one takes
+longer than to do it.
+
+Shapes: R places for rows, B of them with rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.kv_cache import KVCache
+
+WARM_UP = 2  # steps before it is captured: libraries load, and a store may grow at once
+
+Step = Callable[[Tensor, Tensor, KVCache], Tensor]
+
+
+class StepGraph:
+    """Steps of T tokens on one store of keys and values.
+
+    All of its places are computed, so that rows may leave and others join; what is in a place
+    without a row does not matter.
+
+    Args:
+        step: from tokens (R, T), positions (R,) of the first of them, and a cache, to logits
+            (R, T, V); it never waits for the device.
+        cache: on the store.
+        n_tokens: T.
+    """
+
+    def __init__(self, step: Step, cache: KVCache, n_tokens: int) -> None:
+        self.step, self.cache = step, cache.whole()
+        n_places, device = self.cache.n_rows, cache.store.device
+        self.input_ids = torch.zeros((n_places, n_tokens), dtype=torch.int64, device=device)
+        self.starts = torch.zeros(n_places, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.n_steps = 0
+
+    def __call__(self, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """Logits (B, T, V) after each of B rows' tokens, from positions (B,) on."""
+        n_rows = len(tokens)
+        self.input_ids[:n_rows] = torch.tensor(tokens)
+        self.starts[:n_rows] = torch.tensor(starts)
+        if self.graph is None and self.n_steps == WARM_UP:
+            self._capture()
+        self.n_steps += 1
+        if self.graph is None:
+            return self._run()[:n_rows]
+        self.graph.replay()
+        return self.logits[:n_rows].clone()  # the next step writes there
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self._run()
+        self.graph = graph  # that is whole
+
+    def _run(self) -> Tensor:
+        return self.step(self.input_ids, self.starts, self.cache)

@@ -144,7 +144,8 @@ class StepDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=let_server_end,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            # by the thread that trains; one of its own, as beside workers, would spoil CUDA graphs
+            pin_memory=torch.cuda.is_available() and self.num_workers == 0,
             generator=torch.Generator(),  # otherwise every iter() draws from the global generator
             **options,
         )

@@ -14,6 +14,7 @@ import torch
 from datamodules.batching import MicroBatch
 from datamodules.prompts import encode_start, stop_ids
 from datamodules.step_data_module import StepDataModule
+from pipeline.compiling import uncompiled
 from pipeline.generate import generate
 from pipeline.hardware import matrix_product_ceiling
 from pipeline.passes import check_prompt
@@ -59,8 +60,7 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         rate = self.n_tokens * trainer.world_size / (now - self.since)
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
-        gpt = getattr(pl_module.model, "gpt", pl_module.model)
-        flops = gpt.flops_per_token(n_context, training=True)
+        flops = pl_module.gpt.flops_per_token(n_context, training=True)
         self.total_tokens += self.n_tokens
         pl_module.log("train/tokens", float(self.total_tokens * trainer.world_size))
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)
@@ -161,7 +161,8 @@ class SampleTexts(pl.Callback):
             n_vocab=tokenizer.n_vocab,
         )
         ids = self._ids(pl_module.data)
-        with trainer.precision_plugin.forward_context():  # the base of adapters may be bf16
+        plain = uncompiled(pl_module.is_compiled)
+        with trainer.precision_plugin.forward_context(), plain:  # adapters' base may be bf16
             new = generate(pl_module.model, ids, settings)
         texts = [tokenizer.decode(answer, prompt) for answer, prompt in zip(new, ids, strict=True)]
         pl_module.train()

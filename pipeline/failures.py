@@ -6,6 +6,7 @@ import re
 
 import torch
 
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
@@ -24,8 +25,8 @@ def explain(
         return (
             f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
             f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
-            "changes no result), set model.gradient_checkpointing, train adapters (model.lora), or "
-            "take a smaller model."
+            "changes no result), set model.cuda_graphs to false or model.gradient_checkpointing to "
+            "true, train adapters (model.lora), or take a smaller model."
         )
     if _WORKER.search(str(error)):
         return (
@@ -36,9 +37,9 @@ def explain(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused; on a CPU, torch has no class of its own for it."""
+    """Whether an allocator refused; on a CPU, and for a graph, torch has no class of its own."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
+    return known or any(name in str(error) for name in _OUT_OF_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
-from pipeline import lora, sharding
+from pipeline import lora, sharding, training_graph
 from pipeline.checkpoint import CHECKPOINTS, path_digest
+from pipeline.compiling import compile_blocks
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes
 from pipeline.memory import GIB, estimate_gib
@@ -43,6 +44,10 @@ class LitStep(pl.LightningModule):
         optimizer: how weights are updated.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
             that it needs: less memory for about a third more time, the same numbers.
+        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
+            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
+        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
+            operations; null: where it can be done.
     """
 
     automatic_optimization = False
@@ -59,6 +64,8 @@ class LitStep(pl.LightningModule):
         lora: lora.LoRAConfig | None,
         optimizer: OptimizerConfig,
         gradient_checkpointing: bool,
+        compile: bool,
+        cuda_graphs: bool | None,
     ) -> None:
         super().__init__()
         if (gpt is None) == (init_from is None):
@@ -69,6 +76,7 @@ class LitStep(pl.LightningModule):
         self.gpt_config, self.init_from = gpt, init_from
         self.lora_config, self.optimizer_config = lora, optimizer
         self.gradient_checkpointing = gradient_checkpointing
+        self.is_compiled, self.cuda_graphs = compile, cuda_graphs
         self.model = None
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
@@ -95,6 +103,14 @@ class LitStep(pl.LightningModule):
         """The data module that the trainer runs on."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
+    @property
+    def gpt(self) -> GPT:
+        """The transformer in the model, or that the model is."""
+        return getattr(self.model, "gpt", self.model)
+
+    def compile_loss(self) -> None:
+        """Compiles what of the loss is worth it."""
+
     # Weights
 
     def configure_model(self) -> None:
@@ -105,6 +121,9 @@ class LitStep(pl.LightningModule):
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if self.lora_config is not None and fits and str(self.trainer.precision) == "bf16-mixed":
             lora.hold_base(self.model, torch.bfloat16)
+        if self.is_compiled and fits:
+            compile_blocks(self.gpt)
+            self.compile_loss()
         if isinstance(self.trainer.strategy, sharding.FullySharded):
             sharding.shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
         self.train()
@@ -128,7 +147,7 @@ class LitStep(pl.LightningModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Warns of too little memory."""
+        """Warns of too little memory; has passes captured, where that can be done."""
         needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB
         if needed > free:
             print(
@@ -137,12 +156,18 @@ class LitStep(pl.LightningModule):
                 "(model.lora).",
                 file=sys.stderr,
             )
+        if self.cuda_graphs is not False:
+            training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))
+
+    def teardown(self, stage: str) -> None:
+        """Gives up what holds for this run's place of the weights."""
+        if self.model is not None:
+            training_graph.remove(self.gpt)
 
     def memory_gib(self) -> float:
         """About what a training step needs."""
-        gpt: GPT = getattr(self.model, "gpt", self.model)
         half = "16" in str(self.trainer.precision)
-        return estimate_gib(self.model, gpt.config, self.data.max_tokens, half=half)
+        return estimate_gib(self.model, self.gpt.config, self.data.max_tokens, half=half)
 
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None
@@ -182,7 +207,8 @@ class LitStep(pl.LightningModule):
         """Backward over all micro-batches, then one optimizer step; returns the mean loss."""
         self._step = batch
         optimizer = self.optimizers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        is_graph = training_graph.is_installed(self.gpt)
+        optimizer.zero_grad(set_to_none=not is_graph)  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
         mean = torch.zeros((), device=self.device)
         n_micro_batches = self.over_ranks(len(batch), "max")  # none may wait for another
@@ -228,11 +254,14 @@ class LitStep(pl.LightningModule):
         self._norm = norm
         # both are of all ranks; under 16-mixed gradients overflow routinely, and the scaler skips
         # those steps by itself, but a loss that is not finite is what it is elsewhere
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        is_finite = bool(torch.isfinite(self._loss if has_scaler else norm + self._loss))
+        is_finite = bool(torch.isfinite(self._loss if self._has_scaler else norm + self._loss))
         if not is_finite:
             optimizer.zero_grad(set_to_none=True)
         self._guard.saw(is_finite, self.trainer, self._step)
+
+    @property
+    def _has_scaler(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_optimizers(self) -> Any:
         """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
@@ -241,7 +270,7 @@ class LitStep(pl.LightningModule):
             raise ValueError("the run has no end; give trainer.max_steps or trainer.max_epochs.")
         total_steps = int(n_steps)
         check_warmup(config.warmup_steps, total_steps)
-        optimizer = make_optimizer(self.model, config)
+        optimizer = make_optimizer(self.model, config, is_scaled=self._has_scaler)
         factor: Callable[[int], float] = partial(
             learning_rate_factor,
             warmup_steps=config.warmup_steps,
@@ -254,11 +283,10 @@ class LitStep(pl.LightningModule):
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself; primitives."""
-        gpt: GPT = getattr(self.model, "gpt", self.model)
         return {
             "kind": self.kind,
             "step": self.global_step,
-            "gpt": asdict(gpt.config),
+            "gpt": asdict(self.gpt.config),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "base": self.base,
             "parent": self.parent,
@@ -274,10 +302,9 @@ class LitStep(pl.LightningModule):
 
         `max_tokens` is not among it: it may be lowered where memory has run out.
         """
-        gpt: GPT = getattr(self.model, "gpt", self.model)
         model = {
             "kind": self.kind,
-            "gpt": asdict(gpt.config),
+            "gpt": asdict(self.gpt.config),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "optimizer": asdict(self.optimizer_config),
             "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),

@@ -38,6 +38,10 @@ class LitClassifier(LitStep):
         lora: adapters to train instead of the weights.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
             that it needs: less memory for about a third more time, the same numbers.
+        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
+            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
+        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
+            operations; null: where it can be done.
     """
 
     kind = "classifier"
@@ -51,6 +55,8 @@ class LitClassifier(LitStep):
         init_from: str | None = None,
         lora: LoRAConfig | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         super().__init__(
             gpt=gpt,
@@ -58,6 +64,8 @@ class LitClassifier(LitStep):
             lora=lora,
             optimizer=optimizer,
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
         )
         if (trainable == "lora") != (lora is not None):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
@@ -12,7 +13,7 @@ from datamodules.batching import MicroBatch
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.lit_base import LitStep
 from pipeline.lora import LoRAConfig
-from pipeline.loss import count_supervised, next_token_loss
+from pipeline.loss import count_supervised, cross_entropies, next_token_loss
 from pipeline.models import Loaded
 from pipeline.optim import OptimizerConfig
 
@@ -27,6 +28,10 @@ class LitLanguageModel(LitStep):
         lora: adapters to train instead of the weights.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
             that it needs: less memory for about a third more time, the same numbers.
+        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
+            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
+        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
+            operations; null: where it can be done.
     """
 
     kind = "language_model"
@@ -39,6 +44,8 @@ class LitLanguageModel(LitStep):
         init_from: str | None = None,
         lora: LoRAConfig | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         super().__init__(
             gpt=gpt,
@@ -46,7 +53,10 @@ class LitLanguageModel(LitStep):
             lora=lora,
             optimizer=optimizer,
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            cuda_graphs=cuda_graphs,
         )
+        self._cross_entropies = cross_entropies
         self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
@@ -58,10 +68,15 @@ class LitLanguageModel(LitStep):
             )
         return gpt
 
+    def compile_loss(self) -> None:
+        """Logits of half precision are not copied to float32 any more."""
+        self._cross_entropies = torch.compile(cross_entropies)
+
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Next-token loss, summed, in nats."""
         hidden = self.model(micro_batch["input_ids"], micro_batch.get("attention_mask"))
-        return next_token_loss(hidden, self.model.head.weight, micro_batch["labels"])[0]
+        labels, head = micro_batch["labels"], self.model.head.weight
+        return next_token_loss(hidden, head, labels, self._cross_entropies)[0]
 
     def n_targets(self, micro_batch: MicroBatch) -> int:
         """Supervised positions."""

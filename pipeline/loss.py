@@ -5,13 +5,24 @@ Shapes: B rows, T tokens, C n_embd, V vocabulary, N supervised positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
 
+CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+
+def cross_entropies(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """From hidden states (N, C) and the head (V, C): (N,) float32 nats of targets (N,)."""
+    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
+
+
+def next_token_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, each: CrossEntropies = cross_entropies
+) -> tuple[Tensor, int]:
     """Sum of next-token cross-entropies over supervised positions, in nats, and how many there are.
 
     Position t is scored against labels[:, t + 1]; callers never shift, and divide by the count of
@@ -22,20 +33,22 @@ def next_token_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tenso
         hidden: (B, T, C) final hidden states, any float dtype; reduced in float32.
         head: (V, C) output embedding.
         labels: (B, T) int64; -100 carries no loss.
+        each: `cross_entropies`, or the same compiled.
 
     Returns:
         Scalar float32 sum (0 where nothing is supervised), and the number of supervised positions.
     """
-    losses = next_token_losses(hidden, head, labels)
+    losses = next_token_losses(hidden, head, labels, each)
     return losses.sum(), len(losses)
 
 
-def next_token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def next_token_losses(
+    hidden: Tensor, head: Tensor, labels: Tensor, each: CrossEntropies = cross_entropies
+) -> Tensor:
     """The same before the sum: (N,) float32 nats, in row-major order of supervised positions."""
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # (B, T-1)
-    logits = F.linear(hidden[:, :-1][supervised], head)  # (N, V)
-    return F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+    return each(hidden[:, :-1][supervised], head, targets[supervised])
 
 
 def count_supervised(labels: Tensor) -> int:

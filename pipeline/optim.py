@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.hardware import multiplies_bf16
-from pipeline.muon import Float32Muon
+from pipeline.muon import Muon
 
 # Muon's update of a matrix is scaled to AdamW's usual size: both take one rate (Liu et al. 2025)
 MUON_LR_RULE = "match_rms_adamw"
@@ -82,8 +82,15 @@ def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, fina
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    module: nn.Module, config: OptimizerConfig, *, is_scaled: bool = False
+) -> torch.optim.Optimizer:
     """AdamW for all that is trainable, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Args:
+        module: what is trained.
+        config: how.
+        is_scaled: whether gradients are, as in 16-mixed.
 
     Raises:
         ValueError: where nothing is trainable, or nothing that Muon can take.
@@ -92,14 +99,15 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     if not trainable:
         raise ValueError("nothing is trainable; check model.trainable and model.lora.")
     if config.name == "adamw":
-        return _adamw(list(trainable.values()), config)
+        return _adamw(list(trainable.values()), config, is_fused=not is_scaled)
     matrices = {n: p for n, p in trainable.items() if p.dim() == 2 and "blocks." in n}
     if not matrices:
         raise ValueError(
             "model.optimizer.name is muon, but no matrix of a block is trainable; use adamw."
         )
     parameters = list(matrices.values())
-    kind = torch.optim.Muon if multiplies_bf16(parameters[0].device) else Float32Muon
+    is_theirs = parameters[0].device.type == "cpu" and multiplies_bf16(parameters[0].device)
+    kind = torch.optim.Muon if is_theirs else Muon
     muon = kind(
         parameters,
         lr=config.lr,
@@ -107,10 +115,12 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         adjust_lr_fn=MUON_LR_RULE,
     )
     rest = [p for name, p in trainable.items() if name not in matrices]
-    return Chained([_adamw(rest, config), muon]) if rest else muon
+    return Chained([_adamw(rest, config, is_fused=not is_scaled), muon]) if rest else muon
 
 
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _adamw(
+    parameters: list[nn.Parameter], config: OptimizerConfig, *, is_fused: bool
+) -> torch.optim.Optimizer:
     decayed = [p for p in parameters if p.dim() >= 2]
     others = [p for p in parameters if p.dim() < 2]
     groups = [
@@ -121,8 +131,7 @@ def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.opt
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
-        # many times faster on a CPU; on CUDA it would leave gradients scaled when they are clipped
-        fused=all(p.device.type == "cpu" for p in parameters),
+        fused=is_fused,  # it would leave it to itself to unscale gradients, after they are clipped
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from datamodules.batching import MicroBatch, cut, pad
 from datamodules.step_data_module import StepDataModule
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
 from pipeline.steps import n_real_tokens
+from pipeline.training_graph import left_out, n_captured
 
 QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
 N_WARMUP = 3  # steps before any is timed: the largest, then two of median size
@@ -112,6 +114,7 @@ class Trial(pl.Callback):
         self.val_batch_s: list[float] = []
         self._n_steps, self._since = 0, 0.0
         self._counter: FlopCounterMode | None = None
+        self._counting, self._n_captured = ExitStack(), 0
 
     @property
     def fits(self) -> bool:
@@ -135,8 +138,8 @@ class Trial(pl.Callback):
     ) -> None:
         """Counts the operations of a step of median size."""
         if self._n_steps == 1:
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
+            self._counting.enter_context(left_out(pl_module.gpt))
+            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
 
     def on_train_batch_end(
         self,
@@ -149,11 +152,12 @@ class Trial(pl.Callback):
         """Times steps until there are enough of them."""
         n_tokens, now = n_real_tokens(batch), time.perf_counter()
         if self._counter is not None:
-            self._counter.__exit__(None, None, None)
+            self._counting.close()
             self.flops_per_token = self._counter.get_total_flops() / n_tokens
             self._counter = None
         self._n_steps += 1
-        if self._n_steps > N_WARMUP:
+        n_before, self._n_captured = self._n_captured, n_captured(pl_module.gpt)
+        if self._n_steps > N_WARMUP and self._n_captured == n_before:  # a capture is made once
             self.step_s.append(now - self._since)
             self.step_tokens.append(n_tokens)
         is_long = len(self.step_s) >= 3 and sum(self.step_s) > TRIAL_S
@@ -193,7 +197,7 @@ def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:
 
     def kept(n: int) -> int:
         batch = trainer.strategy.batch_to_device(pad([sample] * n, data.tokenizer.eos_id))
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), left_out(module.gpt):
             return kept_bytes(lambda: module.loss_sum(batch), module)
 
     once, twice = kept(1), kept(2)
@@ -209,7 +213,7 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # with what made it, it would never be freed
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
         loss = forward()

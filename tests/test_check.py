@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from pipeline.gpt import GPT
+from pipeline.hardware import default_device, used_memory_bytes
 from pipeline.run_directory import Run
 from pipeline.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes
 from tests.faults.processes import Started, at
@@ -59,7 +61,8 @@ def test_a_check_says_what_fit_would_do_and_leaves_nothing(tiny: Journey, tmp_pa
     assert found.keys() == FIGURES.keys(), out
     assert found["steps"] == 8
     assert found["parameters"] == found["trained"] > 100_000
-    assert found["memory"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.5)
+    used = used_memory_bytes(default_device()) / 2**30
+    assert found["memory"] == pytest.approx(used, rel=0.5)
     assert "2 validations" in out
     assert f"{Path(model['outputs']['best']).parents[1].name}, new" in out
     assert list((tmp_path / "mlruns").iterdir()) == []
@@ -179,6 +182,19 @@ def test_what_rows_keep_is_counted_to_the_byte(tiny_gpt: MakeGPT) -> None:
     plain = kept(4)
     model.gradient_checkpointing = True
     assert kept(4) < plain / 3
+
+
+def test_what_was_counted_is_freed(tiny_gpt: MakeGPT) -> None:
+    """Of what a pass keeps, nothing outlives the count: not the memory, not the graph."""
+    model, states = tiny_gpt("llama").train(), []
+
+    def forward() -> torch.Tensor:
+        hidden = model(torch.zeros((2, 16), dtype=torch.int64))
+        states.append(weakref.ref(hidden))
+        return hidden.sum()
+
+    assert kept_bytes(forward, model)
+    assert states[0]() is None
 
 
 def test_lengths_of_blocks_are_known_without_reading_them(tiny: Journey) -> None:

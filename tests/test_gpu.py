@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +12,176 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from pipeline.generate import generate
+from pipeline import step_graph, training_graph
+from pipeline.generate import Batch, generate, generate_each
 from pipeline.gpt import GPT
 from pipeline.inference import label_probabilities, load_classifier
 from pipeline.models import load
 from pipeline.packed import pack
+from pipeline.prefix_cache import PrefixCache
 from pipeline.sampling import Sampling
 from tests.journey import Journey
-from tests.training import LORA, classifier, language_model, pretraining_data, spam_data
+from tests.training import (
+    LORA,
+    TINY,
+    Losses,
+    classifier,
+    fit,
+    instruction_data,
+    language_model,
+    pretraining_data,
+    spam_data,
+)
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytestmark = [pytestmark, pytest.mark.skip("no CUDA device")]
 
 PROMPTS = [[5, 6, 7], [11], list(range(20, 33))]
+EAGER = {"cuda_graphs": False}
+GRAPHS = {"cuda_graphs": True}
+N_STEPS = 8
+DEVICE = "cuda"
 
 
-def trained(module: Any, data: Any, folder: Path, precision: str) -> Any:
+class Killed(Exception):
+    pass
+
+
+class KillAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def trained(module: Any, data: Any, folder: Path, precision: str) -> list[float]:
+    """The losses of a few steps."""
+    pl.seed_everything(1, verbose=False)
+    losses = Losses()
     trainer = pl.Trainer(
-        accelerator="cuda",
+        accelerator=DEVICE,
         devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=5,
-        limit_val_batches=0,
+        max_steps=N_STEPS,
+        limit_val_batches=1,
+        val_check_interval=N_STEPS // 2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         default_root_dir=str(folder),
+        callbacks=[losses],
     )
     trainer.fit(module, datamodule=data)
-    return module
+    return losses.losses
 
 
+@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_pretraining(precision: str, tiny: Journey, tmp_path: Path) -> None:
+def test_pretraining(precision: str, options: Any, tiny: Journey, tmp_path: Path) -> None:
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    module = trained(language_model(), data, tmp_path, precision)
+    module = language_model(**options)
+    losses = trained(module, data, tmp_path, precision)
+    assert losses[-1] < losses[0]
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
+@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_adapters(precision: str, tiny: Journey, tmp_path: Path) -> None:
+def test_adapters(precision: str, options: Any, tiny: Journey, tmp_path: Path) -> None:
     data = spam_data(tiny.tokenizer)
     base = str(tiny.best("pretrain"))
-    module = classifier(gpt=None, init_from=base, lora=LORA, trainable="lora")
+    module = classifier(gpt=None, init_from=base, lora=LORA, trainable="lora", **options)
     trained(module, data, tmp_path, precision)
-    changed = [p for p in module.parameters() if p.requires_grad]
-    assert changed
-    assert all(bool(torch.isfinite(p).all()) for p in changed)
+    moved = {n: p for n, p in module.named_parameters() if "lora_B" in n}  # they begin at 0
+    assert moved
+    assert all(bool(torch.isfinite(p).all()) and bool(p.any()) for p in moved.values())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "all": {"gpt": replace(TINY, dropout=0.0)},
+    "untied": {"gpt": replace(TINY, dropout=0.0, tie_embeddings=False)},
+    "adapters": {"lora": replace(LORA, dropout=0.0)},
+    "dora": {"lora": replace(LORA, dropout=0.0, dora=True)},
+}
+
+
+@pytest.mark.parametrize("options", [GRAPHS, {**EAGER, "compile": True}, {"compile": True}])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("precision", "near"), [("32-true", 1e-4), ("bf16-mixed", 0.02)])
+def test_the_losses_of_separate_operations(
+    kind: str, options: Any, precision: str, near: float, tiny: Journey, tmp_path: Path
+) -> None:
+    """Steps of several micro-batches of unequal rows, some of one shape, so of one graph."""
+    if "compile" in options and kind not in ("all", "adapters"):
+        pytest.skip("a minute of compiling, for what the others show")
+    begun = {} if "gpt" in KINDS[kind] else {"gpt": None, "init_from": str(tiny.best("pretrain"))}
+    losses = []
+    for own in (EAGER, options):
+        module = language_model(**KINDS[kind], **begun, **own)
+        losses.append(trained(module, instruction_data(tiny.tokenizer), tmp_path, precision))
+    assert losses[0] == pytest.approx(losses[1], rel=near)
+
+
+@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
+def test_a_run_goes_on_to_the_last_bit(options: Any, tiny: Journey, tmp_path: Path) -> None:
+    """With dropout, in bf16."""
+    weights = []
+    for killed_at in ([], [5]):
+        folder = tmp_path / f"killed-{len(killed_at)}"
+        for step in [*killed_at, None]:
+            module = language_model(**options)
+            with suppress(Killed):
+                fit(
+                    module,
+                    instruction_data(tiny.tokenizer),
+                    folder,
+                    ckpt_path=max(folder.glob("checkpoints/step-*"), default=None),
+                    callbacks=[KillAt(step)] if step else [],
+                    every_n_steps=3,
+                    accelerator=DEVICE,
+                    precision="bf16-mixed",
+                    max_steps=N_STEPS,
+                    limit_val_batches=0,
+                )
+            assert module.global_step == (step or N_STEPS)
+        weights.append(module.model.tensors())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_dropout_of_a_graph_differs_between_steps(tiny: Journey, tmp_path: Path) -> None:
+    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+    no_rate = replace(language_model().optimizer_config, lr=1e-30)
+    options = {"gpt": replace(TINY, dropout=0.5), "optimizer": no_rate, **GRAPHS}
+    runs = [trained(language_model(**options), data, tmp_path, "32-true") for _ in "ab"]
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == N_STEPS
+
+
+def test_shapes_too_many_are_computed_alike(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, dropout too: a run that goes on may have met other shapes first."""
+    losses, shapes = [], []
+    capture = training_graph.TrainingGraphs._captured
+
+    def counted(self: Any, shape: tuple[int, ...]) -> Any:
+        shapes.append(shape)
+        return capture(self, shape)
+
+    monkeypatch.setattr(training_graph.TrainingGraphs, "_captured", counted)
+    for max_shapes in (16, 4):
+        shapes.clear()
+        monkeypatch.setattr(training_graph, "MAX_SHAPES", max_shapes)
+        data = instruction_data(tiny.tokenizer)
+        losses.append(trained(language_model(**GRAPHS), data, tmp_path, "bf16-mixed"))
+        assert (len(shapes) == 4) == (max_shapes == 4)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -64,6 +189,40 @@ def test_the_text_of_a_cpu(tiny_gpt: Callable[..., GPT], family: str) -> None:
     settings = Sampling(max_new_tokens=30)
     expected = generate(tiny_gpt(family), PROMPTS, settings)
     assert generate(pack(tiny_gpt(family).to("cuda")), PROMPTS, settings) == expected
+
+
+def test_the_texts_of_a_cpu_where_rows_come_and_go(
+    tiny_gpt: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of unequal lengths, on stores that grow and shrink, a step in several shapes."""
+    captured = []
+    capture = step_graph.StepGraph._capture
+
+    def counted(self: step_graph.StepGraph) -> None:
+        captured.append(self.input_ids.shape)
+        capture(self)
+
+    monkeypatch.setattr(step_graph.StepGraph, "_capture", counted)
+    cpu, gpu = tiny_gpt("llama", block_size=256), pack(tiny_gpt("llama", block_size=256).to("cuda"))
+    prompts = [list(range(i, 2 * i + 1)) for i in range(1, 25)]
+    settings = [Sampling(max_new_tokens=5 + 17 * (i % 9)) for i in range(len(prompts))]
+    expected = [generate(cpu, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]
+
+    batch, rows, waiting = Batch(gpu, None, PrefixCache(4)), {}, list(range(len(prompts)))
+    while waiting or batch.rows:
+        if waiting and len(batch.rows) < 5:
+            i = waiting.pop()
+            (rows[i],) = batch.join([prompts[i]], [settings[i]])
+        else:
+            batch.step()
+    assert [rows[i].ids[len(p) :] for i, p in enumerate(prompts)] == expected
+    assert len(captured) > 3
+    longest = Sampling(max_new_tokens=200)
+    assert (
+        dict(generate_each(gpu, prompts[:1], longest, max_rows=1))[0]
+        == generate(cpu, prompts[:1], longest)[0]
+    )
+    assert any(n_tokens > 1 for _, n_tokens in captured), "guesses are checked in graphs too"
 
 
 def test_the_labels_of_a_cpu(tiny: Journey) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT
-from pipeline.muon import Float32Muon, orthogonalize
+from pipeline.muon import Muon, orthogonalize, orthogonalize_all
 from pipeline.optim import (
     Chained,
     OptimizerConfig,
@@ -102,6 +102,17 @@ def test_muon_alone_where_nothing_is_left_for_adamw(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt().requires_grad_(False)
     model.blocks[0].attention.q.weight.requires_grad_(True)
     assert isinstance(make_optimizer(model, MUON), torch.optim.Muon)
+
+
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_gradients_that_are_scaled_are_left_to_who_scales_them(
+    tiny_gpt: MakeGPT, config: OptimizerConfig
+) -> None:
+    """A fused AdamW unscales them itself, after they are clipped."""
+    for is_scaled in (False, True):
+        optimizer = make_optimizer(tiny_gpt(), config, is_scaled=is_scaled)
+        adamw = optimizer.optimizers[0] if isinstance(optimizer, Chained) else optimizer
+        assert all(group["fused"] != is_scaled for group in adamw.param_groups)
 
 
 def test_nothing_to_train_is_refused(tiny_gpt: MakeGPT) -> None:
@@ -210,7 +221,7 @@ def test_float32_muon_is_muon() -> None:
     start = [torch.randn(shape) for shape in shapes]
     target = [torch.randn_like(matrix) for matrix in start]
     ended = []
-    for kind in (torch.optim.Muon, Float32Muon):
+    for kind in (torch.optim.Muon, Muon):
         matrices = [matrix.clone().requires_grad_() for matrix in start]
         optimizer = kind(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         for _ in range(10):
@@ -236,3 +247,14 @@ def test_wide_matrices_are_orthogonalised_as_others_are(shape: tuple[int, int]) 
         s = a * s + b * s**3 + c * s**5
     got = orthogonalize(matrix, coefficients, 5)
     torch.testing.assert_close(got, u @ s.diag() @ v, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 32), (32, 12)])
+def test_matrices_of_a_shape_are_orthogonalised_together_as_alone(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    coefficients = (3.4445, -4.775, 2.0315)
+    matrices = [torch.randn(shape) * 10.0**i for i in range(4)]
+    alone = [orthogonalize(matrix, coefficients, 5) for matrix in matrices]
+    together = orthogonalize_all(matrices, coefficients, 5)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -198,7 +198,7 @@ def test_samples_of_a_run_go_on_from_their_prompts(
         global_step=7,
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
-    module = SimpleNamespace(data=data, model=None, train=lambda: None)
+    module = SimpleNamespace(data=data, model=None, is_compiled=False, train=lambda: None)
     sampling = callbacks.SampleTexts(prompts=["Once", ""], max_new_tokens=9)
     sampling.on_validation_end(trainer, module)
     assert [row["text"] for row in tables[0]] == [" the end", "the end"]

@@ -192,7 +192,9 @@ def test_texts_are_continued_as_they_stand(chatty: Served, model: Loaded) -> Non
 @torch.inference_mode()
 def logprobs_of(model: Loaded, ids: list[int]) -> list[list[float]]:
     """Of every token that may follow the first ids, the first two, and so on."""
-    logits = model.gpt.head(model.gpt(torch.tensor([ids[:-1]])))[0, :, : model.tokenizer.n_vocab]
+    logits = model.gpt.head(model.gpt(torch.tensor([ids[:-1]], device=model.device)))[
+        0, :, : model.tokenizer.n_vocab
+    ]
     return logits.float().log_softmax(dim=-1).tolist()
 
 

@@ -19,7 +19,7 @@ from pipeline.journal import read_journal
 from pipeline.models import Loaded, load
 from pipeline.packed import PackedLinear
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
-from tests.machine import needs_f16_products
+from tests.machine import takes_f16_weights
 
 
 def run_directory(journey: Journey, stage: str) -> Path:
@@ -167,7 +167,7 @@ def test_generate_prints_the_continuation_alone(tiny: Journey) -> None:
     assert said(*words, "--max_new_tokens=6", "--num_beams=3")[0] == 0
 
 
-@needs_f16_products
+@takes_f16_weights
 @pytest.mark.parametrize("command", ["generate", "chat", "score"])
 def test_precision_is_that_of_the_model(
     command: str, tiny: Journey, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -132,13 +132,14 @@ def fit(
     callbacks: Sequence[pl.Callback] = (),
     every_n_steps: int = 1_000,
     plugins: Sequence[Any] = (),
+    accelerator: str = "cpu",
     **options: Any,
 ) -> tuple[pl.Trainer, Losses]:
-    """Trains on the CPU, seeded; Lightning's own bars and files left out."""
+    """Trains, seeded; Lightning's own bars and files left out."""
     pl.seed_everything(1, verbose=False)
     losses = Losses()
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

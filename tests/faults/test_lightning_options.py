@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.journal import read_journal
 from tests.faults.processes import at
@@ -18,13 +19,17 @@ def words(words: list[str], home: Path) -> list[str]:
     return [*words, *shorter, "--data.num_workers=0", "--checkpoints.every_n_steps=100"]
 
 
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
 @pytest.mark.parametrize(
     "option",
     [
         "--trainer.gradient_clip_val=1",
         "--trainer.devices=0",
         "--trainer.fast_dev_run=true",
-        "--trainer.accelerator=cuda",
+        pytest.param("--trainer.accelerator=cuda", marks=without_cuda),
+        pytest.param("--model.cuda_graphs=true", marks=without_cuda),
         "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/loss, "
         "check_on_train_epoch_end: true}}",
     ],

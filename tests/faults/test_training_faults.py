@@ -57,7 +57,8 @@ def test_too_little_memory_is_said_before(words: list[str], home: Path) -> None:
 def test_a_killed_data_worker_is_named(words: list[str], home: Path, tmp_path: Path) -> None:
     started = Started([*words, *at("Hang", 6)], tmp_path / "said.txt")
     started.until(lambda: bool(list(home.glob("default/*/hangs"))))
-    (worker,) = psutil.Process(started.process.pid).children()
+    run = psutil.Process(started.process.pid)
+    (worker,) = [child for child in run.children() if child.cmdline() == run.cmdline()]
     worker.send_signal(signal.SIGKILL)
     assert started.wait() == 2
     line = started.said().splitlines()[-1]

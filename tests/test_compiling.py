@@ -1,0 +1,86 @@
+"""Compiled blocks and losses: the same numbers, one piece, plain where text is written.
+
+Traced as for a GPU and run as traced; what is made of it there is in tests/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pipeline.compiling import RECOMPILE_LIMIT, compile_blocks, uncompiled
+from pipeline.gpt import GPT
+from tests.journey import Journey
+from tests.training import (
+    LORA,
+    TINY,
+    classifier,
+    fit,
+    instruction_data,
+    language_model,
+    spam_data,
+)
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler of kernels, and with an error for what cannot be traced in one piece."""
+    torch._dynamo.reset()
+    counters.clear()
+    whole = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+
+
+def n_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(("adapters", "precision"), [(False, "32-true"), (True, "bf16-mixed")])
+def test_losses_are_those_of_separate_operations(
+    adapters: bool, precision: str, tiny: Journey, tmp_path: Path
+) -> None:
+    """Micro-batches of many shapes, with padding and without, and validations between them."""
+    config = replace(TINY, dropout=0.0)
+    lora = replace(LORA, dropout=0.0, targets=["q", "down"])
+    base = {"init_from": str(tiny.best("pretrain")), "lora": lora}
+    runs = []
+    for is_compiled in (False, True):
+        own: dict[str, Any] = {"gpt": None, **base} if adapters else {"gpt": config}
+        module = language_model(**own, compile=is_compiled)
+        data = instruction_data(tiny.tokenizer)
+        _, losses = fit(
+            module, data, tmp_path, max_steps=4, val_check_interval=2, precision=precision
+        )
+        runs.append(losses.losses)
+        assert (n_graphs() > 0) == is_compiled
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert n_graphs() < RECOMPILE_LIMIT
+
+
+def test_of_a_classifier(tiny: Journey, tmp_path: Path) -> None:
+    runs = []
+    for is_compiled in (False, True):
+        module = classifier(gpt=replace(TINY, dropout=0.0), compile=is_compiled)
+        _, losses = fit(module, spam_data(tiny.tokenizer), tmp_path, max_steps=3)
+        runs.append(losses.losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert n_graphs() > 0
+
+
+def test_one_graph_for_all_blocks_and_none_for_text() -> None:
+    gpt = GPT(replace(TINY, n_layer=4, vocab_size=64))
+    compile_blocks(gpt)
+    ids = torch.arange(12).view(2, 6)
+    expected = [GPT.forward(gpt, ids) for _ in "ab"][1]
+    assert n_graphs() == 1
+    with uncompiled(is_compiled=True):
+        gpt.eval()
+        gpt(ids[:, :3])
+    assert n_graphs() == 1
+    assert expected.shape == (2, 6, TINY.n_embd)

@@ -31,6 +31,7 @@ soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run,
 
 gpu-test: $(VENV)/dev  ## on a machine with a GPU: its tests, then ours and peers there, in one report
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu_levers
 	$(BIN)/python -m benchmarks --workloads '[P1,P2,P3,P4,P5-1,P5-16,P5-64]'
 
 bench: $(VENV)/dev  ## ours and its peers in turn; hours: WORKLOADS='[P1,P3]' for some

@@ -29,6 +29,7 @@ from pipeline.models import load
 
 # bf16 where the hardware multiplies it: emulated, it would say nothing about anyone
 HAS_BF16 = multiplies_bf16(default_device())
+ON_GPU = default_device().type == "cuda"
 PRECISIONS: tuple[Precision, ...] = ("bf16", "float32") if HAS_BF16 else ("float32",)
 # of what decodes with ours: with weights in float16 too where there are such products
 OF_OURS: tuple[Precision, ...] = (
@@ -55,26 +56,30 @@ def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: i
     def contestants() -> Iterator[Contestant]:
         for precision in PRECISIONS:
             yield _pretraining_fit(config, weights, n_rows, n_steps, precision)
-        yield _with_our_python("plain PyTorch loop", "float32", "plain_loop", *peer_words)
+        for precision in PRECISIONS if ON_GPU else ("float32",):
+            words = (*peer_words, precision)
+            yield _with_our_python("plain PyTorch loop", precision, "plain_loop", *words)
         for precision in PRECISIONS:
             yield _peer(TRANSFORMERS, precision, "transformers_pretrain", *peer_words, precision)
 
     flops = GPT.skeleton(config).flops_per_token(config.block_size, training=True)
-    return Workload(key, title, list(contestants()), 2, flops, loss_tolerance=0.02)
+    n_warmup = 10 if ON_GPU else 2  # what is compiled and captured there is once for all
+    title = f"{title}, {n_rows} x {config.block_size} tokens a step"
+    return Workload(key, title, list(contestants()), n_warmup, flops, loss_tolerance=0.02)
 
 
 def small_pretraining() -> Workload:
     """P1."""
     config = prepare.gpt2_config(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=4096)
-    return pretraining("P1", "pretrain 6 layers x 384, 32 x 256 tokens a step", config, 32, 8)
+    return pretraining("P1", "pretrain 6 layers x 384", config, 32, 40 if ON_GPU else 8)
 
 
 def gpt2_pretraining() -> Workload:
     """P2."""
-    config = prepare.gpt2_config(
-        n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=50304
-    )
-    return pretraining("P2", "pretrain GPT-2 124M, 4 x 512 tokens a step", config, 4, 6)
+    size = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
+    config = prepare.gpt2_config(**size, block_size=1024 if ON_GPU else 512)
+    n_rows, n_steps = (16, 25) if ON_GPU else (4, 6)
+    return pretraining("P2", "pretrain GPT-2 124M", config, n_rows, n_steps)
 
 
 def small_steps() -> Workload:
@@ -177,7 +182,7 @@ def generation(n_prompts: int) -> Workload:
             yield _with_our_python("ours", precision, "generate_ours", *own, ours=True)
         for precision in PRECISIONS:
             yield _peer("transformers", precision, "generate_transformers", *words, precision)
-        if default_device().type == "cpu":  # as which pip has vLLM and builds llama.cpp
+        if not ON_GPU:  # on a CPU, which pip has vLLM and builds llama.cpp
             for precision in PRECISIONS:
                 yield _peer("vLLM", precision, "generate_vllm", *words, precision, of=VLLM)
             for precision, kind in GGUF.items():
@@ -255,6 +260,7 @@ def _pretraining_fit(
         "data.batch_size": n_rows,
         "data.max_tokens": n_rows * config.block_size,
         "trainer.max_steps": n_steps,
+        **({"model.compile": True} if ON_GPU else {}),
         **_steady("adamw", lr=1e-3, betas=[0.9, 0.95]),
     }
     return _fit("pretrain.yaml", precision, options)

@@ -1,7 +1,8 @@
-"""The naive reference: GPT-2 in plain PyTorch, float32, AdamW, a loop, as nanoGPT trains on a CPU.
+"""The naive reference: GPT-2 in plain PyTorch, AdamW, a loop, as nanoGPT trains.
 
-    python -m benchmarks.contestants.plain_loop RECORD WEIGHTS STEPS N_STEPS
+    python -m benchmarks.contestants.plain_loop RECORD WEIGHTS STEPS N_STEPS PRECISION
 
+In float32 as there on a CPU; in bf16 as there on a GPU: autocast, compiled, AdamW in one kernel.
 WEIGHTS is a GPT-2 directory in Hugging Face's form; STEPS an array (steps, B, T) of token ids.
 """
 
@@ -71,20 +72,22 @@ def load(folder: Path) -> PlainGPT2:
     return model
 
 
-def main(record_path: str, weights: str, steps: str, n_steps: str) -> None:
+def main(record_path: str, weights: str, steps: str, n_steps: str, precision: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(Path(weights)).to(device)
+    plain, is_bf16 = load(Path(weights)).to(device), precision == "bf16"
+    model = torch.compile(plain) if is_bf16 else plain
     tokens = torch.from_numpy(np.load(steps)).long().to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
+        plain.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=is_bf16
     )
     record = Record(record_path)
     for ids in tokens[: int(n_steps)]:
-        logits = model(ids)[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+            logits = model(ids)[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(plain.parameters(), CLIP)
         optimizer.step()
         record.step(ids.numel(), float(loss.detach()))
     record.save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from benchmarks.record import Record
@@ -12,7 +13,7 @@ STEADY: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 1.0,
     "train_sampling_strategy": "sequential",
-    "use_cpu": True,
+    "use_cpu": not torch.cuda.is_available(),
     "report_to": [],
     "save_strategy": "no",
     "disable_tqdm": True,

@@ -5,17 +5,21 @@ Traced as for a GPU and run as traced; what is made of it there is in tests/test
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pipeline.compiling import RECOMPILE_LIMIT, compile_blocks, uncompiled
+from pipeline import callbacks
+from pipeline.compiling import RECOMPILE_LIMIT, compile_blocks
 from pipeline.gpt import GPT
+from pipeline.loss import cross_entropies
 from tests.journey import Journey
 from tests.training import (
     LORA,
@@ -24,6 +28,7 @@ from tests.training import (
     fit,
     instruction_data,
     language_model,
+    pretraining_data,
     spam_data,
 )
 
@@ -58,6 +63,7 @@ def test_losses_are_those_of_separate_operations(
         _, losses = fit(module, data, tmp_path, max_steps=4, precision=precision, **often)
         runs.append(losses.losses)
         assert (n_graphs() > 0) == is_compiled
+        assert (module._cross_entropies is not cross_entropies) == is_compiled
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert n_graphs() < RECOMPILE_LIMIT
 
@@ -72,14 +78,28 @@ def test_of_a_classifier(tiny: Journey, tmp_path: Path) -> None:
     assert n_graphs() > 0
 
 
-def test_one_graph_for_all_blocks_and_none_for_text() -> None:
-    gpt = GPT(replace(TINY, n_layer=4, vocab_size=64))
+def test_one_graph_for_all_blocks_and_none_for_text(
+    tiny: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+    gpt = GPT(replace(TINY, n_layer=4, vocab_size=data.tokenizer.n_vocab))
     compile_blocks(gpt)
-    ids = torch.arange(12).view(2, 6)
-    expected = [GPT.forward(gpt, ids) for _ in "ab"][1]
+    for _ in "ab":
+        gpt(torch.arange(12).view(2, 6))
     assert n_graphs() == 1
-    with uncompiled(is_compiled=True):
-        gpt.eval()
-        gpt(ids[:, :3])
+    tables: list[Any] = []
+    run = SimpleNamespace(log_table=lambda rows, _: tables.append(rows))
+    monkeypatch.setattr(callbacks, "run_of", lambda _: run)
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False,
+        state=SimpleNamespace(fn="fit"),
+        world_size=1,
+        global_step=7,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    module = SimpleNamespace(data=data, model=gpt, is_compiled=True, train=gpt.train)
+    callbacks.SampleTexts(["The", "A longer one"], 4).on_validation_end(trainer, module)
+    assert len(tables[0]) == 2
     assert n_graphs() == 1
-    assert expected.shape == (2, 6, TINY.n_embd)
+    gpt(torch.arange(12).view(2, 6))
+    assert n_graphs() == 1, "afterwards it is as before"

@@ -104,6 +104,22 @@ def test_a_store_is_captured_once_for_all_that_it_holds(
     assert len(captured) == 1
 
 
+def test_a_place_that_was_empty_when_it_was_captured(
+    tiny_gpt: MakeGPT, captured: list[StepGraph]
+) -> None:
+    model = pack(tiny_gpt("llama"))
+    batch = Batch(model, None)
+    gone, _, _ = batch.join([[1], [2], [3]], [GREEDY] * 3)
+    batch.leave(gone)
+    for _ in range(5):
+        batch.step()
+    (row,) = batch.join([[4]], [GREEDY])
+    while batch.rows:
+        batch.step()
+    assert {tuple(step.input_ids.shape) for step in captured} >= {(3, 1)}
+    assert row.ids[1:] == generate(model, [[4]], GREEDY)[0]
+
+
 def test_beams_are_never_captured(tiny_gpt: MakeGPT, captured: list[StepGraph]) -> None:
     """They move to another store at every step."""
     model, settings = pack(tiny_gpt("llama")), replace(GREEDY, num_beams=3)

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from benchmarks.harness import results_folder
-from benchmarks.prepare import gpt2_config
+from benchmarks.harness import ROOT, results_folder
+from benchmarks.prepare import GPT2, SMALL, gpt2_config
 from pipeline import lora, step_graph
 from pipeline.compiling import compile_blocks
 from pipeline.gpt import GPT, GPTConfig
@@ -33,25 +34,13 @@ from pipeline.passes import decode, prefill
 from pipeline.training_graph import TrainingGraphs
 
 N_WARMUP, N_TIMED = 8, 20
+SHAPE = ROOT / "configs" / "model" / "smollm2-135m.yaml"
 ADAMW = OptimizerConfig("adamw", 6e-4, 0.1, 0, 0.1, (0.9, 0.95), 1.0)
 LORA = lora.LoRAConfig(16, 32, 0.0, ["all-linear"], rslora=False, dora=False)
-GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
-SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 4096}
 SMOLLM2 = GPTConfig(
-    n_layer=30,
-    n_head=9,
-    n_kv_head=3,
-    n_embd=576,
-    block_size=2048,
+    **yaml.safe_load(SHAPE.read_text())["model"]["init_args"]["gpt"],
     vocab_size=49152,
-    norm="rmsnorm",
     norm_eps=1e-5,
-    position="rope",
-    rope_theta=10_000.0,
-    mlp="swiglu",
-    mlp_hidden=1536,
-    bias=False,
-    tie_embeddings=True,
     dropout=0.0,
     causal=True,
 )

@@ -34,6 +34,8 @@ SMOLLM2 = "smollm2-135m-instruct"
 INSTRUCTIONS = os.environ.get("INSTRUCTIONS", "bundled:instructions")
 SMS = os.environ.get("SMS", "bundled:sms")
 SEED = 1
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
+SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 4096}
 STEPS: dict[str, int] = {
     "batch_size": 8,
     "max_tokens": 2048,

@@ -70,14 +70,13 @@ def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: i
 
 def small_pretraining() -> Workload:
     """P1."""
-    config = prepare.gpt2_config(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=4096)
+    config = prepare.gpt2_config(**prepare.SMALL, block_size=256)
     return pretraining("P1", "pretrain 6 layers x 384", config, 32, 40 if ON_GPU else 8)
 
 
 def gpt2_pretraining() -> Workload:
     """P2."""
-    size = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304}
-    config = prepare.gpt2_config(**size, block_size=1024 if ON_GPU else 512)
+    config = prepare.gpt2_config(**prepare.GPT2, block_size=1024 if ON_GPU else 512)
     n_rows, n_steps = (16, 25) if ON_GPU else (4, 6)
     return pretraining("P2", "pretrain GPT-2 124M", config, n_rows, n_steps)
 

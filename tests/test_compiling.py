@@ -5,7 +5,6 @@ Traced as for a GPU and run as traced; what is made of it there is in tests/test
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.journey import Journey
 from tests.training import (
     LORA,
     TINY,
+    after_a_validation,
     classifier,
     fit,
     instruction_data,
@@ -90,15 +90,10 @@ def test_one_graph_for_all_blocks_and_none_for_text(
     tables: list[Any] = []
     run = SimpleNamespace(log_table=lambda rows, _: tables.append(rows))
     monkeypatch.setattr(callbacks, "run_of", lambda _: run)
-    trainer: Any = SimpleNamespace(
-        sanity_checking=False,
-        state=SimpleNamespace(fn="fit"),
-        world_size=1,
-        global_step=7,
-        precision_plugin=SimpleNamespace(forward_context=nullcontext),
-    )
     module = SimpleNamespace(data=data, model=gpt, is_compiled=True, train=gpt.train)
-    callbacks.SampleTexts(["The", "A longer one"], 4).on_validation_end(trainer, module)
+    callbacks.SampleTexts(["The", "A longer one"], 4).on_validation_end(
+        after_a_validation(), module
+    )
     assert len(tables[0]) == 2
     assert n_graphs() == 1
     gpt(torch.arange(12).view(2, 6))

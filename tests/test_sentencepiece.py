@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +51,7 @@ from tests.sentencepieces import (
     sentencepiece,
     texts,
 )
+from tests.training import after_a_validation
 
 TEXTS = texts(10_000)
 N_IDS = len(learned()[0])
@@ -191,16 +191,9 @@ def test_samples_of_a_run_go_on_from_their_prompts(
     monkeypatch.setattr(callbacks, "gather_shared", lambda _: None)
     monkeypatch.setattr(callbacks, "generate", lambda *_: answers)
     data = SimpleNamespace(tokenizer=llama2, meta=dict)
-    trainer: Any = SimpleNamespace(
-        sanity_checking=False,
-        state=SimpleNamespace(fn="fit"),
-        world_size=1,
-        global_step=7,
-        precision_plugin=SimpleNamespace(forward_context=nullcontext),
-    )
     module = SimpleNamespace(data=data, model=None, is_compiled=False, train=lambda: None)
     sampling = callbacks.SampleTexts(prompts=["Once", ""], max_new_tokens=9)
-    sampling.on_validation_end(trainer, module)
+    sampling.on_validation_end(after_a_validation(), module)
     assert [row["text"] for row in tables[0]] == [" the end", "the end"]
 
 

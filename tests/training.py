@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,6 +108,17 @@ def language_model(**options: Any) -> LitLanguageModel:
 
 def classifier(**options: Any) -> LitClassifier:
     return LitClassifier(**{"optimizer": ADAMW, "gpt": TINY, "trainable": "all", **options})
+
+
+def after_a_validation() -> Any:
+    """A trainer as callbacks see it between steps."""
+    return SimpleNamespace(
+        sanity_checking=False,
+        state=SimpleNamespace(fn="fit"),
+        world_size=1,
+        global_step=7,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
 
 
 class Losses(pl.Callback):

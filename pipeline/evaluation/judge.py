@@ -71,10 +71,7 @@ def judge_responses(
     judgements = dict(known.judgements)
     if asked:
         with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
-            for key, judgement in _ask_all(endpoint, asked):
-                judgements[key] = judgement
-                if judgement.verdict:
-                    known.append(key, judgement)
+            judgements.update(_ask_all(endpoint, asked, known))
     silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
@@ -110,17 +107,20 @@ class VerdictCache:
             os.close(descriptor)
 
 
-def _ask_all(endpoint: Endpoint, asked: Mapping[str, Response]) -> Iterator[tuple[str, Judgement]]:
+def _ask_all(
+    endpoint: Endpoint, asked: Mapping[str, Response], cache: VerdictCache
+) -> Iterator[tuple[str, Judgement]]:
     """Yields judgements as they come; the first item goes alone, to see if there is a judge."""
     (first_key, first), *others = asked.items()
-    judgement = _ask(endpoint, first)
+    judgement = _ask_and_keep(endpoint, cache, first_key, first)
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
         raise ValueError(judgement.problem) from judgement.error
     yield first_key, judgement
     pool = ThreadPoolExecutor(endpoint.config.max_concurrency, thread_name_prefix="judge")
     try:
         futures: dict[Future[Judgement], str] = {
-            pool.submit(_ask, endpoint, response): key for key, response in others
+            pool.submit(_ask_and_keep, endpoint, cache, key, response): key
+            for key, response in others
         }
         console = Console(stderr=True)
         for future in track(as_completed(futures), "judging", len(futures), console=console):
@@ -128,6 +128,16 @@ def _ask_all(endpoint: Endpoint, asked: Mapping[str, Response]) -> Iterator[tupl
     finally:  # also after an interrupt: nothing new is asked, and nobody goes on waiting
         endpoint.stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ask_and_keep(
+    endpoint: Endpoint, cache: VerdictCache, key: str, response: Response
+) -> Judgement:
+    """One item; a verdict is on disk before whoever asked goes on to the next."""
+    judgement = _ask(endpoint, response)
+    if judgement.verdict:
+        cache.append(key, judgement)
+    return judgement
 
 
 def _ask(endpoint: Endpoint, response: Response) -> Judgement:

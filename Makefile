@@ -21,7 +21,7 @@ types:
 	$(BIN)/mypy
 
 unit:
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
@@ -30,7 +30,7 @@ soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run,
 	$(BIN)/python -m pytest -m slow tests/faults
 
 gpu-test: $(VENV)/dev  ## on a machine with a GPU: its tests, then ours and peers there, in one report
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 4 -m gpu
 	$(BIN)/python -m benchmarks.gpu_levers
 	$(BIN)/python -m benchmarks --workloads '[P1,P2,P3,P4,P5-1,P5-16,P5-64]'
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from pipeline.gpt import GPT
 from pipeline.sharding import FullySharded
 
 MULTIPLE = 64  # of tokens a row: few shapes, for each has a graph of its own
-GRADIENT_BYTES = 3 * 2**30  # that all graphs together may hold; each has gradients of its own
-MIN_SHAPES, MAX_SHAPES = 4, 16  # with a graph; others are computed operation by operation
+MAX_SHAPES = 32  # that are captured
+MAX_GRADIENT_BYTES = 3 * 2**30  # a pass has its own beside those that it adds to
 
 
 def install(gpt: GPT, trainer: pl.Trainer, *, is_asked_for: bool) -> None:
@@ -33,27 +36,28 @@ def install(gpt: GPT, trainer: pl.Trainer, *, is_asked_for: bool) -> None:
     device, n_processes = trainer.strategy.root_device.type, trainer.world_size
     is_sharded = isinstance(trainer.strategy, FullySharded)
     graphs = TrainingGraphs(gpt)
+    n_bytes = sum(p.nbytes for p in graphs.trained.values())
     obstacles = {
         f"training runs on {device} (trainer.accelerator)": device != "cuda",
         f"there are {n_processes} processes (trainer.devices)": n_processes > 1,
         "weights are shared out (trainer.strategy)": is_sharded,
         "model.gpt.causal is false": not gpt.config.causal,
+        "no weight of the transformer is trained (model.trainable)": not graphs.trained,
         "model.gradient_checkpointing is true": gpt.gradient_checkpointing,
         "trainer.detect_anomaly is true": trainer._detect_anomaly,
-        "graphs would hold too many gradients": graphs.max_shapes < MIN_SHAPES,
+        "gradients take more than 3 GiB, and are there twice": n_bytes > MAX_GRADIENT_BYTES,
     }
     found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
     if found and is_asked_for:
         raise ValueError(f"model.cuda_graphs is true, but {found[0]}; set it to null.")
     if not found:
-        # the accumulators that a graph holds are of its stream; they are waited for
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         gpt.forward = graphs  # type: ignore[method-assign]
 
 
 def remove(gpt: GPT) -> None:
     """Gives graphs up: they hold for the weights where they are now, and take memory."""
-    gpt.__dict__.pop("forward", None)
+    if isinstance(graphs := gpt.__dict__.pop("forward", None), TrainingGraphs):
+        graphs.captured.clear()  # each of which knows the others
 
 
 def is_installed(gpt: GPT) -> bool:
@@ -61,9 +65,9 @@ def is_installed(gpt: GPT) -> bool:
     return isinstance(gpt.forward, TrainingGraphs)
 
 
-def n_captured(gpt: GPT) -> int:
-    """Shapes that there are graphs for."""
-    return len(gpt.forward.bodies) if isinstance(gpt.forward, TrainingGraphs) else 0
+def n_prepared(gpt: GPT) -> int:
+    """Passes that were slow so that later ones of their shape are not."""
+    return gpt.forward.n_prepared if isinstance(gpt.forward, TrainingGraphs) else 0
 
 
 @contextmanager
@@ -80,65 +84,152 @@ def left_out(gpt: GPT) -> Iterator[None]:
 class TrainingGraphs:
     """A model's `forward`; passes that train it are captured, others are as before.
 
-    Rows are padded to few lengths, and padding is computed: that is cheaper than to ask. Shapes
-    without a graph are computed with the same operations, so to the same bits: a run that goes on
-    may have met others first.
+    Rows are padded to few lengths, and padding is computed: that is cheaper than to ask. A shape
+    is captured when it comes again. Until then, and where there are too many, the same operations
+    are asked for one by one and round alike: a run that goes on may have met others first.
+
+    The weights, and which of them are trained, stay what and where they are.
 
     Args:
         gpt: causal, on a GPU, of one process.
     """
 
     def __init__(self, gpt: GPT) -> None:
-        self.gpt, self.bodies = gpt, {}  # type: ignore[var-annotated]
-        named = gpt.named_parameters()  # without the head, which is no part of a pass
-        self.trained = [p for n, p in named if p.requires_grad and not n.startswith("head.")]
-        n_bytes = sum(p.nbytes for p in self.trained)
-        self.max_shapes = min(MAX_SHAPES, GRADIENT_BYTES // max(1, n_bytes))
+        self.gpt = gpt
+        self.pool: Any = None  # of memory, for all
+        self.met: set[tuple[int, int]] = set()  # shapes that libraries and compilers have seen
+        self.captured: dict[tuple[int, int], CapturedPass] = {}
+        named = gpt.named_parameters()
+        # without the head: it is no part of a pass
+        self.trained = {n: p for n, p in named if p.requires_grad and not n.startswith("head.")}
+        self.anchor = torch.zeros((), requires_grad=True)  # that what a pass returns depends on
+        self.latest: object = None  # what tells the last pass from those before
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """As `GPT.forward`."""
-        (n_rows, n_tokens), block_size = input_ids.shape, self.gpt.config.block_size
+        """As `GPT.forward`; what it returns is overwritten by the next pass."""
+        n_tokens, block_size = input_ids.shape[1], self.gpt.config.block_size
         is_trained = torch.is_grad_enabled() and self.gpt.training and not options
         if not is_trained or n_tokens > block_size:
             return type(self.gpt).forward(self.gpt, input_ids, attention_mask, **options)
         room = min(n_tokens + -n_tokens % MULTIPLE, block_size)
         padded = nn.functional.pad(input_ids, (0, room - n_tokens))
-        self._hold_gradients()
-        return self._body(n_rows, room)(padded)[:, :n_tokens]
+        states: Tensor = _Run.apply(self.anchor, padded, self)
+        return states[:, :n_tokens]
 
-    def _hold_gradients(self) -> None:
-        """One that is there is added to; else it would be the graph's own, which it overwrites."""
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    @property
+    def n_prepared(self) -> int:
+        """Passes that were slow so that later ones of their shape are not."""
+        return len(self.met) + len(self.captured)
 
-    def _body(self, *shape: int) -> Any:
-        """For rows of this shape: a graph, or the same operations where there are too many."""
-        if shape not in self.bodies and len(self.bodies) < self.max_shapes:
-            self.bodies[shape] = self._captured(shape)
-        return self.bodies.get(shape) or _Body(self.gpt, None)
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """Of `trained`: where passes add to them, which is the same place at every step."""
+        return [torch.zeros_like(parameter) for parameter in self.trained.values()]
 
-    def _captured(self, shape: tuple[int, ...]) -> Any:
-        device, random = self.gpt.cos.device, torch.cuda.get_rng_state()
-        dtype, is_on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        pool = next(iter(self.bodies.values())).pool if self.bodies else None
-        with torch.autocast("cuda", dtype, enabled=is_on, cache_enabled=False):
-            body = _Body(self.gpt, pool or torch.cuda.graph_pool_handle())
-            ids = torch.zeros(shape, dtype=torch.int64, device=device)
-            torch.cuda.make_graphed_callables(body, (ids,), allow_unused_input=True, pool=body.pool)
-        torch.cuda.set_rng_state(random)  # the same dropout, whatever was captured
-        return body
+    def hold_gradients(self) -> None:
+        """Puts all gradients there; one that was forgotten is zero."""
+        for parameter, held in zip(self.trained.values(), self.gradients, strict=True):
+            if parameter.grad is not held:
+                held.zero_() if parameter.grad is None else held.copy_(parameter.grad)
+                parameter.grad = held
+
+    def pass_of(self, shape: tuple[int, int]) -> Pass:
+        """What is to be done for token ids (B, T)."""
+        if shape in self.captured:
+            return self.captured[shape]
+        if len(self.captured) == MAX_SHAPES:
+            return Pass(self)
+        if shape not in self.met:
+            self.met.add(shape)
+            return Pass(self)
+        self.captured[shape] = self._capture(shape)
+        return self.captured[shape]
+
+    def _capture(self, shape: tuple[int, int]) -> CapturedPass:
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        return CapturedPass(self, shape)
 
 
-class _Body(nn.Module):
-    """What a graph is captured of: one tensor to another."""
+class Pass:
+    """A pass forward and back, operation by operation.
 
-    def __init__(self, gpt: GPT, pool: Any) -> None:
-        super().__init__()
-        self.gpt, self.pool = gpt, pool
+    Its weights are aliases: the same memory, other leaves. What autograd adds to a leaf's gradient
+    with waits for the stream that first used the leaf, and such a wait cannot be captured.
+    """
+
+    def __init__(self, graphs: TrainingGraphs) -> None:
+        self.graphs = graphs
+        self.weights: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach()) for name, p in graphs.trained.items()
+        }
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, C)."""
-        return type(self.gpt).forward(self.gpt, input_ids)
+        gpt, device = self.graphs.gpt, input_ids.device.type
+        dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        with (
+            left_out(gpt),
+            torch.enable_grad(),
+            torch.autocast(device, dtype, enabled=is_on, cache_enabled=False),
+        ):
+            self.states: Tensor = functional_call(gpt, self.weights, (input_ids,))
+        return self.states.detach()
+
+    def backward(self, upstream: Tensor) -> None:
+        """Adds to the gradients; `upstream` (B, T, C) is that of what `forward` returned."""
+        weights = list(self.weights.values())
+        found = torch.autograd.grad(self.states, weights, upstream, materialize_grads=True)
+        del self.states
+        torch._foreach_add_(self.graphs.gradients, found)
+
+
+class CapturedPass(Pass):
+    """The same of one shape as two graphs, on tensors of their own.
+
+    All share one pool of memory: what one keeps for its way back, and what it returned, is gone
+    when another begins.
+    """
+
+    def __init__(self, graphs: TrainingGraphs, shape: tuple[int, int]) -> None:
+        super().__init__(graphs)
+        self.input_ids = torch.zeros(shape, dtype=torch.int64, device=graphs.gpt.cos.device)
+        self.ahead, self.back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.ahead, pool=graphs.pool):
+            self.returned = super().forward(self.input_ids)
+        self.upstream = torch.zeros_like(self.returned)
+        with torch.cuda.graph(self.back, pool=graphs.pool):
+            super().backward(self.upstream)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Copies in, replays."""
+        self.input_ids.copy_(input_ids)
+        self.ahead.replay()
+        return self.returned.detach()
+
+    def backward(self, upstream: Tensor) -> None:
+        """Copies in, replays."""
+        self.upstream.copy_(upstream)
+        self.back.replay()
+
+
+class _Run(torch.autograd.Function):
+    """A pass in the eyes of autograd, which sees none of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, input_ids: Tensor, graphs: TrainingGraphs) -> Tensor:
+        n_rows, n_tokens = input_ids.shape
+        ctx.graphs, ctx.one = graphs, graphs.pass_of((n_rows, n_tokens))
+        ctx.token = graphs.latest = object()
+        return ctx.one.forward(input_ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
+        if ctx.graphs.latest is not ctx.token:
+            raise RuntimeError("another pass has begun, or this one went back before.")
+        ctx.graphs.latest = None
+        ctx.graphs.hold_gradients()
+        ctx.one.backward(upstream)
+        return None, None, None

@@ -22,10 +22,10 @@ from datamodules.batching import MicroBatch, cut, pad
 from datamodules.step_data_module import StepDataModule
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
 from pipeline.steps import n_real_tokens
-from pipeline.training_graph import left_out, n_captured
+from pipeline.training_graph import is_installed, left_out, n_prepared
 
 QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
-N_WARMUP = 3  # steps before any is timed: the largest, then two of median size
+N_WARMUP = 4  # steps before any is timed: the largest and one of median size, twice
 N_TIMED = 3 * len(QUANTILES)
 TRIAL_S = 20.0  # of timed steps; at least three are taken
 N_VAL_BATCHES = 5
@@ -84,7 +84,7 @@ class Epoch:
         whole = max(1, len(self.keys) - 1)  # the last step may have fewer samples
         by_size = self.step_tokens[:whole].argsort()
         quantiles = [int(by_size[round(q * (whole - 1))]) for q in QUANTILES]
-        warmup = [min(self.heaviest, whole - 1), quantiles[0], quantiles[0]]
+        warmup = [min(self.heaviest, whole - 1), quantiles[0]] * 2
         taken = [*warmup, *quantiles * (N_TIMED // len(QUANTILES))]
         return torch.cat([self.keys[step] for step in taken] + list(self.keys))[: self.n_samples]
 
@@ -114,7 +114,7 @@ class Trial(pl.Callback):
         self.val_batch_s: list[float] = []
         self._n_steps, self._since = 0, 0.0
         self._counter: FlopCounterMode | None = None
-        self._counting, self._n_captured = ExitStack(), 0
+        self._counting, self._n_prepared = ExitStack(), 0
 
     @property
     def fits(self) -> bool:
@@ -128,8 +128,10 @@ class Trial(pl.Callback):
         self.total_bytes = total_memory_bytes(device)
         self.kept_bytes = largest_kept_bytes(trainer, pl_module, self.epoch)
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
-        states = 3 * trained  # gradients, and two moments of AdamW
-        self.needed_bytes = used_memory_bytes(device) + states + self.kept_bytes
+        n_copies = (
+            4 if is_installed(pl_module.gpt) else 3
+        )  # gradients, twice in graphs; two moments
+        self.needed_bytes = used_memory_bytes(device) + n_copies * trained + self.kept_bytes
         trainer.should_stop = not self.fits
         self._since = time.perf_counter()
 
@@ -156,8 +158,8 @@ class Trial(pl.Callback):
             self.flops_per_token = self._counter.get_total_flops() / n_tokens
             self._counter = None
         self._n_steps += 1
-        n_before, self._n_captured = self._n_captured, n_captured(pl_module.gpt)
-        if self._n_steps > N_WARMUP and self._n_captured == n_before:  # a capture is made once
+        n_before, self._n_prepared = self._n_prepared, n_prepared(pl_module.gpt)
+        if self._n_steps > N_WARMUP and self._n_prepared == n_before:  # each shape twice
             self.step_s.append(now - self._since)
             self.step_tokens.append(n_tokens)
         is_long = len(self.step_s) >= 3 and sum(self.step_s) > TRIAL_S

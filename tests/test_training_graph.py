@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.gpt import GPT
 from pipeline.loss import next_token_loss
 from pipeline.sampling import Sampling
 from pipeline.sharding import FullySharded
-from pipeline.training_graph import TrainingGraphs, install, left_out
+from pipeline.training_graph import Pass, TrainingGraphs, install, left_out
 from tests.journey import Journey
 from tests.training import LORA, TINY, fit, instruction_data, language_model
 
@@ -32,7 +34,7 @@ LENGTHS = [[9, 70, 30], [65, 65], [5, 40, 12], [9, 70, 31]]
 @pytest.fixture
 def graphs(tiny_gpt: MakeGPT, monkeypatch: pytest.MonkeyPatch) -> TrainingGraphs:
     """Of a model in training; a graph is what it would be captured of."""
-    monkeypatch.setattr(TrainingGraphs, "_captured", uncaptured)
+    monkeypatch.setattr(TrainingGraphs, "_capture", uncaptured)
     gpt = tiny_gpt("llama", block_size=100, tie_embeddings=False).train()
     gpt.forward = graphs = TrainingGraphs(gpt)  # type: ignore[method-assign]
     return graphs
@@ -59,8 +61,11 @@ def gradients(gpt: GPT, **options: Any) -> dict[str, Tensor]:
 def test_gradients_are_those_of_rows_without_padding(graphs: TrainingGraphs) -> None:
     gpt = graphs.gpt
     got = gradients(gpt)
-    assert list(graphs.bodies) == [(3, 100), (2, 100), (3, 64)]
+    assert graphs.met == {(3, 100), (2, 100), (3, 64)}
+    assert list(graphs.captured) == [(3, 100)], "the one that came again"
     again = gradients(gpt, set_to_none=False)
+    assert list(graphs.captured) == [(3, 100), (2, 100), (3, 64)]
+    assert graphs.n_prepared == 6
     with left_out(gpt):
         assert not training_graph.is_installed(gpt)
         expected = gradients(gpt)
@@ -71,34 +76,61 @@ def test_gradients_are_those_of_rows_without_padding(graphs: TrainingGraphs) -> 
         assert torch.equal(got[name], again[name])
 
 
-def test_gradients_are_there_before_a_graph_could_give_its_own(graphs: TrainingGraphs) -> None:
-    ids, mask = micro_batches()[0]
-    graphs.gpt(ids, mask)
-    grads = {name: p.grad for name, p in graphs.gpt.named_parameters()}
-    assert grads.pop("head.weight") is None, "it is no part of the pass"
-    assert all(grad is not None and not grad.any() for grad in grads.values())
+def test_gradients_are_held_where_they_were(graphs: TrainingGraphs) -> None:
+    """A graph adds to memory, not to what is called so; what was forgotten is zero."""
+    gpt, (ids, mask) = graphs.gpt, micro_batches()[0]
+    gpt(ids, mask).sum().backward()
+    trained = list(graphs.trained.values())
+    held, first = [p.grad for p in trained], [p.grad.clone() for p in trained]
+    assert gpt.head.weight.grad is None, "it is no part of the pass"
+    assert all(bool(grad.any()) for grad in first)
+    states = gpt(ids, mask)
+    gpt.zero_grad(set_to_none=True)  # as some do it, between the two
+    trained[0].grad = torch.ones_like(trained[0])
+    states.sum().backward()
+    assert all(p.grad is grad for p, grad in zip(trained, held, strict=True))
+    torch.testing.assert_close(held[0], first[0] + 1)
+    assert all(torch.equal(*pair) for pair in zip(held[1:], first[1:], strict=True))
 
 
-def test_shapes_too_many_are_computed_alike(graphs: TrainingGraphs) -> None:
-    expected = gradients(graphs.gpt)
-    graphs.bodies.clear()
-    graphs.max_shapes = 1
-    got = gradients(graphs.gpt)
-    assert list(graphs.bodies) == [(3, 100)]
-    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+def test_a_pass_goes_back_once_and_before_another_begins(graphs: TrainingGraphs) -> None:
+    """The memory of graphs is shared."""
+    (ids, mask), message = micro_batches()[0], "another pass has begun, or this one went back"
+    first = graphs.gpt(ids, mask)
+    second = graphs.gpt(ids, mask)
+    with pytest.raises(RuntimeError, match=message):
+        first.sum().backward()
+    loss = second.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
 
 
-def test_large_gradients_are_held_for_few_shapes(
-    tiny_gpt: MakeGPT, monkeypatch: pytest.MonkeyPatch
+def test_nothing_is_kept(graphs: TrainingGraphs) -> None:
+    """Of the memory of graphs, at once: a GPU has little, and cycles wait for their collection."""
+    gpt = graphs.gpt
+    for _ in range(2):
+        gradients(gpt)
+    kept = [weakref.ref(one) for one in graphs.captured.values()]
+    assert len(kept) == 3
+    del graphs
+    gc.disable()
+    try:
+        training_graph.remove(gpt)
+        assert [one() for one in kept] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_shapes_too_many_are_computed_alike(
+    graphs: TrainingGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpt = tiny_gpt("llama")
-    n_bytes = sum(p.nbytes for p in gpt.parameters())
-    for n_shapes in (0, 2, 16):
-        monkeypatch.setattr(training_graph, "GRADIENT_BYTES", n_bytes * n_shapes)
-        assert TrainingGraphs(gpt).max_shapes == n_shapes
-    monkeypatch.setattr(training_graph, "GRADIENT_BYTES", n_bytes * 1000)
-    assert TrainingGraphs(gpt).max_shapes == training_graph.MAX_SHAPES
-    assert TrainingGraphs(gpt.requires_grad_(False)).max_shapes == training_graph.MAX_SHAPES
+    monkeypatch.setattr(training_graph, "MAX_SHAPES", 1)
+    expected = gradients(graphs.gpt)
+    got = gradients(graphs.gpt)
+    assert list(graphs.captured) == [(3, 100)]
+    assert graphs.n_prepared == 4, "others are not prepared any more"
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -108,9 +140,10 @@ def test_large_gradients_are_held_for_few_shapes(
         ({"world_size": 2}, r"there are 2 processes \(trainer\.devices\)"),
         ({"strategy": FullySharded}, r"weights are shared out \(trainer\.strategy\)"),
         ({"causal": False}, r"model\.gpt\.causal is false"),
+        ({"frozen": True}, r"no weight of the transformer is trained \(model\.trainable\)"),
         ({"gradient_checkpointing": True}, r"model\.gradient_checkpointing is true"),
         ({"detect_anomaly": True}, r"trainer\.detect_anomaly is true"),
-        ({"bytes": 3}, r"graphs would hold too many gradients"),
+        ({"max_bytes": 1000}, r"gradients take more than 3 GiB, and are there twice"),
     ],
 )
 def test_what_cannot_be_captured_is_not_unless_it_is_asked_for(
@@ -118,8 +151,11 @@ def test_what_cannot_be_captured_is_not_unless_it_is_asked_for(
 ) -> None:
     gpt, trainer = tiny_gpt("llama", causal=changes.get("causal", True)), trainer_with(changes)
     gpt.gradient_checkpointing = changes.get("gradient_checkpointing", False)
-    n_bytes = sum(p.nbytes for p in gpt.parameters())
-    monkeypatch.setattr(training_graph, "GRADIENT_BYTES", n_bytes * changes.get("bytes", 4))
+    if changes.get("frozen"):
+        gpt.blocks.requires_grad_(False), gpt.final_norm.requires_grad_(False)
+        gpt.token_embedding.requires_grad_(False), gpt.head.requires_grad_(True)
+    max_bytes = changes.get("max_bytes", training_graph.MAX_GRADIENT_BYTES)
+    monkeypatch.setattr(training_graph, "MAX_GRADIENT_BYTES", max_bytes)
     install(gpt, trainer, is_asked_for=False)
     assert not training_graph.is_installed(gpt)
     with pytest.raises(ValueError, match=f"model.cuda_graphs is true, but {named}; set it to null"):
@@ -154,7 +190,7 @@ def test_a_run_has_the_losses_of_one_without(
     losses, counts = [], []
     for is_captured in (False, True):
         if is_captured:
-            monkeypatch.setattr(TrainingGraphs, "_captured", uncaptured)
+            monkeypatch.setattr(TrainingGraphs, "_capture", uncaptured)
             monkeypatch.setattr(training_graph, "install", installed)
         module, counting = language_model(**own), Counting()
         data = instruction_data(tiny.tokenizer)
@@ -170,11 +206,11 @@ class Counting(pl.Callback):
     n = 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.n = training_graph.n_captured(module.gpt)
+        self.n = training_graph.n_prepared(module.gpt)
 
 
-def uncaptured(graphs: TrainingGraphs, shape: tuple[int, ...]) -> Any:
-    return training_graph._Body(graphs.gpt, None)
+def uncaptured(graphs: TrainingGraphs, shape: tuple[int, int]) -> Pass:
+    return Pass(graphs)
 
 
 def installed(gpt: GPT, trainer: Any, **_: Any) -> None:
@@ -188,6 +224,6 @@ def test_only_what_trains_is_captured(graphs: TrainingGraphs) -> None:
     gpt.eval()
     gpt(ids, mask)
     assert generate(gpt, [[1, 2]], Sampling(max_new_tokens=3))
-    assert not graphs.bodies
+    assert not graphs.met
     with pytest.raises(ValueError, match=r"do not fit in model\.gpt\.block_size 100"):
         gpt.train()(torch.zeros((1, 101), dtype=torch.int64))

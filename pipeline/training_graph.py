@@ -160,7 +160,7 @@ class Pass:
     """
 
     def __init__(self, graphs: TrainingGraphs) -> None:
-        self.graphs = graphs
+        self.graphs, self.gradients = graphs, graphs.gradients  # which no capture may make
         self.weights: dict[str, Tensor] = {
             name: nn.Parameter(p.detach()) for name, p in graphs.trained.items()
         }
@@ -182,7 +182,7 @@ class Pass:
         weights = list(self.weights.values())
         found = torch.autograd.grad(self.states, weights, upstream, materialize_grads=True)
         del self.states
-        torch._foreach_add_(self.graphs.gradients, found)
+        torch._foreach_add_(self.gradients, found)
 
 
 class CapturedPass(Pass):

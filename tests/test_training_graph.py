@@ -93,6 +93,12 @@ def test_gradients_are_held_where_they_were(graphs: TrainingGraphs) -> None:
     assert all(torch.equal(*pair) for pair in zip(held[1:], first[1:], strict=True))
 
 
+def test_gradients_have_a_place_before_a_capture(graphs: TrainingGraphs) -> None:
+    """Made in one, they would be zero again at every replay."""
+    Pass(graphs)
+    assert "gradients" in vars(graphs)
+
+
 def test_a_pass_goes_back_once_and_before_another_begins(graphs: TrainingGraphs) -> None:
     """The memory of graphs is shared."""
     (ids, mask), message = micro_batches()[0], "another pass has begun, or this one went back"

@@ -63,13 +63,13 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
 
 def _no_column(place: str, column: str, names: Iterable[str]) -> str:
-    return f"{place} has no {column!r}, but {', '.join(names)}; correct data.text_column."
+    return f"{place} has no {column!r}, but {', '.join(names)}; correct text_column."
 
 
 def _string(value: Any, place: str, column: str) -> str:
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise ValueError(f"{place}: {column!r} is {kind}, not text; correct data.text_column.")
+        raise ValueError(f"{place}: {column!r} is {kind}, not text; correct text_column.")
     return value
 
 

@@ -57,6 +57,7 @@ class CheckCLI(PipelineCLI):
                 f"check measures one process, not {self.trainer.world_size}; leave out what starts "
                 "more (trainer.devices, trainer.num_nodes, torchrun)."
             )
+        print("taking a few steps ...", file=sys.stderr)
         datamodule.prepare_data()
         datamodule.setup("fit")
         epoch = Epoch.of(datamodule)
@@ -161,5 +162,4 @@ def _flat(counts: dict[str, Any]) -> str:
 
 def main(args: Sequence[str]) -> None:
     """Runs `check`, which takes the options of `fit`."""
-    print("taking a few steps ...", file=sys.stderr)
     lightning_main(["fit", *args], cli=CheckCLI)

@@ -138,6 +138,7 @@ def verify_checkpoint(path: Path) -> None:
         CheckpointError: naming what is missing or differs.
         ValueError: where it is of another version's format.
     """
+    refuse_folder_of_checkpoints(path)
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, files = manifest["format"], dict(manifest["files"])
@@ -154,6 +155,19 @@ def verify_checkpoint(path: Path) -> None:
         )
     for name in damaged(path, files):
         raise CheckpointError(f"{path / name} is missing or damaged; take another checkpoint.")
+
+
+def refuse_folder_of_checkpoints(path: Path) -> None:
+    """Refuses what is taken for a checkpoint and holds some.
+
+    Raises:
+        CheckpointError: naming the newest.
+    """
+    if not (path / MANIFEST).exists():
+        found = [*path.glob("step-*"), *path.glob(f"{CHECKPOINTS}/step-*")]
+        if found:
+            newest = max(found, key=lambda step: step.name)
+            raise CheckpointError(f"{path} is no checkpoint but holds some; give one, as {newest}.")
 
 
 def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:

@@ -41,7 +41,7 @@ from pipeline.reports import (
     report_test,
 )
 from pipeline.resume import interrupted_like
-from pipeline.run_directory import AlreadyFinished, Run, check_name, read_outcome
+from pipeline.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
@@ -302,8 +302,8 @@ class PipelineCLI(LightningCLI):
             sources=self.datamodule.fingerprint["sources"],
             headline=report.headline,
         )
-        for row in report.headline:
-            print(f"{row['metric']}: {row['after']:.4f}", file=sys.stderr)
+        for line in report.lines or lines_of(report.headline):
+            print(line, file=sys.stderr)
         print(f"finished: {run.path}", file=sys.stderr)
         hand_over(run.path)
 

@@ -107,7 +107,9 @@ class ProgressDisplay(ProgressBar):
             self._progress = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Gives the terminal back."""
+        """Shows how far it came, and gives the terminal back."""
+        if self._progress is not None and trainer.training:
+            self._update(trainer)
         self.teardown(trainer, pl_module, "")
 
     def _add(self, name: str, total: float, completed: int = 0) -> TaskID:

@@ -34,10 +34,12 @@ class Report:
     Attributes:
         metrics: the stage's result.
         headline: rows {"metric", "before", "after"} of the chain's table.
+        lines: what is said of it, where that is more.
     """
 
     metrics: dict[str, float]
     headline: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
 
 def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Report:
@@ -112,7 +114,22 @@ def report_test(
         }
         for name in ("accuracy", "f1")
     ]
-    return Report({**metrics, **scores}, rows)
+    lines = [beside_tfidf(scores, name) for name in ("accuracy", "f1")]
+    return Report({**metrics, **scores}, rows, lines)
+
+
+def beside_tfidf(scores: Mapping[str, float], name: str) -> str:
+    """A score, the baseline's, and their paired difference, each with its 95 % interval."""
+
+    def shown(key: str, form: str = ".3f") -> str:
+        low, high = scores[f"{key}_low"], scores[f"{key}_high"]
+        return f"{scores[key]:{form}} [{low:{form}}, {high:{form}}]"
+
+    return (
+        f"test {name}: {shown(f'test/{name}')}; TF-IDF + logistic regression "
+        f"{shown(f'baseline/tfidf_{name}')}; difference "
+        f"{shown(f'test/{name}_minus_tfidf', '+.3f')}"
+    )
 
 
 def compare(labels: Labels, ours: Array, theirs: Array) -> dict[str, float]:

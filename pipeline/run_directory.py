@@ -280,3 +280,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             texts[f"{prefix}{key}"] = str(value)
     return texts
+
+
+def lines_of(headline: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of the chain's table as lines."""
+    lines = []
+    for row in headline:
+        values = [value for value in (row["before"], row["after"]) if value is not None]
+        lines.append(f"{row['metric']}: {' -> '.join(f'{value:.4f}' for value in values)}")
+    return lines

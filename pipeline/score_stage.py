@@ -30,7 +30,7 @@ from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.resume import check_held_out
 from pipeline.reuse import still_holds
-from pipeline.run_directory import AlreadyFinished, Run, flat
+from pipeline.run_directory import AlreadyFinished, Run, flat, lines_of
 from pipeline.stage_run import mlruns_root, open_run
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
@@ -101,9 +101,13 @@ def score_stage(
                 seed=BOOTSTRAP_SEED,
             )
             _record(run, summary, after, lineage, sources)
-            print(f"report: {run.path / 'report.html'}", file=sys.stderr)
+            path = run.path
+            for line in lines_of(headline(summary.metrics())):
+                print(line, file=sys.stderr)
     except AlreadyFinished as finished:
-        print(f"already finished: {finished.path}", file=sys.stderr)
+        path = finished.path
+        print(f"already finished: {path}", file=sys.stderr)
+    print(f"report: {path / 'report.html'}", file=sys.stderr)
 
 
 def _record(

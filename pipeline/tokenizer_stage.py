@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -64,6 +65,12 @@ def _train(
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, min_frequency=min_frequency)
     if counts["read"] == counts["empty"]:
         raise ValueError(f"source {', '.join(sources)} holds no text; give some.")
+    if tokenizer.n_vocab < vocab_size:
+        print(
+            f"warning: {tokenizer.n_vocab:,} tokens, not {vocab_size:,}: no other pair occurs "
+            f"{min_frequency} times (min_frequency); give more text.",
+            file=sys.stderr,
+        )
     path = run.path / FILE_NAME
     tokenizer.save(path)
     ratio = bytes_per_token(tokenizer, documents(sources, text_column))

@@ -115,7 +115,7 @@ def test_corpora_that_cannot_be(tiny: Journey, write: Write) -> None:
     column = write("column.jsonl", '{"text": "fine"}\n{"body": "no text"}\n')
     line = pretrain(tiny, f"--data.source=[{column}]")
     assert "column.jsonl:2" in line
-    assert "data.text_column" in line
+    assert "correct text_column" in line
     line = pretrain(tiny, "--data.source=[nothing*.txt]")
     assert "nothing*.txt" in line
     assert "correct the pattern" in line

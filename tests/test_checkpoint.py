@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
 from pipeline.lora import LoRAConfig
 from pipeline.models import describe_base, load
+from pipeline.weights.reading import tokenizer_of
+from tests.journey import Journey
 
 MakeGPT = Callable[..., GPT]
 LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.0, targets=["q", "o"], rslora=False, dora=False)
@@ -214,6 +217,17 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty is no whole checkpoint: its manifest\.json"):
         load(tmp_path / "empty")
+
+
+def test_a_run_is_no_checkpoint(tiny: Journey) -> None:
+    best = tiny.best("pretrain")
+    newest = max(best.parent.glob("step-*"))
+    for folder in (best.parent, best.parents[1]):
+        message = f"{folder} is no checkpoint but holds some; give one, as {newest}."
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            load(folder)
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            tokenizer_of(folder)
 
 
 # Damage

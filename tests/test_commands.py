@@ -158,6 +158,17 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line("unrecognized arguments: --x") == unknown
 
 
+def test_a_vocabulary_smaller_than_asked_for_is_said(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("text.txt", "the cat sat on the mat. " * 50)
+    words = ["tokenizer", "train", "--source", "text.txt", "--vocab_size", "4000"]
+    assert main([*words, "--min_frequency", "2"]) == 0
+    captured = capsys.readouterr()
+    n_vocab = Tokenizer.load(captured.out.strip()).n_vocab
+    assert f"warning: {n_vocab} tokens, not 4,000: no other pair occurs 2 times" in captured.err
+
+
 def test_tokenizer_train(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "the cat sat on the mat. " * 50
     write("texts/a.txt", text)
@@ -169,6 +180,7 @@ def test_tokenizer_train(write: Write, tmp_path: Path, capsys: pytest.CaptureFix
     assert captured.out == "out/vocab.json\n"
     tokenizer = Tokenizer.load("out/vocab.json")
     assert tokenizer.n_vocab == 280
+    assert "warning" not in captured.err
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
     (run,) = (tmp_path / "mlruns" / "tokenizer").iterdir()

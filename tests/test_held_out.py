@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,18 @@ def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Pat
     before = tmp_path / "before"
     shutil.copytree(tiny.best("pretrain"), before)
     words = [f'--data={{"source": "{source}"}}', f"--before={before}"]
-    assert "report:" in score(tiny, *words)[2]
-    assert "already finished" in score(tiny, *words)[2]
+    _, _, first = score(tiny, *words)
+    assert re.search(r"^chrf: \d+\.\d{4} -> \d+\.\d{4}$", first, re.MULTILINE)
+    _, _, again = score(tiny, *words)
+    assert "already finished" in again
+    assert again.splitlines()[-1] == first.splitlines()[-1]
+    assert Path(first.splitlines()[-1].removeprefix("report: ")).is_file()
     entries[0]["output"] = "corrected"
     source.write_text(json.dumps(entries))
-    assert "report:" in score(tiny, *words)[2]
+    assert "already finished" not in score(tiny, *words)[2]
     shutil.rmtree(before)
     shutil.copytree(tiny.best("instruct"), before)
-    assert "report:" in score(tiny, *words)[2]
+    assert "already finished" not in score(tiny, *words)[2]
 
 
 def test_what_it_was_tuned_from_must_be_that(tiny: Journey) -> None:

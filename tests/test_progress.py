@@ -82,6 +82,38 @@ def test_evaluations_end_with_their_bar(tiny: Journey) -> None:
     assert re.search(r"^test +━+ (\d+)/\1 ", err, re.MULTILINE), err
 
 
+def test_a_test_is_beside_its_baseline(tiny: Journey, own_home: Path) -> None:
+    words = [f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"]
+    _, _, err = said("test", *words)
+    score = r"[+-]?\d\.\d{3}"
+    interval = rf"{score} \[{score}, {score}\]"
+    line = (
+        rf"^test accuracy: {interval}; TF-IDF \+ logistic regression {interval}; "
+        rf"difference {interval}$"
+    )
+    assert re.search(line, err, re.MULTILINE), err
+    metrics = outcome_of(own_home)["metrics"]
+    low, high = metrics["test/accuracy_low"], metrics["test/accuracy_high"]
+    assert f"test accuracy: {metrics['test/accuracy']:.3f} [{low:.3f}, {high:.3f}]; TF-IDF" in err
+    assert f"regression {metrics['baseline/tfidf_accuracy']:.3f} [" in err
+    assert f"difference {metrics['test/accuracy_minus_tfidf']:+.3f} [" in err
+
+
+def test_what_is_stopped_says_how_far_it_came(
+    tiny: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.lit_base.LitStep.on_train_batch_end", stop)
+    words = [f"--data.tokenizer={tiny.tokenizer}", "--data.near_duplicates=null"]
+    words += [f"--data.source=[{tiny.folder / 'prose'}]"]
+    code, _, err = said("fit", f"--config={CONFIGS}/pretrain.yaml", *TINY, *words)
+    assert code == 130
+    lines = [line for line in err.splitlines() if line.startswith("train")]
+    assert re.match(r"train +━* +1/8 ", lines[-1]), err
+
+
 def test_lightnings_way_of_asking_torch_is_not_warned_of() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

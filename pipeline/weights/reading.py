@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import FILE_NAME, Tokenizer
-from pipeline.checkpoint import damaged
+from pipeline.checkpoint import damaged, refuse_folder_of_checkpoints
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, build, parameter_shapes, read_parameters
@@ -100,6 +100,7 @@ def tokenizer_of(source: str | Path) -> str:
         source: what `fetch.locate` takes.
     """
     path = locate(source)
+    refuse_folder_of_checkpoints(path)
     return str(_own_copy(open_foreign(path).tokenizer)) if is_foreign(path) else str(source)
 
 

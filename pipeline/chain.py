@@ -110,7 +110,8 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
             done = _go_on(chain, folder, parent, anew)
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
-            print(f"{failure}; to go on: python -m pipeline {shlex.join(again)}", file=sys.stderr)
+            hint = "correct that and go on" if failure.exit_code == 2 else "to go on"
+            print(f"{failure}; {hint}: python -m pipeline {shlex.join(again)}", file=sys.stderr)
             return failure.exit_code
     _warn_of_code(done.values())
     summarise(done.values())

@@ -85,7 +85,8 @@ class PipelineCLI(LightningCLI):
     def __init__(self, stack: ExitStack, **options: Any) -> None:
         self.stack = stack  # ends the run, well or not
         self.name = options["args"][0]
-        super().__init__(parser_kwargs={**RAISE, self.name: RAISE}, **options)
+        own = {**RAISE, "prog": "python -m pipeline"}
+        super().__init__(parser_kwargs={**own, self.name: RAISE}, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: to make parsers of all four takes longer than to parse."""

@@ -191,7 +191,9 @@ def test_a_broken_chain_goes_on_where_it_stopped(
     captured = capfd.readouterr()
     assert "error: bad/latin.txt: byte 3 (0xe9) is not UTF-8" in captured.err
     last = captured.err.splitlines()[-1]
-    assert last.startswith("stage big failed with exit code 2; to go on: python -m pipeline run -c")
+    assert last.startswith(
+        "stage big failed with exit code 2; correct that and go on: python -m pipeline run -c"
+    )
     assert last.endswith(str(chain))
     (parent,), (big,) = runs(home, "two"), runs(home, "big")
     assert status(parent) == status(big) == "FAILED"

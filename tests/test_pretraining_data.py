@@ -126,8 +126,8 @@ def test_a_long_line_is_cut_between_characters(
     [
         ("a.txt", b"ok\n" * 40 + b"caf\xe9", r"a\.txt: byte 123 \(0xe9\) is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text" "b"}\n', r"a\.jsonl:2: Expecting ':'.*fix the line"),
-        ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*data\.text_column"),
-        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*data\.text_column"),
+        ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*text_column"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*text_column"),
         ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file"),
         ("a.csv", b"text\na\n", r"a\.csv is no plain text; give text, \.jsonl or \.parquet"),
     ],
@@ -143,7 +143,7 @@ def test_a_source_that_is_no_text(
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["a"]}, r"a\.parquet has no 'text', but body; correct data\.text_column"),
+        ({"body": ["a"]}, r"a\.parquet has no 'text', but body; correct text_column"),
         ({"text": ["a", None]}, r"a\.parquet, row 2: 'text' is NoneType, not text"),
     ],
 )

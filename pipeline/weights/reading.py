@@ -100,8 +100,10 @@ def tokenizer_of(source: str | Path) -> str:
         source: what `fetch.locate` takes.
     """
     path = locate(source)
+    if is_foreign(path):
+        return str(_own_copy(open_foreign(path).tokenizer))
     refuse_folder_of_checkpoints(path)
-    return str(_own_copy(open_foreign(path).tokenizer)) if is_foreign(path) else str(source)
+    return str(source)
 
 
 def _own_copy(tokenizer: Tokenizer) -> Path:

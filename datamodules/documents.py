@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import decode
-from datamodules.sources import PYTHON_DOCS, read_jsonl, resolve
+from datamodules.sources import PYTHON_DOCS, read_jsonl, read_rows, resolve
 
 _DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
-_NO_TEXT = {".csv", ".tsv", ".json", ".gz", ".zip", ".zst"}
+_NO_TEXT = {".json", ".gz", ".zip", ".zst"}
 
 
 def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
-    """Documents of the sources, streamed: a text file, a line of JSONL or a row of Parquet each.
+    """Documents of the sources, streamed: a text file, a line of JSONL or a row of a table each.
 
     Args:
         sources: see `datamodules.sources.resolve`.
-        text_column: field of JSONL or column of Parquet that holds the text.
+        text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
 
     Raises:
         FileNotFoundError: for a source that is not there.
@@ -29,11 +29,15 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
         for path in resolve(source):
             suffix = path.suffix.lower()
             if suffix in _NO_TEXT:
-                raise ValueError(f"{path} is no plain text; give text, .jsonl or .parquet files.")
+                raise ValueError(
+                    f"{path} is no plain text; give text, .jsonl, .parquet, .csv or .tsv files."
+                )
             if suffix == ".jsonl":
                 yield from _jsonl_documents(path, column)
             elif suffix == ".parquet":
                 yield from _parquet_documents(path, column)
+            elif suffix in (".csv", ".tsv"):
+                yield from _table_documents(path, column)
             else:
                 yield from _text_documents(path)
 
@@ -60,6 +64,13 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 number += 1
                 yield _string(value, f"{path}, row {number}", column)
+
+
+def _table_documents(path: Path, column: str) -> Iterator[str]:
+    for number, row in enumerate(read_rows(path), start=1):
+        if column not in row:
+            raise ValueError(_no_column(str(path), column, row))
+        yield _string(row[column], f"{path}, row {number}", column)
 
 
 def _no_column(place: str, column: str, names: Iterable[str]) -> str:

@@ -24,8 +24,8 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import decode, file_digests, read_jsonl, resolve
-from datamodules.step_data_module import StepDataModule, load_tokenizer, report
+from datamodules.sources import decode, file_digests, read_jsonl, read_rows, resolve
+from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
 class Item(TypedDict):
@@ -51,8 +51,9 @@ class InstructionDataModule(StepDataModule):
     stands before: the start of the prompt says what is asked, its end opens the response.
 
     Args:
-        source: what `sources.resolve` takes; every file a JSON list, or .jsonl with an object a
-            line, of `instruction`, `input` (may be missing), `output`, or of `messages`.
+        source: what `sources.resolve` takes; every file a JSON list, .jsonl with an object a line,
+            or a .parquet, .csv or .tsv table, of `instruction`, `input` (may be missing),
+            `output`, or of `messages`.
         tokenizer: what `Tokenizer.load` takes.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
@@ -133,8 +134,8 @@ class InstructionDataModule(StepDataModule):
         }
         self._items = items
         report(
-            f"{self.source}: {counts}; with a naive split {n_leaked_naive} test prompts would be "
-            "in training too, here none is."
+            f"{self.source}: {described(counts)}; with a naive split {n_leaked_naive} test prompts "
+            "would be in training too, here none is."
         )
         if n_cut:
             report(
@@ -206,8 +207,11 @@ class InstructionDataModule(StepDataModule):
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each entry of a file stands, for messages, and the entry."""
-    if path.suffix.lower() == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         entries = [(f"{path}:{line}", entry) for line, entry in read_jsonl(path)]
+    elif suffix in (".parquet", ".csv", ".tsv"):
+        entries = [(f"{path}: row {i}", row) for i, row in enumerate(read_rows(path), start=1)]
     else:
         entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
     if not entries:
@@ -236,7 +240,7 @@ def _json_list(path: Path) -> list[Any]:
 def _item(index: int, entry: Any, place: str) -> Item:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is a {type(entry).__name__}, not an object; correct it.")
-    if "messages" in entry:
+    if entry.get("messages") is not None:
         messages = _chat(entry["messages"], place)
         instruction, given = messages[-2]["content"], ""
     else:

@@ -57,7 +57,7 @@ class PretrainingDataModule(StepDataModule):
 
     Args:
         source: one source or several, see `datamodules.sources.resolve`.
-        text_column: field of JSONL or column of Parquet that holds the text.
+        text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
         tokenizer: name (`gpt2`), file or checkpoint, see `Tokenizer.load`.
         block_size: tokens a sample.
         batch_size: blocks an optimizer step, over all ranks.

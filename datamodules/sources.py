@@ -57,6 +57,17 @@ def resolve(source: str) -> list[Path]:
     return found
 
 
+def check(source: str) -> None:
+    """Raises what `resolve` would for a source that is unknown or not there; fetches nothing."""
+    kind, _, name = source.partition(":")
+    if kind == "bundled":
+        _known(_samples(), name, kind)
+    elif kind == "download":
+        _known(DOWNLOADS, name, kind)
+    else:
+        resolve(source)
+
+
 def source_digests(sources: Sequence[str]) -> dict[str, str]:
     """SHA-256 of every file of the sources, by path; of python-docs by the Python version.
 
@@ -94,14 +105,18 @@ def _known(choices: dict[str, Any], name: str, kind: str) -> Any:
     return choices[name]
 
 
+def _samples() -> dict[str, Path]:
+    files = {file.stem: file for file in _SAMPLES.iterdir() if file.is_file()}
+    return {**files, "python-docs": _python_docs_path()}
+
+
 def _bundled(name: str) -> Path:
-    samples = {file.stem: file for file in _SAMPLES.iterdir() if file.is_file()}
     docs = _python_docs_path()
     if name == "python-docs" and not docs.is_file():
         with replacing(docs) as temporary, temporary.open("w", encoding="utf-8") as lines:
             for document, text in python_docs():
                 lines.write(json.dumps({"name": document, "text": text}) + "\n")
-    return Path(_known({**samples, "python-docs": docs}, name, "bundled"))
+    return Path(_known(_samples(), name, "bundled"))
 
 
 def _python_docs_path() -> Path:
@@ -177,6 +192,25 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .csv, .tsv or .parquet file by column, in primitives; null is None.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read as what its suffix says.
+    """
+    rows: list[dict[str, Any]]
+    if path.suffix.lower() != ".parquet":
+        rows = read_table(path).to_dict("records") if path.stat().st_size else []  # type: ignore[assignment]
+        return rows
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    return rows
 
 
 def _surplus(n_columns: int, n_more: int, suffix: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from typing import Any
 
@@ -167,6 +167,24 @@ def let_server_end(worker_id: int) -> None:
 def report(message: str) -> None:
     """Tells who listens to the logger `datamodules`, as the command line does; once over ranks."""
     logging.getLogger(__name__).info(message)
+
+
+def described(counts: Mapping[str, Any]) -> str:
+    """Counts in a line: of labels (`train/spam`) and parts in brackets, without `n_` notes."""
+    words: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
+    for name, count in counts.items():
+        whole, _, part = name.partition("/")
+        if part:
+            parts.setdefault(whole, []).append(f"{part} {count:,}")
+        elif isinstance(count, Mapping):
+            words[name], parts[name] = name, [described(count)]
+        elif not name.startswith("n_"):
+            words[name] = f"{name} {count:,}"
+    return ", ".join(
+        f"{text} ({', '.join(parts[name])})" if name in parts else text
+        for name, text in words.items()
+    )
 
 
 def load_tokenizer(source: str | None) -> Tokenizer:

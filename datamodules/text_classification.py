@@ -15,7 +15,7 @@ from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.prompts import encode_text
 from datamodules.sources import file_digests, read_table, resolve
-from datamodules.step_data_module import StepDataModule, load_tokenizer, report
+from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
 class TextClassificationDataModule(StepDataModule):
@@ -111,7 +111,7 @@ class TextClassificationDataModule(StepDataModule):
             "sources": file_digests(paths),
         }
         report(
-            f"{self.source}: {counts}; with a naive split {counts['n_leaked_naive']} of "
+            f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
             f"{len(naive[2])} test texts would be in training too, here none is."
         )
         if n_cut:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datamodules.step_data_module import StepDataModule
+from datamodules.step_data_module import StepDataModule, described
 from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
@@ -96,7 +96,7 @@ class CheckCLI(PipelineCLI):
         n_tokens = n_epochs * epoch.n_tokens
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         yield f"run         {self._would_be()}"
-        yield f"data        {_flat(self.datamodule.fingerprint['counts'])}"
+        yield f"data        {described(self.datamodule.fingerprint['counts'])}"
         yield (
             f"epoch       {epoch.n_samples:,} samples, {epoch.n_tokens:,} tokens, "
             f"padding {1 - epoch.n_tokens / epoch.n_padded:.1%}"
@@ -151,13 +151,6 @@ class CheckCLI(PipelineCLI):
         slow = "32-true" if multiplies_bf16(self.trainer.strategy.root_device) else "bf16-mixed"
         if self.trainer.precision == slow:
             yield f"warning: precision {slow} is slow on this machine; auto takes the faster one"
-
-
-def _flat(counts: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} ({_flat(value)})" if isinstance(value, dict) else f"{name} {value}"
-        for name, value in counts.items()
-    )
 
 
 def main(args: Sequence[str]) -> None:

@@ -43,10 +43,11 @@ def tokenizer_train(
     The path of the vocabulary is printed.
 
     Args:
-        source: text files, folders, globs, .jsonl, .parquet, or bundled:python-docs; one or a list.
+        source: text files, folders, globs, tables (.jsonl, .parquet, .csv, .tsv), or
+            bundled:python-docs; one or a list.
         vocab_size: ids in all, the 256 bytes and the special tokens included.
         min_frequency: how often a pair must occur to be merged.
-        text_column: field of JSONL or column of Parquet that holds the text.
+        text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
         output: a file that gets a copy of the vocabulary.
     """
     from pipeline.tokenizer_stage import train_stage

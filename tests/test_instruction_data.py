@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -156,6 +157,36 @@ def test_jsonl_and_a_missing_input_are_read(make: Make) -> None:
     assert one.items("test")[0]["input"] == ""
     nulls = [{**entry, "input": None} for entry in data]
     assert ready(make(nulls)).fingerprint["digest"] == one.fingerprint["digest"]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.parquet"])
+def test_tables_are_read(make: Make, tmp_path: Path, name: str) -> None:
+    frame = pd.DataFrame(entries(20))
+    if name == "data.parquet":
+        frame["messages"] = None  # as where two forms were put together
+        frame.to_parquet(tmp_path / "made")
+    else:
+        frame.to_csv(tmp_path / "made", index=False, sep="," if name == "data.csv" else "\t")
+    module = ready(make((tmp_path / "made").read_bytes(), name))
+    assert module.fingerprint["digest"] == ready(make(entries(20))).fingerprint["digest"]
+
+
+def test_conversations_are_read_from_parquet(make: Make, tmp_path: Path) -> None:
+    pd.DataFrame(conversations(20)).to_parquet(tmp_path / "made")
+    module = ready(make((tmp_path / "made").read_bytes(), "data.parquet"))
+    assert module.fingerprint["digest"] == ready(make(conversations(20))).fingerprint["digest"]
+
+
+def test_a_bad_row_is_refused_by_its_number(make: Make) -> None:
+    lines = ["instruction,output", "Say a.,a", "Say b.,"]
+    with pytest.raises(ValueError, match=r"data.csv: row 2 has an empty assistant text"):
+        ready(make("\n".join(lines), "data.csv"))
+    with pytest.raises(ValueError, match=r"data.csv: row 1 has no 'output', only \['instruct"):
+        ready(make("instruction\nSay a.\n", "data.csv"))
+    with pytest.raises(ValueError, match=r"data.parquet is no Parquet file"):
+        ready(make(b"PAR1", "data.parquet"))
+    with pytest.raises(ValueError, match=r"data.csv holds no entries"):
+        ready(make("", "data.csv"))
 
 
 def test_equal_prompts_stay_on_one_side(make: Make) -> None:

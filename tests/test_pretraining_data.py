@@ -91,8 +91,12 @@ def test_every_kind_of_source_gives_documents(write: Write, tmp_path: Path) -> N
     write("texts/b.md", "two")
     lines = write("c.jsonl", '{"body": "three"}\n\n{"body": "vier – 四"}\n')
     pd.DataFrame({"id": [1, 2], "body": ["five", "six"]}).to_parquet(tmp_path / "d.parquet")
-    sources = [str(tmp_path / "texts"), str(lines), f"{tmp_path}/*.parquet"]
-    assert list(documents(sources, "body")) == ["one\n", "two", "three", "vier – 四", "five", "six"]
+    write("e.csv", 'id,body\n1,"seven, eight"\n')
+    write("f.tsv", "id\tbody\n1\tNA\n")
+    sources = [str(tmp_path / "texts"), str(lines), f"{tmp_path}/*.parquet", f"{tmp_path}/*.?sv"]
+    assert list(documents(sources, "body")) == [
+        *("one\n", "two", "three", "vier – 四", "five", "six", "seven, eight", "NA")
+    ]
 
 
 def test_python_docs_mix_with_other_sources(write: Write) -> None:
@@ -129,7 +133,8 @@ def test_a_long_line_is_cut_between_characters(
         ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*text_column"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*text_column"),
         ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file"),
-        ("a.csv", b"text\na\n", r"a\.csv is no plain text; give text, \.jsonl or \.parquet"),
+        ("a.csv", b"body\na\n", r"a\.csv has no 'text', but body; correct text_column"),
+        ("a.json", b"[]", r"a\.json is no plain text; give text, \.jsonl, \.parquet, \.csv or"),
     ],
 )
 def test_a_source_that_is_no_text(

@@ -92,7 +92,10 @@ def test_samples_by_hand(write: Write, make: Any, tokenizer_file: Path) -> None:
     assert module.meta() == {"label_names": LABELS, "max_length": 64, "suffix": ""}
 
 
-def test_counts_say_what_is_where(write: Write, make: Any) -> None:
+def test_counts_say_what_is_where(
+    write: Write, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     path = write("t.tsv", table(rows(100)))
     module = make(path)
     module.setup("fit")
@@ -104,6 +107,8 @@ def test_counts_say_what_is_where(write: Write, make: Any) -> None:
         **{"test": 20, "test/sport": 10, "test/food": 5, "test/law": 5},
         **{"n_cut": 0, "n_leaked_naive": 0},
     }
+    shown = "rows 100, train 60 (sport 30, food 15, law 15), val 20 (sport 10, food 5, law 5), test"
+    assert shown in caplog.text
     assert list(module.fingerprint["sources"]) == [str(path)]
     assert json.loads(json.dumps(module.fingerprint)) == module.fingerprint  # primitives
 

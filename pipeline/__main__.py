@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -139,6 +139,14 @@ def _explain(words: list[str]) -> int:
     ]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else EXIT_USER_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says; of the system's own, the file and what is wrong with it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
+    return " ".join(text.split())
 
 
 def _prog() -> str:

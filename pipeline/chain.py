@@ -23,6 +23,7 @@ from datamodules.files import write_atomically
 from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
+from pipeline.commands import FUNCTIONS
 from pipeline.identity import digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
@@ -83,7 +84,8 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         resume: auto goes on where it can, must insists on an interrupted run, never starts anew.
 
     Returns:
-        The exit code: 0, that of the stage that failed, or 128 + the signal that interrupted it.
+        The exit code: 0, that of the stage that failed, 2 where options of a later one have a
+        mistake, or 128 + the signal that interrupted it.
 
     Raises:
         ValueError: the chain has a mistake, or another process runs it.
@@ -105,6 +107,8 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     if outcome is not None:
         print("every stage is done already", file=sys.stderr)
     else:
+        if exit_code := _foresee(chain.stages[len(done) :]):
+            return exit_code
         try:
             parent = Run.open(parent_path, command=shlex.join(sys.argv[1:]))
             done = _go_on(chain, folder, parent, anew)
@@ -116,6 +120,21 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     _warn_of_code(done.values())
     summarise(done.values())
     return 0
+
+
+def _foresee(stages: Sequence[Stage]) -> int:
+    """Has the options of the later stages parsed that only Lightning knows; the exit code."""
+    words = {
+        stage.name: stage.arguments(dict.fromkeys(stage.inputs, "to come"))
+        for stage in stages[1:]
+        if stage.command not in FUNCTIONS
+    }
+    if not words:
+        return 0
+    print("reading the options of all stages ...", file=sys.stderr)
+    with Child() as child:
+        command = [sys.executable, "-m", "pipeline.foresight", json.dumps(words)]
+        return child.run(command, os.environ)
 
 
 def _resolved(chain: Chain) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
 from pipeline.identity import decisive
@@ -150,7 +151,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
             _override(stages, text)
         for stage in stages.values():
             _check_arguments(stage)
-            stage.identity()  # reads the configs that Lightning will
+            _check_source(stage)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Chain(path, chain.experiment, tuple(stages.values()))
@@ -221,6 +222,19 @@ def _check_arguments(stage: Stage) -> None:
             parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
+
+
+def _check_source(stage: Stage) -> None:
+    """Looks for the data of a command that reads some, before the hours of those before it."""
+    identity = stage.identity()
+    options = {k: v for flat in [*identity["config"], identity["set"]] for k, v in flat.items()}
+    source = options.get("source" if stage.command == "tokenizer train" else "data.source")
+    try:
+        for name in source if isinstance(source, list) else [source]:
+            if isinstance(name, str):  # anything else is the parser's to refuse
+                check_source(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"stage {stage.name!r}: {error}") from error
 
 
 def _read(path: Path) -> str:

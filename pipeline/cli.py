@@ -19,7 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from datamodules import instruction, pretraining, text_classification  # noqa: F401, known by name
 from datamodules.step_data_module import StepDataModule
+from pipeline import lit_classifier, lit_language_model  # noqa: F401, known by name
 from pipeline.arguments import one_line
 from pipeline.attempts import find_run, new_run
 from pipeline.callbacks import LossSpikes, Throughput

@@ -23,6 +23,7 @@ from pipeline.chain_config import load_chain
 from pipeline.journal import read_journal
 from pipeline.run_directory import is_open, read_outcome
 from pipeline.tracking import tracking_uri
+from tests.journey import CONFIGS
 
 Write = Callable[[str, str | bytes], Path]
 WORDS = "the cat sat on the mat and the dog barked at the cat. "
@@ -274,6 +275,14 @@ FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
             ["stages[2].inputs.init_from", "no output 'first'", "best, last"],
         ),
         (
+            {"experiment": "x", "stages": [VOCAB, FIT | {"set": {"data.source": ["no.txt"]}}]},
+            ["stage 'pretrain': source 'no.txt' does not exist"],
+        ),
+        (
+            {"experiment": "x", "stages": [VOCAB, FIT | {"config": "../fit.yaml"}]},
+            ["stage 'pretrain': source 'bundled:smss' is unknown"],
+        ),
+        (
             {"experiment": "x", "stages": [VOCAB | {"set": {"source": "${NOWHERE_SET}/x"}}]},
             ["chain.stages[0].set.source", "NOWHERE_SET"],
         ),
@@ -287,6 +296,7 @@ def test_mistakes_are_found_before_anything_starts(
     write: Write,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    write("configs/fit.yaml", "data: {init_args: {source: bundled:smss}}")
     path = write("configs/run/bad.yaml", yaml.safe_dump(document))
     assert main(["run", "-c", str(path)]) == 2
     error = capsys.readouterr().err
@@ -294,6 +304,19 @@ def test_mistakes_are_found_before_anything_starts(
     assert error.count("\n") == 1, error
     for part in parts:
         assert part in error
+    assert not home.exists()
+
+
+def test_options_of_later_stages_are_read_before_the_first_runs(
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(chain.read_text())
+    spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
+    document["stages"] += [spam, {**spam, "name": "twice", "set": {"data.batchsize": 3}}]
+    chain.write_text(yaml.safe_dump(document))
+    assert run_chain(chain) == 2
+    *_, error = capfd.readouterr().err.splitlines()
+    assert error.startswith("error: stage 'twice': data: Option 'batchsize' is not accepted")
     assert not home.exists()
 
 
@@ -308,6 +331,7 @@ def test_variables_and_references(
     chain: Path, monkeypatch: pytest.MonkeyPatch, write: Write
 ) -> None:
     assert load_chain(chain).stages[1].overrides["source"] == "texts"
+    write("elsewhere/b.txt", WORDS)
     monkeypatch.setenv("TEXTS", "elsewhere")
     assert load_chain(chain).stages[1].overrides["source"] == "elsewhere"
     assert load_chain(chain, ["big.source=[a.txt, texts]"]).stages[1].arguments({})[-2:] == [

@@ -97,7 +97,7 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         ((*JUDGE, "--judge.modle", "m"), ["judge:", "modle"]),
         (("ui", "--port", "0"), ["port is 0"]),
         (("run",), ["required", "config"]),
-        (("run", "-c", "no.yaml"), ["no.yaml"]),
+        (("run", "-c", "no.yaml"), ["error: no.yaml: no such file or directory"]),
         (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
         (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is no YAML"]),

@@ -73,6 +73,8 @@ def checkout(
     Path("configs").symlink_to(CONFIGS)
     Path("published").symlink_to(published)
     Path("prose").symlink_to(tiny.folder / "prose")
+    for name in ("the-verdict.txt", "SMSSpamCollection", "instruction-data.json"):
+        Path(name).write_text("the book's data, not read here\n")
     Path("tokenizer.json").write_bytes(tiny.tokenizer.read_bytes())
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
 

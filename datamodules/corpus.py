@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
-from datamodules.files import cache_dir, file_digests
+from datamodules.files import cache_dir, digest, remembered_sha256
 from datamodules.sources import source_digests
 from datamodules.tokenizer import Tokenizer
 
@@ -132,21 +132,17 @@ def _damaged(folder: Path) -> Path | None:
         facts = json.loads(path.read_text())
         width = np.dtype(facts["dtype"]).itemsize
         expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
-        is_whole = facts.pop("checksum") == _checksum(facts)
+        is_whole = facts.pop("checksum") == digest(facts)
     except (ValueError, LookupError, TypeError, RecursionError):
         return path
     if not is_whole:
         return path
-    for split, (n_bytes, digest) in expected.items():
+    for split, (n_bytes, wanted) in expected.items():
         path = folder / f"{split}.bin"
         is_whole = path.is_file() and path.stat().st_size == n_bytes
-        if not is_whole or file_digests([path])[str(path)] != digest:
+        if not is_whole or remembered_sha256(path) != wanted:
             return path
     return None
-
-
-def _checksum(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _make(
@@ -178,7 +174,7 @@ def _make(
     for fact in ("documents", "tokens", "bytes", "sha256"):
         facts[fact] = {split: written[split][fact] for split in SPLITS}
     facts["documents"] = {"kept": len(ends), **counts, **facts["documents"]}
-    facts["checksum"] = _checksum(facts)
+    facts["checksum"] = digest(facts)
     (temporary / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
     whole.unlink()
     shutil.rmtree(folder, ignore_errors=True)

@@ -32,21 +32,8 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
                 raise ValueError(
                     f"{path} is no plain text; give text, .jsonl, .parquet, .csv or .tsv files."
                 )
-            if suffix == ".jsonl":
-                yield from _jsonl_documents(path, column)
-            elif suffix == ".parquet":
-                yield from _parquet_documents(path, column)
-            elif suffix in (".csv", ".tsv"):
-                yield from _table_documents(path, column)
-            else:
-                yield from _text_documents(path)
-
-
-def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
-    for number, row in read_jsonl(path):
-        if column not in row:
-            raise ValueError(_no_column(f"{path}:{number}", column, row))
-        yield _string(row[column], f"{path}:{number}", column)
+            read = _READERS.get(suffix)
+            yield from read(path, column) if read else _text_documents(path)
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:
@@ -66,11 +53,13 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
                 yield _string(value, f"{path}, row {number}", column)
 
 
-def _table_documents(path: Path, column: str) -> Iterator[str]:
-    for number, row in enumerate(read_rows(path), start=1):
+def _row_documents(path: Path, column: str) -> Iterator[str]:
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    for number, row in read_jsonl(path) if is_jsonl else enumerate(read_rows(path), start=1):
+        place = f"{path}:{number}" if is_jsonl else f"{path}, row {number}"
         if column not in row:
-            raise ValueError(_no_column(str(path), column, row))
-        yield _string(row[column], f"{path}, row {number}", column)
+            raise ValueError(_no_column(place, column, row))
+        yield _string(row[column], place, column)
 
 
 def _no_column(place: str, column: str, names: Iterable[str]) -> str:
@@ -93,3 +82,11 @@ def _text_documents(path: Path) -> Iterator[str]:
                 block += file.read(1)
             yield decode(block, path, offset)
             offset += len(block)
+
+
+_READERS = {
+    ".jsonl": _row_documents,
+    ".csv": _row_documents,
+    ".tsv": _row_documents,
+    ".parquet": _parquet_documents,
+}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _REMEMBERED_BYTES = 64 << 20  # digests of files from this size on are remembered
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -47,12 +49,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """SHA-256 of a value of primitives; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def file_digests(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each file by its path; of big ones remembered by path, size and time of change."""
-    return {str(path): _remembered_sha256(path) for path in paths}
+    """SHA-256 of each file by its path."""
+    return {str(path): remembered_sha256(path) for path in paths}
 
 
-def _remembered_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a big one remembered by path, size and time of change."""
     stat = path.stat()
     if stat.st_size < _REMEMBERED_BYTES:
         return sha256(path)

@@ -61,11 +61,8 @@ class InstructionDataModule(StepDataModule):
         train_fraction: share of entries to train on.
         val_fraction: share of entries to validate on.
         shuffle_split: split at random; otherwise in file order.
-        batch_size: samples an optimizer step, over all ranks.
-        max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: random seed of the order of training samples.
         split_seed: random seed of the split, where it is shuffled.
-        num_workers: processes that prepare batches.
+        **options: those of `StepDataModule`.
 
     Raises:
         ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
@@ -83,15 +80,10 @@ class InstructionDataModule(StepDataModule):
         train_fraction: float,
         val_fraction: float,
         shuffle_split: bool,
-        batch_size: int,
-        max_tokens: int,
-        seed: int,
         split_seed: int,
-        num_workers: int,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
-        )
+        super().__init__(**options)
         check_style(prompt_style)
         splits.check_fractions(train_fraction, val_fraction)
         if supervise not in get_args(Supervise):

@@ -36,11 +36,8 @@ class TextClassificationDataModule(StepDataModule):
         train_fraction: share of rows to train on.
         val_fraction: share of rows to validate on.
         balance: in each split, keep as many rows of every class as the rarest one has.
-        batch_size: samples an optimizer step, over all ranks.
-        max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: random seed of the order of training samples.
         split_seed: random seed of the split and of balancing.
-        num_workers: processes that prepare batches.
+        **options: those of `StepDataModule`.
 
     Raises:
         ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
@@ -60,15 +57,10 @@ class TextClassificationDataModule(StepDataModule):
         train_fraction: float,
         val_fraction: float,
         balance: bool,
-        batch_size: int,
-        max_tokens: int,
-        seed: int,
         split_seed: int,
-        num_workers: int,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
-        )
+        super().__init__(**options)
         splits.check_fractions(train_fraction, val_fraction)
         if max_length < 1:
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
@@ -239,38 +231,9 @@ class SpamDataModule(TextClassificationDataModule):
     with the columns label and text. For the arguments see `TextClassificationDataModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        source: str,
-        tokenizer: str | None,
-        max_length: int,
-        suffix: str,
-        train_fraction: float,
-        val_fraction: float,
-        balance: bool,
-        batch_size: int,
-        max_tokens: int,
-        seed: int,
-        split_seed: int,
-        num_workers: int,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(
-            source=source,
-            text_column="text",
-            label_column="label",
-            label_names=["ham", "spam"],
-            tokenizer=tokenizer,
-            max_length=max_length,
-            suffix=suffix,
-            train_fraction=train_fraction,
-            val_fraction=val_fraction,
-            balance=balance,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            seed=seed,
-            split_seed=split_seed,
-            num_workers=num_workers,
+            text_column="text", label_column="label", label_names=["ham", "spam"], **options
         )
 
     def read_frame(self, path: Path) -> pd.DataFrame:

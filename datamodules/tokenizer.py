@@ -8,7 +8,6 @@ by a user is encoded as the characters that it is.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import tiktoken
 
 from datamodules.byte_level import ByteLevel, token_bytes
-from datamodules.files import replacing
+from datamodules.files import digest, replacing
 from datamodules.sentencepiece import CharacterLevel, SentencePiece
 
 ENDOFTEXT = "<|endoftext|>"
@@ -139,7 +138,7 @@ class Tokenizer:
             raise ValueError(f"encoding {vocabulary.name!r} has no {vocabulary.eos}.")
         form = vocabulary.sentencepiece
         encoder = CharacterLevel(vocabulary, form) if form else ByteLevel(vocabulary)
-        return cls(vocabulary, _digest(vocabulary.content()), encoder)
+        return cls(vocabulary, digest(vocabulary.content()), encoder)
 
     @property
     def name(self) -> str:
@@ -305,10 +304,6 @@ def _named(name: str) -> Tokenizer:
     return Tokenizer.of(Vocabulary(encoding.name, encoding._pat_str, tokens, specials))
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read(path: Path) -> Tokenizer:
     damaged = f"{path} is damaged, or no tokenizer of this project; restore it, or train a new one."
     try:
@@ -316,7 +311,7 @@ def _read(path: Path) -> Tokenizer:
         stored = content.pop("digest")
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(damaged) from error
-    if content.get("format") != _FORMAT or stored != _digest(content):
+    if content.get("format") != _FORMAT or stored != digest(content):
         raise ValueError(damaged)
     del content["format"]
     content["tokens"] = [base64.b64decode(token) for token in content["tokens"]]

@@ -116,13 +116,7 @@ def build(kind: type[D], values: Any, key: str) -> D:
     for name in values:
         if name not in known:
             raise ValueError(f"{key}.{name}: unknown key; there are {', '.join(known)}.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{key}", type=kind, required=True)
-    try:
-        built: D = parser.instantiate(parser.parse_object({key: values}))[key]
-    except ArgumentError as error:
-        raise ValueError(one_line(str(error))) from error
-    return built
+    return construct(kind, values, key)
 
 
 def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:

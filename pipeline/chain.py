@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import write_atomically
+from datamodules.files import digest, write_atomically
 from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
 from pipeline.commands import FUNCTIONS
-from pipeline.identity import digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from datamodules.files import file_digests
+from datamodules.files import digest, remembered_sha256, sha256
 from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
 
@@ -208,13 +208,11 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
 def path_digest(path: Path) -> str:
     """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder holds."""
     if path.is_file():
-        return file_digests([path])[str(path)]
+        return remembered_sha256(path)
     if (path / MANIFEST).is_file():
-        return file_digests([path / MANIFEST])[str(path / MANIFEST)]
+        return remembered_sha256(path / MANIFEST)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [file.relative_to(path).as_posix() for file in files]
-    listed = json.dumps(list(zip(names, file_digests(files).values(), strict=True)))
-    return hashlib.sha256(listed.encode()).hexdigest()
+    return digest([(file.relative_to(path).as_posix(), remembered_sha256(file)) for file in files])
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -295,11 +293,7 @@ def _hidden(path: Path) -> Path:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _flush(path: Path) -> None:

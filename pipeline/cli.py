@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules import instruction, pretraining, text_classification  # noqa: F401, known by name
+from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline import lit_classifier, lit_language_model  # noqa: F401, known by name
 from pipeline.arguments import one_line
@@ -29,7 +30,7 @@ from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.identity import decisive, digest
+from pipeline.identity import decisive
 from pipeline.lit_base import LitStep, check_context
 from pipeline.memory import GIB
 from pipeline.optim import check_warmup

@@ -9,15 +9,14 @@ from typing import Literal, get_args
 
 import torch
 
+from datamodules.files import digest
 from pipeline.checkpoint import (
-    CHECKPOINTS,
     Writers,
     check_output,
     path_digest,
     write_files,
     writing_directory,
 )
-from pipeline.identity import digest
 from pipeline.models import Loaded, load
 from pipeline.run_directory import Run
 from pipeline.stage_run import run_once
@@ -51,7 +50,7 @@ def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> 
     loaded = load(ckpt)
     steps = lineage(loaded)
     target = output or run.path / "exported"
-    name = output.name if output else _name(loaded)
+    name = output.name if output else loaded.title
     text = card(loaded, steps, name=name, form=form)
     writers = {
         **_writers(loaded, form, kind, name, license_of(steps)),
@@ -71,10 +70,3 @@ def _writers(loaded: Loaded, form: Form, kind: str, name: str, license: str | No
     if form == "huggingface":
         return huggingface_writers(loaded, getattr(torch, kind))
     return gguf_writers(loaded, kind, name=name, license=license)  # type: ignore[arg-type]
-
-
-def _name(loaded: Loaded) -> str:
-    """Of the run that made a checkpoint; of another path its own."""
-    path = loaded.path
-    is_of_run = path.parent.name == CHECKPOINTS
-    return loaded.name or (path.parents[1].name if is_of_run else path.stem)

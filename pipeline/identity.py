@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
@@ -33,8 +31,3 @@ def decisive(options: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in options.items():
         flat |= decisive(value, f"{prefix}{key}.")
     return flat
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value of primitives; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from datamodules.files import file_digests
+from datamodules.files import digest, file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
@@ -20,7 +20,6 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.gpt import GPT
-from pipeline.identity import digest
 from pipeline.models import foreign_meta
 from pipeline.run_directory import Run
 from pipeline.stage_run import run_once

@@ -23,6 +23,7 @@ from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.compiling import compile_blocks
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes
+from pipeline.lora import LoRAConfig
 from pipeline.memory import GIB, estimate_gib
 from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
@@ -58,14 +59,14 @@ class LitStep(pl.LightningModule):
 
     def __init__(
         self,
-        *,
-        gpt: GPTConfig | None,
-        init_from: str | None,
-        lora: lora.LoRAConfig | None,
         optimizer: OptimizerConfig,
-        gradient_checkpointing: bool,
-        compile: bool,
-        cuda_graphs: bool | None,
+        *,
+        gpt: GPTConfig | None = None,
+        init_from: str | None = None,
+        lora: LoRAConfig | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         super().__init__()
         if (gpt is None) == (init_from is None):

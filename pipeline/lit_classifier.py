@@ -19,29 +19,18 @@ from torchmetrics.classification import (
 
 from datamodules.batching import MicroBatch
 from pipeline.classifier import GPTClassifier
-from pipeline.gpt import GPT, GPTConfig
+from pipeline.gpt import GPT
 from pipeline.lit_base import LitStep
-from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
-from pipeline.optim import OptimizerConfig
 
 
 class LitClassifier(LitStep):
     """Cross-entropy on the label of every text.
 
     Args:
-        optimizer: how weights are updated.
         trainable: what is trained below the head, which always is: nothing (head), the last block
             and the final norm (last_block), everything (all), or adapters (lora, see `lora`).
-        gpt: a model to build anew; or else
-        init_from: a checkpoint of a language model, or of a classifier with the same labels.
-        lora: adapters to train instead of the weights.
-        gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
-            that it needs: less memory for about a third more time, the same numbers.
-        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
-            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
-        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
-            operations; null: where it can be done.
+        **options: those of `LitStep`.
     """
 
     kind = "classifier"
@@ -49,28 +38,14 @@ class LitClassifier(LitStep):
 
     def __init__(
         self,
-        optimizer: OptimizerConfig,
         trainable: Literal["head", "last_block", "all", "lora"],
-        gpt: GPTConfig | None = None,
-        init_from: str | None = None,
-        lora: LoRAConfig | None = None,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        cuda_graphs: bool | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            gpt=gpt,
-            init_from=init_from,
-            lora=lora,
-            optimizer=optimizer,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
-        )
-        if (trainable == "lora") != (lora is not None):
+        super().__init__(**options)
+        if (trainable == "lora") != (self.lora_config is not None):
             raise ValueError(
                 f"model.trainable is {trainable} but model.lora is "
-                f"{'given' if lora else 'not given'}; give both or neither."
+                f"{'given' if self.lora_config else 'not given'}; give both or neither."
             )
         self.trainable = trainable
         self.predictions: list[dict[str, Tensor]] = []

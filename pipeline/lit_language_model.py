@@ -10,28 +10,17 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 
 from datamodules.batching import MicroBatch
-from pipeline.gpt import GPT, GPTConfig
+from pipeline.gpt import GPT
 from pipeline.lit_base import LitStep
-from pipeline.lora import LoRAConfig
 from pipeline.loss import count_supervised, cross_entropies, next_token_loss
 from pipeline.models import Loaded
-from pipeline.optim import OptimizerConfig
 
 
 class LitLanguageModel(LitStep):
     """Next-token prediction.
 
     Args:
-        optimizer: how weights are updated.
-        gpt: a model to build anew; or else
-        init_from: a checkpoint whose weights to start from.
-        lora: adapters to train instead of the weights.
-        gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
-            that it needs: less memory for about a third more time, the same numbers.
-        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
-            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
-        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
-            operations; null: where it can be done.
+        **options: those of `LitStep`.
     """
 
     kind = "language_model"
@@ -39,23 +28,9 @@ class LitLanguageModel(LitStep):
 
     def __init__(
         self,
-        optimizer: OptimizerConfig,
-        gpt: GPTConfig | None = None,
-        init_from: str | None = None,
-        lora: LoRAConfig | None = None,
-        gradient_checkpointing: bool = False,
-        compile: bool = False,
-        cuda_graphs: bool | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            gpt=gpt,
-            init_from=init_from,
-            lora=lora,
-            optimizer=optimizer,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            cuda_graphs=cuda_graphs,
-        )
+        super().__init__(**options)
         self._cross_entropies = cross_entropies
         self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batching import MicroBatch
+from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline import lora
 from pipeline.arguments import construct
@@ -33,7 +34,6 @@ from pipeline.checkpoint import (
 )
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import generate
-from pipeline.identity import digest
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_adapted
 from pipeline.run_directory import Run

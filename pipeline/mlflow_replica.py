@@ -68,7 +68,7 @@ def send_missing(run: Path, uri: str) -> int:
 
 def forget_lost(root: Path, uri: str) -> None:
     """Forgets what was sent of runs that the store has no more, so that they are sent anew."""
-    client = open_store(root, uri)
+    client = open_store(uri)
     for path in root.glob(f"*/*/{REPLICATED}"):
         replicated = _remembered(path.parent, uri)
         if replicated is None:
@@ -82,7 +82,7 @@ def forget_lost(root: Path, uri: str) -> None:
 
 
 def _catch_up(run: Path, uri: str) -> int:
-    client = open_store(run.parent.parent, uri)
+    client = open_store(uri)
     with FileLock(run / "mlflow.lock"):
         replicated = _attach(client, run, uri)
         if replicated is None:

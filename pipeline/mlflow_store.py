@@ -25,7 +25,7 @@ _LOCATIONS = (
 
 
 @functools.cache
-def open_store(root: Path, uri: str) -> MlflowClient:
+def open_store(uri: str) -> MlflowClient:
     """A client of the store; makes a database that isn't there.
 
     Processes that come at once wait for each other. A database that was moved together with its

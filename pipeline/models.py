@@ -17,6 +17,7 @@ from datamodules.tokenizer import Tokenizer
 from pipeline import lora
 from pipeline.checkpoint import (
     ADAPTER_WEIGHTS,
+    CHECKPOINTS,
     WEIGHTS,
     CheckpointError,
     read_meta,
@@ -53,6 +54,12 @@ class Loaded:
     def gpt(self) -> GPT:
         """The transformer, without a classifier's head."""
         return self.model.gpt if isinstance(self.model, GPTClassifier) else self.model
+
+    @property
+    def title(self) -> str:
+        """What to call it: the name it was asked for by, else its run's, else its file's."""
+        is_of_run = self.path.parent.name == CHECKPOINTS
+        return self.name or (self.path.parents[1].name if is_of_run else self.path.stem)
 
     @property
     def device(self) -> torch.device:
@@ -99,20 +106,22 @@ def load_adapted(path: Path) -> Loaded:
         ValueError: for another checkpoint, or where its base is gone or another one.
     """
     verify_checkpoint(path)
-    meta = read_meta(path)
-    if not meta["lora"]:
-        raise ValueError(f"{path} has no adapter; there is nothing to merge.")
-    model = _adapted(path, meta, read_tensors(path)).eval()
-    return Loaded(model, Tokenizer.load(path), meta, path)
+    with _made_here(path):
+        meta = read_meta(path)
+        if not meta["lora"]:
+            raise ValueError(f"{path} has no adapter; there is nothing to merge.")
+        model = _adapted(path, meta, read_tensors(path)).eval()
+        return Loaded(model, Tokenizer.load(path), meta, path)
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     verify_checkpoint(path)
     with _made_here(path):
         meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
-        build = _build_merged if meta["lora"] else _build_full
-        model = build(path, meta, tensors).to(dtype).eval()
-        return Loaded(model, Tokenizer.load(path), meta, path)
+        model = _adapted(path, meta, tensors) if meta["lora"] else _whole(meta, tensors)
+        if meta["lora"]:
+            lora.merge(model)
+        return Loaded(model.to(dtype).eval(), Tokenizer.load(path), meta, path)
 
 
 @contextmanager
@@ -128,7 +137,7 @@ def _made_here(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
+def _whole(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     config = GPTConfig.from_primitives(meta["gpt"])
     if meta["kind"] == "language_model":
         return GPT.from_tensors(config, tensors)
@@ -136,12 +145,6 @@ def _build_full(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) ->
     if not config.tie_embeddings:  # the head that a classifier does not have, until it is dropped
         in_gpt["head.weight"] = in_gpt["token_embedding.weight"]
     return _with_head(GPT.from_tensors(config, in_gpt), tensors)
-
-
-def _build_merged(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
-    model = _adapted(path, meta, tensors)
-    lora.merge(model)
-    return model
 
 
 def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datamodules.baselines import text_baselines
+from datamodules.baselines import MAX_TRAIN_BYTES, text_baselines
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_baseline import tfidf_baseline
@@ -23,7 +23,6 @@ from pipeline.run_directory import Run
 
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"
-BASELINE_BYTES = 8 * 2**20  # of training text that the compressors see
 BOOTSTRAP_SEED = 0
 
 
@@ -65,7 +64,7 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
     if not isinstance(data, PretrainingDataModule):
         key = "val/accuracy" if "val/accuracy" in metrics else "val/loss"
         return Report(metrics, [{"metric": key, "before": None, "after": metrics[key]}])
-    baselines = text_baselines(data.train_bytes(BASELINE_BYTES), data.heldout_bytes())
+    baselines = text_baselines(data.train_bytes(MAX_TRAIN_BYTES), data.heldout_bytes())
     beside = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     row = {
         "metric": f"bits per byte, held-out ({beside})",

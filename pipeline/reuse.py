@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import cache_dir, file_digests, sha256
+from datamodules.files import cache_dir, digest, remembered_sha256, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
 from pipeline.attempts import Outcome
-from pipeline.identity import digest
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
@@ -51,7 +50,7 @@ def _is_unchanged(name: str, recorded: str) -> bool:
     path = Path(name)
     if not path.is_file():
         return path.is_relative_to(cache_dir())  # pinned, and fetched again where it is needed
-    return file_digests([path])[name] == recorded
+    return remembered_sha256(path) == recorded
 
 
 def _has_grown(source: str, recorded: set[str]) -> bool:

@@ -73,3 +73,9 @@ def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def stretch_factors(theta: float, head_size: int, scaling: RopeScaling) -> Tensor:
+    """What llama.cpp divides rotary frequencies by, (D / 2,)."""
+    frequencies = rotary_frequencies(theta, head_size)
+    return frequencies / stretched(frequencies, scaling)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from datamodules.files import sha256
+from datamodules.files import digest, sha256
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
@@ -23,7 +23,7 @@ from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
 from pipeline.generate import generate_each
-from pipeline.identity import decisive, digest
+from pipeline.identity import decisive
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base

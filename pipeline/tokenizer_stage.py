@@ -11,9 +11,9 @@ from pathlib import Path
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
+from datamodules.files import digest
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
-from pipeline.identity import digest
 from pipeline.run_directory import Run
 from pipeline.stage_run import run_once
 

@@ -134,7 +134,7 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     from pipeline.mlflow_store import open_store
 
     with _one_error(root, uri):
-        open_store(root, uri)
+        open_store(uri)
         if ask:
             forget_lost(root, uri)
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from datamodules.files import digest
 from pipeline.evaluation.endpoint import Endpoint, EndpointError
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
@@ -100,11 +99,8 @@ class VerdictCache:
         self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line)
 
 
 def _ask_all(
@@ -162,4 +158,4 @@ def _key(config: JudgeConfig, response: Response) -> str:
     """What a verdict depends on: the judge, the rubric and the item's content, not its id."""
     judge = [config.base_url, config.model, config.max_tokens, RUBRIC_DIGEST]
     content = [response.instruction, response.input, response.reference, response.response]
-    return hashlib.sha256(json.dumps([judge, content]).encode()).hexdigest()
+    return digest([judge, content])

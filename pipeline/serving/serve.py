@@ -14,7 +14,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from pipeline.checkpoint import CHECKPOINTS
 from pipeline.classifier import GPTClassifier
 from pipeline.inference import load_for_use
 from pipeline.keys import key_from_environment
@@ -53,7 +52,7 @@ def serve(
         print(said, file=sys.stderr)
     worker = Worker()
     loaded = worker.submit(load_for_use, ckpt, precision).result()
-    name = name or default_name(loaded)
+    name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
         server = _server(make_app(name, Labeller(loaded, worker), key))
         _greet(loaded, name, listener)
@@ -72,14 +71,6 @@ def serve(
         engine.close()
     if engine.failure:
         raise engine.failure
-
-
-def default_name(loaded: Loaded) -> str:
-    """What a model is called where nobody said: as it was asked for, or its run, or its file."""
-    if loaded.name:
-        return loaded.name
-    path = loaded.path.resolve()
-    return path.parents[1].name if path.parent.name == CHECKPOINTS else path.stem
 
 
 class _Server(uvicorn.Server):

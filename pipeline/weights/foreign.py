@@ -59,15 +59,6 @@ class Foreign:
         return entries(self.config, self.form)
 
 
-def build(foreign: Foreign, dtype: torch.dtype) -> GPT:
-    """The model, read straight into that dtype.
-
-    Raises:
-        ValueError: as `read_parameters`.
-    """
-    return GPT.from_tensors(foreign.config, dict(read_parameters(foreign, dtype)))
-
-
 def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
     """Of every parameter of the model, by our names.
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
-from pipeline.rotary import RopeScaling, rotary_frequencies, stretched
+from pipeline.rotary import RopeScaling, stretch_factors
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
+from pipeline.weights.names import TRAITS
 from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
 from pipeline.weights.vocabulary import Special, make_tokenizer
 
@@ -97,17 +98,13 @@ def _config(
         n_embd=n_embd,
         block_size=metadata.of_model("context_length"),
         vocab_size=vocab_size,
-        norm="rmsnorm" if is_llama else "layernorm",
         norm_eps=_shortest(metadata.of_model(f"attention.{eps}")),
-        position="rope" if is_llama else "learned",
         rope_theta=rope_theta,
-        mlp="swiglu" if is_llama else "gelu",
         mlp_hidden=metadata.of_model("feed_forward_length"),
-        bias=not is_llama,
         tie_embeddings=is_tied,
         dropout=0.0,
-        causal=True,
         rope_scaling=_rope_scaling(metadata, rope_theta, n_embd // n_head, factors),
+        **TRAITS[metadata.architecture],
     )
 
 
@@ -116,9 +113,8 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        frequencies = rotary_frequencies(rope_theta, head_size)
         for scaling in _LLAMA3_SCALINGS:
-            expected = frequencies / stretched(frequencies, scaling)
+            expected = stretch_factors(rope_theta, head_size, scaling)
             if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
                 return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")

@@ -19,7 +19,7 @@ from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
-from pipeline.rotary import rotary_frequencies, stretched
+from pipeline.rotary import stretch_factors
 from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template
@@ -190,7 +190,8 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
     writer.add_file_type(file_types[kind])
     config, tensors = loaded.gpt.config, loaded.gpt.tensors()
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        writer.add_tensor(ROPE_FACTORS, rope_factors(config).numpy())
+        factors = stretch_factors(config.rope_theta, config.head_size, config.rope_scaling)
+        writer.add_tensor(ROPE_FACTORS, factors.numpy())
     kept = []
     for entry in entries(config, "gguf"):
         tensor = entry.join(tensors).float()
@@ -216,10 +217,3 @@ def _stored_as(name: str, tensor: Tensor, kind: GGUFType) -> GGUFType:
     if stored == "f16" and float(tensor.abs().max()) > _LARGEST_F16:
         raise ValueError(f"{name} has numbers beyond {_LARGEST_F16}, the largest f16; give f32.")
     return stored
-
-
-def rope_factors(config: GPTConfig) -> Tensor:
-    """What llama.cpp divides rotary frequencies by, (D / 2,) float32."""
-    assert config.rope_scaling is not None
-    frequencies = rotary_frequencies(config.rope_theta, config.head_size)
-    return frequencies / stretched(frequencies, config.rope_scaling)

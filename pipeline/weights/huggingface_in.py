@@ -16,6 +16,7 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
 from pipeline.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
+from pipeline.weights.names import TRAITS
 from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of
 from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
 
@@ -121,16 +122,12 @@ def _gpt2_config(settings: dict[str, Any]) -> GPTConfig:
         n_embd=width,
         block_size=settings["n_positions"],
         vocab_size=settings["vocab_size"],
-        norm="layernorm",
         norm_eps=settings.get("layer_norm_epsilon", 1e-5),
-        position="learned",
         rope_theta=10000.0,
-        mlp="gelu",
         mlp_hidden=settings.get("n_inner") or 4 * width,
-        bias=True,
         tie_embeddings=settings.get("tie_word_embeddings", True),
         dropout=0.0,
-        causal=True,
+        **TRAITS["gpt2"],
     )
 
 
@@ -148,17 +145,13 @@ def _llama_config(settings: dict[str, Any]) -> GPTConfig:
         n_embd=width,
         block_size=settings["max_position_embeddings"],
         vocab_size=settings["vocab_size"],
-        norm="rmsnorm",
         norm_eps=settings["rms_norm_eps"],
-        position="rope",
         rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta", 10000.0)),
-        mlp="swiglu",
         mlp_hidden=settings["intermediate_size"],
-        bias=False,
         tie_embeddings=settings.get("tie_word_embeddings", False),
         dropout=0.0,
-        causal=True,
         rope_scaling=_rope_scaling(rope),
+        **TRAITS["llama"],
     )
 
 

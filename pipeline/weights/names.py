@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from pipeline.gpt import GPTConfig
 
 Format = Literal["huggingface", "gguf"]
 Family = Literal["llama", "gpt2"]
+_KEYS = ("norm", "position", "mlp", "bias", "causal")
+TRAITS: dict[Family, dict[str, Any]] = {
+    "llama": dict(zip(_KEYS, ("rmsnorm", "rope", "swiglu", False, True), strict=True)),
+    "gpt2": dict(zip(_KEYS, ("layernorm", "learned", "gelu", True, True), strict=True)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,10 @@ def family_of(config: GPTConfig) -> Family:
     Raises:
         ValueError: where it is a mixture that no other tool knows.
     """
-    traits = (config.norm, config.position, config.mlp, config.bias)
-    if traits == ("rmsnorm", "rope", "swiglu", False) and config.causal:
-        return "llama"
-    is_gpt2 = traits == ("layernorm", "learned", "gelu", True)
-    if is_gpt2 and config.causal and config.n_kv_head == config.n_head:
-        return "gpt2"
+    for family, traits in TRAITS.items():
+        has_all = all(getattr(config, key) == value for key, value in traits.items())
+        if has_all and (family == "llama" or config.n_kv_head == config.n_head):
+            return family
     raise ValueError(
         "only two architectures are known elsewhere: llama (rmsnorm, rope, swiglu, no bias) and "
         "gpt2 (layernorm, learned, gelu, bias, as many key/value heads as heads), both causal; "
@@ -87,7 +90,7 @@ def family_of(config: GPTConfig) -> Family:
 
 def entries(config: GPTConfig, form: Format) -> list[Entry]:
     """Every tensor of a model in a file of that form, tied ones once."""
-    return list(_TABLES[family_of(config), form](config))
+    return list(_gguf(config) if form == "gguf" else _TABLES[family_of(config)](config))
 
 
 def _huggingface_llama(config: GPTConfig) -> Iterator[Entry]:
@@ -127,48 +130,17 @@ def _huggingface_gpt2(config: GPTConfig) -> Iterator[Entry]:
         yield Entry("lm_head.weight", ("head.weight",))
 
 
-def _gguf_llama(config: GPTConfig) -> Iterator[Entry]:
-    heads = {"q": config.n_head, "k": config.n_kv_head}
-    yield Entry("token_embd.weight", ("token_embedding.weight",))
-    for i in range(config.n_layer):
-        ours, theirs = f"blocks.{i}", f"blk.{i}"
-        yield Entry(f"{theirs}.attn_norm.weight", (f"{ours}.attention_norm.weight",))
-        for part, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output")):
-            yield Entry(
-                f"{theirs}.attn_{name}.weight",
-                (f"{ours}.attention.{part}.weight",),
-                rotary_heads=heads.get(part),
-            )
-        yield Entry(f"{theirs}.ffn_norm.weight", (f"{ours}.mlp_norm.weight",))
-        for part in ("gate", "up", "down"):
-            yield Entry(f"{theirs}.ffn_{part}.weight", (f"{ours}.mlp.{part}.weight",))
-    yield Entry("output_norm.weight", ("final_norm.weight",))
-    if not config.tie_embeddings:
-        yield Entry("output.weight", ("head.weight",))
+def _gguf(config: GPTConfig) -> Iterator[Entry]:
+    """As Hugging Face's, under llama.cpp's names and without transposing."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    family = family_of(config)
+    names = get_tensor_name_map(MODEL_ARCH[family.upper()], config.n_layer)
+    heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head}
+    for entry in _TABLES[family](config):
+        theirs = names.get_name(entry.theirs, (".weight", ".bias"))
+        assert theirs is not None, f"llama.cpp has no name for {entry.theirs}"
+        yield Entry(theirs, entry.ours, rotary_heads=heads.get(entry.theirs.split(".")[-2]))
 
 
-def _gguf_gpt2(config: GPTConfig) -> Iterator[Entry]:
-    yield Entry("token_embd.weight", ("token_embedding.weight",))
-    yield Entry("position_embd.weight", ("position_embedding.weight",))
-    for i in range(config.n_layer):
-        ours, theirs = f"blocks.{i}", f"blk.{i}"
-        for kind in ("weight", "bias"):
-            qkv = tuple(f"{ours}.attention.{part}.{kind}" for part in "qkv")
-            yield Entry(f"{theirs}.attn_norm.{kind}", (f"{ours}.attention_norm.{kind}",))
-            yield Entry(f"{theirs}.attn_qkv.{kind}", qkv)
-            yield Entry(f"{theirs}.attn_output.{kind}", (f"{ours}.attention.o.{kind}",))
-            yield Entry(f"{theirs}.ffn_norm.{kind}", (f"{ours}.mlp_norm.{kind}",))
-            yield Entry(f"{theirs}.ffn_up.{kind}", (f"{ours}.mlp.up.{kind}",))
-            yield Entry(f"{theirs}.ffn_down.{kind}", (f"{ours}.mlp.down.{kind}",))
-    for kind in ("weight", "bias"):
-        yield Entry(f"output_norm.{kind}", (f"final_norm.{kind}",))
-    if not config.tie_embeddings:
-        yield Entry("output.weight", ("head.weight",))
-
-
-_TABLES = {
-    ("llama", "huggingface"): _huggingface_llama,
-    ("gpt2", "huggingface"): _huggingface_gpt2,
-    ("llama", "gguf"): _gguf_llama,
-    ("gpt2", "gguf"): _gguf_gpt2,
-}
+_TABLES = {"llama": _huggingface_llama, "gpt2": _huggingface_gpt2}

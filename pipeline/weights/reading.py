@@ -15,7 +15,7 @@ from datamodules.tokenizer import FILE_NAME, Tokenizer
 from pipeline.checkpoint import damaged, refuse_folder_of_checkpoints
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
-from pipeline.weights.foreign import Foreign, build, parameter_shapes, read_parameters
+from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
 from pipeline.weights.safetensors_out import write_one_by_one
@@ -57,7 +57,7 @@ def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
         ValueError: in one line that names the path and what is wrong there.
     """
     with _naming(path):
-        return build(foreign, dtype)
+        return GPT.from_tensors(foreign.config, dict(read_parameters(foreign, dtype)))
 
 
 def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from datamodules.sentencepiece import BLANK, BYTES, Prefix, SentencePiece, pattern_of
 from datamodules.tokenizer import Tokenizer, Vocabulary
-from pipeline.weights.vocabulary import Special, by_id, check_merges, ordinary_tokens, spelled
+from pipeline.weights.vocabulary import Special, by_id, check_merges, cuts, ordinary_tokens, spelled
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREPEND = {"type": "Prepend", "prepend": BLANK}
@@ -122,7 +122,7 @@ def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list
         ValueError: where no list does.
     """
     _check_characters(tokens)
-    pairs = [pair for token in tokens for pair in _cuts(token, tokens)]
+    pairs = [pair for token in tokens for pair in cuts(token, tokens)]
     score = {pair: scores[tokens["".join(pair)]] for pair in pairs}
     pairs.sort(key=lambda pair: (-score[pair], _longest_first(pair)))
     for a, b in pairwise(pairs):
@@ -163,12 +163,6 @@ def scores_of(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, float]:
             "llama.cpp would give other ids; export it with --format huggingface."
         ) from error
     return {"".join(pair): -float(rank[pair]) for pair in merges}
-
-
-def _cuts(token: str, tokens: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that spell a token."""
-    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-    return [(left, right) for left, right in cuts if left in tokens and right in tokens]
 
 
 def _longest_first(pair: tuple[str, str]) -> tuple[int, int]:

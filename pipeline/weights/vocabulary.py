@@ -8,10 +8,11 @@ from the ranks, in tests/test_export_tokenizers.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -19,6 +20,7 @@ from datamodules.byte_level import token_bytes, token_spelling
 from datamodules.sentencepiece import spell
 from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary
 
+T = TypeVar("T", str, bytes)
 _MAX_IDS = 1 << 20  # a list of all ids is made
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -112,7 +114,8 @@ def merges_of(vocabulary: Vocabulary) -> Merges:
     whole = next((token for token, pair in made.items() if pair is None), None)
     pairs = [pair for pair in made.values() if pair is not None]
     if whole is not None:
-        pairs = [cut for token in made for cut in _cuts(token, ranks)]
+        by_first = partial(sorted, key=lambda cut: ranks[cut[0]])
+        pairs = [cut for token in made for cut in by_first(cuts(token, ranks))]
     return Merges([(token_spelling(a), token_spelling(b)) for a, b in pairs], whole)
 
 
@@ -130,11 +133,10 @@ def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     return (left, right) if left in ranks and right in ranks else None
 
 
-def _cuts(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """All pairs of tokens that spell a token, by the id of the first."""
-    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-    known = [(left, right) for left, right in cuts if left in ranks and right in ranks]
-    return sorted(known, key=lambda cut: ranks[cut[0]])
+def cuts(token: T, known: Container[T]) -> list[tuple[T, T]]:
+    """All pairs of known tokens that spell a token."""
+    pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+    return [(left, right) for left, right in pairs if left in known and right in known]
 
 
 def name_of_steps(pre_tokenizer: Any) -> str:
@@ -325,9 +327,4 @@ def _meet(
 
 def _is_split(token: str, tokens: Mapping[str, int], made: Mapping[tuple[int, int], int]) -> bool:
     """Whether any two tokens that spell a token are a pair of the list, so that none is special."""
-    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-    return all(
-        (tokens[left], tokens[right]) in made
-        for left, right in cuts
-        if left in tokens and right in tokens
-    )
+    return all((tokens[a], tokens[b]) in made for a, b in cuts(token, tokens))

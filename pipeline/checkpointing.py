@@ -17,9 +17,12 @@ from torch import Tensor
 
 from pipeline import checkpoint as files
 from pipeline.background import Background
+from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.sharding import of_ranks
 
+N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
+COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
 
@@ -87,7 +90,8 @@ class Checkpoints(pl.Callback):
         mode: whether the best is the smallest (min) or the largest (max).
         keep_last: how many of the last are kept.
         keep_best: how many of the best.
-        asynchronous: write from a copy in memory while training goes on, one at a time.
+        asynchronous: write from a copy in memory while training goes on, one at a time; null
+            wherever the copy takes less than a tenth of the memory that is free.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class Checkpoints(pl.Callback):
         *,
         keep_last: int = 1,
         keep_best: int = 1,
-        asynchronous: bool = False,
+        asynchronous: bool | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
@@ -234,7 +238,7 @@ class Checkpoints(pl.Callback):
         if self.last_step == step and path.exists():
             return
         self.last_step, self.should_stop = step, trainer.should_stop
-        background = self._background if self.asynchronous else None
+        background = self._background if self._is_beside(trainer) else None
         trainer.save_checkpoint(path, weights_only=False, storage_options=background)
         if trainer.is_global_zero:
             best = {files.step_name(step) for step in self.best}
@@ -246,6 +250,17 @@ class Checkpoints(pl.Callback):
         if trainer.logger is not None:  # how long training was held up
             seconds = time.perf_counter() - start
             trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step)
+
+    def _is_beside(self, trainer: pl.Trainer) -> bool:
+        """Whether a save is written beside training."""
+        if self.asynchronous is None:
+            bytes_ = sum(
+                p.numel() * p.element_size() * (1 + N_MOMENTS * p.requires_grad)
+                for p in trainer.lightning_module.parameters()
+            )
+            free = available_memory_bytes(torch.device("cpu"))
+            self.asynchronous = bytes_ < COPY_FRACTION * free
+        return self.asynchronous
 
     def _prune(self, trainer: pl.Trainer, newest: Path, best: set[str]) -> None:
         """Removes what is neither among the last nor the best, once the newest is known whole."""

@@ -102,8 +102,8 @@ def prompt_style(loaded: Loaded) -> str:
     """
     if "prompt_style" not in loaded.meta:
         raise ValueError(
-            f"{loaded.path} was not tuned to follow instructions; use generate without --chat, "
-            "or a checkpoint of configs/instruct.yaml."
+            f"{loaded.path} was not tuned to follow instructions; give a checkpoint of "
+            "configs/instruct.yaml (generate without --chat takes this one too)."
         )
     return loaded.meta["prompt_style"]
 

@@ -12,7 +12,9 @@ import lightning.pytorch as pl
 import pytest
 
 from pipeline import checkpoint as files
+from pipeline import checkpointing
 from pipeline.background import Background
+from pipeline.memory import GIB
 from tests.faults.processes import Started, at
 from tests.faults.test_checkpoint_faults import Keep
 from tests.faults.test_exact_resume import assert_equal_checkpoints
@@ -51,7 +53,7 @@ def test_it_holds_the_step_that_was_saved(
         return tmp_path / name / files.CHECKPOINTS
 
     gate, write = Gate(), files.write_checkpoint
-    at_once = train("at-once")
+    at_once = train("at-once", asynchronous=False)
 
     def late(path: Path, writers: files.Writers) -> None:
         assert gate.opened.acquire(timeout=60)
@@ -106,6 +108,24 @@ def test_one_that_fails_ends_the_run_before_the_next_is_due(words: list[str], ho
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert "step-00000020 could not be written" in line
     assert 20 <= journaled(home) < 40, "the next save is due after 40"
+
+
+@pytest.mark.parametrize(("gib", "is_beside"), [(1.0, True), (0.0001, False)])
+def test_a_copy_is_made_unasked_where_there_is_memory(
+    gib: float, is_beside: bool, tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "available_memory_bytes", lambda device: int(gib * GIB))
+    threads = []
+    write = files.write_checkpoint
+
+    def noting(path: Path, writers: files.Writers) -> None:
+        threads.append(threading.current_thread())
+        write(path, writers)
+
+    monkeypatch.setattr(files, "write_checkpoint", noting)
+    options = {"max_steps": 4, "limit_val_batches": 0}
+    fit(classifier(), spam_data(tiny.tokenizer), tmp_path, every_n_steps=2, **options)
+    assert [thread is not threading.main_thread() for thread in threads] == [is_beside] * 2
 
 
 def test_work_is_done_in_order_and_none_after_a_failure() -> None:

@@ -168,6 +168,8 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     identity = stage.identity()
     holds = partial(still_holds, options=[*identity["config"], identity["set"]])
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
+    if given := stage.paths():
+        identity["paths"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
     path, outcome = (new_run(base), None) if anew else find_run(base, holds)
     return StageRun(stage, path, inputs, identity, outcome)

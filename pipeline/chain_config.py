@@ -18,6 +18,7 @@ from pipeline.commands import FUNCTIONS
 from pipeline.identity import decisive
 from pipeline.run_directory import check_name
 
+PATHS = {"tokenizer", "init_from", "ckpt", "ckpt_path", "before", "responses", "file"}  # options
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -91,6 +92,18 @@ class Stage:
             *(f"--{key}={_as_text(value)}" for key, value in self.overrides.items()),
             *(f"{self.inputs[key].option}={path}" for key, path in inputs.items()),
         ]
+
+    def options(self) -> dict[str, Any]:
+        """What configs and `set` give, by dotted key, the later one stronger."""
+        identity = self.identity()
+        return {k: v for flat in [*identity["config"], identity["set"]] for k, v in flat.items()}
+
+    def paths(self) -> dict[str, Path]:
+        """Files and folders that options name, inputs and data apart: these have a home each."""
+        given = {key: v for key, v in self.options().items() if key.rpartition(".")[2] in PATHS}
+        texts = {key: value for key, value in given.items() if isinstance(value, str)}
+        paths = {k: Path(os.path.expandvars(v)).expanduser() for k, v in texts.items()}
+        return {key: path for key, path in paths.items() if path.exists()}
 
     def identity(self) -> dict[str, Any]:
         """What decides its result, inputs apart; comments and where files lie do not."""
@@ -226,9 +239,7 @@ def _check_arguments(stage: Stage) -> None:
 
 def _check_source(stage: Stage) -> None:
     """Looks for the data of a command that reads some, before the hours of those before it."""
-    identity = stage.identity()
-    options = {k: v for flat in [*identity["config"], identity["set"]] for k, v in flat.items()}
-    source = options.get("source" if stage.command == "tokenizer train" else "data.source")
+    source = stage.options().get("source" if stage.command == "tokenizer train" else "data.source")
     try:
         for name in source if isinstance(source, list) else [source]:
             if isinstance(name, str):  # anything else is the parser's to refuse

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ from pipeline.reports import (
     report_test,
 )
 from pipeline.resume import interrupted_like
+from pipeline.reuse import still_holds
 from pipeline.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import RUN_VARIABLE, mlruns_root, open_run
@@ -217,7 +219,7 @@ class PipelineCLI(LightningCLI):
         folder = mlruns_root() / self.stage.run.experiment
         if self.stage.run.resume == "never":
             return new_run(folder / name).name
-        return find_run(folder / name, lambda outcome: True)[0].name
+        return find_run(folder / name, partial(still_holds, options=[decisive(options)]))[0].name
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what a library says when memory is short or a worker dies becomes one line."""
@@ -300,10 +302,14 @@ class PipelineCLI(LightningCLI):
 
     def _finish(self, run: Run, report: Report, outputs: dict[str, str] | None = None) -> None:
         self._log_lineage(run)
+        tokenizer = Path(self.config_dump["data"]["init_args"]["tokenizer"])
         run.finish(
             outputs=outputs or {},
             metrics=report.metrics,
-            sources=self.datamodule.fingerprint["sources"],
+            sources={
+                **self.datamodule.fingerprint["sources"],
+                **({str(tokenizer): path_digest(tokenizer)} if tokenizer.exists() else {}),
+            },
             headline=report.headline,
         )
         for line in report.lines or lines_of(report.headline):

@@ -61,7 +61,8 @@ def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> 
         facts = {"format": form, "dtype": kind, "files": files, "lineage": steps}
         (draft / EXPORT).write_text(json.dumps(facts, indent=1))
     run.log_tags({"lineage": steps[0]})
-    run.finish(outputs={"exported": str(target)}, metrics={}, sources={})
+    digests = {"exported": path_digest(target)}
+    run.finish(outputs={"exported": str(target)}, metrics={}, sources={}, digests=digests)
 
 
 def _writers(loaded: Loaded, form: Form, kind: str, name: str, license: str | None) -> Writers:

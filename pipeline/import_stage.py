@@ -72,6 +72,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     run.finish(
         outputs={"best": str(target)},
+        digests={"best": path_digest(target)},
         metrics={"n_parameters": n_parameters},
         sources=file_digests(files),
     )

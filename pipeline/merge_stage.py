@@ -99,6 +99,7 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     run.log_tags({"adapter": certificate["adapter"]})
     run.finish(
         outputs={"best": str(target)},
+        digests={"best": path_digest(target)},
         metrics={f"merged/{score['name']}": after.score, "merged/max_logit": difference["max"]},
         sources=held_out.fingerprint["sources"],
         headline=[{"metric": score["name"], "before": before.score, "after": after.score}],

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import cache_dir, digest, remembered_sha256, sha256
+from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
 from pipeline.attempts import Outcome
+from pipeline.checkpoint import path_digest
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all was got, the outputs are still there, and the data what they were.
+    """Whether all was got, the outputs are there and whole, and the data what they were.
 
     Args:
         outcome: the run's outcome.
@@ -30,6 +31,10 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
     return (
         outcome.get("complete", True)
         and all(Path(path).exists() for path in outcome["outputs"].values())
+        and all(
+            path_digest(Path(outcome["outputs"][name])) == recorded
+            for name, recorded in outcome.get("digests", {}).items()
+        )
         and all(_is_unchanged(name, recorded[name]) for name in recorded)
         and not any(_has_grown(source, set(recorded)) for source in sources)
     )
@@ -48,9 +53,9 @@ def _is_unchanged(name: str, recorded: str) -> bool:
     if name.startswith(f"{PYTHON_DOCS}@"):
         return name == f"{PYTHON_DOCS}@{platform.python_version()}"
     path = Path(name)
-    if not path.is_file():
+    if not path.exists():
         return path.is_relative_to(cache_dir())  # pinned, and fetched again where it is needed
-    return remembered_sha256(path) == recorded
+    return path_digest(path) == recorded
 
 
 def _has_grown(source: str, recorded: set[str]) -> bool:

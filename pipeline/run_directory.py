@@ -194,6 +194,7 @@ class Run:
         sources: Mapping[str, str],
         headline: Sequence[Mapping[str, Any]] = (),
         *,
+        digests: Mapping[str, str] | None = None,
         complete: bool = True,
     ) -> None:
         """Ends the run well: outcome.json, status FINISHED.
@@ -203,6 +204,7 @@ class Run:
             metrics: its result.
             sources: path -> SHA-256 of the files that it read.
             headline: its rows of the chain's table.
+            digests: of outputs that others may overwrite, by name; see `checkpoint.path_digest`.
             complete: nothing is left that the same command could still get.
         """
         outcome = {
@@ -210,6 +212,7 @@ class Run:
             "complete": complete,
             "command": self.command,
             "outputs": outputs,
+            "digests": digests or {},
             "metrics": {key: float(value) for key, value in metrics.items()},
             "sources": sources,
             "headline": headline,

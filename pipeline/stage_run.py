@@ -7,13 +7,15 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.attempts import find_run
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.provenance import environment
-from pipeline.run_directory import AlreadyFinished, Run, read_outcome
+from pipeline.reuse import still_holds
+from pipeline.run_directory import AlreadyFinished, Run, flat, read_outcome
 from pipeline.tracking import Replica
 
 RUN_VARIABLE = "GPT_PIPELINE_RUN"
@@ -28,7 +30,7 @@ def mlruns_root() -> Path:
 def run_once(
     experiment: str, name: str, config: Mapping[str, Any], make: Callable[[Run], None], output: str
 ) -> Path:
-    """Makes something in a run of its own, unless that was done and is still there.
+    """Makes something in a run of its own, unless that was done and still holds.
 
     Args:
         experiment: folder below `mlruns_root()`.
@@ -41,7 +43,7 @@ def run_once(
         Where it lies.
     """
     base = mlruns_root() / experiment / name
-    attempt, _ = find_run(base, lambda outcome: Path(outcome["outputs"][output]).exists())
+    attempt, _ = find_run(base, partial(still_holds, options=[flat(config)]))
     try:
         with open_run(experiment, attempt.name, config) as run:
             make(run)

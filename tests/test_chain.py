@@ -228,6 +228,21 @@ def test_inputs_are_what_earlier_stages_left(chain: Path, home: Path, write: Wri
     assert planned().path != pretrain.path  # another vocabulary: another run
 
 
+def test_paths_that_options_name_are_told_by_their_content(
+    chain: Path, home: Path, write: Write
+) -> None:
+    vocab = write("own.json", "one")
+    fit = {"name": "pretrain", "command": "fit", "set": {"data.tokenizer": str(vocab)}}
+    document = {"experiment": "demo", "stages": [{**fit, "config": "../spam.yaml"}]}
+    write("configs/spam.yaml", "model: {init_args: {init_from: base}}\n")
+    path = write("configs/run/own.yaml", yaml.safe_dump(document))
+    planned = []
+    for name, content in (("own.json", "two"), ("base", "one"), ("base", "two"), ("own.json", "")):
+        planned.append(_plan(load_chain(path).stages[0], home / "demo", {}).path)
+        write(name, content)
+    assert len(set(planned)) == len(planned)
+
+
 VOCAB = {"name": "vocab", "command": "tokenizer train", "config": "../vocab.yaml"}
 FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
 

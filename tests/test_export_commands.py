@@ -93,6 +93,15 @@ def _already(checkpoint: Path) -> str:
     return f"already finished: {checkpoint.parents[1]}\n"
 
 
+def test_an_output_that_another_took_is_made_again(tiny: Journey, tmp_path: Path) -> None:
+    output, digests = f"--output={tmp_path / 'model'}", []
+    for stage in ("pretrain", "instruct", "pretrain", "pretrain"):
+        path = export(tiny.best(stage), "--format=huggingface", output)
+        digests.append(path_digest(path / "model.safetensors"))
+    assert digests[0] == digests[2] == digests[3] != digests[1]
+    assert len(list((tmp_path / "mlruns" / "export").iterdir())) == 3
+
+
 def test_a_classifier(tiny: Journey) -> None:
     ckpt = tiny.best("spam")
     path = export(ckpt, "--format=huggingface")

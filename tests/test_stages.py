@@ -298,6 +298,32 @@ def test_the_same_command_does_nothing_twice(
     assert len(list((tiny.folder / "mlruns/instruct").iterdir())) == 1
 
 
+def test_other_data_or_another_vocabulary_are_not_the_same(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path / "mlruns"))
+    texts = [f"{kind} number {'abcdefghij'[n]}" for n in range(10) for kind in ("win", "see you")]
+    rows = [f"{'spam' if 'win' in text else 'ham'}\t{text}\n" for text in texts]
+    data, tokenizer = tmp_path / "sms.tsv", tmp_path / "tokenizer.json"
+    data.write_text("".join(rows))
+    words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--data.source={data}"]
+    words += [f"--ckpt_path={tiny.best('spam')}", f"--data.tokenizer={tokenizer}"]
+    tokenizer.write_bytes(tiny.tokenizer.read_bytes())
+
+    def is_finished() -> bool:
+        code, _, err = said(*words)
+        assert code == 0, err
+        return "already finished" in err
+
+    assert [is_finished() for _ in range(2)] == [False, True]
+    data.write_text("".join(rows).replace("number", "numbers"))
+    assert [is_finished() for _ in range(2)] == [False, True]
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert [is_finished() for _ in range(2)] == [False, True]
+    data.write_text("".join(rows))  # what was made of it then does not hold: another vocabulary
+    assert [is_finished() for _ in range(2)] == [False, True]
+
+
 def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "predictions"))
     code, _, err = said(

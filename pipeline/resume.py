@@ -18,7 +18,10 @@ from pipeline.identity import decisive
 from pipeline.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
-SPLIT = ("split_seed", "train_fraction", "val_fraction", "shuffle_split")  # arguments of data
+SPLIT = (  # arguments of data that decide what is held out
+    *("split_seed", "train_fraction", "val_fraction", "shuffle_split"),
+    *("text_column", "label_column"),
+)
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
@@ -116,7 +119,7 @@ def check_held_out(
     both = [key for key in SPLIT if key in was and key in now]
     texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
     found = [f"data.{text}" for text in texts.values()]
-    if set(theirs.values()) != set(ours.values()):
+    if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
         found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
     if found:
         raise ValueError(

@@ -83,6 +83,16 @@ def test_files_decide_whether_data_was_seen() -> None:
         check_held_out(meta, same, fingerprint(a="2"))
     with pytest.raises(ValueError, match="split_seed was 1, is 2"):
         check_held_out(meta, other, fingerprint(moved="1"))
+    two = {**meta, "dataset": fingerprint(a="1", b="2")}
+    check_held_out(two, same, fingerprint(c="1", d="2"))
+    with pytest.raises(ValueError, match="a is not what it was; c is not what it was"):
+        check_held_out(two, same, fingerprint(b="2", c="1"))  # its rows are counted otherwise
+
+
+def test_another_column_is_another_split() -> None:
+    was, now = ({"init_args": {"text_column": name}} for name in ("text", "clean"))
+    with pytest.raises(ValueError, match="data.text_column was text, is clean"):
+        check_held_out({"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"))
 
 
 def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datamodules.baselines import MAX_TRAIN_BYTES, text_baselines
+from datamodules.baselines import MAX_TRAIN_BYTES, compression_baselines, tfidf_baseline
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
-from datamodules.text_baseline import tfidf_baseline
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap, difference
@@ -64,7 +63,7 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
     if not isinstance(data, PretrainingDataModule):
         key = "val/accuracy" if "val/accuracy" in metrics else "val/loss"
         return Report(metrics, [{"metric": key, "before": None, "after": metrics[key]}])
-    baselines = text_baselines(data.train_bytes(MAX_TRAIN_BYTES), data.heldout_bytes())
+    baselines = compression_baselines(data.train_bytes(MAX_TRAIN_BYTES), data.heldout_bytes())
     beside = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
     row = {
         "metric": f"bits per byte, held-out ({beside})",

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from datamodules.baselines import ByteNgram, text_baselines
+from datamodules.baselines import ByteNgram, compression_baselines
 
 TEXT = b"it was the best of times, it was the worst of times, it was the age of wisdom. " * 3
 
@@ -49,7 +49,7 @@ def test_the_definition_gives_the_same_probabilities() -> None:
 def test_baselines_know_the_training_text() -> None:
     generator = np.random.default_rng(0)
     noise = generator.bytes(4096)
-    fresh, known = text_baselines(TEXT, noise), text_baselines(noise + TEXT, noise)
+    fresh, known = compression_baselines(TEXT, noise), compression_baselines(noise + TEXT, noise)
     assert fresh["5gram"] > 8  # noise has 8 bits a byte, and English is a wrong guess
     assert 8 <= fresh["xz"] < 8.1
     assert known["5gram"] < 4
@@ -58,7 +58,7 @@ def test_baselines_know_the_training_text() -> None:
 
 
 def test_the_5_gram_starts_from_the_end_of_the_training_text() -> None:
-    assert text_baselines(b"abcdefgh" * 20, b"a")["5gram"] < 1
+    assert compression_baselines(b"abcdefgh" * 20, b"a")["5gram"] < 1
 
 
 def test_xz_is_the_difference_of_two_archives() -> None:
@@ -67,18 +67,18 @@ def test_xz_is_the_difference_of_two_archives() -> None:
         len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) for data in (TEXT, TEXT + heldout)
     ]
     expected = 8 * (sizes[1] - sizes[0]) / len(heldout)
-    assert text_baselines(TEXT, heldout)["xz_primed"] == pytest.approx(expected)
+    assert compression_baselines(TEXT, heldout)["xz_primed"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("train", [b"", b"ab"])
 def test_little_training_text_is_enough(train: bytes) -> None:
-    assert text_baselines(train, b"abc")["5gram"] <= 9
+    assert compression_baselines(train, b"abc")["5gram"] <= 9
 
 
 def test_without_training_text_all_bytes_are_equal() -> None:
-    assert text_baselines(b"", b"abc")["5gram"] == 8
+    assert compression_baselines(b"", b"abc")["5gram"] == 8
 
 
 def test_an_empty_held_out_text_is_refused() -> None:
     with pytest.raises(ValueError, match=r"held-out text is empty; raise data\.val_fraction"):
-        text_baselines(TEXT, b"")
+        compression_baselines(TEXT, b"")

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from datamodules import splits
-from datamodules.text_baseline import tfidf_baseline
+from datamodules.baselines import tfidf_baseline
 from datamodules.text_classification import SpamDataModule, TextClassificationDataModule
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 

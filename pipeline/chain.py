@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import digest, write_atomically
-from pipeline.attempts import Outcome, find_run, new_run
 from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
 from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.journal import JOURNAL, dumps
 from pipeline.provenance import environment
-from pipeline.reuse import code_digest, still_holds
+from pipeline.reuse import Outcome, code_digest, find_run, new_run, still_holds
 from pipeline.run_directory import Run, read_outcome
 from pipeline.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.tracking import sync_all

@@ -25,7 +25,6 @@ from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline import lit_classifier, lit_language_model  # noqa: F401, known by name
 from pipeline.arguments import one_line
-from pipeline.attempts import find_run, new_run
 from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
@@ -45,7 +44,7 @@ from pipeline.reports import (
     report_test,
 )
 from pipeline.resume import interrupted_like
-from pipeline.reuse import still_holds
+from pipeline.reuse import find_run, new_run, still_holds
 from pipeline.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
 from pipeline.run_logger import RunLogger
 from pipeline.stage_run import RUN_VARIABLE, mlruns_root, open_run

@@ -1,16 +1,47 @@
-"""Whether a finished run may be used again: digests of its inputs, its data and the code."""
+"""Runs of the same thing, done again: which of them to use, to go on with, or to start.
+
+A finished one may be used while its inputs, its data and the code have the digests that they had.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
-from pipeline.attempts import Outcome
 from pipeline.checkpoint import path_digest
+from pipeline.run_directory import read_outcome
+
+Outcome = Mapping[str, Any]
+
+
+def find_run(base: Path, holds: Callable[[Outcome], bool]) -> tuple[Path, Outcome | None]:
+    """The last attempt if it was interrupted, else the last that still holds, else a new one.
+
+    Args:
+        base: run directory of the first attempt.
+        holds: whether the outcome of a finished run may be used again.
+
+    Returns:
+        The run directory, and its outcome if it may be used.
+    """
+    made = list(takewhile(Path.exists, _attempts(base)))
+    for path in reversed(made):
+        outcome = read_outcome(path)
+        if outcome is None and path == made[-1]:
+            return path, None
+        if outcome is not None and holds(outcome):
+            return path, outcome
+    return new_run(base), None
+
+
+def new_run(base: Path) -> Path:
+    """The directory of the first attempt that was never made."""
+    return next(path for path in _attempts(base) if not path.exists())
 
 
 def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
@@ -47,6 +78,13 @@ def code_digest() -> str:
         file for name in ("datamodules", "pipeline") for file in folder.glob(f"{name}/**/*.py")
     )
     return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
+
+
+def _attempts(base: Path) -> Iterator[Path]:
+    """`base`, `base-2`, `base-3`, ..."""
+    yield base
+    for number in count(2):
+        yield base.with_name(f"{base.name}-{number}")
 
 
 def _is_unchanged(name: str, recorded: str) -> bool:

@@ -15,7 +15,6 @@ from datamodules.files import digest, sha256
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
-from pipeline.attempts import find_run
 from pipeline.checkpoint import path_digest
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -29,7 +28,7 @@ from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.resume import check_held_out
-from pipeline.reuse import still_holds
+from pipeline.reuse import find_run, still_holds
 from pipeline.run_directory import AlreadyFinished, Run, flat, lines_of
 from pipeline.stage_run import mlruns_root, open_run
 from pipeline.weights.fetch import locate

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.attempts import find_run
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.provenance import environment
-from pipeline.reuse import still_holds
+from pipeline.reuse import find_run, still_holds
 from pipeline.run_directory import AlreadyFinished, Run, flat, read_outcome
 from pipeline.tracking import Replica
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.attempts import find_run, new_run
+from pipeline.reuse import find_run, new_run
 from pipeline.run_directory import Run
 
 

@@ -330,7 +330,7 @@ class LitStep(pl.LightningModule):
         if changes:
             self._say_what_changed(changes)
         tensors = checkpoint["state_dict"]
-        check_tensors(tensors, self._own_tensors())
+        check_tensors("the checkpoint", tensors, self._own_tensors())
         self._guard.load_state_dict(checkpoint["skipped"])
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:

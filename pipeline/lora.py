@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.resume import check_tensors
+
 PEFT_PREFIX = "base_model.model."  # before every name in PEFT's standard files
 ADAPTER = "default"
 
@@ -128,17 +130,7 @@ def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         ValueError: naming missing and unexpected tensors, or one of another shape.
     """
     own = adapter_state(model)
-    if own.keys() != tensors.keys():
-        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        raise ValueError(
-            f"the adapter does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}."
-        )
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise ValueError(
-                f"the adapter does not fit the model: {name} has shape "
-                f"{tuple(tensors[name].shape)}, the model's is {tuple(tensor.shape)}."
-            )
+    check_tensors("the adapter", tensors, own)
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 

@@ -80,20 +80,28 @@ def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None)
         )
 
 
-def check_tensors(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Refuses tensors of other names or shapes.
+def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of other names or shapes than the model's.
+
+    Args:
+        what: what holds theirs, for the message.
+        theirs: tensors by name.
+        ours: the model's.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: naming missing and unexpected tensors, or one of another shape.
     """
     if theirs.keys() != ours.keys():
-        wrong = sorted(theirs.keys() ^ ours.keys())
-        raise ValueError(f"the checkpoint is of another model: {wrong[0]} is only in one of them.")
-    for name, tensor in theirs.items():
-        if tensor.shape != ours[name].shape:
+        missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        raise ValueError(
+            f"{what} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}; "
+            "give one of a model like this."
+        )
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape:
             raise ValueError(
-                f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there "
-                f"and {tuple(ours[name].shape)} here."
+                f"{what} does not fit the model: {name} has shape {tuple(theirs[name].shape)}, "
+                f"the model's is {tuple(tensor.shape)}; give one of a model like this."
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.resume import check_held_out
-from pipeline.reuse import find_run, still_holds
-from pipeline.run_directory import AlreadyFinished, Run, flat, lines_of
-from pipeline.stage_run import mlruns_root, open_run
+from pipeline.run_directory import Run, lines_of
+from pipeline.stage_run import mlruns_root, run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 
@@ -80,33 +80,50 @@ def score_stage(
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
-    base = mlruns_root() / "score" / f"score-{digest(deciding)[:8]}"
-    attempt, _ = find_run(base, lambda outcome: still_holds(outcome, [flat(options)]))
-    try:
-        with open_run("score", attempt.name, options) as run:
-            if ckpt is None:
-                after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
-                sources = {source: content}
-            else:
-                after, earlier, lineage, sources = answer(ckpt, before, data, answering)
-            lineage = {**lineage, "digest": content, "split": answering.split}
-            summary = evaluate(
-                after,
-                before=earlier,
-                judge=judge,
-                directory=run.path,
-                verdicts=mlruns_root() / VERDICTS,
-                lineage=lineage,
-                seed=BOOTSTRAP_SEED,
-            )
-            _record(run, summary, after, lineage, sources)
-            path = run.path
-            for line in lines_of(headline(summary.metrics())):
-                print(line, file=sys.stderr)
-    except AlreadyFinished as finished:
-        path = finished.path
-        print(f"already finished: {path}", file=sys.stderr)
-    print(f"report: {path / 'report.html'}", file=sys.stderr)
+    name = f"score-{digest(deciding)[:8]}"
+    make = partial(
+        _score,
+        source=source,
+        content=content,
+        ckpt=ckpt,
+        before=before,
+        data=data,
+        answering=answering,
+        judge=judge,
+    )
+    report = run_once("score", name, options, make, "report")
+    print(f"report: {report}", file=sys.stderr)
+
+
+def _score(
+    run: Run,
+    *,
+    source: str,
+    content: str,
+    ckpt: str | None,
+    before: str | None,
+    data: dict[str, Any] | None,
+    answering: Answering,
+    judge: JudgeConfig | None,
+) -> None:
+    if ckpt is None:
+        after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
+        sources = {source: content}
+    else:
+        after, earlier, lineage, sources = answer(ckpt, before, data, answering)
+    lineage = {**lineage, "digest": content, "split": answering.split}
+    summary = evaluate(
+        after,
+        before=earlier,
+        judge=judge,
+        directory=run.path,
+        verdicts=mlruns_root() / VERDICTS,
+        lineage=lineage,
+        seed=BOOTSTRAP_SEED,
+    )
+    _record(run, summary, after, lineage, sources)
+    for line in lines_of(headline(summary.metrics())):
+        print(line, file=sys.stderr)
 
 
 def _record(

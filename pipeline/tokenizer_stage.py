@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
@@ -29,7 +30,7 @@ def train_stage(
     output: Path | None,
 ) -> None:
     """Trains a vocabulary in a run directory; see `pipeline.commands.tokenizer_train`."""
-    config = {
+    config: dict[str, Any] = {
         "source": list(sources),
         "text_column": text_column,
         "vocab_size": vocab_size,
@@ -37,14 +38,7 @@ def train_stage(
     }
     digests = source_digests(sources)
     name = f"bpe-{vocab_size}-{digest([config, digests])[:8]}"
-    make = partial(
-        _train,
-        sources=sources,
-        digests=digests,
-        text_column=text_column,
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-    )
+    make = partial(_train, digests=digests, **config)
     path = run_once("tokenizer", name, config, make, "tokenizer")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,17 +48,17 @@ def train_stage(
 
 def _train(
     run: Run,
-    sources: Sequence[str],
     digests: Mapping[str, str],
+    source: Sequence[str],
     text_column: str,
     vocab_size: int,
     min_frequency: int,
 ) -> None:
     counts: Counter[str] = Counter()
-    texts = cleaned(documents(sources, text_column), near_duplicates=None, counts=counts)
+    texts = cleaned(documents(source, text_column), near_duplicates=None, counts=counts)
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, min_frequency=min_frequency)
     if counts["read"] == counts["empty"]:
-        raise ValueError(f"source {', '.join(sources)} holds no text; give some.")
+        raise ValueError(f"source {', '.join(source)} holds no text; give some.")
     if tokenizer.n_vocab < vocab_size:
         print(
             f"warning: {tokenizer.n_vocab:,} tokens, not {vocab_size:,}: no other pair occurs "
@@ -73,9 +67,9 @@ def _train(
         )
     path = run.path / FILE_NAME
     tokenizer.save(path)
-    ratio = bytes_per_token(tokenizer, documents(sources, text_column))
+    ratio = bytes_per_token(tokenizer, documents(source, text_column))
     metrics = {"n_vocab": float(tokenizer.n_vocab), "bytes_per_token": ratio}
-    run.log_dataset("tokenizer", digest(digests), counts, ", ".join(sources))
+    run.log_dataset("tokenizer", digest(digests), counts, ", ".join(source))
     run.log_tags({"tokenizer.digest": tokenizer.digest})
     run.log_metrics(metrics, step=0)
     run.log_artifact(FILE_NAME)

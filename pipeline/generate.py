@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -295,29 +295,45 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
     """
     cache, logits, _ = prefill(model, [prompt], settings.n_vocab)
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
-    # so many that num_beams go on however many stop here
-    n_candidates = settings.num_beams * (1 + len(settings.stop_ids))
     scores = logits.log_softmax(dim=-1)  # (beams, V) nats of the whole continuation
     beams: list[list[int]] = [[]]
     finished: list[tuple[float, list[int]]] = []
     for n_tokens in range(1, n_new + 1):
-        values, flat = scores.flatten().topk(min(n_candidates, scores.numel()))
-        going: list[tuple[float, int, int]] = []
-        for value, place in zip(values.tolist(), flat.tolist(), strict=True):
-            origin, token = divmod(place, scores.shape[1])
-            if token in settings.stop_ids:
-                finished.append((value / n_tokens, beams[origin]))
-            elif len(going) < settings.num_beams:
-                going.append((value, origin, token))
-        beams = [[*beams[origin], token] for _, origin, token in going]
+        stopping, going = _steps(scores, settings)
+        finished += [(step.nats / n_tokens, beams[step.beam]) for step in stopping]
+        beams = [[*beams[step.beam], step.token] for step in going]
         if n_tokens == n_new:
-            finished += [(going[i][0] / n_new, beam) for i, beam in enumerate(beams)]
+            finished += [(going[i].nats / n_new, beam) for i, beam in enumerate(beams)]
         # no beam can end with a higher mean than if all that follows were certain
-        if not going or (finished and max(finished)[0] >= going[0][0] / n_new):
+        if not going or (finished and max(finished)[0] >= going[0].nats / n_new):
             break
-        cache.keep(torch.tensor([origin for _, origin, _ in going], device=logits.device))
-        tokens, places = [[token] for *_, token in going], [len(prompt) + n_tokens - 1] * len(going)
+        cache.keep(torch.tensor([step.beam for step in going], device=logits.device))
+        tokens, places = [[step.token] for step in going], [len(prompt) + n_tokens - 1] * len(going)
         logits = decode(model, tokens, places, cache, settings.n_vocab)[:, 0]
-        so_far = torch.tensor([value for value, *_ in going], device=logits.device)
+        so_far = torch.tensor([step.nats for step in going], device=logits.device)
         scores = so_far[:, None] + logits.log_softmax(dim=-1)
     return max(finished)[1]
+
+
+class _Step(NamedTuple):
+    nats: float  # of the whole continuation
+    beam: int  # that goes on by it
+    token: int
+
+
+def _steps(scores: Tensor, settings: Sampling) -> tuple[list[_Step], list[_Step]]:
+    """The likeliest next steps, best first: those that stop, and num_beams that go on.
+
+    Args:
+        scores: (beams, V) nats of every continuation.
+        settings: with beams.
+    """
+    # so many that num_beams go on however many stop here
+    n_candidates = settings.num_beams * (1 + len(settings.stop_ids))
+    values, places = scores.flatten().topk(min(n_candidates, scores.numel()))
+    stopping: list[_Step] = []
+    going: list[_Step] = []
+    for nats, place in zip(values.tolist(), places.tolist(), strict=True):
+        step = _Step(nats, *divmod(place, scores.shape[1]))
+        (stopping if step.token in settings.stop_ids else going).append(step)
+    return stopping, going[: settings.num_beams]

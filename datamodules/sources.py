@@ -1,4 +1,4 @@
-"""Where data comes from: files, folders, globs, bundled samples, downloads; and reading it."""
+"""Where data comes from: files, folders, globs, samples, downloads; reading it, writing tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PYTHON_DOCS = "bundled:python-docs"
 
+_WRITERS = {".csv": "to_csv", ".tsv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
 
@@ -211,6 +212,39 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     except ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file: {error}") from error
     return rows
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`."""
+    options: dict[str, Any] = {"index": False}
+    if path.suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    if path.suffix == ".jsonl":
+        options = {"orient": "records", "lines": True, "force_ascii": False}
+    with replacing(path) as temporary:  # killed here, it is not in the way of the next
+        getattr(frame, _WRITERS[path.suffix])(temporary, **options)
+
+
+def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = None) -> None:
+    """Refuses what `write_table` could not write.
+
+    Args:
+        path: the output.
+        columns: cells by column, as far as they are known.
+
+    Raises:
+        ValueError: for another suffix, or a text that a tab-separated file, which has no quotes,
+            cannot hold.
+    """
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"output is {path}; give a file that ends in {', '.join(_WRITERS)}.")
+    for name, cells in (columns or {}).items() if path.suffix == ".tsv" else ():
+        for cell in (name, *cells):
+            if isinstance(cell, str) and any(character in cell for character in "\t\n\r"):
+                raise ValueError(
+                    f"output is {path}, which cannot hold the tab or line break in {cell[:60]!r} "
+                    f"(column {name!r}); give a .csv or .jsonl file."
+                )
 
 
 def _surplus(n_columns: int, n_more: int, suffix: str) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from datamodules.batching import Sample, pad
-from datamodules.files import replacing
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
-from datamodules.sources import read_table
+from datamodules.sources import check_writable, read_table, write_table
 from pipeline.classifier import GPTClassifier
 from pipeline.generate import generate, stream
 from pipeline.hardware import default_device, inference_precision
@@ -156,9 +154,7 @@ def classify_table(
         ValueError: for an output that is there, a missing column, a cell without text, or a form
             that cannot be written.
     """
-    writers = {".csv": "to_csv", ".tsv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
-    if output.suffix not in writers:
-        raise ValueError(f"output is {output}; give a file that ends in {', '.join(writers)}.")
+    check_writable(output)
     if output.exists():
         raise ValueError(f"output {output} exists; give a new file.")
     frame = read_table(file)
@@ -173,31 +169,13 @@ def classify_table(
     made = ["predicted", *(f"probability_{name}" for name in names)]
     if taken := [name for name in made if name in frame]:
         raise ValueError(f"{file} has columns {taken}, which would be written over; rename them.")
-    if output.suffix == ".tsv":
-        _check_unquoted({**frame, "predicted": names}, output)
+    check_writable(output, {**frame, "predicted": names})
     probabilities = label_probabilities(loaded, texts, batch_size)
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
     for i, name in enumerate(made[1:]):
         frame[name] = [round(p[i], 6) for p in probabilities]
-    options: dict[str, Any] = {"index": False}
-    if output.suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}  # as `read_table` reads it
-    if output.suffix == ".jsonl":
-        options = {"orient": "records", "lines": True, "force_ascii": False}
-    with replacing(output) as temporary:  # killed here, it is not in the way of the next
-        getattr(frame, writers[output.suffix])(temporary, **options)
+    write_table(frame, output)
     print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
-
-
-def _check_unquoted(columns: Mapping[str, Iterable[Any]], output: Path) -> None:
-    """ValueError for a text that a tab-separated file, which has no quotes, cannot hold."""
-    for name, cells in columns.items():
-        for cell in (name, *cells):
-            if isinstance(cell, str) and any(character in cell for character in "\t\n\r"):
-                raise ValueError(
-                    f"output is {output}, which cannot hold the tab or line break in {cell[:60]!r} "
-                    f"(column {name!r}); give a .csv or .jsonl file."
-                )
 
 
 def load_classifier(source: str) -> Loaded:

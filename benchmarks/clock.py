@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,8 @@ from pipeline.steps import n_real_tokens
 class StepClock(pl.Callback):
     """All that is between two steps counts: data, logging, checkpoints; validations do not.
 
+    The record has the seconds of the module's own part of each step too, as `module_s`.
+
     Args:
         path: of the record.
     """
@@ -24,6 +27,15 @@ class StepClock(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The first step begins."""
+        step, seconds = pl_module.training_step, self.record.facts.setdefault("module_s", [])
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            loss = step(*args, **options)
+            seconds.append(time.perf_counter() - start)
+            return loss
+
+        pl_module.training_step = timed
         self.record.start()
 
     def on_train_batch_end(

@@ -11,8 +11,9 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.downloads import DOWNLOADS, download
 from datamodules.files import cache_dir, decode, file_digests, replacing
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 PYTHON_DOCS = "bundled:python-docs"
 
-_WRITERS = {".csv": "to_csv", ".tsv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
+_WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
 
@@ -170,13 +171,15 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
 
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        return pd.DataFrame([row for _, row in read_jsonl(path)])
+        return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
     if suffix not in (".csv", ".tsv", "", ".parquet"):
         raise ValueError(f"{path} is no table; give a .csv, .tsv, .jsonl or .parquet file.")
     text = "" if suffix == ".parquet" else decode(path.read_bytes(), path)
     try:
         if suffix == ".parquet":
-            return pd.read_parquet(path)
+            from pyarrow import parquet
+
+            return parquet.read_table(path).to_pandas(integer_object_nulls=True)
         table = pd.read_csv(
             io.StringIO(text.replace("\r\n", "\n")),
             sep="," if suffix == ".csv" else "\t",
@@ -216,30 +219,67 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`."""
-    options: dict[str, Any] = {"index": False}
-    if path.suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    if path.suffix == ".jsonl":
-        options = {"orient": "records", "lines": True, "force_ascii": False}
     with replacing(path) as temporary:  # killed here, it is not in the way of the next
-        getattr(frame, _WRITERS[path.suffix])(temporary, **options)
+        if path.suffix == ".parquet":
+            with _as_parquet(str(path)):
+                frame.to_parquet(temporary, index=False)
+        elif path.suffix == ".jsonl":
+            with temporary.open("w", encoding="utf-8") as file:
+                for row in frame.to_dict("records"):
+                    file.write(json.dumps(_in_json(row), ensure_ascii=False) + "\n")
+        else:
+            is_tsv = path.suffix == ".tsv"
+            quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+            frame.to_csv(temporary, index=False, sep="\t" if is_tsv else ",", quoting=quoting)
+
+
+@contextmanager
+def _as_parquet(place: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"output is {place}: {reason}; give a .jsonl file.") from error
+
+
+def _in_json(value: Any) -> Any:
+    """A cell as JSON has it: numbers exactly, times in ISO 8601, what is missing null."""
+    import pandas as pd
+
+    if isinstance(value, dict):
+        return {str(name): _in_json(cell) for name, cell in value.items()}
+    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
+        cells = value.tolist() if hasattr(value, "tolist") else value
+        return [_in_json(cell) for cell in cells] if isinstance(cells, list) else _in_json(cells)
+    if pd.isna(value):
+        return None
+    if isinstance(value, str | bool | int | float):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = None) -> None:
-    """Refuses what `write_table` could not write.
+    """Refuses what `write_table` could not write, before much was done for it.
 
     Args:
         path: the output.
         columns: cells by column, as far as they are known.
 
     Raises:
-        ValueError: for another suffix, or a text that a tab-separated file, which has no quotes,
-            cannot hold.
+        ValueError: for another suffix, a text that a tab-separated file, which has no quotes,
+            cannot hold, or a column that Parquet has no type for.
     """
-    if path.suffix not in _WRITERS:
-        raise ValueError(f"output is {path}; give a file that ends in {', '.join(_WRITERS)}.")
-    for name, cells in (columns or {}).items() if path.suffix == ".tsv" else ():
-        for cell in (name, *cells):
+    import pyarrow
+
+    if path.suffix not in _WRITTEN:
+        raise ValueError(f"output is {path}; give a file that ends in {', '.join(_WRITTEN)}.")
+    for name, cells in (columns or {}).items():
+        if path.suffix == ".parquet":
+            with _as_parquet(f"{path} (column {name!r})"):
+                pyarrow.array(list(cells), from_pandas=True)
+        for cell in (name, *cells) if path.suffix == ".tsv" else ():
             if isinstance(cell, str) and any(character in cell for character in "\t\n\r"):
                 raise ValueError(
                     f"output is {path}, which cannot hold the tab or line break in {cell[:60]!r} "

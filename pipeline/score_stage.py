@@ -146,7 +146,7 @@ def _record(
     run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
     names = {"responses": FILES[0], "scores": FILES[2], "report": "report.html"}
     outputs = {key: str(run.path / name) for key, name in names.items()}
-    unscored = int(sum(v for name, v in metrics.items() if name.endswith("_unscored")))
+    unscored = int(sum(v for name, v in metrics.items() if name.endswith("judge_unscored")))
     if unscored:
         print(
             f"warning: {unscored} items have no verdict of the judge (see the report); the same "

@@ -91,7 +91,7 @@ def test_files_decide_whether_data_was_seen() -> None:
 
 def test_another_column_is_another_split() -> None:
     was, now = ({"init_args": {"text_column": name}} for name in ("text", "clean"))
-    with pytest.raises(ValueError, match="data.text_column was text, is clean"):
+    with pytest.raises(ValueError, match=r"data\.text_column was text, is clean"):
         check_held_out({"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"))
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -154,6 +155,17 @@ def test_responses_of_any_model_can_be_scored(tiny: Journey, tmp_path: Path) -> 
     assert code == 0, err
 
 
+def test_a_perplexity_of_some_is_no_verdict_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    row = {"id": 1, "instruction": "Say hi.", "input": "", "reference": "Hi.", "response": "Hi."}
+    known = {**row, "id": 2, "reference_nats": 2.0, "reference_tokens": 2}
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row, known)))
+    first, again = (said("score", f"--responses={path}") for _ in range(2))
+    assert first[0] == again[0] == 0
+    assert "verdict" not in first[2]
+    assert "already finished" in again[2]
+
+
 def test_generate_prints_the_continuation_alone(tiny: Journey) -> None:
     words = ["generate", f"--ckpt={tiny.best('pretrain')}", "--prompt=The quick brown"]
     code, out, err = said(*words, "--max_new_tokens=6")
@@ -244,6 +256,27 @@ def test_classify_writes_what_is_read_here(tiny: Journey, tmp_path: Path) -> Non
         assert not out.exists()
 
 
+def test_classify_keeps_the_other_columns(tiny: Journey, tmp_path: Path) -> None:
+    """Whatever forms they go through: numbers exactly, times readable, what is missing missing."""
+    row = {"text": "hello a", "id": 1234567890123456789, "at": "2024-01-02T03:04:05.000006"}
+    row |= {"share": 0.1234567890123456, "small": 1e-12, "parts": [{"b": 1}]}
+    others = {"text": "hello b", **dict.fromkeys(list(row)[1:])}
+    table = tmp_path / "in.jsonl"
+    table.write_text("".join(json.dumps(r) + "\n" for r in (row, {"text": "hello b"})))
+    for form in ("jsonl", "parquet", "again.jsonl"):
+        out = tmp_path / f"out.{form}"
+        words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
+        code, _, err = said("classify", *words)
+        assert code == 0, err
+        frame = read_table(out).drop(columns=["predicted", "probability_ham", "probability_spam"])
+        if form == "parquet":
+            frame["at"] = pd.to_datetime(frame["at"])
+            frame.to_parquet(tmp_path / "in.parquet")
+            table = tmp_path / "in.parquet"
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: r[key] for key in row} for r in kept] == [row, others]
+
+
 def test_classify_refuses_what_it_cannot_keep(tiny: Journey, tmp_path: Path) -> None:
     table, out = tmp_path / "messages.jsonl", tmp_path / "labelled.tsv"
     words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
@@ -256,6 +289,11 @@ def test_classify_refuses_what_it_cannot_keep(tiny: Journey, tmp_path: Path) -> 
     assert code == 2
     assert "columns ['predicted', 'probability_spam'], which would be written over" in err
     assert not out.exists()
+    table.write_text('{"text": "ok", "n": 1}\n{"text": "ok", "n": "one"}\n')
+    code, _, err = said("classify", *words[:2], f"--output={tmp_path / 'labelled.parquet'}")
+    assert code == 2
+    assert "labelled.parquet (column 'n'): " in err
+    assert "give a .jsonl file" in err
 
 
 def test_a_vocabulary_that_was_removed_is_trained_anew(

@@ -23,8 +23,7 @@ _START = re.compile(
     r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*{3}", re.IGNORECASE | re.DOTALL
 )
 _END = re.compile(
-    r"^(?:\*{3} ?)?END OF (?:TH(?:E|IS) )?PROJECT GUTENBERG.*",
-    re.IGNORECASE | re.DOTALL | re.MULTILINE,
+    r"^(?:\*{3} ?)?END OF (?:TH(?:E|IS) )?PROJECT GUTENBERG", re.IGNORECASE | re.MULTILINE
 )
 
 _SHINGLE_BYTES = 8  # one uint64
@@ -43,8 +42,8 @@ def cleaned(
         near_duplicates: a document is dropped if its estimated Jaccard similarity (of 8-byte
             shingles, ignoring case and white space) with an earlier one reaches this; null: never.
         counts: filled in as the documents pass: documents `read`, dropped as `empty`,
-            `exact_duplicates` or `near_duplicates`, and kept but changed by `mojibake_repaired`
-            or `gutenberg_stripped`.
+            `exact_duplicates` or `near_duplicates`, and kept but `mojibake_repaired`; e-books that
+            are kept but `gutenberg_stripped`, of which a document may hold many.
     """
     counts.update(dict.fromkeys(COUNTS, 0))
     duplicates = Duplicates(near_duplicates)
@@ -52,14 +51,14 @@ def cleaned(
         counts["read"] += 1
         text = document.replace("\r\n", "\n").replace("\r", "\n")
         repaired = repair_mojibake(text)
-        stripped = strip_gutenberg(repaired)
+        stripped, n_books = strip_gutenberg(repaired)
         if not stripped.strip():
             counts["empty"] += 1
         elif kind := duplicates.kind(stripped):
             counts[kind] += 1
         else:
             counts["mojibake_repaired"] += repaired != text
-            counts["gutenberg_stripped"] += stripped != repaired
+            counts["gutenberg_stripped"] += n_books
             yield stripped
 
 
@@ -73,13 +72,19 @@ def repair_mojibake(text: str) -> str:
     return "".join(line if line.isascii() else ftfy.fix_encoding(line) for line in lines)
 
 
-def strip_gutenberg(text: str) -> str:
-    """The book alone, where the text is an e-book of Project Gutenberg with its header."""
-    header = _START.search(text)
-    if header is None:
-        return text
-    end = _END.search(text, header.end())
-    return text[header.end() : end.start() if end else None].strip() + "\n"
+def strip_gutenberg(text: str) -> tuple[str, int]:
+    """The books alone, and how many start here, where the text holds Project Gutenberg's e-books.
+
+    What stands before the first one is its header; but where a book ends there, the text is a later
+    part of a long file, and begins in that book.
+    """
+    before, *books = _START.split(text)
+    if not books:
+        return text, 0
+    rest, *ended = _END.split(before, maxsplit=1)
+    bodies = [rest if ended else "", *(_END.split(book, maxsplit=1)[0] for book in books)]
+    kept = [body.strip() for body in bodies]
+    return "\n\n".join(filter(None, kept)) + "\n", len(books)
 
 
 class Duplicates:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -75,14 +76,38 @@ def test_mojibake_is_repaired_in_its_line_alone() -> None:
 
 def test_gutenberg_is_stripped_only_from_an_ebook() -> None:
     mention = "We read the line: End of Project Gutenberg's book. And went on.\n"
-    assert strip_gutenberg(mention) == mention
-    assert strip_gutenberg("*** END OF THE PROJECT GUTENBERG EBOOK ***\nx") == (
-        "*** END OF THE PROJECT GUTENBERG EBOOK ***\nx"
-    )
+    assert strip_gutenberg(mention) == (mention, 0)
+    lone = "*** END OF THE PROJECT GUTENBERG EBOOK ***\nx"
+    assert strip_gutenberg(lone) == (lone, 0)
     old = BOOK.replace(
         "*** END OF THE PROJECT", "End of the Project Gutenberg EBook\n\n*** END OF THIS PROJECT"
     )
-    assert strip_gutenberg(old) == "Chapter 1. It began.\n"
+    assert strip_gutenberg(old) == ("Chapter 1. It began.\n", 1)
+
+
+def test_every_book_of_a_file_of_many_is_kept_and_counted() -> None:
+    books = [BOOK.replace("It began", f"Book {i} began") for i in range(3)]
+    books[1] = books[1].partition("*** END")[0]  # ends where the next one starts
+    texts, counts = clean(["".join(books), BOOK], near_duplicates=None)
+    first, second, third = (f"Chapter 1. Book {i} began." for i in range(3))
+    header = "The Project Gutenberg eBook of A Book"
+    assert texts[0] == f"{first}\n\n{second}\n\n{header}\n\n{third}\n"
+    assert texts[1] == "Chapter 1. It began.\n"
+    assert counts["gutenberg_stripped"] == 4
+
+
+def test_a_long_file_may_be_cut_within_a_book() -> None:
+    """Its blocks are cleaned one by one: wherever they are cut, no line of a book is lost."""
+    books = [BOOK.replace("It began", f"Book {i} began.\nBook {i} ended") for i in range(3)]
+    lines = "".join(books).splitlines(keepends=True)
+    said = [line for line in lines if re.match(r"Chapter|Book \d", line)]
+    for cut in range(len(lines)):
+        if lines[cut].startswith("BY"):
+            continue  # a mark of two lines that is cut is none
+        parts = [strip_gutenberg("".join(part)) for part in (lines[:cut], lines[cut:])]
+        kept = "".join(text for text, _ in parts).splitlines(keepends=True)
+        assert [line for line in kept if line in said] == said, cut
+        assert sum(n for _, n in parts) == 3
 
 
 @pytest.mark.parametrize("n_words", [200, 2000])  # the second is longer than its sketch

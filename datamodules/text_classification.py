@@ -157,7 +157,7 @@ class TextClassificationDataModule(StepDataModule):
             yield _text(text, self.text_column, place), self._class_index(label, place)
 
     def _class_index(self, label: Any, place: str) -> int:
-        if label is None or label != label or label == "":  # NaN is not itself
+        if _missing(label) or str(label) == "":
             raise ValueError(f"{place} has no {self.label_column!r}; give it a label, or drop it.")
         if isinstance(label, float) and label.is_integer():  # integers of a column with gaps
             label = int(label)
@@ -216,7 +216,14 @@ class TextClassificationDataModule(StepDataModule):
         return counts
 
 
+def _missing(value: Any) -> bool:
+    """Whether a cell is null: None, NaN or pandas' NA; a list never is."""
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
 def _text(value: Any, column: str, place: str) -> str:
+    if _missing(value):
+        raise ValueError(f"{place} has no {column!r}; give it a text, or drop it.")
     if not isinstance(value, str):
         raise ValueError(f"{place}: {column!r} is {value!r}, not a text; correct or drop the row.")
     if not value.strip():

@@ -255,6 +255,7 @@ BAD_DATA = {
     ),
     "no label": ("t.tsv", GOOD + "\tpaint\n", r"t.tsv: row 41 has no 'topic'; give it a label"),
     "null label": ("t.jsonl", '{"topic": null, "text": "x"}', r"t.jsonl: row 1 has no 'topic'"),
+    "null text": ("t.jsonl", '{"topic": "law", "text": null}', r"row 1 has no 'text'; give it a t"),
     "no key": ("t.jsonl", '{"topic": "law", "text": "x"}\n{"text": "y"}', r"row 2 has no 'topic'"),
     "blank": ("t.tsv", GOOD + "law\t  \n", r"t.tsv: row 41: 'text' is empty; correct or drop"),
     "number": ("t.jsonl", '{"topic": "law", "text": 3}', r"row 1: 'text' is 3, not a text; corr"),
@@ -279,6 +280,26 @@ def test_bad_data_is_refused_by_file_and_row(write: Write, make: Any, name: str)
         module.setup("fit")
     assert "\n" not in str(caught.value)
     assert file_name in str(caught.value) or name == "few"
+
+
+@pytest.mark.parametrize(
+    ("topics", "texts", "message"),
+    [
+        (pd.array(["law", None], "string"), ["x", "y"], r"row 2 has no 'topic'; give it a label"),
+        (pd.array([1, None], "Int64"), ["x", "y"], r"row 2 has no 'topic'; give it a label"),
+        (["law", "1"], pd.array(["x", None], "string"), r"row 2 has no 'text'; give it a text"),
+        (["law", "1"], [["x", "y"], ["z"]], r"row 1: 'text' is .*'x', 'y'.*, not a text; correct"),
+        ([["law", "1"], ["1"]], ["x", "y"], r"row 1 has label .*'law' '1'.*, data.label_names is"),
+    ],
+)
+def test_a_cell_of_parquet_that_is_no_text_or_label(
+    make: Any, tmp_path: Path, topics: Any, texts: Any, message: str
+) -> None:
+    """pandas' own NA is not even equal to itself, and lists arrive as arrays."""
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"topic": topics, "text": texts}).to_parquet(path)
+    with pytest.raises(ValueError, match=rf"t\.parquet: {message}"):
+        make(path, label_names=["law", "1"]).setup("fit")
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {

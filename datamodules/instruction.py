@@ -24,7 +24,7 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import decode, file_digests, read_jsonl, read_rows, resolve
+from datamodules.sources import decode, file_digests, parse_json, read_jsonl, read_rows, resolve
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
@@ -214,7 +214,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_list(path: Path) -> list[Any]:
     text = decode(path.read_bytes(), path)
     try:
-        entries = json.loads(text) if text.strip() else []
+        entries = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ PYTHON_DOCS = "bundled:python-docs"
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
+_HALF = re.compile(  # a lone surrogate, after plain text, pairs of them and other escapes
+    r"(?:[^\\]++|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)*+(\\u....)"
+)
 
 
 def resolve(source: str) -> list[Path]:
@@ -142,9 +146,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, _json_object(text, f"{path}:{number}")
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads`, but JSON that spells half a character, as UTF-8 cannot, is an error too."""
+    value = json.loads(text)
+    if ("\\ud" in text or "\\uD" in text) and (half := _HALF.match(text)):
+        message = f"{half[1]} is half a character (a lone surrogate)"
+        raise json.JSONDecodeError(message, text, half.start(1))
+    return value
+
+
 def _json_object(text: str, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: {error.msg} at column {error.colno}; fix the line.") from error
     except (ValueError, RecursionError) as error:  # a number too long, or too many brackets

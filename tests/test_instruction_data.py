@@ -325,6 +325,10 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no list": ('{"data": []}', r"data.json holds a JSON dict, not a list; put the entries"),
     "broken": ('[{"instruction": ]', r"data.json:1: Expecting value at column 18; correct the"),
     "bytes": (b'[{"instruction": "\xff"}]', r"data.json: byte 18 \(0xff\) is not UTF-8"),
+    "surrogate": (
+        json.dumps([GOOD, {**GOOD, "output": "\ud83d"}], indent=1),
+        r"data.json:10: \\ud83d is half a character .* at column 14; correct the JSON",
+    ),
     "empty": ("", r"data.json holds no entries; take it out of data.source, or fill it"),
     "empty list": ("[]", r"data.json holds no entries"),
     "no object": ([GOOD, "text"], r"data.json: entry 1 is a str, not an object"),
@@ -370,6 +374,8 @@ def test_a_bad_line_is_refused_by_its_number(make: Make) -> None:
     lines = [json.dumps(entry) for entry in entries(3)]
     with pytest.raises(ValueError, match=r"data.jsonl:2: .* at column 2; fix the line"):
         ready(make("\n".join([lines[0], "{oops", lines[1]]), "data.jsonl"))
+    with pytest.raises(ValueError, match=r"data.jsonl:2: \\ud83d is half .* at column 49; fix"):
+        ready(make("\n".join([lines[0], json.dumps({**GOOD, "input": "\ud83d"})]), "data.jsonl"))
     with pytest.raises(ValueError, match=r"data.jsonl:3 has no 'output'"):
         ready(make("\n".join([lines[0], "", '{"instruction": "x"}']), "data.jsonl"))
 

@@ -124,11 +124,20 @@ def test_jsonl_is_read_with_line_numbers(write: Write) -> None:
         (b'{"a": 1}\n{"a": }\n', r"a\.jsonl:2: Expecting value at column 7; fix the line"),
         (b'{"a": 1}\n[1]\n', r"a\.jsonl:2: a list, not a JSON object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl: byte 16 \(0xff\) is not UTF-8"),
+        (b'{"a": 1}\n{"a": "x\\ud83d"}\n', r"a\.jsonl:2: \\ud83d is half .* at column 9; fix the"),
+        (b'{"a": ["\\uDE00\\uD83D"]}', r"a\.jsonl:1: \\uDE00 is half a .* at column 9; fix"),
+        (b'{"\\uD83d": "\\ude00"}', r"a\.jsonl:1: \\uD83d is half a char.* at column 3; fix the"),
+        (rb'{"a": "\n\ud83d\ude00\\ud83d\ude00"}', r"a\.jsonl:1: \\ude00 is half .* at column 29"),
     ],
 )
 def test_a_bad_line_is_named(content: bytes, message: str, write: Write) -> None:
     with pytest.raises(ValueError, match=message):
         list(read_jsonl(write("a.jsonl", content)))
+
+
+def test_characters_of_two_halves_are_read(write: Write) -> None:
+    line = r'{"a": "\ud83d\uDE00 \\ud83d \ue000"}'  # of the second, the backslash is text
+    assert list(read_jsonl(write("a.jsonl", line))) == [(1, {"a": "😀 \\ud83d \ue000"})]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])

@@ -41,11 +41,11 @@ class Item(TypedDict):
 class InstructionDataModule(StepDataModule):
     """Prompts and responses in one prompt style; the test set is what the other two leave.
 
-    Entries with the same prompt (but for case, punctuation and spacing) stay on one side of the
-    split. Shuffled, whole groups are drawn. In file order it is the book's split: the first
-    `train_fraction` of the entries to train on, the next to test on, the last `val_fraction` to
-    validate on, each share rounded to whole entries; but an entry whose prompt has occurred before
-    joins the first one, so that the later splits are smaller by their repeats.
+    Entries that begin with the same question (but for case, punctuation and spacing) stay on one
+    side of the split. Shuffled, whole groups are drawn. In file order it is the book's split: the
+    first `train_fraction` of the entries to train on, the next to test on, the last `val_fraction`
+    to validate on, each share rounded to whole entries; but an entry whose question has occurred
+    before joins the first one, so that the later splits are smaller by their repeats.
 
     A sample longer than `max_length` keeps its (last) response whole and loses the middle of what
     stands before: the start of the prompt says what is asked, its end opens the response.
@@ -148,7 +148,7 @@ class InstructionDataModule(StepDataModule):
 
     def _split(self, items: list[Item]) -> tuple[dict[str, splits.Positions], int]:
         """Positions of each split, and how many test prompts a naive split would have leaked."""
-        keys = [_prompt_key(item) for item in items]
+        keys = [_question_key(item) for item in items]
         test_fraction = 1 - self.train_fraction - self.val_fraction
         order = ("train", "test", "val")  # the book's
         fractions = (self.train_fraction, test_fraction, self.val_fraction)
@@ -290,7 +290,13 @@ def _text(entry: dict[str, Any], field: str, place: str) -> str:
     return entry[field]
 
 
-def _prompt_key(item: Item) -> str:
-    """Digits count here: "3 + 4" and "3 + 5" are two questions."""
-    contents = "\n".join(message["content"] for message in item["messages"])
+def _question_key(item: Item) -> str:
+    """Conversations that begin with the same question are one group, whatever the system is told.
+
+    What answers it is supervised in a longer conversation too. Digits count here: "3 + 4" and
+    "3 + 5" are two questions.
+    """
+    said = [message for message in item["messages"] if message["role"] != "system"]
+    n_first = [message["role"] for message in said].index("user") + 1
+    contents = "\n".join(message["content"] for message in said[:n_first])
     return splits.canonical_key(contents, mask_digits=False)

@@ -209,6 +209,25 @@ def test_equal_prompts_stay_on_one_side(make: Make) -> None:
     assert module.fingerprint["counts"]["n_leaked_naive"] > 0
 
 
+def test_conversations_that_begin_alike_stay_on_one_side(make: Make) -> None:
+    """[q, a, q2, a2] supervises a, which is what [q, a] asks for, with a system message or not."""
+    long = conversations(30)
+    short = [{"messages": [*entry["messages"][1:2], turn("assistant", "Two.")]} for entry in long]
+    brief = [{"messages": [*entry["messages"][:2], turn("assistant", "2.")]} for entry in long]
+    module = ready(make([*long, *short, *brief]))
+    sides = [{item["id"] % 30 for item in module.items(split)} for split in splits.SPLITS]
+    assert [len(side) for side in sides] == [18, 6, 6]
+    assert module.fingerprint["counts"]["n_leaked_naive"] > 0
+
+
+def test_single_turns_keep_their_keys_and_splits(make: Make) -> None:
+    """A system message that all of them share does not move them either."""
+    for start in (0, 1):
+        data = [{"messages": entry["messages"][start:3]} for entry in conversations(40)]
+        ids = [item["id"] for item in ready(make(data)).items("test")]
+        assert ids == [2, 6, 16, 20, 23, 26, 31, 38]
+
+
 def test_file_order_is_the_books_split(make: Make) -> None:
     data = entries(100)
     data[90]["input"] = data[3]["input"]  # would be tested on, after training on the same prompt

@@ -37,11 +37,12 @@ def resolve(source: str) -> list[Path]:
     """Files of a source, sorted.
 
     Args:
-        source: `bundled:NAME`, `download:NAME`, a file, a folder (all files below it that are not
-            hidden) or a glob (`**` crosses folders); `~` and environment variables are expanded.
+        source: `bundled:NAME`, `download:NAME`, a file, a folder (all files below it and below the
+            folders that it links to, but hidden ones) or a glob (`**` crosses folders); `~` and
+            environment variables are expanded.
 
     Raises:
-        FileNotFoundError: if there is no such file, or nothing matches.
+        FileNotFoundError: if there is no such file, nothing matches, or a link leads nowhere.
         ValueError: for an unknown bundled or download name.
         OSError: if a download fails.
     """
@@ -54,10 +55,16 @@ def resolve(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
+        files = sorted(_files_below(path))
     else:
-        files = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207, Path.glob matches hidden files
-    found = sorted(file for file in files if file.is_file())
+        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207, Path.glob matches hidden files
+    for file in files:
+        if not file.exists() and file.is_symlink():
+            raise FileNotFoundError(
+                f"source {source!r}: {file} is a link to {file.readlink()}, which is not there; "
+                "restore it, or remove the link."
+            )
+    found = [file for file in files if file.is_file()]
     if not found:
         raise FileNotFoundError(_missing(source, path))
     return found
@@ -100,8 +107,19 @@ def _missing(source: str, path: Path) -> str:
     return f"source {source!r} does not exist; give a file, a folder or a glob."
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files that are not hidden; of each folder once, under its own name rather than a link's."""
+    tops, seen = [folder], set()
+    for top in tops:  # links to folders join as they are met
+        for parent, names, files in os.walk(top):
+            real = os.path.realpath(parent)
+            if real in seen:
+                names.clear()
+                continue
+            seen.add(real)
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            tops += [link for name in names if (link := Path(parent, name)).is_symlink()]
+            yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def _known(choices: dict[str, Any], name: str, kind: str) -> Any:

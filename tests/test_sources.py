@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import sys
 import threading
 import zipfile
@@ -33,6 +34,41 @@ def test_a_folder_gives_its_files_sorted_without_hidden_ones(write: Write, tmp_p
     assert resolve(str(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
     assert resolve(f"{tmp_path}/*.txt") == [tmp_path / "b.txt"]
     assert resolve(f"{tmp_path}/**/*.txt") == [tmp_path / "a/z.txt", tmp_path / "b.txt"]
+
+
+def test_links_of_a_folder_are_followed_once(write: Write, tmp_path: Path) -> None:
+    """A loop ends, and a folder that is there under its own name is read under no other."""
+    for name in ("z/own.txt", "../far/f.txt", "../far/deep/d.txt", "../far/.git/x", "../one.txt"):
+        write(f"data/{name}", "x")
+    data = tmp_path / "data"
+    for name, target in (
+        ("a", "z"),
+        ("m.txt", "../one.txt"),
+        ("more", "../far"),
+        ("again", "../far/deep"),
+        (".hidden", "../far"),
+        (".gone", "nowhere"),
+        ("../far/back", "../data"),
+        ("../far/deep/self", "."),
+    ):
+        (data / name).symlink_to(target)
+    found = ["again/d.txt", "m.txt", "more/f.txt", "z/own.txt"]
+    assert resolve(str(data)) == [data / name for name in found]
+    (tmp_path / "link").symlink_to("data")
+    assert resolve(str(tmp_path / "link")) == [tmp_path / "link" / name for name in found]
+
+
+@pytest.mark.parametrize("source", ["data", "data/*.txt", "data/gone.txt", "link"])
+def test_a_link_to_nothing_is_named(
+    source: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("data/a.txt", "x")
+    Path("data/gone.txt").symlink_to("unmounted/gone.txt")
+    Path("link").symlink_to("data")
+    message = r"gone\.txt is a link to unmounted/gone\.txt, which is not there; restore it, or rem"
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(source)}': (data|link)/{message}"):
+        resolve(source)
 
 
 def test_variables_and_home_are_expanded(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,8 @@ def tfidf_baseline(
     """Class probabilities of texts by logistic regression on TF-IDF of words and word pairs.
 
     The regularisation is the one of least log loss on the validation texts. Labels are class
-    indices 0..n_classes-1, every one of them in training. Nothing is random.
+    indices 0..n_classes-1, every one of them in training. Nothing is random. Where no training
+    text has a word, as of emoji alone, characters and their pairs stand for words.
 
     Returns:
         (n_test, n_classes) probabilities; column i is class i.
@@ -143,6 +144,8 @@ def tfidf_baseline(
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"
     )
+    if not any(map(vectorizer.build_analyzer(), train_texts)):
+        vectorizer.set_params(analyzer="char_wb", token_pattern=None)
     train = vectorizer.fit_transform(train_texts)
     val, test = vectorizer.transform(val_texts), vectorizer.transform(test_texts)
     models = [

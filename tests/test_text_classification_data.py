@@ -376,6 +376,14 @@ def test_the_baseline_separates_what_words_tell(write: Write) -> None:
     assert (probabilities.argmax(1) == labels[70:]).all()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_baseline_reads_characters_where_there_are_no_words() -> None:
+    texts, labels = ["🙂🎉", "😡 👎", "🙂", "👎😡😡"] * 5, [0, 1, 0, 1] * 5
+    probabilities = tfidf_baseline(texts, labels, texts, labels, ["🎉", "👎", "word"])
+    assert probabilities.shape == (3, 2)
+    assert probabilities[:2].argmax(1).tolist() == [0, 1]
+
+
 def test_the_baseline_on_real_messages(real_data: Path, tokenizer_file: Path) -> None:
     path = real_data / "sms_spam" / "SMSSpamCollection"
     options = {**SPAM, "train_fraction": 0.7, "val_fraction": 0.1, "split_seed": 123}

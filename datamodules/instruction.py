@@ -11,6 +11,7 @@ import torch
 
 from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
+from datamodules.files import decode, file_digests
 from datamodules.prompts import (
     IGNORE,
     Message,
@@ -24,7 +25,7 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import decode, file_digests, parse_json, read_jsonl, read_rows, resolve
+from datamodules.sources import parse_json, read_jsonl, read_rows, resolve
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 

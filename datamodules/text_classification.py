@@ -13,8 +13,9 @@ import torch
 
 from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
+from datamodules.files import file_digests
 from datamodules.prompts import encode_text
-from datamodules.sources import file_digests, read_table, resolve
+from datamodules.sources import read_table, resolve
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 

@@ -30,7 +30,7 @@ class CheckCLI(PipelineCLI):
     """`fit` for a few steps, and a report instead of a result."""
 
     @contextmanager
-    def open_run(self) -> Iterator[Run]:
+    def make_run(self) -> Iterator[Run]:
         """A run that is gone afterwards; MLflow never hears of it."""
         mlruns_root().mkdir(parents=True, exist_ok=True)
         for journal in mlruns_root().glob(f".check-*/*/*/{JOURNAL}"):

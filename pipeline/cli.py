@@ -167,7 +167,7 @@ class PipelineCLI(LightningCLI):
         if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
             check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
         self._dump_config()
-        self._open_run()
+        self._open_on_first_rank()
         self.datamodule.config = self.config_dump["data"]
         logger = RunLogger(self.run) if self.run else None
         options = self._get(self.config_init, "trainer")
@@ -189,17 +189,17 @@ class PipelineCLI(LightningCLI):
             logger.trainer = trainer
         return trainer
 
-    def open_run(self) -> AbstractContextManager[Run]:
+    def make_run(self) -> AbstractContextManager[Run]:
         """The run that the command keeps everything in."""
         return open_run(self.stage.run.experiment, self.run_name(), self.config_dump)
 
-    def _open_run(self) -> None:
-        """The run, in the first of several processes alone; the others know where it lies."""
+    def _open_on_first_rank(self) -> None:
+        """Opens the run in the first of several processes; the others learn where it lies."""
         experiment, name = self.stage.run.experiment, self.run_name()
         self.run: Run | None = None
         self.run_path = Path(os.environ.get(RUN_VARIABLE) or mlruns_root() / experiment / name)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            run = self.stack.enter_context(self.open_run())
+            run = self.stack.enter_context(self.make_run())
             run.log_tags({"precision.resolved": self.stage.trainer.precision})
             self.run, self.run_path = run, run.path
             if RUN_VARIABLE not in os.environ:  # for processes that Lightning starts

@@ -20,9 +20,10 @@ from pipeline.checkpoint import (
 from pipeline.models import Loaded, load
 from pipeline.run_directory import Run
 from pipeline.stage_run import run_once
-from pipeline.weights.card import CARD, card, license_of
+from pipeline.weights.card import card, license_of
 from pipeline.weights.fetch import locate
 from pipeline.weights.gguf_out import GGUFType, gguf_writers
+from pipeline.weights.huggingface_in import CARD
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.lineage import lineage
 from pipeline.weights.peft_out import peft_writers

@@ -174,7 +174,7 @@ def answer(
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
     tuned = load_language_model(ckpt, answering.precision)
-    held_out = data_of(tuned, data)
+    held_out = held_out_of(tuned, data)
     held_out.setup("test")
     if tuned.meta.get("dataset"):
         check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
@@ -217,7 +217,7 @@ def parent_of(tuned: Loaded) -> str | None:
     return str(path)
 
 
-def data_of(tuned: Loaded, changes: dict[str, Any] | None) -> InstructionDataModule:
+def held_out_of(tuned: Loaded, changes: dict[str, Any] | None) -> InstructionDataModule:
     """The data that a checkpoint was tuned on, with some arguments changed, loss on responses.
 
     Raises:

@@ -10,7 +10,6 @@ from pipeline.classifier import GPTClassifier
 from pipeline.models import Loaded
 from pipeline.weights.names import family_of
 
-CARD = "README.md"
 _DIGITS = 12  # of a digest, that are shown
 _USE = {
     "language_model": """```python

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Vocabulary
 from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
@@ -85,7 +86,7 @@ def modelfile(loaded: Loaded) -> str:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif template := go(tokenizer, style):
         lines.append(f'TEMPLATE """{template}"""')
-        if style == "template" and (system := default_system(tokenizer)):
+        if style == TEMPLATE and (system := default_system(tokenizer)):
             lines.append(f'SYSTEM """{system}"""')
     else:
         lines.append(f"# no TEMPLATE: Ollama compares the one in {MODEL} with those that it knows")

@@ -22,9 +22,9 @@ from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-TEMPLATE, CARD = "chat_template.jinja", "README.md"
+CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 GENERATION_CONFIG = "generation_config.json"
-FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, "model-*.safetensors")
+FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
 OPTIONAL_FILES = (CARD, GENERATION_CONFIG)  # a cache of the hub without them is whole
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
@@ -312,8 +312,8 @@ def _leading_token(processor: Any) -> str | None:
 
 
 def _chat_template(path: Path, options: dict[str, Any]) -> str | None:
-    if (path / TEMPLATE).is_file():
-        return (path / TEMPLATE).read_text(encoding="utf-8")
+    if (path / CHAT_TEMPLATE).is_file():
+        return (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
     template = options.get("chat_template")
     if isinstance(template, list):
         template = next((t["template"] for t in template if t["name"] == "default"), None)

@@ -20,9 +20,9 @@ from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
 from pipeline.weights.huggingface_in import (
+    CHAT_TEMPLATE,
     CONFIG,
     GENERATION_CONFIG,
-    TEMPLATE,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
@@ -61,7 +61,7 @@ def _writing(loaded: Loaded) -> Writers:
     """What a model that writes text has beside."""
     writers = {GENERATION_CONFIG: json_writer(_generation_config(loaded))}
     if template := chat_template(loaded):
-        writers[TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
+        writers[CHAT_TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
     return writers
 
 

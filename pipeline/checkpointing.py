@@ -12,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pipeline import checkpoint as files
 from pipeline.background import Background
@@ -42,7 +42,7 @@ class DirectoryCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             changing = {key: v for key, v in checkpoint.items() if key != "tokenizer"}
-            checkpoint = {**checkpoint, **apply_to_collection(changing, Tensor, _copy)}
+            checkpoint = {**checkpoint, **tree_map_only(Tensor, _copy, changing)}
         writers = {
             **files.model_writers(
                 checkpoint["state_dict"], checkpoint["meta"], checkpoint["tokenizer"]

@@ -49,7 +49,8 @@ class Blocks(Dataset[Sample]):
 
 
 class PretrainingDataModule(StepDataModule):
-    """Text from files, folders, globs, JSONL, Parquet or `bundled:python-docs`.
+    """Text from files, folders, globs, tables (.jsonl, .parquet, .csv, .tsv) or
+    `bundled:python-docs`.
 
     Documents are cleaned, deduplicated and joined by `<|endoftext|>`. Some of them are held out
     (the end of the text, where they are few), whatever the seed. There is no third split: test is

@@ -1,4 +1,6 @@
-"""What a checkpoint is used for at the terminal: continue a text, converse, label."""
+"""A checkpoint put to use: text continued, conversations, labels; for the terminal, `serve` and
+`score`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The prompt styles of `datamodules.prompts` as chat templates of others: Jinja, and Ollama's Go.
 
 Rendered and encoded elsewhere, a prompt has the ids that `encode_prompt` gives it here (shown for
-transformers in tests/test_export_templates.py).
+transformers in tests/test_export_tokenizers.py).
 """
 
 from __future__ import annotations

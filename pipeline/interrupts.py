@@ -18,7 +18,6 @@ FORWARDED = {  # signal -> what the child gets
     signal.SIGHUP: signal.SIGTERM,
 }
 
-
 PARENT_VARIABLE = "GPT_PIPELINE_PARENT"  # run directory of the chain that a stage belongs to
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

@@ -24,9 +24,8 @@ class RunLogger(Logger):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.trainer: pl.Trainer | None = (
-            None  # whose optimizer steps count; Lightning counts from 0
-        )
+        # whose optimizer steps count; Lightning counts from 0
+        self.trainer: pl.Trainer | None = None
 
     @property
     @rank_zero_experiment

@@ -59,9 +59,8 @@ def _auroc(weights: Array, actual: NDArray[np.bool_], scores: Array) -> Array:
     """(R,) probability that a positive item outranks a negative one, ties counting half."""
     order = np.argsort(scores, kind="stable")
     ranked = weights[:, order]
-    starts = np.flatnonzero(
-        np.diff(scores[order], prepend=np.nan) != 0
-    )  # NaN != 0: the first is one
+    # NaN != 0: the first is one
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
     positives = np.add.reduceat(ranked * actual[order], starts, axis=1)
     negatives = np.add.reduceat(ranked * ~actual[order], starts, axis=1)
     outranked = np.cumsum(negatives, axis=1) - negatives / 2

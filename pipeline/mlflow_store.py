@@ -8,10 +8,13 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+
+from pipeline.tracking import database_uri
 
 REPLICATED = "mlflow.json"  # in a run directory: what a store has of the run
 _SQLITE = "sqlite:///"
@@ -45,14 +48,16 @@ def open_store(uri: str) -> MlflowClient:
 
 
 def _database(uri: str) -> Path | None:
-    return Path(uri.removeprefix(_SQLITE)).resolve() if uri.startswith(_SQLITE) else None
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0])).resolve()
 
 
 def _create(database: Path) -> None:
     """Makes a database elsewhere and moves it: MLflow cannot go on with a half-made one."""
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".mlflow-") as folder:
         made = Path(folder) / database.name
-        MlflowClient(f"{_SQLITE}{made}")
+        MlflowClient(database_uri(made))
         made.replace(database)
     for remembered in database.parent.glob(f"*/*/{REPLICATED}"):
         remembered.unlink()  # what runs sent was to an earlier database

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from pipeline.journal import JOURNAL
 from pipeline.ports import listen
@@ -29,7 +30,17 @@ _ENVIRONMENT = {
 
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI if it is set, else the database in the root of the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(root.resolve() / "mlflow.db")
+
+
+def database_uri(path: Path) -> str:
+    """Address of an SQLite database, quoted where SQLAlchemy would read another path.
+
+    Slashes are quoted then too: MLflow makes the folder that an address names as it is written.
+    """
+    text = str(path)
+    is_plain = unquote(text) == text and "?" not in text
+    return f"sqlite:///{text if is_plain else quote(text, safe='')}"
 
 
 def sync(run: Path, uri: str | None = None) -> int:

@@ -272,6 +272,26 @@ def test_a_moved_project_keeps_its_artifacts(root: Path, tmp_path: Path) -> None
     assert not run.path.exists()
 
 
+@pytest.mark.parametrize("name", ["a%41b", "really?x=1", "50% of 7 %25", "Größe #1 +"])
+def test_any_path_can_hold_the_database(name: str, tmp_path: Path) -> None:
+    root = tmp_path / name / "mlruns"
+    run = Run.open(root / "spam" / "one")
+    run.log_text("new", "new.txt")
+    run.finish({}, {}, {})
+    assert sync_all(root)["lines"] > 0
+    assert sync_all(root, ask=True)["lines"] == 0, "it is found again"
+    assert (root / "mlflow.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    client, info = MlflowClient(tracking_uri(root)), runs_in(root)["one"].info
+    assert Path(client.download_artifacts(info.run_id, "new.txt")).read_text() == "new"
+
+
+def test_a_path_that_always_worked_keeps_its_address(tmp_path: Path) -> None:
+    """It is how runs know the store that they were sent to."""
+    for name in ("a b", "#1", "Größe", "50% x"):
+        assert tracking_uri(tmp_path / name) == f"sqlite:///{tmp_path / name / 'mlflow.db'}"
+
+
 def test_a_lost_database_is_filled_anew_by_whoever_comes(root: Path) -> None:
     for number in range(3):
         run = Run.open(root / "spam" / f"run-{number}")

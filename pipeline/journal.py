@@ -97,7 +97,7 @@ def _recover(run: Path) -> tuple[int, float]:
     end, active_s, last = 0, 0.0, None
     for line, line_end in read_journal(run):
         if last is not None and line.get("name") != "resumed":
-            active_s += line["time"] - last
+            active_s += max(0.0, line["time"] - last)  # clocks are set back
         end, last = line_end, line["time"]
     return end, active_s
 

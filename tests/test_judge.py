@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -494,6 +495,27 @@ def test_a_damaged_cache_costs_one_question(server: Server, tmp_path: Path, dama
     assert scores(judge(server, tmp_path, "a", "b")) == [10, 21]
     assert scores(judge(server, tmp_path, "a", "b")) == [10, 21]
     assert server.n_requests == 3
+
+
+SHORT = """
+import resource, sys
+from pathlib import Path
+from pipeline.evaluation.judge import Judgement, VerdictCache
+cache = VerdictCache(Path(sys.argv[1]))
+cache.append("a", Judgement(("x" * 50,), None))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+cache.append("b", Judgement(("y" * 50,), None))
+"""
+
+
+def test_half_a_verdict_is_an_error(tmp_path: Path) -> None:
+    """As a full disk takes it: a part, and no error."""
+    path = tmp_path / "cache.jsonl"
+    command = [sys.executable, "-c", SHORT, str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert path.stat().st_size == 100
+    assert ended.returncode == 1
+    assert re.search(r"OSError: .*cache\.jsonl could not be written \(.* bytes\)", ended.stderr)
 
 
 KILLED = """

@@ -187,6 +187,15 @@ def test_elapsed_time_leaves_out_the_time_between_attempts(path: Path) -> None:
     assert Run.open(path).elapsed_s == pytest.approx(100, abs=5)  # 60 + 40, and this test
 
 
+def test_a_clock_that_is_set_back_takes_no_time_off(path: Path) -> None:
+    path.mkdir(parents=True)
+    events = [(5000, "created"), (5060, "saved"), (100, "saved"), (140, "saved")]
+    (path / JOURNAL).write_text(
+        "".join(json.dumps({"time": t, "kind": "event", "name": n}) + "\n" for t, n in events)
+    )
+    assert Run.open(path).elapsed_s == pytest.approx(100, abs=5)  # 60 + 40, and this test
+
+
 @pytest.mark.parametrize(
     ("reason", "status"),
     [

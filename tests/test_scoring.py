@@ -203,6 +203,16 @@ def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
     assert row.verdict == "better"
 
 
+def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
+    """Two infinite perplexities: their difference is NaN, and so is its interval."""
+    texts = [replace(r, reference_nats=1e6, reference_tokens=1) for r in responses("a", "b")]
+    rows = summarize(Scored(texts, []), before=Scored(texts, []), seed=0).rows
+    (row,) = (row for row in rows if row.measure == "perplexity")
+    assert row.difference
+    assert math.isnan(row.difference.low)
+    assert row.verdict == "unclear"
+
+
 def test_pairs_are_found_by_id_and_must_be_the_same_items() -> None:
     after = responses("a", "b", "c")
     same = judged(list(reversed(after)), [3, 2, 1])

@@ -100,7 +100,12 @@ class VerdictCache:
 
     def _write(self, line: bytes) -> None:
         with self.path.open("ab", buffering=0) as file:
-            file.write(line)
+            n_bytes = file.write(line)
+        if n_bytes != len(line):
+            raise OSError(
+                f"{self.path} could not be written ({n_bytes} of {len(line)} bytes); make room, "
+                "and the same command goes on."
+            )
 
 
 def _ask_all(

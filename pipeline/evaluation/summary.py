@@ -85,8 +85,8 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `unclear` where the interval of the difference holds 0."""
-        if self.difference is None or self.difference.low <= 0 <= self.difference.high:
+        """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN."""
+        if self.difference is None or not (self.difference.low > 0 or self.difference.high < 0):
             return "unclear"
         is_better = (self.difference.value < 0) == (self.measure in LOWER_IS_BETTER)
         return "better" if is_better else "worse"

@@ -115,7 +115,7 @@ class Writer:
         """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
 
         Raises:
-            ValueError: for a prompt that does not fit.
+            ValueError: for a prompt that does not fit, or more texts than may ever wait.
             EngineError: where the model cannot write, or not go on.
         """
         events: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -126,6 +126,12 @@ class Writer:
                 loop.call_soon_threadsafe(events.put_nowait, (index, piece))
 
         each = [prompt for prompt in prompts for _ in range(asked.n)]
+        limit = self.engine.limits.max_waiting
+        if len(each) > limit:  # to come again would not help
+            raise ValueError(
+                f"{len(each)} texts are asked for (prompts times n), but at most {limit} may wait; "
+                "ask for fewer at a time."
+            )
         texts = [SaidText(self.loaded.tokenizer, prompt, asked) for prompt in each]
         requests: list[Request] = []
         try:

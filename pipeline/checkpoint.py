@@ -11,11 +11,13 @@ manifest.json          size and SHA-256 of each file, written last
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import uuid
@@ -59,27 +61,30 @@ def writing_directory(path: Path) -> Iterator[Path]:
     """A hidden folder that becomes `path` when the block ends well, flushed to disk.
 
     So the directory is there whole or not at all, even if the machine stops. One that stands there
-    already is replaced. What an earlier process left half-written of it is removed.
+    already is replaced. What an earlier process left half-written of it is removed; what a living
+    one (of this machine) writes at the same time is not.
 
     Args:
         path: the directory to be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*{DRAFT}"):
-        shutil.rmtree(leftover)
-    draft = _hidden(path)
-    draft.mkdir()
-    try:
-        yield draft
-        for file in (*draft.iterdir(), draft):
-            _flush(file)
-        replaced = path.rename(_hidden(path)) if path.exists() else None
-        draft.rename(path)
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    _sweep(path.parent, re.escape(path.name))
+    draft, replaced = _hidden(path), None
+    with contextlib.ExitStack() as held:
+        with _holding(path.parent):  # no sweep sees the draft before it is held
+            draft.mkdir()
+            held.enter_context(_holding(draft))
+        try:
+            yield draft
+            for file in (*draft.iterdir(), draft):
+                _flush(file)
+            replaced = path.rename(_hidden(path)) if path.exists() else None
+            draft.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     if replaced:
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # another's sweep may be at it
 
 
 def write_checkpoint(path: Path, writers: Writers) -> None:
@@ -94,10 +99,9 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
-    for leftover in path.parent.glob(f".step-*{DRAFT}"):
-        shutil.rmtree(leftover)
     try:
         with writing_directory(path) as draft:
+            _sweep(path.parent, r"step-\d{8,}")
             files = write_files(draft, writers)
             (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
@@ -290,6 +294,32 @@ def _is_empty(path: Path) -> bool:
 
 def _hidden(path: Path) -> Path:
     return path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}{DRAFT}"
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Removes what `_hidden` named and nobody holds; `name` is a pattern."""
+    pattern = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(DRAFT)}")
+    with _holding(folder):
+        for leftover in [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]:
+            with (
+                contextlib.suppress(BlockingIOError, FileNotFoundError),
+                _holding(leftover, fcntl.LOCK_NB),
+            ):
+                shutil.rmtree(leftover)
+
+
+@contextmanager
+def _holding(folder: Path, how: int = 0) -> Iterator[None]:
+    """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork has the descriptor, too
+    finally:
+        os.close(descriptor)
 
 
 def _facts(path: Path) -> dict[str, Any]:

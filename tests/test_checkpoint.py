@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -386,6 +387,23 @@ def test_sigkill_while_writing_leaves_no_checkpoint(whole: Path) -> None:
     assert newest_valid(folder) == whole
     written = write_text(folder / "step-00000002", a="a", b="b")
     assert sorted(folder.iterdir()) == [whole, written], "the half-written one is swept away"
+
+
+def test_what_another_writes_is_left_to_it(tmp_path: Path) -> None:
+    """To the same place, and to one whose name begins alike."""
+    odd = [tmp_path / ".step-00000002-old-12345678.draft", tmp_path / ".step-1-12345678.draft"]
+    for folder in odd:
+        folder.mkdir()
+    paths = [tmp_path / name for name in ("step-00000001", "step-00000001-gguf", "model")]
+    with contextlib.ExitStack() as stack:
+        drafts = [stack.enter_context(files.writing_directory(path)) for path in paths]
+        for path in (*paths, tmp_path / "step-00000002"):
+            write_text(path, weights="another's")
+        for draft in drafts:
+            (draft / "weights").write_text("ours")
+    assert [(path / "weights").read_text() for path in paths] == ["ours"] * 3
+    whole = [*paths, tmp_path / "step-00000002"]
+    assert sorted(tmp_path.iterdir()) == sorted([*whole, *odd]), "nothing hidden is left"
 
 
 # Contents

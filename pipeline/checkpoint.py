@@ -48,7 +48,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotWritten(OSError):
-    """A checkpoint that could not be written; those before it are as they were."""
+    """A checkpoint, or what is exported, that could not be written; what was there is as it was."""
 
 
 def step_name(step: int) -> str:
@@ -66,8 +66,25 @@ def writing_directory(path: Path) -> Iterator[Path]:
 
     Args:
         path: the directory to be.
+
+    Raises:
+        CheckpointNotWritten: the disk is full, or refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _draft_of(path) as draft:
+            yield draft
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
+        free_mib = shutil.disk_usage(path.parent).free / 2**20
+        reason = str(error).partition("\n")[0]
+        raise CheckpointNotWritten(
+            f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "
+            "before is whole. Make room; the same command goes on."
+        ) from error
+
+
+@contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
     _sweep(path.parent, re.escape(path.name))
     draft, replaced = _hidden(path), None
     with contextlib.ExitStack() as held:
@@ -99,17 +116,10 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
-    try:
-        with writing_directory(path) as draft:
-            _sweep(path.parent, r"step-\d{8,}")
-            files = write_files(draft, writers)
-            (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
-        free_mib = shutil.disk_usage(path.parent).free / 2**20
-        raise CheckpointNotWritten(
-            f"{path} could not be written ({str(error).splitlines()[0]}; {free_mib:,.0f} MiB are "
-            "free); checkpoints before it are whole. Make room; the same command goes on."
-        ) from error
+    with writing_directory(path) as draft:
+        _sweep(path.parent, r"step-\d{8,}")
+        files = write_files(draft, writers)
+        (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
 def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from pipeline import checkpoint as files
 from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.models import load
+from pipeline.weights.reading import EXPORT
 from tests.journey import Journey, said
 from tests.training import classifier, fit, spam_data
 
@@ -166,6 +167,33 @@ def test_a_full_disk_costs_the_last_steps_alone(
     code, _, err = said(*words)
     assert code == 0, err
     assert f"resuming from {whole[-1]}" in err
+
+
+@pytest.mark.parametrize("command", ["huggingface", "gguf", "import", "merge"])
+def test_a_full_disk_is_named_by_whatever_writes_a_model(
+    command: str, tiny: Journey, home: Path, small_disk: Path
+) -> None:
+    """Its file is begun and not ended; what safetensors and GGUF say of that names no path."""
+    ckpt = f"--ckpt={tiny.best('instruct' if command == 'merge' else 'pretrain')}"
+    words = ["export", ckpt, f"--format={command}"]
+    if command == "merge":
+        words = ["merge", ckpt]
+    elif command == "import":
+        source = small_disk.parent / "published"
+        assert said("export", ckpt, "--format=huggingface", f"--output={source}")[0] == 0
+        (source / EXPORT).unlink()
+        words = ["import", f"--source={source}"]
+    filler = small_disk / "filler"
+    filler.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 64 * 2**10))
+    words.append(f"--output={small_disk / 'model'}")
+    code, _, err = said(*words)
+    assert code == 2, err
+    (line,) = (line for line in err.splitlines() if line.startswith("error:"))
+    assert line.startswith(f"error: {small_disk / 'model'} could not be written (")
+    assert "Make room; the same command goes on." in line
+    assert list(small_disk.iterdir()) == [filler], "half of it is left"
+    filler.unlink()
+    assert said(*words)[0] == 0
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(

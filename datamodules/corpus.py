@@ -32,7 +32,7 @@ SPLITS = ("train", "val")
 Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one past the last
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
-_SCHEMA = 1  # raise it when the same sources and options give other tokens
+_SCHEMA = 2  # raise it when the same sources and options give other tokens
 _MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of the text is held out instead of documents
 
 _log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ class ByteLevel:
         return ids if spells_all else self._encode_spelled(text)
 
     def _encode_spelled(self, text: str) -> list[int]:
-        """As `tokenizers`: what stood around a byte left out may be merged, within its piece."""
+        """Encodes as `tokenizers` does: around a byte left out merges go on, within its piece."""
         missing = b"".join(self._vocabulary.missing_bytes)
         pieces = _splitter(self._vocabulary.pattern).pre_tokenize_str(whole_characters(text))
         spelled = (piece.encode().translate(None, missing) for piece, _ in pieces)

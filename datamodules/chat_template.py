@@ -114,7 +114,7 @@ def _compiled(source: str) -> Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers gives a template; and its loops end, its products stay small."""
+    """What transformers offers to a template; but loops end, and products stay small."""
 
     intercepted_binops = frozenset(("*", "**"))  # not computed while compiling, either
 
@@ -163,5 +163,5 @@ def _now(form: str) -> str:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """As it is; Jinja's own escapes it for HTML."""
+    """JSON as it is; Jinja's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

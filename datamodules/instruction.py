@@ -199,7 +199,7 @@ class InstructionDataModule(StepDataModule):
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each entry of a file stands, for messages, and the entry."""
+    """The entries of a file, each with its place for error messages."""
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         entries = [(f"{path}:{line}", entry) for line, entry in read_jsonl(path)]

@@ -85,7 +85,7 @@ class Vocabulary:
         return [byte for byte in map(_byte, range(256)) if byte not in known]
 
     def content(self) -> dict[str, Any]:
-        """As primitives; what is at its default is left out."""
+        """The vocabulary in primitives; what is at its default is left out."""
         optional = {
             "eos": self.eos,
             "bos": self.bos,
@@ -142,7 +142,7 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """Of the encoding."""
+        """Name of the encoding."""
         return self.vocabulary.name
 
     @property

@@ -130,7 +130,7 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
 
 
 def check_output(path: Path, marker: str) -> None:
-    """ValueError where a directory to be written is there already, and nothing made here.
+    """ValueError where the directory exists, is not empty, and was not made by this command.
 
     Args:
         path: the directory.

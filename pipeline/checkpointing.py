@@ -128,7 +128,10 @@ class Checkpoints(pl.Callback):
         return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Has all ranks keep things where the first does: a run started anew, it alone can name."""
+        """Gives every rank the first one's run directory.
+
+        Only that one can name a run that is started anew.
+        """
         path = trainer.strategy.broadcast(trainer.default_root_dir)
         trainer._default_root_dir = path  # type: ignore[attr-defined]
 
@@ -224,7 +227,7 @@ class Checkpoints(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Lets a save end that is being written."""
+        """Lets the save that is being written end."""
         try:
             self._background.wait()
         except files.CheckpointNotWritten as error:

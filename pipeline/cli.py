@@ -249,7 +249,7 @@ class PipelineCLI(LightningCLI):
             print(f"resuming from {config.ckpt_path}", file=sys.stderr)
 
     def _say_what_is_new(self, *, must: bool) -> None:
-        """Where there is nothing to go on with, but a like run was interrupted: how they differ."""
+        """How a like run that was interrupted differs, where there is nothing to go on with."""
         other = interrupted_like(self.run_path)
         text = f"; {other}" if other else ""
         if must:

@@ -23,5 +23,5 @@ def compile_blocks(gpt: GPT) -> None:
 
 
 def uncompiled(is_compiled: bool) -> AbstractContextManager[Any]:
-    """Where a model whose blocks may be compiled runs as it was: for text, token by token."""
+    """A context in which compiled blocks run eagerly, as decoding needs."""
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

@@ -45,10 +45,10 @@ class LitStep(pl.LightningModule):
         optimizer: how weights are updated.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
             that it needs: less memory for about a third more time, the same numbers.
-        compile: have torch.compile make few kernels of many, in blocks and in the loss; it pays
-            on a GPU, after a minute of compiling. A run that goes on may then round otherwise.
-        cuda_graphs: ask a GPU once for all of a pass, which pays where that is many small
-            operations; null: where it can be done.
+        compile: compile blocks and loss with torch.compile; it pays on a GPU, after a minute of
+            compiling. A resumed run may then round differently.
+        cuda_graphs: capture each training pass as CUDA graphs, which pays where it is many small
+            operations; null: wherever it can be done.
     """
 
     automatic_optimization = False
@@ -161,7 +161,7 @@ class LitStep(pl.LightningModule):
             training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))
 
     def teardown(self, stage: str) -> None:
-        """Gives up what holds for this run's place of the weights."""
+        """Removes captured graphs: they hold for the weights' present addresses."""
         if self.model is not None:
             training_graph.remove(self.gpt)
 

@@ -81,7 +81,7 @@ class LitClassifier(LitStep):
         return F.cross_entropy(logits.float(), micro_batch["label"], reduction="sum")
 
     def n_targets(self, micro_batch: MicroBatch) -> int:
-        """One a text."""
+        """One target a text."""
         return len(micro_batch["label"])
 
     def _logits(self, micro_batch: MicroBatch) -> Tensor:

@@ -31,7 +31,7 @@ class TokenLogprob(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> list[TokenLogprob]:
-    """Of tokens that logits (N, V) foretell, one of each."""
+    """Log-probabilities of tokens, each under its own row of logits (N, V)."""
     every = logits.log_softmax(dim=-1)
     own = every.gather(1, torch.tensor(tokens, device=every.device)[:, None])[:, 0]
     best = every.topk(min(n_likeliest, every.shape[1]))
@@ -45,7 +45,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> l
 def prompt_logprobs(
     model: GPT, hidden: Tensor, ids: Sequence[int], n_likeliest: int, n_vocab: int | None
 ) -> list[TokenLogprob]:
-    """Of all tokens of a prompt, whose hidden states are (T, C); its first has none."""
+    """Log-probabilities of a prompt's tokens, from hidden states (T, C); the first has none."""
     found = [TokenLogprob(ids[0], None, [])]
     for start in range(0, len(ids) - 1, PLACES_AT_A_TIME):
         following = ids[start + 1 : start + 1 + PLACES_AT_A_TIME]

@@ -131,7 +131,7 @@ def _adamw(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
-        fused=is_fused,  # it would leave it to itself to unscale gradients, after they are clipped
+        fused=is_fused,  # a fused AdamW unscales gradients itself, which is after they were clipped
     )
 
 
@@ -153,7 +153,7 @@ class Chained(torch.optim.Optimizer):
         return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each, after the closure."""
+        """One step of each optimizer, after the closure."""
         loss = closure() if closure is not None else None
         for optimizer in self.optimizers:
             optimizer.step()

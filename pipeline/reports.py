@@ -77,7 +77,7 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
 def report_test(
     run: Run, data: StepDataModule, metrics: dict[str, float], predictions: Sequence[Prediction]
 ) -> Report:
-    """Of a classifier: scores with 95 % intervals, a bag of words on the same texts beside them.
+    """A classifier's scores with 95 % intervals, beside those of a bag of words on the same texts.
 
     Args:
         run: gets the confusion matrix and the predictions.

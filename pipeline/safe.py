@@ -20,7 +20,7 @@ ALLOWED = [
     "torch.nn",
     "torch.optim",
 ]
-CALLERS = [  # what they are given is called, whatever it is
+CALLERS = [  # callbacks that call whatever they are given
     "lightning.pytorch.callbacks.LambdaCallback",
     "lightning.pytorch.callbacks.lambda_function",
 ]

@@ -34,6 +34,6 @@ def n_real_tokens(batch: list[MicroBatch]) -> int:
 
 
 def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:
-    """Of the samples of a step, over all ranks, which must all call it."""
+    """Ids of the samples of a step, over all ranks, which must all call it."""
     own = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
     return [i for ids in of_ranks(trainer, own) for i in ids]

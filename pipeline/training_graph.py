@@ -66,13 +66,13 @@ def is_installed(gpt: GPT) -> bool:
 
 
 def n_prepared(gpt: GPT) -> int:
-    """Passes that were slow so that later ones of their shape are not."""
+    """Slow passes so far: the first of each shape, and its capture."""
     return gpt.forward.n_prepared if isinstance(gpt.forward, TrainingGraphs) else 0
 
 
 @contextmanager
 def left_out(gpt: GPT) -> Iterator[None]:
-    """Within it passes are what they consist of, for whoever counts that."""
+    """Within it passes run operation by operation, so that these can be counted."""
     graphs = gpt.__dict__.pop("forward", None)
     try:
         yield
@@ -108,7 +108,7 @@ class TrainingGraphs:
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """As `GPT.forward`; what it returns is overwritten by the next pass."""
+        """Does what `GPT.forward` does; what it returns is overwritten by the next pass."""
         n_tokens, block_size = input_ids.shape[1], self.gpt.config.block_size
         is_trained = torch.is_grad_enabled() and self.gpt.training and not options
         if not is_trained or n_tokens > block_size:
@@ -120,12 +120,12 @@ class TrainingGraphs:
 
     @property
     def n_prepared(self) -> int:
-        """Passes that were slow so that later ones of their shape are not."""
+        """Slow passes so far: the first of each shape, and its capture."""
         return len(self.met) + len(self.captured)
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """Of `trained`: where passes add to them, which is the same place at every step."""
+        """Gradients of `trained`: passes add to them, in the same place at every step."""
         return [torch.zeros_like(parameter) for parameter in self.trained.values()]
 
     def hold_gradients(self) -> None:

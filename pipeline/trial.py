@@ -51,7 +51,7 @@ class Epoch:
 
     @classmethod
     def of(cls, data: StepDataModule) -> Epoch:
-        """Of a data module that is set up."""
+        """The first epoch of a data module that is set up."""
         order = data.train_order()(0)
         steps = data.train_lengths(order).split(data.batch_size)
         shapes = [
@@ -128,9 +128,8 @@ class Trial(pl.Callback):
         self.total_bytes = total_memory_bytes(device)
         self.kept_bytes = largest_kept_bytes(trainer, pl_module, self.epoch)
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
-        n_copies = (
-            4 if is_installed(pl_module.gpt) else 3
-        )  # gradients, twice in graphs; two moments
+        # gradients, twice in graphs; two moments
+        n_copies = 4 if is_installed(pl_module.gpt) else 3
         self.needed_bytes = used_memory_bytes(device) + n_copies * trained + self.kept_bytes
         trainer.should_stop = not self.fits
         self._since = time.perf_counter()

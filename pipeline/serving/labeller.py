@@ -20,11 +20,11 @@ class Labeller:
 
     @property
     def names(self) -> list[str]:
-        """Of the labels."""
+        """Names of the labels."""
         return self.loaded.meta["label_names"]
 
     async def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
-        """Of every text and label, (N, K).
+        """Probabilities of every text and label, (N, K).
 
         Raises:
             ValueError: for a text without anything to label.

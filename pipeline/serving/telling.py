@@ -58,7 +58,7 @@ class Teller:
 
 
 def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:
-    """As a chat's choice has them."""
+    """Log-probabilities as a chat's choice has them."""
     content = [
         {
             **_chat_piece(told.piece, told.logprob),
@@ -75,7 +75,7 @@ def _chat_piece(piece: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
-    """As a text's choice has them."""
+    """Log-probabilities as a text's choice has them."""
     return {
         "tokens": [_named(told.piece) for told in tokens],
         "token_logprobs": [told.logprob for told in tokens],
@@ -85,7 +85,7 @@ def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
 
 
 def _by_name(told: Told) -> dict[str, float] | None:
-    """Of the likeliest, and of the token itself; none of a text's first."""
+    """Log-probabilities of the likeliest and of the token itself; none for a text's first."""
     if told.logprob is None:
         return None
     found: dict[str, float] = {}

@@ -69,7 +69,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
 
 
 def license_of(steps: Sequence[dict[str, Any]]) -> str | None:
-    """Of the weights that all began with, where that is known."""
+    """Licence of the weights that all began with, where that is known."""
     return steps[-1].get("license")
 
 

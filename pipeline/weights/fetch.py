@@ -82,7 +82,7 @@ def locate(source: str | Path) -> Path:
 
 
 def packaged_path(name: str) -> Path:
-    """Where a name of `PACKAGED` is kept once it was fetched."""
+    """Where a name of `PACKAGED` is kept once it is fetched."""
     return cache_dir() / "weights" / name / Path(PACKAGED[name].member).name
 
 
@@ -203,9 +203,9 @@ def _has_weights(snapshot: Path) -> bool:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    """Whether a model can be read from it: other tools leave what they needed, a tokenizer alone.
+    """Whether a model can be read from a snapshot.
 
-    What the hub's client knows of is complete; it says nothing of what it has no listing of.
+    Other tools may have fetched a tokenizer alone, which the hub's client counts as complete.
     """
     weights = {WEIGHTS}
     if (snapshot / INDEX).is_file():

@@ -60,7 +60,7 @@ class Foreign:
 
 
 def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
-    """Of every parameter of the model, by our names.
+    """Shapes of every parameter of the model, by our names.
 
     Raises:
         ValueError: naming a tensor that is missing, unknown or of another shape.

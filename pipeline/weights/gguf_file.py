@@ -162,7 +162,7 @@ class _Header:
         return name, StoredTensor(shape, GGMLQuantizationType(kind), offset)
 
     def placed(self, name: str, tensor: StoredTensor, start: int) -> StoredTensor:
-        """With its offset in the file."""
+        """The tensor with its offset in the file."""
         offset = start + tensor.offset
         if offset + tensor.n_rows * tensor.row_bytes > len(self.data) or 0 in tensor.shape:
             raise ValueError(f"it is truncated or damaged: its tensor {name} is not all there.")

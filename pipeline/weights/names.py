@@ -131,7 +131,7 @@ def _huggingface_gpt2(config: GPTConfig) -> Iterator[Entry]:
 
 
 def _gguf(config: GPTConfig) -> Iterator[Entry]:
-    """As Hugging Face's, under llama.cpp's names and without transposing."""
+    """Hugging Face's entries under llama.cpp's names, without transposing."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     family = family_of(config)

@@ -181,7 +181,7 @@ class Special:
     chat_template: str | None
 
     def fields(self) -> dict[str, Any]:
-        """Of a vocabulary.
+        """Keyword arguments of `Vocabulary`.
 
         Raises:
             ValueError: where one of them is not special, or none ends a text.
@@ -255,7 +255,7 @@ def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list
 
 
 def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, int]:
-    """Those that text is made of.
+    """The tokens that text is made of.
 
     Raises:
         ValueError: where two tokens have one id, or one is out of all proportion.

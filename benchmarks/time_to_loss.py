@@ -102,7 +102,7 @@ def main(
         curves = {
             contestant.name: record_of(contestant)["validations"]
             for contestant in (
-                ours(weights, n_steps, n_rows, lr, 2),
+                ours(weights, n_steps, n_rows, lr, 1),
                 plain(weights, plain_steps, 10),
             )
         }

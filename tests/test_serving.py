@@ -380,7 +380,11 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
         (b'{"model": "tiny", "prompt": [true]}', 400, "prompt.0"),
         (b'{"model": "tiny", "prompt": [1, 2147483647]}', 400, "not among the 348 tokens"),
         (b'{"model": "tiny", "prompt": [1, 99999999999999999999]}', 400, "prompt.0"),
-        (b'{"model": "tiny", "prompt": [%s"a"], "n": 16}' % (b'"a", ' * 16), 400, "at most 256 may"),
+        (
+            b'{"model": "tiny", "prompt": [%s"a"], "n": 16}' % (b'"a", ' * 16),
+            400,
+            "at most 256 may",
+        ),
         (b'{"model": "tiny", "prompt": "a", "logprobs": 21}', 400, "logprobs"),
         (b'{"model": "tiny", "prompt": "a", "logprobs": true}', 400, "logprobs"),
     ],

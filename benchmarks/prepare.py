@@ -22,10 +22,10 @@ from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import write_files, writing_directory
-from pipeline.export_stage import export_stage
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded
-from pipeline.tokenizer_stage import train_stage
+from pipeline.stages.export_stage import export_stage
+from pipeline.stages.tokenizer_stage import train_stage
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import tokenizer_of
 

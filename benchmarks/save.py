@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import ROOT, results_folder
-from pipeline.journal import read_journal
+from pipeline.runs.journal import read_journal
 
 EVERY, N_SAVES = 4, 3  # steps between saves; the last save is at the end of the run
 DEFAULT_EVERY = 100  # of the configurations

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.guessing import MAX_GUESSES
+from pipeline.decoding.guessing import MAX_GUESSES
 
 if TYPE_CHECKING:
     from pipeline.gpt import GPTConfig

@@ -15,10 +15,10 @@ from datamodules.batching import MicroBatch
 from datamodules.prompts import encode_start, stop_ids
 from datamodules.step_data_module import StepDataModule
 from pipeline.compiling import uncompiled
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.passes import check_prompt
+from pipeline.decoding.sampling import Sampling
 from pipeline.hardware import matrix_product_ceiling
-from pipeline.passes import check_prompt
-from pipeline.sampling import Sampling
 from pipeline.sharding import gather_shared
 from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
 

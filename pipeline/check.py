@@ -19,10 +19,10 @@ from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.hardware import multiplies_bf16
-from pipeline.journal import JOURNAL
 from pipeline.memory import GIB
-from pipeline.run_directory import Run, is_open, read_outcome
-from pipeline.stage_run import mlruns_root
+from pipeline.runs.journal import JOURNAL
+from pipeline.runs.run_directory import Run, is_open, read_outcome
+from pipeline.runs.stage_run import mlruns_root
 from pipeline.trial import N_VAL_BATCHES, Epoch, Trial
 
 

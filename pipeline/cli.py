@@ -30,7 +30,6 @@ from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.identity import decisive
 from pipeline.lit_base import LitStep, check_context
 from pipeline.memory import GIB
 from pipeline.optim import check_warmup
@@ -44,10 +43,11 @@ from pipeline.reports import (
     report_test,
 )
 from pipeline.resume import interrupted_like
-from pipeline.reuse import find_run, new_run, still_holds
-from pipeline.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
-from pipeline.run_logger import RunLogger
-from pipeline.stage_run import RUN_VARIABLE, mlruns_root, open_run
+from pipeline.runs.identity import decisive
+from pipeline.runs.reuse import find_run, new_run, still_holds
+from pipeline.runs.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
+from pipeline.runs.run_logger import RunLogger
+from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 

@@ -25,7 +25,7 @@ def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"]
     Returns:
         The exit code.
     """
-    from pipeline.chain import run_chain
+    from pipeline.stages.chain import run_chain
 
     return run_chain(Path(config), set, resume)
 
@@ -50,7 +50,7 @@ def tokenizer_train(
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
         output: a file that gets a copy of the vocabulary.
     """
-    from pipeline.tokenizer_stage import train_stage
+    from pipeline.stages.tokenizer_stage import train_stage
 
     train_stage(
         [source] if isinstance(source, str) else source,
@@ -218,7 +218,7 @@ def score(
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
     from pipeline.hardware import inference_precision
-    from pipeline.score_stage import Answering, score_stage
+    from pipeline.stages.score_stage import Answering, score_stage
 
     score_stage(
         ckpt=ckpt,
@@ -240,7 +240,7 @@ def import_(*, source: str, output: str | None = None) -> None:
             owner/name@revision), or smollm2-135m-instruct, which comes with pip.
         output: directory of the checkpoint; by default it stays with its run.
     """
-    from pipeline.import_stage import import_stage
+    from pipeline.stages.import_stage import import_stage
 
     import_stage(source, output=Path(output) if output else None)
 
@@ -263,7 +263,7 @@ def export(
         dtype: of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0.
         output: the directory; by default it stays with its run.
     """
-    from pipeline.export_stage import export_stage
+    from pipeline.stages.export_stage import export_stage
 
     export_stage(ckpt, form=format, dtype=dtype, output=Path(output) if output else None)
 
@@ -279,7 +279,7 @@ def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None =
         data: arguments of its data module to change, where the data lies elsewhere by now.
         output: directory of the merged checkpoint; by default it stays with its run.
     """
-    from pipeline.merge_stage import merge_stage
+    from pipeline.stages.merge_stage import merge_stage
 
     merge_stage(Path(ckpt), data=data, output=Path(output) if output else None)
 
@@ -342,8 +342,8 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
     """
     if not 0 < port < 65536:
         raise ValueError(f"port is {port}; give one from 1 to 65535.")
-    from pipeline.stage_run import mlruns_root
-    from pipeline.tracking import open_ui, sync_all
+    from pipeline.runs.stage_run import mlruns_root
+    from pipeline.runs.tracking import open_ui, sync_all
 
     if sync:
         counts = sync_all(mlruns_root(), ask=True)

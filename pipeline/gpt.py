@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention_products import attention_bias, attention_products, product_dtype
-from pipeline.kv_cache import KVCache
+from pipeline.decoding.kv_cache import KVCache
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
 

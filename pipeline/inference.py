@@ -16,14 +16,14 @@ from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
 from datamodules.sources import check_writable, read_table, write_table
 from pipeline.classifier import GPTClassifier
-from pipeline.generate import generate, stream
+from pipeline.decoding.generate import generate, stream
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.text_stream import TextStream
 from pipeline.hardware import default_device, inference_precision
 from pipeline.models import Loaded, load
-from pipeline.packed import pack
 from pipeline.precision import Precision
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
-from pipeline.text_stream import TextStream
 
 
 def print_continuation(

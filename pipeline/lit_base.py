@@ -29,7 +29,7 @@ from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
 from pipeline.resume import check_base, check_held_out, check_resumable, check_tensors
-from pipeline.run_directory import flat
+from pipeline.runs.run_directory import flat
 from pipeline.steps import is_logged_step, run_of
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes

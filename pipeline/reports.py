@@ -17,8 +17,8 @@ from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap, difference
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
-from pipeline.journal import metric_history
-from pipeline.run_directory import Run
+from pipeline.runs.journal import metric_history
+from pipeline.runs.run_directory import Run
 
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"

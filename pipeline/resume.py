@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.arguments import load_yaml
 from pipeline.checkpoint import CHECKPOINTS
-from pipeline.identity import decisive
-from pipeline.run_directory import CONFIG, OUTCOME
+from pipeline.runs.identity import decisive
+from pipeline.runs.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
 SPLIT = (  # arguments of data that decide what is held out

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from datamodules.batching import MicroBatch
-from pipeline.run_directory import Run
+from pipeline.runs.run_directory import Run
 from pipeline.sharding import of_ranks
 
 

@@ -9,21 +9,19 @@ ROOT = Path(__file__).parents[1]
 LIGHTNING_MODULES = {"pipeline.lit_base", "pipeline.lit_language_model", "pipeline.lit_classifier"}
 MAY_IMPORT_THEM = {"cli", "checkpointing", *(m.rpartition(".")[2] for m in LIGHTNING_MODULES)}
 TORCH_ONLY = {  # and each other
-    "classifier",
-    "attention_products",
-    "generate",
-    "gpt",
-    "guessing",
-    "kv_cache",
-    "logprobs",
-    "loss",
-    "packed",
-    "passes",
-    "prefix_cache",
-    "rotary",
-    "sampling",
-    "step_graph",
-    "unpadding",
+    *("attention_products", "classifier", "gpt", "loss", "rotary", "unpadding"),
+    *(
+        f"decoding.{path.stem}"
+        for path in (ROOT / "pipeline" / "decoding").glob("*.py")
+        if path.stem not in ("__init__", "text_stream")
+    ),
+}
+BELOW = {  # folder -> what it knows nothing of
+    "decoding": ("runs", "stages", "serving", "evaluation", "weights"),
+    "runs": ("decoding", "stages", "serving", "evaluation", "weights"),
+    "weights": ("stages", "serving", "evaluation"),
+    "evaluation": ("stages", "serving"),
+    "serving": ("stages",),
 }
 
 
@@ -54,12 +52,21 @@ def test_only_the_command_line_imports_lightning_modules(path: Path) -> None:
         assert not imports(path) & LIGHTNING_MODULES
 
 
+@pytest.mark.parametrize("folder", BELOW)
+def test_folders_know_nothing_of_those_above(folder: str) -> None:
+    above = tuple(f"pipeline.{name}" for name in BELOW[folder])
+    found = {
+        n for path in files(f"pipeline/{folder}") for n in imports(path) if n.startswith(above)
+    }
+    assert not found
+
+
 @pytest.mark.parametrize("name", sorted(TORCH_ONLY))
 def test_the_model_needs_torch_alone(name: str) -> None:
     ours = {f"pipeline.{other}" for other in TORCH_ONLY}
     third = {
         module
-        for module in imports(ROOT / "pipeline" / f"{name}.py")
+        for module in imports(ROOT / "pipeline" / f"{name.replace('.', '/')}.py")
         if not any(module == o or module.startswith(f"{o}.") for o in ours)
     }
     allowed = {

@@ -18,11 +18,11 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.__main__ import main
-from pipeline.chain import RECORD, _finished, _plan, run_chain
-from pipeline.chain_config import load_chain
-from pipeline.journal import read_journal
-from pipeline.run_directory import is_open, read_outcome
-from pipeline.tracking import tracking_uri
+from pipeline.runs.journal import read_journal
+from pipeline.runs.run_directory import is_open, read_outcome
+from pipeline.runs.tracking import tracking_uri
+from pipeline.stages.chain import RECORD, _finished, _plan, run_chain
+from pipeline.stages.chain_config import load_chain
 from tests.journey import CONFIGS
 
 Write = Callable[[str, str | bytes], Path]
@@ -447,7 +447,7 @@ def test_signals_reach_the_stage(
 def test_two_of_the_same_chain_do_not_mix(
     started: subprocess.Popen[str], slow_chain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.run_directory._LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeline.runs.run_directory._LOCK_TIMEOUT_S", 0.2)
     assert main(["run", "-c", str(slow_chain)]) == 2
     assert started.poll() is None
     started.terminate()

@@ -19,7 +19,7 @@ import torch
 
 from pipeline.gpt import GPT
 from pipeline.hardware import default_device, used_memory_bytes
-from pipeline.run_directory import Run
+from pipeline.runs.run_directory import Run
 from pipeline.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes
 from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said

@@ -51,7 +51,7 @@ sys.exit(", ".join({HEAVY!r} & set(sys.modules)) or 0)
 
 def test_what_uses_a_model_imports_nothing_of_training() -> None:
     """Lightning takes 5 s to import, which somebody who asks one question would wait for."""
-    code = "import sys, pipeline.inference, pipeline.serving.serve, pipeline.export_stage\n"
+    code = "import sys, pipeline.inference, pipeline.serving.serve, pipeline.stages.export_stage\n"
     code += f"sys.exit(', '.join({TRAINING!r} & set(sys.modules)) or 0)"
     ended = python("-c", code)
     assert ended.returncode == 0, ended.stderr

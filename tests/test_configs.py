@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from datamodules.step_data_module import StepDataModule
-from pipeline.chain_config import load_chain
 from pipeline.cli import PipelineCLI
 from pipeline.lit_base import LitStep
+from pipeline.stages.chain_config import load_chain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if "trainer:" in path.read_text())

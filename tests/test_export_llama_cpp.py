@@ -23,11 +23,11 @@ from torch import Tensor
 
 from datamodules.prompts import Message, encode_prompt
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.inference import settings_for
 from pipeline.models import Loaded, load
 from pipeline.rotary import RopeScaling
-from pipeline.sampling import Sampling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.vocabulary import PRE_TOKENIZERS
 from tests.exporting import (

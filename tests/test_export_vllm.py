@@ -20,12 +20,12 @@ from datamodules.prompts import Message, encode_prompt
 from pipeline import lora
 from pipeline.checkpoint import ADAPTER_WEIGHTS, tensors_writer
 from pipeline.classifier import GPTClassifier
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.inference import settings_for
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
 from pipeline.rotary import RopeScaling
-from pipeline.sampling import Sampling
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.peft_out import peft_writers
 from tests.exporting import (

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.generate import Batch, generate, generate_each, stream
+from pipeline.decoding.generate import Batch, generate, generate_each, stream
+from pipeline.decoding.passes import check_prompt
+from pipeline.decoding.sampling import Sampling, choose, probabilities
 from pipeline.gpt import GPT
-from pipeline.passes import check_prompt
-from pipeline.sampling import Sampling, choose, probabilities
 
 MakeGPT = Callable[..., GPT]
 PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3]]

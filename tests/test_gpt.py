@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.attention_products import attention_products
+from pipeline.decoding.kv_cache import KVCache
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
-from pipeline.kv_cache import KVCache
 from pipeline.loss import next_token_loss
 
 MakeGPT = Callable[..., GPT]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.loss import IGNORE, next_token_loss
-from pipeline.sampling import Sampling
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 32-term sums round at some 1e-6
 N_NEW = 20

@@ -13,14 +13,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from pipeline import step_graph, training_graph
-from pipeline.generate import Batch, generate, generate_each
+from pipeline import training_graph
+from pipeline.decoding import step_graph
+from pipeline.decoding.generate import Batch, generate, generate_each
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.inference import label_probabilities, load_classifier
 from pipeline.models import load
-from pipeline.packed import pack
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
 from tests.journey import Journey
 from tests.training import (
     ADAMW,

@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.generate import Batch, generate, stream
+from pipeline.decoding.generate import Batch, generate, stream
+from pipeline.decoding.guessing import MAX_GUESSES, guess
+from pipeline.decoding.logprobs import TokenLogprob
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
-from pipeline.guessing import MAX_GUESSES, guess
-from pipeline.logprobs import TokenLogprob
-from pipeline.packed import pack
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
 from tests.machine import needs_bf16_of_one_kernel, needs_f16_products
 from tests.test_prefix_cache import computed
 
 MakeGPT = Callable[..., GPT]
-GUESS = "pipeline.generate.guess"
+GUESS = "pipeline.decoding.generate.guess"
 PROMPT = [5, 6, 7, 5, 6]
 GREEDY = Sampling(max_new_tokens=40)
 DRAWN = replace(GREEDY, temperature=1.5, top_k=30, seed=3)

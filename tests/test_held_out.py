@@ -13,7 +13,7 @@ import pytest
 from pipeline.checkpoint import read_meta
 from pipeline.models import load
 from pipeline.resume import check_held_out
-from pipeline.score_stage import Answering, parent_of, prompts_of
+from pipeline.stages.score_stage import Answering, parent_of, prompts_of
 from tests.journey import CONFIGS, PLAIN, Journey, said
 from tests.training import instruction_data
 

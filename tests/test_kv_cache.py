@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.kv_cache import KVCache
+from pipeline.decoding.kv_cache import KVCache
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
-from pipeline import logprobs
-from pipeline.generate import Batch, Row
+from pipeline.decoding import logprobs
+from pipeline.decoding.generate import Batch, Row
+from pipeline.decoding.logprobs import TokenLogprob
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
-from pipeline.logprobs import TokenLogprob
-from pipeline.packed import pack
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
 from pipeline.serving.engine import Piece
 from pipeline.serving.protocol import TextAsked
 from pipeline.serving.telling import Teller, Told, chat_form, text_form

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import lora, merge_stage
+from pipeline import lora
 from pipeline.checkpoint import read_meta, verify_checkpoint
 from pipeline.models import load
+from pipeline.stages import merge_stage
 from pipeline.weights.lineage import lineage, short_name
 from tests.journey import Journey, outcome_of, said
 

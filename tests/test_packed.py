@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.packed import PackedLinear, pack
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
-from pipeline.packed import PackedLinear, pack
-from pipeline.sampling import Sampling
 from tests.machine import needs_f16_products
 
 MakeGPT = Callable[..., GPT]

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batching import MicroBatch
 from pipeline.callbacks import LossSpikes, Throughput
+from pipeline.decoding.packed import pack
+from pipeline.decoding.passes import decode, prefill
 from pipeline.gpt import GPT
 from pipeline.loss import count_supervised
-from pipeline.packed import pack
-from pipeline.passes import decode, prefill
 from pipeline.unpadding import MULTIPLE
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.machine import needs_f16_products

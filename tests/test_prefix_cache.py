@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.generate import Batch, generate
+from pipeline.decoding.generate import Batch, generate
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache, common_length
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.inference import converse, pieces
-from pipeline.packed import pack
-from pipeline.prefix_cache import PrefixCache, common_length
-from pipeline.sampling import Sampling
 from tests.exporting import loaded, vocabulary
 
 MakeGPT = Callable[..., GPT]
@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
 @pytest.fixture
 def no_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step reads one token."""
-    monkeypatch.setattr("pipeline.generate.guess", lambda *_: [])
+    monkeypatch.setattr("pipeline.decoding.generate.guess", lambda *_: [])
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pipeline.arguments import parse
-from pipeline.chain_config import load_chain
 from pipeline.checkpoint import verify_checkpoint
 from pipeline.commands import FUNCTIONS
+from pipeline.stages.chain_config import load_chain
 from tests.journey import CONFIGS, PLAIN, ROOT, SHORT, TINY, Journey, said
 from tests.serving import Served
 

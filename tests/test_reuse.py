@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reuse import find_run, new_run
-from pipeline.run_directory import Run
+from pipeline.runs.reuse import find_run, new_run
+from pipeline.runs.run_directory import Run
 
 
 @pytest.fixture

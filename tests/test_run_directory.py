@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import run_directory
-from pipeline.journal import JOURNAL, metric_history, read_journal
-from pipeline.provenance import _git_facts, environment, redact
-from pipeline.run_directory import AlreadyFinished, Run, is_open, read_outcome
+from pipeline.runs import run_directory
+from pipeline.runs.journal import JOURNAL, metric_history, read_journal
+from pipeline.runs.provenance import _git_facts, environment, redact
+from pipeline.runs.run_directory import AlreadyFinished, Run, is_open, read_outcome
 
 WRITER = """
 import sys
 from pathlib import Path
-from pipeline.run_directory import Run
+from pipeline.runs.run_directory import Run
 run = Run.open(Path(sys.argv[1]))
 step = 0
 while True:
@@ -299,7 +299,7 @@ def test_git_facts_tell_a_changed_tree(tmp_path: Path) -> None:
 
 
 def test_imports_are_light() -> None:
-    code = "import sys, pipeline.tracking, pipeline.run_directory; print(*sys.modules)"
+    code = "import sys, pipeline.runs.tracking, pipeline.runs.run_directory; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

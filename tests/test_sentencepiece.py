@@ -30,8 +30,8 @@ from datamodules.prompts import (
 )
 from datamodules.tokenizer import Tokenizer
 from pipeline import callbacks, inference
+from pipeline.decoding.sampling import Sampling
 from pipeline.models import load
-from pipeline.sampling import Sampling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
 from pipeline.gpt import GPT
 from pipeline.inference import (
     label_probabilities,

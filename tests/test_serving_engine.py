@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.generate import Batch, generate
+from pipeline.decoding.generate import Batch, generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
-from pipeline.sampling import Sampling
 from pipeline.serving import engine as engine_module
 from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
 from pipeline.serving.worker import Worker

@@ -15,10 +15,10 @@ import torch
 from datamodules.sources import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
+from pipeline.decoding.packed import PackedLinear
 from pipeline.inference import load_for_use
-from pipeline.journal import read_journal
 from pipeline.models import Loaded, load
-from pipeline.packed import PackedLinear
+from pipeline.runs.journal import read_journal
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.machine import takes_f16_weights
 

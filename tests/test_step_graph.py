@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import passes
-from pipeline.generate import Batch, beam_search, generate, generate_each
+from pipeline.decoding import passes
+from pipeline.decoding.generate import Batch, beam_search, generate, generate_each
+from pipeline.decoding.packed import pack
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.step_graph import StepGraph
 from pipeline.gpt import GPT
-from pipeline.packed import pack
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
-from pipeline.step_graph import StepGraph
 
 MakeGPT = Callable[..., GPT]
 GREEDY = Sampling(max_new_tokens=20)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.text_stream import TextStream
+from pipeline.decoding.text_stream import TextStream
 from tests.exporting import vocabulary
 
 TOKENIZER = vocabulary()

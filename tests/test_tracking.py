@@ -22,15 +22,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
-from pipeline.journal import JOURNAL
-from pipeline.run_directory import Run
-from pipeline.tracking import Replica, open_ui, sync, sync_all, tracking_uri
+from pipeline.runs.journal import JOURNAL
+from pipeline.runs.run_directory import Run
+from pipeline.runs.tracking import Replica, open_ui, sync, sync_all, tracking_uri
 from tests.faults.processes import PATIENCE_S, PROCESSES
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from pipeline.run_directory import Run
+from pipeline.runs.run_directory import Run
 run = Run.open(Path(sys.argv[1]))
 for step in range(50):
     run.log_metrics({"loss": 1 / (step + 1)}, step)
@@ -40,7 +40,7 @@ time.sleep(60)
 OPEN_UI = """
 import sys
 from pathlib import Path
-from pipeline.tracking import open_ui
+from pipeline.runs.tracking import open_ui
 open_ui(Path(sys.argv[1]), port=int(sys.argv[2]))
 """
 

@@ -18,8 +18,8 @@ from pipeline.callbacks import SampleTexts
 from pipeline.hardware import resolve_precision
 from pipeline.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.optim import OptimizerConfig
-from pipeline.run_directory import Run
-from pipeline.run_logger import RunLogger
+from pipeline.runs.run_directory import Run
+from pipeline.runs.run_logger import RunLogger
 from tests.journey import Journey
 from tests.training import (
     ADAMW,

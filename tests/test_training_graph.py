@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from pipeline import training_graph
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.loss import next_token_loss
-from pipeline.sampling import Sampling
 from pipeline.sharding import FullySharded
 from pipeline.training_graph import Pass, TrainingGraphs, install, left_out
 from tests.journey import Journey

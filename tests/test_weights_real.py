@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from datamodules.chat_template import render
 from datamodules.prompts import Message
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.models import Loaded, load
-from pipeline.sampling import Sampling
 from tests.published import gguf_name, pre_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -15,10 +15,10 @@ from pipeline.__main__ import choose_waiting
 choose_waiting()  # as the command line does, before torch is loaded
 
 from benchmarks.record import Record  # noqa: E402
-from pipeline.generate import generate  # noqa: E402
+from pipeline.decoding.generate import generate  # noqa: E402
+from pipeline.decoding.sampling import Sampling  # noqa: E402
 from pipeline.inference import load_language_model  # noqa: E402
 from pipeline.precision import Precision  # noqa: E402
-from pipeline.sampling import Sampling  # noqa: E402
 
 N_REPEATS = 2  # the first warms up
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pipeline.decoding.generate import Batch, Row
+from pipeline.decoding.logprobs import TokenLogprob
+from pipeline.decoding.passes import check_prompt
+from pipeline.decoding.prefix_cache import PrefixCache
+from pipeline.decoding.sampling import Sampling
 from pipeline.failures import is_out_of_memory
-from pipeline.generate import Batch, Row
 from pipeline.gpt import GPT
-from pipeline.logprobs import TokenLogprob
-from pipeline.passes import check_prompt
-from pipeline.prefix_cache import PrefixCache
-from pipeline.sampling import Sampling
 from pipeline.serving.worker import Worker
 
 READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from datamodules.tokenizer import Tokenizer
-from pipeline.logprobs import TokenLogprob
+from pipeline.decoding.logprobs import TokenLogprob
 
 
 class Told(NamedTuple):

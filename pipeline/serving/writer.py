@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from datamodules.prompts import Message, encode_prompt, encode_start
 from datamodules.tokenizer import Tokenizer
+from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.text_stream import TextStream
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
-from pipeline.sampling import Sampling
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
 from pipeline.serving.protocol import ChatAsked, TextAsked
 from pipeline.serving.telling import Teller, Told
-from pipeline.text_stream import TextStream
 
 
 class Delta(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.checkpoint import CHECKPOINTS, META, path_digest, read_meta
 from pipeline.models import Loaded
-from pipeline.run_directory import read_outcome
+from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign
 
 

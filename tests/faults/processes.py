@@ -23,7 +23,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "pipeline.cli",
-        "pipeline.mlflow_replica",
+        "pipeline.runs.mlflow_replica",
         "pipeline.lit_language_model",
         "datamodules.pretraining",
         "mlflow.store.tracking.sqlalchemy_store",

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from pipeline.checkpoint import CHECKPOINTS
-from pipeline.journal import JOURNAL, read_journal
-from pipeline.run_directory import read_outcome
+from pipeline.runs.journal import JOURNAL, read_journal
+from pipeline.runs.run_directory import read_outcome
 from tests.faults.processes import Started, go_on, pauses
 from tests.faults.test_exact_resume import assert_equal_checkpoints
 from tests.faults.test_stopped import metrics

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from datamodules import files
-from pipeline.chain import RECORD, StageRun, _warn_of_code
-from pipeline.chain_config import Stage
 from pipeline.checkpoint import CHECKPOINTS
 from pipeline.resume import interrupted_like
-from pipeline.run_directory import CONFIG, OUTCOME, Run, read_outcome
+from pipeline.runs.run_directory import CONFIG, OUTCOME, Run, read_outcome
+from pipeline.stages.chain import RECORD, StageRun, _warn_of_code
+from pipeline.stages.chain_config import Stage
 from tests.faults.test_checkpoint_faults import empty
 from tests.journey import Journey, said
 

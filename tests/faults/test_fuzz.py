@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from datamodules.documents import documents
 from datamodules.sources import read_table
-from pipeline.chain_config import load_chain
 from pipeline.evaluation.rubric import parse_verdict
 from pipeline.models import load
+from pipeline.stages.chain_config import load_chain
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.training import instruction_data
 

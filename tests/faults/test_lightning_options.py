@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.journal import read_journal
+from pipeline.runs.journal import read_journal
 from tests.faults.processes import at
 from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
 

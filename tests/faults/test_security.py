@@ -18,8 +18,8 @@ import torch
 from pipeline import checkpoint as files
 from pipeline.checkpoint import CheckpointError, verify_checkpoint
 from pipeline.checkpointing import DirectoryCheckpointIO
-from pipeline.merge_stage import data_of
 from pipeline.models import load
+from pipeline.stages.merge_stage import data_of
 from pipeline.weights.reading import EXPORT
 from tests.faults.servers import Answer, Server, serving, status, whole
 from tests.journey import CONFIGS, PLAIN, ROOT, TINY, Journey, run, said

@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 
 from pipeline.checkpoint import CHECKPOINTS, WEIGHTS, newest_valid
 from pipeline.interrupts import StopRequest
-from pipeline.journal import JOURNAL, read_journal
-from pipeline.run_directory import read_outcome
-from pipeline.tracking import sync_all, tracking_uri
+from pipeline.runs.journal import JOURNAL, read_journal
+from pipeline.runs.run_directory import read_outcome
+from pipeline.runs.tracking import sync_all, tracking_uri
 from tests.faults.processes import Started, at
 from tests.faults.test_exact_resume import assert_equal_checkpoints
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said

@@ -22,8 +22,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.journal import read_journal
-from pipeline.tracking import tracking_uri
+from pipeline.runs.journal import read_journal
+from pipeline.runs.tracking import tracking_uri
 from tests.faults.processes import PATIENCE_S, Started, at, go_on, pauses
 from tests.journey import said
 

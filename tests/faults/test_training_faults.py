@@ -13,7 +13,7 @@ import torch
 
 from pipeline.callbacks import robust_z
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, read_tensors
-from pipeline.journal import read_journal
+from pipeline.runs.journal import read_journal
 from tests.faults.processes import Started, at
 from tests.journey import said
 

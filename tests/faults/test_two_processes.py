@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 
 from datamodules.prompts import IGNORE
 from pipeline.checkpoint import ADAPTER_WEIGHTS, read_tensors, verify_checkpoint
-from pipeline.journal import read_journal
-from pipeline.tracking import sync_all
+from pipeline.runs.journal import read_journal
+from pipeline.runs.tracking import sync_all
 from tests.faults.processes import PROCESSES, TORCHRUN, Started, at, finish, go_on, pauses, start
 from tests.faults.test_exact_resume import assert_equal_checkpoints
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, run

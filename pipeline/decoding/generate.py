@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.decoding.guessing import guess
+from pipeline.decoding.kv_cache import KVCache
+from pipeline.decoding.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
+from pipeline.decoding.passes import Prefilled, decode, prefill
+from pipeline.decoding.prefix_cache import PrefixCache, common_length
+from pipeline.decoding.sampling import Sampling, choose
 from pipeline.gpt import GPT
-from pipeline.guessing import guess
-from pipeline.kv_cache import KVCache
-from pipeline.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
-from pipeline.passes import Prefilled, decode, prefill
-from pipeline.prefix_cache import PrefixCache, common_length
-from pipeline.sampling import Sampling, choose
 
 JOIN_SHARE = 4  # places that are filled at a time: one in so many, as a prefill of one row is dear
 

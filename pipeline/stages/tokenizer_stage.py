@@ -15,8 +15,8 @@ from datamodules.documents import documents
 from datamodules.files import digest
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
-from pipeline.run_directory import Run
-from pipeline.stage_run import run_once
+from pipeline.runs.run_directory import Run
+from pipeline.runs.stage_run import run_once
 
 MEASURED_BYTES = 4 << 20  # of text that compression is measured on
 

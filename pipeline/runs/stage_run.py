@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.interrupts import PARENT_VARIABLE
-from pipeline.provenance import environment
-from pipeline.reuse import find_run, still_holds
-from pipeline.run_directory import AlreadyFinished, Run, flat, read_outcome
-from pipeline.tracking import Replica
+from pipeline.runs.provenance import environment
+from pipeline.runs.reuse import find_run, still_holds
+from pipeline.runs.run_directory import AlreadyFinished, Run, flat, read_outcome
+from pipeline.runs.tracking import Replica
 
 RUN_VARIABLE = "GPT_PIPELINE_RUN"
 HOME_VARIABLE = "GPT_PIPELINE_HOME"

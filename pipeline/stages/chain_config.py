@@ -15,8 +15,8 @@ import yaml
 from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
-from pipeline.identity import decisive
-from pipeline.run_directory import check_name
+from pipeline.runs.identity import decisive
+from pipeline.runs.run_directory import check_name
 
 PATHS = {"tokenizer", "init_from", "ckpt", "ckpt_path", "before", "responses", "file"}  # options
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -21,8 +21,8 @@ from pipeline.checkpoint import (
 )
 from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
-from pipeline.run_directory import Run
-from pipeline.stage_run import run_once
+from pipeline.runs.run_directory import Run
+from pipeline.runs.stage_run import run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name

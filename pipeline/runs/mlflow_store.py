@@ -14,7 +14,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking import database_uri
+from pipeline.runs.tracking import database_uri
 
 REPLICATED = "mlflow.json"  # in a run directory: what a store has of the run
 _SQLITE = "sqlite:///"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from pipeline.journal import JOURNAL
 from pipeline.ports import listen
-from pipeline.provenance import redact
+from pipeline.runs.journal import JOURNAL
+from pipeline.runs.provenance import redact
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def sync(run: Path, uri: str | None = None) -> int:
         OSError: the store cannot be reached, or refuses.
     """
     _prepare_mlflow()
-    from pipeline.mlflow_replica import send_missing
+    from pipeline.runs.mlflow_replica import send_missing
 
     run = run.resolve()
     root = run.parent.parent
@@ -141,8 +141,8 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     uri = uri or tracking_uri(root)
     counts = {"runs": 0, "lines": 0, "damaged": 0}
     _prepare_mlflow()
-    from pipeline.mlflow_replica import forget_lost
-    from pipeline.mlflow_store import open_store
+    from pipeline.runs.mlflow_replica import forget_lost
+    from pipeline.runs.mlflow_store import open_store
 
     with _one_error(root, uri):
         open_store(uri)

@@ -37,10 +37,10 @@ from mlflow.utils.validation import (
 )
 
 from datamodules.files import write_atomically
-from pipeline.journal import JOURNAL, read_journal
-from pipeline.mlflow_store import REPLICATED, experiment_id, open_store
-from pipeline.provenance import redact
-from pipeline.run_directory import is_open, read_outcome
+from pipeline.runs.journal import JOURNAL, read_journal
+from pipeline.runs.mlflow_store import REPLICATED, experiment_id, open_store
+from pipeline.runs.provenance import redact
+from pipeline.runs.run_directory import is_open, read_outcome
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class _Replicated:
 
 
 def send_missing(run: Path, uri: str) -> int:
-    """Sends what a store lacks of a run, its parent first; see `pipeline.tracking.sync`."""
+    """Sends what a store lacks of a run, its parent first; see `pipeline.runs.tracking.sync`."""
     return _catch_up(run, uri) if _is_behind(run, uri) else 0
 
 

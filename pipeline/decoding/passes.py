@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.decoding.kv_cache import KVCache
+from pipeline.decoding.packed import PackedLinear
+from pipeline.decoding.step_graph import StepGraph
 from pipeline.gpt import GPT
-from pipeline.kv_cache import KVCache
-from pipeline.packed import PackedLinear
-from pipeline.step_graph import StepGraph
 
 
 def check_prompt(n_tokens: int, block_size: int) -> None:

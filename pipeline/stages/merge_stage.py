@@ -33,12 +33,12 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.classifier import GPTClassifier
-from pipeline.generate import generate
+from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_adapted
-from pipeline.run_directory import Run
-from pipeline.sampling import Sampling
-from pipeline.stage_run import run_once
+from pipeline.runs.run_directory import Run
+from pipeline.runs.stage_run import run_once
 
 CERTIFICATE = "certificate.json"
 # Float32 rounds W x + B A x and (W + B A) x apart by some 1e-5 of logits of size 10; a merge in

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipeline.run_directory import Run
+from pipeline.runs.run_directory import Run
 from pipeline.steps import is_logged_step
 
 OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # what metrics of training steps begin with

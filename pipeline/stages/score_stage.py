@@ -17,20 +17,20 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest
+from pipeline.decoding.generate import generate_each
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
-from pipeline.generate import generate_each
-from pipeline.identity import decisive
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.resume import check_held_out
-from pipeline.run_directory import Run, lines_of
-from pipeline.stage_run import mlruns_root, run_once
+from pipeline.runs.identity import decisive
+from pipeline.runs.run_directory import Run, lines_of
+from pipeline.runs.stage_run import mlruns_root, run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 

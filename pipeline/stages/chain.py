@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import digest, write_atomically
-from pipeline.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 from pipeline.checkpoint import path_digest
 from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE, Child
-from pipeline.journal import JOURNAL, dumps
-from pipeline.provenance import environment
-from pipeline.reuse import Outcome, code_digest, find_run, new_run, still_holds
-from pipeline.run_directory import Run, read_outcome
-from pipeline.stage_run import RUN_VARIABLE, mlruns_root
-from pipeline.tracking import sync_all
+from pipeline.runs.journal import JOURNAL, dumps
+from pipeline.runs.provenance import environment
+from pipeline.runs.reuse import Outcome, code_digest, find_run, new_run, still_holds
+from pipeline.runs.run_directory import Run, read_outcome
+from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
+from pipeline.runs.tracking import sync_all
+from pipeline.stages.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
 MIRROR_INTERVAL_S = 5
@@ -131,7 +131,7 @@ def _foresee(stages: Sequence[Stage]) -> int:
         return 0
     print("reading the options of all stages ...", file=sys.stderr)
     with Child() as child:
-        command = [sys.executable, "-m", "pipeline.foresight", json.dumps(words)]
+        command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
         return child.run(command, os.environ)
 
 

@@ -1,7 +1,7 @@
 """Run directories: what a run leaves behind, on plain files, from its first second.
 
 `<root>/<experiment>/<run>/` holds `config.yaml`, `journal.jsonl`, `outcome.json` once the run is
-finished, and all that it makes. The journal is the truth, MLflow (`pipeline.tracking`) its replica.
+finished, and all that it makes. The journal is the truth, MLflow its replica (`tracking.py`).
 
 One process writes a run at a time (a file lock sees to that); its threads may share the `Run`.
 """
@@ -24,8 +24,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from datamodules.files import write_atomically
-from pipeline.journal import Journal, dumps
-from pipeline.provenance import redact
+from pipeline.runs.journal import Journal, dumps
+from pipeline.runs.provenance import redact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,8 +18,8 @@ from pipeline.checkpoint import (
     writing_directory,
 )
 from pipeline.models import Loaded, load
-from pipeline.run_directory import Run
-from pipeline.stage_run import run_once
+from pipeline.runs.run_directory import Run
+from pipeline.runs.stage_run import run_once
 from pipeline.weights.card import card, license_of
 from pipeline.weights.fetch import locate
 from pipeline.weights.gguf_out import GGUFType, gguf_writers

@@ -14,7 +14,7 @@ from typing import Any
 from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, resolve
 from pipeline.checkpoint import path_digest
-from pipeline.run_directory import read_outcome
+from pipeline.runs.run_directory import read_outcome
 
 Outcome = Mapping[str, Any]
 
@@ -73,7 +73,7 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
 
 def code_digest() -> str:
     """SHA-256 of the sources of both packages."""
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     files = sorted(
         file for name in ("datamodules", "pipeline") for file in folder.glob(f"{name}/**/*.py")
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.kv_cache import KVCache
+from pipeline.decoding.kv_cache import KVCache
 
 WARM_UP = 2  # steps before it is captured: libraries load, and a store may grow at once
 

@@ -1,0 +1,1 @@
+"""Text from a model: cached, batched, sampled or searched."""

@@ -70,12 +70,12 @@ def writing_directory(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _draft_of(path) as draft:
             yield draft
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
-        free_mib = shutil.disk_usage(path.parent).free / 2**20
+        there = next(parent for parent in path.parents if parent.exists())
+        free_mib = shutil.disk_usage(there).free / 2**20
         reason = str(error).partition("\n")[0]
         raise CheckpointNotWritten(
             f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "
@@ -85,6 +85,7 @@ def writing_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _draft_of(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent, re.escape(path.name))
     draft, replaced = _hidden(path), None
     with contextlib.ExitStack() as held:
@@ -116,8 +117,9 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
-    with writing_directory(path) as draft:
+    if path.parent.is_dir():
         _sweep(path.parent, r"step-\d{8,}")
+    with writing_directory(path) as draft:
         files = write_files(draft, writers)
         (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
@@ -323,13 +325,25 @@ def _holding(folder: Path, how: int = 0) -> Iterator[None]:
     """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        is_held = _lock(descriptor, fcntl.LOCK_EX | how)
         try:
             yield
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork has the descriptor, too
+            if is_held:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork has the descriptor, too
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Locks a folder, if its file system can; over NFS one that is open to read cannot be."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -387,6 +388,20 @@ def test_sigkill_while_writing_leaves_no_checkpoint(whole: Path) -> None:
     assert newest_valid(folder) == whole
     written = write_text(folder / "step-00000002", a="a", b="b")
     assert sorted(folder.iterdir()) == [whole, written], "the half-written one is swept away"
+
+
+def test_a_disk_without_locks_takes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # NFS, for a folder
+
+    leftover = tmp_path / ".step-00000001-12345678.draft"
+    leftover.mkdir()
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    path = tmp_path / "step-00000002"
+    write_text(path, weights="ours")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_another_writes_is_left_to_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
@@ -20,7 +21,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from datamodules.tokenizer import Tokenizer
 
-_MAX_ROUNDS = 100_000  # of loops, repetitions and bits of products, together, for a conversation
+_MAX_ROUNDS = 100_000  # of loops, calls, repetitions and bits of products, for a conversation
+_CHARACTERS_A_ROUND = 100  # of texts that are put together, or items
+# of one rendering: several run at once
+_rounds_left: ContextVar[int] = ContextVar("rounds_left", default=0)
 
 
 class Message(TypedDict):
@@ -59,7 +63,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
     vocabulary = tokenizer.vocabulary
     try:
         template = _compiled(vocabulary.chat_template or "")
-        template.environment.rounds_left = _MAX_ROUNDS  # type: ignore[attr-defined]
+        _rounds_left.set(_MAX_ROUNDS)
         text: str = template.render(
             messages=list(messages),
             add_generation_prompt=opening,
@@ -114,22 +118,26 @@ def _compiled(source: str) -> Template:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers offers to a template; but loops end, and products stay small."""
+    """What transformers offers to a template; but loops and calls end, and what grows is counted.
 
-    intercepted_binops = frozenset(("*", "**"))  # not computed while compiling, either
+    Not all is: a width (`center`, `%99d`) or a replacement can still ask for much memory at once.
+    """
+
+    intercepted_binops = frozenset(("+", "*", "**"))  # not computed while compiling, either
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        self.filters |= {"tojson": _to_json, "counted": self._counted}
-        self.rounds_left = 0
+        self.filters |= {"tojson": _to_json, "counted": self._counted, "grown": self._grown}
 
     def _parse(self, *args: Any) -> nodes.Template:
         tree = super()._parse(*args)
         for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+            loop.iter = _filtered(loop.iter, "counted")
+        for concat in tree.find_all(nodes.Concat):
+            concat.nodes = [_filtered(node, "grown") for node in concat.nodes]
         return tree
 
     def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -137,9 +145,20 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self._spend(1)
             yield item
 
+    def _grown(self, part: Any) -> Any:
+        self._spend(len(part) // _CHARACTERS_A_ROUND if isinstance(part, Sized) else 0)
+        return part
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A call, at the price of a round."""
+        self._spend(1)
+        return super().call(context, function, *args, **kwargs)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A product or a power, at the price of its length in items or bits."""
+        """A sum, a product or a power, at the price of its length in items or bits."""
         match operator, left, right:
+            case "+", Sized(), Sized():
+                self._grown(left), self._grown(right)
             case "**", int(), int():
                 self._spend(left.bit_length() * right)
             case "*", int(), int():
@@ -149,9 +168,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def _spend(self, rounds: int) -> None:
-        self.rounds_left -= max(0, rounds)
-        if self.rounds_left < 0:
-            raise TemplateError(f"it loops or multiplies more than {_MAX_ROUNDS} times.")
+        left = _rounds_left.get() - max(0, rounds)
+        _rounds_left.set(left)
+        if left < 0:
+            raise TemplateError(f"it calls, loops or multiplies more than {_MAX_ROUNDS} times.")
+
+
+def _filtered(node: nodes.Node, name: str) -> nodes.Expr:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _refuse(message: str) -> NoReturn:

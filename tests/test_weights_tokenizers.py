@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -350,6 +352,11 @@ SQUARES = (
 EACH = "{% for message in messages %}{{ message['content'] FILTER }}<|im_end|>{% endfor %}"
 
 
+DOUBLED = (
+    "{{% set n = namespace(x='a') %}}{{% for i in range(60) %}}{{% set n.x = {} %}}{{% endfor %}}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -358,6 +365,9 @@ EACH = "{% for message in messages %}{{ message['content'] FILTER }}<|im_end|>{%
         ("{{ messages[0]['role'] }}", "rewrites"),
         ("{{ raise_exception('only cats may ask') }}", "only cats may ask"),
         ("{% for i in range(400) %}" * 3 + "{% endfor %}" * 3, "loops or multiplies more than"),
+        ("{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}", "it calls, loops"),
+        (DOUBLED.format("n.x ~ n.x"), "it calls, loops"),
+        (DOUBLED.format("n.x + n.x"), "it calls, loops"),
         ("{{ 9 ** (10 ** 9) }}", "multiplies more than"),
         ("{{ 'a' * 10 ** 11 }}", "multiplies more than"),
         ("{{ 10 ** 11 * [7] }}", "multiplies more than"),
@@ -376,6 +386,25 @@ def test_templates_that_cannot_be(template: str, said: str) -> None:
     with pytest.raises(ValueError, match="chat template of bytes") as refusal:
         encode_prompt(speaking(template), TEMPLATE, [Message(role="user", content="hi")])
     assert said in str(refusal.value)
+
+
+def test_what_is_left_is_of_one_rendering() -> None:
+    """Several ask at once, and a template is compiled once."""
+    tokenizer = speaking("{% for i in range(60000) %}{% if loop.last %}x{% endif %}{% endfor %}")
+    start = threading.Barrier(4)
+
+    def ask(_: int) -> str:
+        start.wait()
+        return render(tokenizer, [], opening=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == ["x"] * 4
+
+
+def test_a_long_conversation_is_none_that_never_ends() -> None:
+    messages = [Message(role=r, content="word " * 400) for r in ("user", "assistant") * 500]
+    for template in (CHATML, LLAMA3):
+        assert len(render(speaking(template), messages, opening=True)) > 2_000_000
 
 
 @pytest.mark.parametrize(

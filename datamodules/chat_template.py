@@ -120,8 +120,8 @@ def _compiled(source: str) -> Template:
 class _Sandbox(ImmutableSandboxedEnvironment):
     """What transformers offers to a template; but loops and calls end, and what grows is counted.
 
-    Not all is: a width (`center`, `%99d`), `replace`, `join`, `format`, lists in lists or a recursive
-    loop can still take much memory or time; only a process with limits of its own would bound that.
+    Not all is: a width (`center`, `%99d`), `replace`, `join`, `format`, lists in lists or a
+    recursive loop can still take much memory or time; a process with limits would bound that.
     """
 
     intercepted_binops = frozenset(("+", "*", "**"))  # not computed while compiling, either

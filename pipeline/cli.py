@@ -218,7 +218,7 @@ class PipelineCLI(LightningCLI):
         folder = mlruns_root() / self.stage.run.experiment
         if self.stage.run.resume == "never":
             return new_run(folder / name).name
-        return find_run(folder / name, partial(still_holds, options=[decisive(options)]))[0].name
+        return find_run(folder / name, partial(still_holds, options=decisive(options)))[0].name
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what a library says when memory is short or a worker dies becomes one line."""

@@ -6,7 +6,7 @@ A finished one may be used while its inputs, its data and the code have the dige
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def new_run(base: Path) -> Path:
     return next(path for path in _attempts(base) if not path.exists())
 
 
-def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
+def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
     """Whether all was got, the outputs are there and whole, and the data what they were.
 
     Args:
@@ -54,8 +54,7 @@ def still_holds(outcome: Outcome, options: Sequence[Mapping[str, Any]]) -> bool:
     recorded = outcome["sources"]
     sources = [
         source
-        for flat in options
-        for key, value in flat.items()
+        for key, value in options.items()
         if key.rpartition(".")[2] == "source"
         for source in (value if isinstance(value, list) else [value])
     ]

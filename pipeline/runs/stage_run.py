@@ -42,7 +42,7 @@ def run_once(
         Where it lies.
     """
     base = mlruns_root() / experiment / name
-    attempt, _ = find_run(base, partial(still_holds, options=[flat(config)]))
+    attempt, _ = find_run(base, partial(still_holds, options=flat(config)))
     try:
         with open_run(experiment, attempt.name, config) as run:
             make(run)

@@ -165,10 +165,10 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     """Where a stage runs, or has run, given those before it."""
     inputs = {k: done[ref.stage].result["outputs"][ref.output] for k, ref in stage.inputs.items()}
     identity = stage.identity()
-    holds = partial(still_holds, options=[*identity["config"], identity["set"]])
+    holds = partial(still_holds, options=stage.options())
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
     if given := stage.paths():
-        identity["paths"] = {key: path_digest(path) for key, path in given.items()}
+        identity["given"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
     path, outcome = (new_run(base), None) if anew else find_run(base, holds)
     return StageRun(stage, path, inputs, identity, outcome)

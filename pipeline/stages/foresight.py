@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from pipeline import safe
@@ -20,7 +21,7 @@ EXIT_MISTAKE = 2
 
 
 class _Parsed(Exception):
-    """A command's options are in order."""
+    """A command's options are in order: no error, but the way out before anything is built."""
 
 
 class _ParsingCLI(PipelineCLI):
@@ -45,9 +46,8 @@ def main(stages: dict[str, list[str]]) -> int:
     for name, words in stages.items():
         try:
             check_configs(words)
-            lightning_main(words, _ParsingCLI)
-        except _Parsed:
-            continue
+            with suppress(_Parsed):
+                lightning_main(words, _ParsingCLI)
         except ValueError as error:
             print(f"error: stage {name!r}: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_MISTAKE

@@ -191,19 +191,20 @@ def encode_start(tokenizer: Tokenizer, style: str | None, text: str) -> list[int
 
 
 def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
-    """Ids that end a response: the style's own end where the tokenizer declares it, and EOS.
+    """Ids that end a response: the style's own end where the tokenizer declares it, and all that
+    end a text.
 
     Without a style, that of a text.
     """
-    if style is None:
-        return [tokenizer.eos_id]
-    check_style(style, tokenizer)
-    if style == TEMPLATE:
-        after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
-        ends = [tokenizer.special_ids[s.text] for s in after_reply if s.marker and s.supervised]
-    else:
-        ends = [tokenizer.special_ids[reply_end(tokenizer, STYLES[style])]]
-    return sorted({*ends, tokenizer.eos_id})
+    ends = {tokenizer.vocabulary.eos, *tokenizer.vocabulary.more_ends}
+    if style is not None:
+        check_style(style, tokenizer)
+        if style == TEMPLATE:
+            after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
+            ends |= {s.text for s in after_reply if s.marker and s.supervised}
+        else:
+            ends.add(reply_end(tokenizer, STYLES[style]))
+    return sorted(tokenizer.special_ids[name] for name in ends)
 
 
 def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:

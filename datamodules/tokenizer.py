@@ -52,6 +52,7 @@ class Vocabulary:
             that no text has.
         special_tokens: name -> id; never made from text.
         eos: the special token that ends a text, or an answer.
+        more_ends: special tokens that end what is written, too.
         bos: the special token that its makers put before every text, if any.
         chat_template: Jinja source of its makers' conversations, if any.
         template_bos: the special token that the template calls `bos_token`, where it is not `bos`.
@@ -66,6 +67,7 @@ class Vocabulary:
     bos: str | None = None
     chat_template: str | None = None
     template_bos: str | None = None
+    more_ends: tuple[str, ...] = ()
     sentencepiece: SentencePiece | None = None
 
     @property
@@ -91,6 +93,7 @@ class Vocabulary:
             "bos": self.bos,
             "chat_template": self.chat_template,
             "template_bos": self.template_bos,
+            "more_ends": list(self.more_ends) or None,
             "sentencepiece": vars(self.sentencepiece) if self.sentencepiece else None,
         }
         defaults = {"eos": ENDOFTEXT}
@@ -315,6 +318,7 @@ def _read(path: Path) -> Tokenizer:
         raise ValueError(damaged)
     del content["format"]
     content["tokens"] = [base64.b64decode(token) for token in content["tokens"]]
+    content["more_ends"] = tuple(content.get("more_ends", ()))
     if form := content.pop("sentencepiece", None):
         merges = [(left, right) for left, right in form.pop("merges")]
         content["sentencepiece"] = SentencePiece(merges, **form)

@@ -53,7 +53,7 @@ from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
-Precision = Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
 
 
 @dataclass(frozen=True)

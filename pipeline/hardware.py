@@ -51,10 +51,15 @@ def resolve_precision(precision: str, accelerator: object) -> str:
     Args:
         precision: what is asked for.
         accelerator: Lightning's: its name, or an object, which is believed to be the default.
+
+    Raises:
+        ValueError: 16-mixed on a CPU, which Lightning would take for bf16-mixed.
     """
+    device = torch.device("cpu") if accelerator == "cpu" else default_device()
+    if precision == "16-mixed" and device.type == "cpu":
+        raise ValueError("precision is 16-mixed, which takes a GPU; give auto.")
     if precision != "auto":
         return precision
-    device = torch.device("cpu") if accelerator == "cpu" else default_device()
     return "bf16-mixed" if multiplies_bf16(device) else "32-true"
 
 

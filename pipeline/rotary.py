@@ -56,8 +56,9 @@ def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]
 
 
 def rotary_frequencies(theta: float, head_size: int, scaling: RopeScaling | None = None) -> Tensor:
-    """Radians that each pair of a head's channels turns a token, (D / 2,), on the CPU."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2, device="cpu") / head_size)
+    """Radians that each pair of a head's channels turns a token, (D / 2,) float32, on the CPU."""
+    pairs = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / theta ** (pairs / head_size)
     return frequencies if scaling is None else stretched(frequencies, scaling)
 
 

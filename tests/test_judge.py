@@ -293,7 +293,7 @@ def test_lasting_trouble_is_unscored_with_what_came(server: Server, tmp_path: Pa
     server.script = [reply(500, f"no memory 😀 {n}") for n in range(3)]
     judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
     assert scores(judgements) == [None, 50]
-    assert judgements[0].problem == f"HTTP 500 from {server.url}."
+    assert judgements[0].problem == f"HTTP 500 from {server.url} (no memory 😀 2)."
     assert judgements[0].raw == "no memory 😀 2"
     assert server.n_requests == 3 + 1
 
@@ -328,7 +328,9 @@ def test_a_server_without_structured_output_is_asked_plainly(
 
 def test_a_400_that_has_another_cause(server: Server, tmp_path: Path) -> None:
     server.script = [reply(400, "context too long"), reply(400, "context too long")]
-    assert scores(judge(server, tmp_path, "a", "b", max_concurrency=1)) == [None, 50]
+    judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
+    assert scores(judgements) == [None, 50]
+    assert judgements[0].problem == f"HTTP 400 from {server.url} (context too long)."
     assert ["response_format" in body for body in server.bodies] == [True, False, True]
 
 

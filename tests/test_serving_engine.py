@@ -127,6 +127,8 @@ def test_too_many_are_turned_away(start: Callable[..., Engine]) -> None:
     waiting = [Asked(engine, [3]), Asked(engine, [4])]
     with pytest.raises(Busy, match="2 texts are waiting"):
         engine.submit([5], SETTINGS, print)
+    engine.cancel(waiting.pop().request)
+    waiting.append(Asked(engine, [4]))
     gate.open.set()
     assert [len(asked.whole()) for asked in waiting] == [20, 20]
     assert len(Asked(engine, [5]).whole()) == 20

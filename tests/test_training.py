@@ -207,11 +207,13 @@ def test_auto_precision_follows_the_hardware(
     cpu = torch.cpu.get_capabilities()
     of_cpu = "bf16-mixed" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32-true"
     assert resolve_precision("auto", "cpu") == of_cpu
-    assert resolve_precision("16-mixed", "cpu") == "16-mixed"
+    with pytest.raises(ValueError, match="16-mixed, which takes a GPU; give auto"):
+        resolve_precision("16-mixed", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert resolve_precision("auto", "cpu") == of_cpu
     assert resolve_precision("auto", "auto") == ("bf16-mixed" if has_bf16 else "32-true")
+    assert resolve_precision("16-mixed", "auto") == "16-mixed"
 
 
 def test_bf16_mixed_trains_close_to_float32(tiny: Journey, tmp_path: Path) -> None:

@@ -88,6 +88,19 @@ def test_linear_scaling(tmp_path: Path, bpe: Any) -> None:
     assert logits_differ(tmp_path / "a.gguf", theirs) < LOGITS_TOLERANCE
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_scaling_of_no_kind_is_linear(key: str, tmp_path: Path, bpe: Any) -> None:
+    """As llama.cpp takes it; the second key is an older one."""
+    model = random_model("llama", n_tokens(bpe))
+    for factor, expected in ((4.0, RopeScaling("linear", 4.0)), (1.0, None)):
+
+        def scale(writer: gguf.GGUFWriter, factor: float = factor) -> None:
+            writer.add_float32(f"llama.{key}", factor)
+
+        write_gguf(tmp_path / "a.gguf", model, bpe, change=scale)
+        assert load(tmp_path / "a.gguf").gpt.config.rope_scaling == expected
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3s_factors_are_known(factor: float, tmp_path: Path, bpe: Any) -> None:
     """As convert_hf_to_gguf computes them."""
@@ -197,6 +210,7 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("llama.attention.head_count", 2, "heads are not"),
         ("llama.attention.head_count_kv", 4, "attn_k.weight"),
         ("llama.expert_count", 8, "mixture of experts"),
+        ("llama.attention.causal", 0, "sees later tokens"),
         ("tokenizer.ggml.model", "bert", "'bert'; there are gpt2, llama"),
         ("tokenizer.ggml.pre", "deepseek-llm", "'deepseek-llm'"),
         ("tokenizer.ggml.pre", None, "tokenizer.ggml.pre"),

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models import load
+from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.names import entries
@@ -121,6 +122,30 @@ def test_there_and_back_through_the_exporter(
     assert before.keys() == after.keys()
 
 
+def test_a_scaling_that_was_added_to_a_newer_configuration(tmp_path: Path) -> None:
+    published(tmp_path)
+    added = {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+    edit(tmp_path / CONFIG, lambda settings: settings.update(added))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert logits_differ(tmp_path, theirs) < LOGITS_TOLERANCE
+    assert load(tmp_path).gpt.config.rope_scaling == RopeScaling("linear", 4.0)
+
+
+def test_a_table_of_positions_is_exact_where_weights_are_not(tmp_path: Path) -> None:
+    """Lightning makes a model's parts in the type of its weights."""
+    published(tmp_path)
+    expected = load(tmp_path).gpt.config
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        frequencies = rotary_frequencies(expected.rope_theta, expected.head_size)
+        table = rotary_table(frequencies, 1024)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wanted = rotary_frequencies(expected.rope_theta, expected.head_size)
+    assert torch.equal(frequencies, wanted)
+    assert all(map(torch.equal, table, rotary_table(wanted, 1024)))
+
+
 def test_shards(tmp_path: Path) -> None:
     theirs = published(tmp_path)
     (tmp_path / WEIGHTS).unlink()
@@ -215,6 +240,7 @@ def test_any_path(llama: Path, tmp_path: Path) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("llama", {"is_causal": False}, "is_causal False"),
         ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "'factor'"),
         ("llama", {"hidden_size": 30, "head_dim": None}, "n_embd"),
         ("llama", {"hidden_size": 36, "head_dim": None}, "even head size"),

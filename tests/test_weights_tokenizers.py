@@ -287,7 +287,15 @@ def test_the_end_of_a_text_by_its_id(file: str, is_list: bool, tmp_path: Path) -
 
     end = bpe.token_to_id("<|endoftext|>")
     with_id([end, bpe.token_to_id(EOS)] if is_list else end)
-    assert of_others(tmp_path).vocabulary.eos == "<|endoftext|>"
+    found = of_others(tmp_path)
+    assert found.vocabulary.eos == "<|endoftext|>"
+    assert found.vocabulary.more_ends == ((EOS,) if is_list else ())
+    assert stop_ids(found, None) == sorted({end, bpe.token_to_id(EOS)} if is_list else {end})
+    found.save(tmp_path / "ours.json")
+    assert Tokenizer.load(tmp_path / "ours.json").vocabulary == found.vocabulary
+    with_id([end, 400])
+    with pytest.raises(ValueError, match="its token '<400>' is not among its special tokens"):
+        of_others(tmp_path)
     for other in (None, 400, 10**6, []):
         with_id([other] if is_list and other != [] else other)
         with pytest.raises(ValueError, match=r"names no token that ends a text \(eos_token\)"):

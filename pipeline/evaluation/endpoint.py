@@ -196,7 +196,8 @@ class Endpoint:
         status = response.status_code
         if response.is_success:
             return
-        problem, raw = f"HTTP {status} from {self.config.base_url}", text[:KEPT_CHARACTERS]
+        raw = text[:KEPT_CHARACTERS]
+        problem = f"HTTP {status} from {self.config.base_url} ({' '.join(raw.split())[:200]})"
         if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
             error = TransientError(f"{problem}.", raw)
             error.retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
@@ -204,8 +205,7 @@ class Endpoint:
         if structured and status in SCHEMA_REFUSED:
             raise SchemaRefusedError(f"{problem}.", raw)
         if status in REMEDIES:
-            said = " ".join(raw.split())[:200]
-            raise EndpointError(f"{problem} ({said}); {REMEDIES[status]}", raw, is_fatal=True)
+            raise EndpointError(f"{problem}; {REMEDIES[status]}", raw, is_fatal=True)
         raise EndpointError(f"{problem}.", raw)
 
     def _clean(self, text: str) -> str:

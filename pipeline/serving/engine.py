@@ -138,8 +138,9 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise EngineError("the server has ended.")
-            if len(self._waiting) >= self.limits.max_waiting:
-                raise Busy(f"{len(self._waiting)} texts are waiting; try again later.")
+            n_waiting = sum(not request.is_cancelled for request in self._waiting)
+            if n_waiting >= self.limits.max_waiting:
+                raise Busy(f"{n_waiting} texts are waiting; try again later.")
             self._waiting.append(request)
             self._changed.notify()
         return request

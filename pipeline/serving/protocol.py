@@ -193,6 +193,7 @@ class Answer:
         prefix = "chatcmpl" if is_chat else "cmpl"
         self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = model
+        self._begun: set[int] = set()  # choices of which an event has said whose they are
 
     def whole(self, choices: Iterable[Choice]) -> dict[str, Any]:
         """The answer, when all of it is there."""
@@ -222,7 +223,9 @@ class Answer:
         logprobs = form(choice.tokens) if choice.tokens else None
         place = {"index": choice.number, "finish_reason": choice.finish_reason}
         if self.is_chat:
-            said: dict[str, Any] = {key: {"role": "assistant", "content": choice.text}}
+            role = {} if choice.number in self._begun else {"role": "assistant"}
+            said: dict[str, Any] = {key: {**role, "content": choice.text}}
+            self._begun.add(choice.number)
         else:
             said = {"text": choice.text}
         return {**place, **said, "logprobs": logprobs}

@@ -19,6 +19,7 @@ from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
 from pipeline.weights.vocabulary import Special, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
+ENDS = ("eot", "eom")  # of a turn, of a message: what ends a text beside EOS
 _NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # kinds of tokens
 _KINDS: dict[str, tuple[int, ...]] = {"gpt2": (_NORMAL, _CONTROL, _UNUSED)}
 _KINDS["llama"] = (*_KINDS["gpt2"], _UNKNOWN, _BYTE)  # SentencePiece's
@@ -91,6 +92,8 @@ def _config(
         raise ValueError("its heads are not embedding_length / head_count wide.")
     if metadata.of_model("expert_count", 0):
         raise ValueError("it is a mixture of experts, which is not supported.")
+    if not metadata.of_model("attention.causal", True):
+        raise ValueError("its attention sees later tokens too, which is not supported.")
     return GPTConfig(
         n_layer=metadata.of_model("block_count"),
         n_head=n_head,
@@ -118,12 +121,14 @@ def _rope_scaling(
             if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
                 return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
-    kind = metadata.of_model("rope.scaling.type", "none")
-    if kind == "none":
+    kind = metadata.of_model("rope.scaling.type", "linear")  # as llama.cpp takes it
+    factor = metadata.of_model("rope.scaling.factor", 0.0)
+    factor = float(factor or metadata.of_model("rope.scale_linear", 0.0))
+    if kind == "none" or factor in (0.0, 1.0):
         return None
     if kind != "linear":
         raise ValueError(f"its rope scaling is {kind}; there are linear and Llama 3's.")
-    return RopeScaling("linear", float(metadata.of_model("rope.scaling.factor")))
+    return RopeScaling("linear", factor)
 
 
 def _shortest(value: float) -> float:
@@ -149,11 +154,13 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     if len(tokens) < len(used):
         raise ValueError("its tokenizer has a token twice.")
     eos, bos = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
+    more_ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
     bos_token = None if bos is None else names[bos]
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", is_llama3 or model == "llama")
     special = Special(
         {names[i]: i for i in used if kinds[i] in (_CONTROL, _UNKNOWN)},
         eos=None if eos is None else names[eos],
+        ends=tuple(names[i] for i in more_ends if i is not None),
         bos=bos_token if adds_bos else None,
         bos_token=bos_token,
         chat_template=fields.get("tokenizer.chat_template"),

@@ -22,7 +22,7 @@ from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
 from pipeline.rotary import stretch_factors
 from pipeline.weights.fetch import EXPORTED_GGUF
-from pipeline.weights.gguf_in import ROPE_FACTORS
+from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
 from pipeline.weights.sentencepiece import scores_of
@@ -170,9 +170,10 @@ def _add_tokenizer(
     writer.add_token_types(kinds)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id)
-    for stop in stop_words(tokenizer, loaded.meta.get("prompt_style")):
-        if stop != tokenizer.vocabulary.eos:
-            writer.add_eot_token_id(tokenizer.special_ids[stop])
+    stops = stop_words(tokenizer, loaded.meta.get("prompt_style"))
+    more = [tokenizer.special_ids[stop] for stop in stops if stop != tokenizer.vocabulary.eos]
+    for key, stop_id in zip(ENDS, more, strict=False):  # there is room for no more
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", stop_id)
     writer.add_add_bos_token(bool(tokenizer.bos_ids))
     if bos := tokenizer.vocabulary.bos_token:
         writer.add_bos_token_id(tokenizer.special_ids[bos])

@@ -100,6 +100,7 @@ def _with_prefix(name: str, prefix: str) -> str:
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
+    _expect(settings, "is_causal", True)
     kind = settings.get("model_type")
     if kind == "gpt2":
         return _gpt2_config(settings)
@@ -137,7 +138,8 @@ def _llama_config(settings: dict[str, Any]) -> GPTConfig:
     _expect(settings, "mlp_bias", False)
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
     _expect(settings, "head_dim", width // n_head)
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    # the older name is what somebody added, where both are there: transformers goes by it too
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     return GPTConfig(
         n_layer=settings["num_hidden_layers"],
         n_head=n_head,
@@ -241,9 +243,11 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     _check_added(added)
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
+    end_ids = _end_ids(path, settings)
     special = Special(
         ids,
-        eos=_name(options.get("eos_token")) or names.get(_eos_id(path, settings)),
+        eos=_name(options.get("eos_token")) or names.get(next(iter(end_ids), None)),
+        ends=tuple(names.get(i, f"<{i}>") for i in end_ids),
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
@@ -268,12 +272,13 @@ def _check_added(added: Mapping[str, Any]) -> None:
             )
 
 
-def _eos_id(path: Path, settings: dict[str, Any]) -> Any:
-    """The (first) id that ends a text; some keep it with the options of writing alone."""
-    found = settings.get("eos_token_id")
-    if found is None:
-        found = _read_json(path / GENERATION_CONFIG, {}).get("eos_token_id")
-    return next(iter(found), None) if isinstance(found, list) else found
+def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
+    """Ids that end a text; those that the options of writing name come after the model's own."""
+    found: dict[int, None] = {}
+    for options in (settings, _read_json(path / GENERATION_CONFIG, {})):
+        ids = options.get("eos_token_id")
+        found |= dict.fromkeys(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return list(found)
 
 
 def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:

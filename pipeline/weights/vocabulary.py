@@ -169,6 +169,7 @@ class Special:
     Attributes:
         ids: of each, by its name.
         eos: the one that ends a text.
+        ends: those that end it too, `eos` among them or not.
         bos: the one that stands before every text, if any.
         bos_token: what a chat template calls so, whether or not it stands there.
         chat_template: Jinja source.
@@ -176,6 +177,7 @@ class Special:
 
     ids: Mapping[str, int]
     eos: str | None
+    ends: tuple[str, ...]
     bos: str | None
     bos_token: str | None
     chat_template: str | None
@@ -186,17 +188,18 @@ class Special:
         Raises:
             ValueError: where one of them is not special, or none ends a text.
         """
+        if self.eos is None:
+            raise ValueError("it names no token that ends a text (eos_token).")
         # kept only where it decides ids, so that other digests stay as they were
         is_written = self.bos_token != self.bos and "bos_token" in (self.chat_template or "")
         template_bos = self.bos_token if is_written else None
-        for token in filter(None, (self.eos, self.bos, template_bos)):
+        for token in filter(None, (self.eos, *self.ends, self.bos, template_bos)):
             if token not in self.ids:
                 raise ValueError(f"its token {token!r} is not among its special tokens.")
-        if self.eos is None:
-            raise ValueError("it names no token that ends a text (eos_token).")
         return {
             "special_tokens": dict(sorted(self.ids.items(), key=lambda item: item[1])),
             "eos": self.eos,
+            "more_ends": tuple(sorted({*self.ends} - {self.eos})),
             "bos": self.bos,
             "chat_template": self.chat_template,
             "template_bos": template_bos,

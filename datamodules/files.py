@@ -87,6 +87,11 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise ValueError(
+                f"{path} is no text; take it out, or give a pattern such as "
+                f"'{path.parent}/**/*.txt'."
+            ) from error
         raise ValueError(
             f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; "
             "convert the file, for example with iconv -t UTF-8."

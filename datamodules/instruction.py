@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
@@ -27,6 +27,9 @@ from datamodules.prompts import (
 )
 from datamodules.sources import parse_json, read_jsonl, read_rows, resolve
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
+
+# what others have in such an entry, and what would change what is learned
+_UNREAD = ("system", "history", "tools", "conversations")
 
 
 class Item(TypedDict):
@@ -233,9 +236,11 @@ def _json_list(path: Path) -> list[Any]:
 def _item(index: int, entry: Any, place: str) -> Item:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is a {type(entry).__name__}, not an object; correct it.")
-    if entry.get("messages") is not None:
+    is_chat = entry.get("messages") is not None
+    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD, place)
+    if is_chat:
         messages = _chat(entry["messages"], place)
-        instruction, given = messages[-2]["content"], ""
+        instruction, given = _transcript(messages[:-1]), ""
     else:
         instruction, output = (_text(entry, field, place) for field in ("instruction", "output"))
         given = "" if entry.get("input") is None else _text(entry, "input", place)
@@ -255,6 +260,23 @@ def _item(index: int, entry: Any, place: str) -> Item:
         reference=reply["content"],
         messages=prompt,
     )
+
+
+def _transcript(prompt: list[Message]) -> str:
+    """What an answer is judged by: what the user said, with all that was said before it."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str], place: str) -> None:
+    """ValueError for what would change what is learned, and is not read; null says nothing."""
+    for field in fields:
+        if entry.get(field):
+            raise ValueError(
+                f"{place} has {field!r}, which is not read beside the others; write the whole "
+                "conversation as 'messages' of roles and contents, or take it out."
+            )
 
 
 def _chat(messages: Any, place: str) -> list[Message]:
@@ -277,6 +299,7 @@ def _chat(messages: Any, place: str) -> list[Message]:
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise ValueError(f"{place} is a {type(value).__name__}, not an object; correct it.")
+    _refuse_unread(value, ("tool_calls", "function_call"), place)
     return Message(role=_text(value, "role", place), content=_text(value, "content", place))
 
 

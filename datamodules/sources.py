@@ -149,6 +149,11 @@ def _python_docs_path() -> Path:
     return cache_dir() / "python-docs" / f"{version}.jsonl"
 
 
+def some(values: Sequence[Any], n: int = 10) -> str:
+    """The first of some rows or texts, for a message."""
+    return ", ".join(map(str, values[:n])) + (" ..." if len(values) > n else "")
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
 

@@ -15,7 +15,7 @@ from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.files import file_digests
 from datamodules.prompts import encode_text
-from datamodules.sources import read_table, resolve
+from datamodules.sources import read_table, resolve, some
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
@@ -107,6 +107,8 @@ class TextClassificationDataModule(StepDataModule):
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
             f"{len(naive[2])} test texts would be in training too, here none is."
         )
+        if odd := self._contradictions():
+            report(f"{len(odd)} texts stand there with different labels: {some(odd)}.")
         if n_cut:
             report(
                 f"{n_cut} texts are longer than data.max_length {self.max_length}; "
@@ -153,9 +155,24 @@ class TextClassificationDataModule(StepDataModule):
                     f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
                 )
         columns = zip(frame[self.text_column], frame[self.label_column], strict=True)
+        unusable: dict[int, ValueError] = {}
         for row, (text, label) in enumerate(columns, start=1):
             place = f"{path}: row {row}"
-            yield _text(text, self.text_column, place), self._class_index(label, place)
+            try:
+                yield _text(text, self.text_column, place), self._class_index(label, place)
+            except ValueError as error:
+                unusable[row] = error
+        if unusable:
+            first, *others = unusable
+            more = f" So with {len(others)} rows more: {some(others)}." if others else ""
+            raise ValueError(f"{unusable[first]}{more}") from unusable[first]
+
+    def _contradictions(self) -> list[str]:
+        """Texts that have one label in a row and another in another."""
+        labels: dict[str, set[int]] = {}
+        for text, label in zip(self._texts, self._labels, strict=True):
+            labels.setdefault(text.strip(), set()).add(label)
+        return [repr(text[:40]) for text, found in labels.items() if len(found) > 1]
 
     def _class_index(self, label: Any, place: str) -> int:
         if _missing(label) or str(label) == "":

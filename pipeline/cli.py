@@ -52,7 +52,7 @@ from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
-RAISE = {"exit_on_error": False}  # errors become one line, in pipeline.__main__
+RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
 
 
@@ -301,6 +301,8 @@ class PipelineCLI(LightningCLI):
 
     def _finish(self, run: Run, report: Report, outputs: dict[str, str] | None = None) -> None:
         self._log_lineage(run)
+        if news := {k: v for k, v in report.metrics.items() if k not in self._metrics()}:
+            run.log_metrics(news, self.trainer.global_step)
         tokenizer = Path(self.config_dump["data"]["init_args"]["tokenizer"])
         run.finish(
             outputs=outputs or {},

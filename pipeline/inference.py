@@ -14,7 +14,7 @@ import torch
 
 from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
-from datamodules.sources import check_writable, read_table, write_table
+from datamodules.sources import check_writable, read_table, some, write_table
 from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import generate, stream
 from pipeline.decoding.packed import pack
@@ -163,9 +163,11 @@ def classify_table(
     if column not in frame:
         raise ValueError(f"{file} has no column {column!r}; set --column to one of {list(frame)}.")
     texts = frame[column].tolist()
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{file}: row {row} has no text in {column!r}; complete or drop it.")
+    if odd := [i for i, text in enumerate(texts, start=1) if not _is_text(text)]:
+        raise ValueError(
+            f"{file}: {column!r} has no text in {len(odd)} rows ({some(odd)}); complete them, or "
+            "drop them."
+        )
     loaded = load_classifier(source)
     names = loaded.meta["label_names"]
     made = ["predicted", *(f"probability_{name}" for name in names)]
@@ -178,6 +180,10 @@ def classify_table(
         frame[name] = [round(p[i], 6) for p in probabilities]
     write_table(frame, output)
     print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
+
+
+def _is_text(cell: Any) -> bool:
+    return isinstance(cell, str) and bool(cell.strip())
 
 
 def load_classifier(source: str) -> Loaded:

@@ -5,6 +5,7 @@ And whether what is held out here was held out from it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def check_held_out(
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of the data that it was trained on.
 
-    Data that shares no file with what it was trained on is all held out.
+    Data that shares no file with what it was trained on is all held out; that is said.
 
     Args:
         meta: the checkpoint's meta.json.
@@ -122,6 +123,11 @@ def check_held_out(
     """
     theirs, ours = meta["dataset"]["sources"], fingerprint["sources"]
     if not (theirs.keys() & ours.keys() or set(theirs.values()) & set(ours.values())):
+        print(
+            f"warning: the checkpoint was trained on {', '.join(theirs)}, and is evaluated on "
+            f"other data, {', '.join(ours)}; data.source says on which.",
+            file=sys.stderr,
+        )
         return
     was, now = ((given or {}).get("init_args", {}) for given in (meta["data"], config))
     both = [key for key in SPLIT if key in was and key in now]

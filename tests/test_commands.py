@@ -17,6 +17,7 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.__main__ import COMMANDS, main
 from pipeline.arguments import one_line
 from pipeline.commands import FUNCTIONS
+from tests.journey import CONFIGS
 
 HEAVY = {"torch", "lightning", "mlflow", "pandas", "matplotlib", "sklearn", "httpx", "numpy"}
 TRAINING = {"lightning", "mlflow", "torchmetrics", "transformers", "peft"}
@@ -156,6 +157,13 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line(message) == "model.lr: Expected a float. Got value: fast"
     unknown = "unrecognized arguments: --x; --help lists the options."
     assert one_line("unrecognized arguments: --x") == unknown
+    given = "Option 'x' is not accepted Given value: {'init_args': {'x': 1}}"
+    assert one_line(given) == "Option 'x' is not accepted; --help lists the options."
+
+
+def test_an_option_is_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", f"--config={CONFIGS}/spam.yaml", "--trainer.max_epoch=1"]) == 2
+    assert "unrecognized arguments: --trainer.max_epoch=1;" in capsys.readouterr().err
 
 
 def test_a_vocabulary_smaller_than_asked_for_is_said(

@@ -13,6 +13,7 @@ import pytest
 from pipeline.checkpoint import read_meta
 from pipeline.models import load
 from pipeline.resume import check_held_out
+from pipeline.runs.journal import read_journal
 from pipeline.stages.score_stage import Answering, parent_of, prompts_of
 from tests.journey import CONFIGS, PLAIN, Journey, said
 from tests.training import instruction_data
@@ -87,6 +88,26 @@ def test_files_decide_whether_data_was_seen() -> None:
     check_held_out(two, same, fingerprint(c="1", d="2"))
     with pytest.raises(ValueError, match="a is not what it was; c is not what it was"):
         check_held_out(two, same, fingerprint(b="2", c="1"))  # its rows are counted otherwise
+
+
+def test_a_test_on_other_data_is_said_and_tracked(
+    tiny: Journey, home: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.tsv"
+    lines = (f"{'spam' if n % 3 else 'ham'}\tnote {'x' * n} of the {n}th fox" for n in range(90))
+    other.write_text("\n".join(lines))
+    words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--data.source={other}"]
+    code, _, err = said(*words, f"--ckpt_path={tiny.best('spam')}")
+    assert code == 0, err
+    assert f", and is evaluated on other data, {other}; data.source says on which" in err
+    (run,) = home.glob("*/*/outcome.json")
+    wanted = json.loads(run.read_text())["metrics"]
+    assert {"test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfidf"} <= set(wanted)
+    kept: dict[str, float] = {}
+    for line, _ in read_journal(run.parent):
+        if line["kind"] == "metric":
+            kept |= line["values"]
+    assert {name: kept.get(name) for name in wanted} == pytest.approx(wanted)
 
 
 def test_another_column_is_another_split() -> None:

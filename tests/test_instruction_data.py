@@ -145,7 +145,9 @@ def test_items_are_what_scoring_needs(make: Make) -> None:
     chat = ready(make(conversations(20)))
     item = chat.items("test")[0]
     assert item["messages"] == conversations(20)[item["id"]]["messages"][:-1]
-    assert (item["instruction"], item["input"]) == ("Again!", "")
+    said = [f"{message['role']}: {message['content']}" for message in item["messages"]]
+    assert (item["instruction"], item["input"]) == ("\n\n".join(said), "")
+    assert "user: Again!" in item["instruction"], "and what was said before"
     assert item["reference"] == f"It is {4 * item['id']}."
 
 
@@ -335,6 +337,9 @@ def test_the_split_depends_on_split_seed_alone(make: Make) -> None:
     assert not torch.equal(first.train_order()(0), first.train_order()(1))
 
 
+PAIR = (turn("user", "x"), turn("assistant", "y"))
+
+
 def chat(*messages: Any) -> list[Any]:
     return [{"messages": list(messages)}]
 
@@ -368,6 +373,12 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no messages": (chat(), r"data.json: entry 0: a conversation is empty"),
     "no answer": (chat(turn("user", "x")), r"entry 0: its messages do not end with a user's and"),
     "no question": (chat(turn("assistant", "x")), r"entry 0: its messages do not end with a user"),
+    "history": ([{**GOOD, "history": [["a", "b"]]}], r"entry 0 has 'history', which is not read"),
+    "both": ([{**GOOD, **chat(*PAIR)[0]}], r"entry 0 has 'instruction', which is not read beside"),
+    "tools": (
+        chat(PAIR[0], {**PAIR[1], "tool_calls": [{"id": "a"}]}),
+        r"entry 0: message 1 has 'tool_calls', which is not read",
+    ),
     "mute": (
         chat(turn("user", "x"), turn("assistant", "")),
         r"entry 0 has an empty assistant text",

@@ -147,6 +147,10 @@ def test_decoding_names_file_and_byte() -> None:
     assert decode(b"\xef\xbb\xbfabc", Path("a.txt"), offset=4) == "\ufeffabc"
     with pytest.raises(ValueError, match=r"a\.txt: byte 103 \(0xe9\) is not UTF-8; convert"):
         decode(b"caf\xe9", Path("a.txt"), offset=100)
+    with pytest.raises(
+        ValueError, match=r"notes/a\.png is no text; .* such as 'notes/\*\*/\*\.txt'"
+    ):
+        decode(b"\x89PNG\r\n\x1a\n\0\0\0", Path("notes/a.png"))
 
 
 def test_jsonl_is_read_with_line_numbers(write: Write) -> None:

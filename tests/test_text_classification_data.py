@@ -254,6 +254,11 @@ BAD_DATA = {
         r"row 41 has label 'art', data.label_names is \['s",
     ),
     "no label": ("t.tsv", GOOD + "\tpaint\n", r"t.tsv: row 41 has no 'topic'; give it a label"),
+    "several": (
+        "t.tsv",
+        GOOD + "\tpaint\n" * 2 + "law\t\nart\tx\n",
+        r"t.tsv: row 41 has no 'topic'; .*, or drop it\. So with 3 rows more: 42, 43, 44\.$",
+    ),
     "null label": ("t.jsonl", '{"topic": null, "text": "x"}', r"t.jsonl: row 1 has no 'topic'"),
     "null text": ("t.jsonl", '{"topic": "law", "text": null}', r"row 1 has no 'text'; give it a t"),
     "no key": ("t.jsonl", '{"topic": "law", "text": "x"}\n{"text": "y"}', r"row 2 has no 'topic'"),
@@ -270,6 +275,16 @@ BAD_DATA = {
     "header only": ("t.tsv", "topic\ttext\n", r"t.tsv holds no rows"),
     "few": ("t.tsv", table(rows(4)), r"the test split of 4 items is empty; give more data"),
 }
+
+
+def test_a_text_with_two_labels_is_said(
+    write: Write, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for more, said in (("", False), ("law\ta goal\nsport\ta goal \n", True)):
+        make(write("t.tsv", GOOD + more)).setup("fit")
+        expected = "1 texts stand there with different labels: 'a goal'."
+        assert (expected in caplog.text) is said
 
 
 @pytest.mark.parametrize("name", BAD_DATA)

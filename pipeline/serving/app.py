@@ -219,7 +219,10 @@ def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    return failure(400, f"{key}: {first['msg']}.", param=key)
+    said = first["msg"]
+    if first["type"] == "extra_forbidden":
+        said = "this server does not offer it; leave it out"
+    return failure(400, f"{key}: {said}.", param=key)
 
 
 def _note(answer: Answer, began: float) -> None:

@@ -148,9 +148,11 @@ def _record(
     outputs = {key: str(run.path / name) for key, name in names.items()}
     unscored = int(sum(v for name, v in metrics.items() if name.endswith("judge_unscored")))
     if unscored:
+        problems = [s.rationale for s in summary.after.by("judge") if s.score is None]
+        why = f", such as: {problems[0]}" if problems else ""
         print(
-            f"warning: {unscored} items have no verdict of the judge (see the report); the same "
-            "command asks for them again.",
+            f"warning: {unscored} items have no verdict of the judge (see the report{why}); the "
+            "same command asks for them again.",
             file=sys.stderr,
         )
     run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)

@@ -201,7 +201,8 @@ def test_items_without_a_verdict_are_asked_for_by_the_same_command(
     assert code == 0, err
     n_asked = len(server.requests)
     (first,) = home.glob("score/*/report.html")
-    assert "items have no verdict of the judge (see the report); the same command asks" in err
+    assert "items have no verdict of the judge (see the report, such as: the connection br" in err
+    assert "; the same command asks for them again." in err
 
     server.answers = [chat(verdict(70))]
     code, _, err = said(*command, "--judge.max_attempts=3", "--judge.timeout_s=20")

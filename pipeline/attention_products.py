@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.decoding.guessing import MAX_GUESSES
-
 if TYPE_CHECKING:
     from pipeline.gpt import GPTConfig
+
+MAX_NEW_TOKENS = 5  # a row, in a step of decoding
 
 
 def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
@@ -35,7 +35,7 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     if not config.causal:
         return None
     per_group = config.n_head // config.n_kv_head
-    if mask is not None and x.shape[1] <= 1 + MAX_GUESSES:
+    if mask is not None and x.shape[1] <= MAX_NEW_TOKENS:
         seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, T, S)
         bias = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         return bias if x.shape[1] == 1 else bias.repeat(1, per_group, 1)

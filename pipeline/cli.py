@@ -27,7 +27,7 @@ from pipeline import lit_classifier, lit_language_model  # noqa: F401, known by 
 from pipeline.arguments import one_line
 from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
-from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
+from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.lit_base import LitStep, check_context

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention_products import attention_bias, attention_products, product_dtype
-from pipeline.decoding.kv_cache import KVCache
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
 
+if TYPE_CHECKING:
+    from pipeline.decoding.kv_cache import KVCache
+
 INIT_STD = 0.02  # GPT-2
-Rotation = tuple[Tensor, Tensor] | None  # cosines and sines
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class GPTConfig:
 
 
 @dataclass(frozen=True)
-class Rows:
+class AttentionContext:
     """What attention must know of the rows that it sees, the same in every block.
 
     Attributes:
@@ -122,7 +123,7 @@ class Rows:
         unpadding: where the tokens lie that all but attention works on.
     """
 
-    rotation: Rotation = None
+    rotation: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     bias: Tensor | None = None
     cache: KVCache | None = None
@@ -141,37 +142,42 @@ class Attention(nn.Module):
         self.v = nn.Linear(width, kv_width, bias=config.bias)
         self.o = nn.Linear(width, width, bias=config.bias)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         size = self.config.head_size
-        q, k, v = (split_heads(layer(x), size, rows) for layer in (self.q, self.k, self.v))
-        if rows.rotation is not None:
-            q, k = rotate(q, *rows.rotation), rotate(k, *rows.rotation)
-        if rows.cache is not None:
-            k, v = rows.cache.update(self.layer, torch.cat((k, v), dim=1))
+        q, k, v = (split_heads(layer(x), size, context) for layer in (self.q, self.k, self.v))
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, torch.cat((k, v), dim=1))
         dropout = self.config.dropout if self.training else 0.0
-        return self.o(attend(q, k, v, rows, self.config.causal, dropout))
+        return self.o(attend(q, k, v, context, self.config.causal, dropout))
 
 
-def split_heads(x: Tensor, size: int, rows: Rows) -> Tensor:
+def split_heads(x: Tensor, size: int, context: AttentionContext) -> Tensor:
     """(B, T, H D), or unpadded (1, N, H D), -> (B, H, T, D), for however many heads there are."""
-    x = x if rows.unpadding is None else rows.unpadding.restore(x)
+    x = x if context.unpadding is None else context.unpadding.restore(x)
     return x.unflatten(2, (-1, size)).transpose(1, 2)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, is_causal: bool, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: AttentionContext,
+    is_causal: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, C), or unpadded (1, N, C)."""
-    if rows.bias is not None:
-        y = attention_products(q, k, v, rows.bias, dropout)
+    if context.bias is not None:
+        y = attention_products(q, k, v, context.bias, dropout)
     else:
-        is_causal, is_grouped = is_causal and rows.mask is None, q.shape[1] != k.shape[1]
+        is_causal, is_grouped = is_causal and context.mask is None, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
-            q, k, v, rows.mask, dropout, is_causal, enable_gqa=is_grouped
+            q, k, v, context.mask, dropout, is_causal, enable_gqa=is_grouped
         )  # (B, H, T, D)
     y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-    return y if rows.unpadding is None else rows.unpadding.drop(y)
+    return y if context.unpadding is None else context.unpadding.drop(y)
 
 
 class MLP(nn.Module):
@@ -208,9 +214,9 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rows))
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -320,9 +326,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Final hidden states.
 
-        Rows are padded on the right, so in a causal model nothing real ever sees a pad. Given the
-        mask, padding, and again what all rows begin with, where nothing is before that in a cache,
-        costs attention alone. Dropout then falls on what they begin with once for all.
+        Rows are padded on the right, so in a causal model nothing real ever sees a pad. With
+        `attention_mask`, pads and the beginning that all rows share (unless a cache holds tokens
+        already) take part in attention alone; all else is computed once a token that is left. The
+        beginning that is shared has one dropout mask for all rows.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
@@ -360,10 +367,14 @@ class GPT(nn.Module):
             shares = self.config.causal and is_first
             unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
             x = unpadding.drop(x)
-        x, rows = self.dropout(x), Rows(rotation, mask, bias, cache, unpadding)
-        is_lean = self.gradient_checkpointing and torch.is_grad_enabled()
+        context = AttentionContext(rotation, mask, bias, cache, unpadding)
+        x = self.dropout(x)
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, rows, use_reentrant=False) if is_lean else block(x, rows)
+            if recomputes:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
         x = self.final_norm(x)
         return x if unpadding is None else unpadding.restore(x)
 

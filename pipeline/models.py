@@ -79,7 +79,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
     """
     path = locate(source)
     if not is_foreign(path):
-        return _load_checkpoint(path, dtype)
+        return load_checkpoint(path, dtype)
     foreign = open_foreign(path)
     model = read_model(foreign, path, dtype).eval()
     name = None if Path(source).expanduser().exists() else str(source)
@@ -99,27 +99,19 @@ def foreign_meta(foreign: Foreign) -> dict[str, Any]:
     return {**meta, "prompt_style": TEMPLATE} if has_template else meta
 
 
-def load_adapted(path: Path) -> Loaded:
-    """A LoRA checkpoint in float32, its adapter live on its base instead of merged.
+def load_checkpoint(
+    path: Path, dtype: torch.dtype = torch.float32, *, merge: bool = True
+) -> Loaded:
+    """A checkpoint of ours, verified; its adapter merged into its base, or live on it.
 
     Raises:
-        ValueError: for another checkpoint, or where its base is gone or another one.
+        ValueError: where it is not whole, or an adapter's base is gone or another one.
     """
-    verify_checkpoint(path)
-    with _made_here(path):
-        meta = read_meta(path)
-        if not meta["lora"]:
-            raise ValueError(f"{path} has no adapter; there is nothing to merge.")
-        model = _adapted(path, meta, read_tensors(path)).eval()
-        return Loaded(model, Tokenizer.load(path), meta, path)
-
-
-def _load_checkpoint(path: Path, dtype: torch.dtype) -> Loaded:
     verify_checkpoint(path)
     with _made_here(path):
         meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
         model = _adapted(path, meta, tensors) if meta["lora"] else _whole(meta, tensors)
-        if meta["lora"]:
+        if meta["lora"] and merge:
             lora.merge(model)
         return Loaded(model.to(dtype).eval(), Tokenizer.load(path), meta, path)
 

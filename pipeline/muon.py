@@ -1,4 +1,4 @@
-"""torch.optim.Muon where that is slow: the same update, computed otherwise.
+"""Muon with matrices of a shape batched on a GPU, and in float32 on CPUs without bf16 products.
 
 torch 2.13 orthogonalises in bf16 whatever the hardware; on a CPU without bf16 products that made a
 step of a small model ten times slower. And it takes matrices one by one, some thirty operations

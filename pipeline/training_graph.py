@@ -1,7 +1,8 @@
-"""Training's passes as CUDA graphs: a GPU is asked once for what it does again and again.
+"""Training's forward and backward passes captured as CUDA graphs: one replay, not thousands of
+launches.
 
-A pass through a small model, or one with adapters, is thousands of operations of a few
-microseconds each; to ask for one takes longer than to do it.
+A pass through a small model, or one with adapters, is thousands of kernels of a few microseconds
+each; to launch one takes longer than it runs.
 
 Shapes: B rows, T tokens, C width.
 """
@@ -102,7 +103,7 @@ class TrainingGraphs:
         named = gpt.named_parameters()
         # without the head: it is no part of a pass
         self.trained = {n: p for n, p in named if p.requires_grad and not n.startswith("head.")}
-        self.anchor = torch.zeros((), requires_grad=True)  # that what a pass returns depends on
+        self.anchor = torch.zeros((), requires_grad=True)  # gives what a pass returns a grad_fn
         self.latest: object = None  # what tells the last pass from those before
 
     def __call__(
@@ -155,8 +156,8 @@ class TrainingGraphs:
 class Pass:
     """A pass forward and back, operation by operation.
 
-    Its weights are aliases: the same memory, other leaves. What autograd adds to a leaf's gradient
-    with waits for the stream that first used the leaf, and such a wait cannot be captured.
+    Its weights are fresh leaves that share the model's memory: autograd's AccumulateGrad waits for
+    the stream that first used a leaf, and such a wait cannot be captured.
     """
 
     def __init__(self, graphs: TrainingGraphs) -> None:

@@ -21,7 +21,7 @@ from pipeline.decoding.prefix_cache import PrefixCache
 from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.serving.engine import Piece
-from pipeline.serving.protocol import TextAsked
+from pipeline.serving.protocol import CompletionRequest
 from pipeline.serving.telling import Teller, Told, chat_form, text_form
 from pipeline.serving.writer import Defaults, SaidText, Writer
 from tests.exporting import loaded, vocabulary
@@ -168,7 +168,7 @@ def test_a_prompt_is_said_again_as_it_was(tmp_path: Path) -> None:
     (bos,), ids = tokenizer.bos_ids, tokenizer.encode("the lamb")
     new = tokenizer.encode(" 12", ids)
     for prompt in ([bos, *ids], ids):
-        asked = TextAsked(model="it", prompt=[prompt], echo=True, logprobs=0)
+        asked = CompletionRequest(model="it", prompt=[prompt], echo=True, logprobs=0)
         text = SaidText(tokenizer, prompt, asked)
         told = [TokenLogprob(token, -1.0, []) for token in [*prompt, new[0]]]
         deltas = [text.read(0, Piece(new[0], None, logprobs=told))]
@@ -210,9 +210,9 @@ def test_ids_that_are_no_tokens_are_refused(
     writer = Writer(model, None, Defaults(4, 0.0))  # type: ignore[arg-type]
     for ids in ([tokenizer.n_vocab], [5, hole], [5, tokenizer.n_vocab + 9]):
         with pytest.raises(ValueError, match=f"not among the {tokenizer.n_vocab} tokens"):
-            writer.prompts(TextAsked(model="it", prompt=[ids]))
+            writer.prompts(CompletionRequest(model="it", prompt=[ids]))
     last = tokenizer.n_vocab - 1
-    assert writer.prompts(TextAsked(model="it", prompt=[[5, last]])) == [[5, last]]
+    assert writer.prompts(CompletionRequest(model="it", prompt=[[5, last]])) == [[5, last]]
 
 
 def test_an_id_that_is_no_token_may_be_likely(lacking: tuple[Tokenizer, int]) -> None:

@@ -14,7 +14,7 @@ import torch
 from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.text_classification import SpamDataModule
-from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
+from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.gpt import GPTConfig
 from pipeline.lit_classifier import LitClassifier
 from pipeline.lit_language_model import LitLanguageModel

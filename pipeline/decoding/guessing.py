@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MAX_GUESSES = 4  # with two tokens to go by; as measured (benchmarks/NOTES.md)
+from pipeline.attention_products import MAX_NEW_TOKENS
+
+MAX_GUESSES = MAX_NEW_TOKENS - 1  # with two tokens to go by; as measured (benchmarks/NOTES.md)
 
 
 def guess(ids: Sequence[int], max_tokens: int) -> list[int]:

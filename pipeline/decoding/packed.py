@@ -1,4 +1,5 @@
-"""Weights laid out for decoding: what reads one input is one product, in a library's own layout.
+"""Weights laid out for decoding: projections of one input are one matrix, in the blocked layout of
+oneDNN or FBGEMM.
 
 A step of decoding reads every weight for a few tokens, so on a CPU it takes as long as memory
 takes to give them. Rows of a plain matrix give 13 GB/s of the 31 that two cores can read; blocks
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.gpt import GPT, Block, Rows, attend, split_heads
+from pipeline.gpt import GPT, AttentionContext, Block, attend, split_heads
 from pipeline.rotary import rotate
 
 ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.md)
@@ -97,20 +98,20 @@ class PackedBlock(nn.Module):
         self.up = PackedLinear(*ups, in_f16=in_f16)
         self.down = PackedLinear(mlp.down, in_f16=in_f16)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
-        x = self.o(self._attend(self.qkv(self.attention_norm(x)), rows), plus=x)
+        x = self.o(self._attend(self.qkv(self.attention_norm(x)), context), plus=x)
         return self.down(self._activate(self.up(self.mlp_norm(x))), plus=x)
 
-    def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
+    def _attend(self, qkv: Tensor, context: AttentionContext) -> Tensor:
         n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
-        heads = split_heads(qkv, self.config.head_size, rows)  # (B, H + 2 G, T, D)
-        if rows.rotation is not None:
+        heads = split_heads(qkv, self.config.head_size, context)  # (B, H + 2 G, T, D)
+        if context.rotation is not None:
             qk = heads.narrow(1, 0, n_head + n_kv_head)
-            rotate(qk, *rows.rotation, out=qk)
+            rotate(qk, *context.rotation, out=qk)
         q, kv = heads.split_with_sizes((n_head, 2 * n_kv_head), dim=1)
-        k, v = kv.chunk(2, dim=1) if rows.cache is None else rows.cache.update(self.layer, kv)
-        return attend(q, k, v, rows, self.config.causal)
+        k, v = kv.chunk(2, dim=1) if context.cache is None else context.cache.update(self.layer, kv)
+        return attend(q, k, v, context, self.config.causal)
 
     def _activate(self, x: Tensor) -> Tensor:
         if not self.is_gated:

@@ -1,7 +1,7 @@
-"""A step of decoding as one CUDA graph: a GPU is asked once for what it does again and again.
+"""A step of decoding captured as a CUDA graph: one replay, not hundreds of launches.
 
-A step of a small model is hundreds of operations of a few microseconds each; to ask for one takes
-longer than to do it.
+A step of a small model is hundreds of kernels of a few microseconds each; to launch one takes
+longer than it runs.
 
 Shapes: R places for rows, B of them with rows, T tokens, V vocabulary.
 """

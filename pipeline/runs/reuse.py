@@ -1,6 +1,5 @@
-"""Runs of the same thing, done again: which of them to use, to go on with, or to start.
-
-A finished one may be used while its inputs, its data and the code have the digests that they had.
+"""Finds the directory of a run: a finished one whose inputs are unchanged, an interrupted one to go
+on with, or a new one.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def new_run(base: Path) -> Path:
 
 
 def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
-    """Whether all was got, the outputs are there and whole, and the data what they were.
+    """Whether a finished run may be used again: complete, outputs and inputs as they were.
 
     Args:
         outcome: the run's outcome.

@@ -79,36 +79,43 @@ class Replica:
         run: the run directory, in which the run is open.
         uri: address of the store; by default `tracking_uri` of the root.
         interval_s: between looks at the journal.
+        whole_root: follow all runs of the root, as a chain does whose stages are other processes.
     """
 
-    def __init__(self, run: Path, uri: str | None = None, interval_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        uri: str | None = None,
+        interval_s: float = 5.0,
+        *,
+        whole_root: bool = False,
+    ) -> None:
         self.run = run.resolve()
         self.root = self.run.parent.parent
         self.uri = uri or tracking_uri(self.root)
         self.interval_s = interval_s
         self._stop, self._warned = threading.Event(), False
-        self._follower = threading.Thread(target=self._follow, daemon=True)
-        self._follower.start()
-        self._filler = threading.Thread(target=self._fill_in, daemon=True)
-        self._filler.start()
+        followed = (sync_all, self.root) if whole_root else (sync, self.run)
+        self._follower = threading.Thread(target=self._follow, args=followed, daemon=True)
+        self._filler = threading.Thread(target=self._try, args=(sync_all, self.root), daemon=True)
+        self._threads = [self._follower] if whole_root else [self._follower, self._filler]
+        for thread in self._threads:
+            thread.start()
 
     def close(self, timeout_s: float = 20.0) -> None:
         """Sends what is left, of earlier runs too, within so many seconds; the run has ended."""
         self._stop.set()
         end = time.monotonic() + timeout_s
-        for thread in (self._follower, self._filler):
+        for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         if self._follower.is_alive():
             self._warn(_unreachable(self.root, self.uri, f"not done within {timeout_s:g} s"))
 
-    def _follow(self) -> None:
+    def _follow(self, send: Callable[[Path, str], Any], path: Path) -> None:
         while not self._stop.is_set():
-            self._try(sync, self.run)
+            self._try(send, path)
             self._stop.wait(self.interval_s)
-        self._try(sync, self.run)
-
-    def _fill_in(self) -> None:
-        self._try(sync_all, self.root)
+        self._try(send, path)
 
     def _try(self, send: Callable[[Path, str], Any], path: Path) -> None:
         try:

@@ -21,7 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serving.engine import Busy, EngineError
 from pipeline.serving.labeller import Labeller
-from pipeline.serving.protocol import Answer, ChatAsked, Choice, LabelsAsked, TextAsked, label_form
+from pipeline.serving.protocol import (
+    Answer,
+    ChatRequest,
+    Choice,
+    ClassifyRequest,
+    CompletionRequest,
+    label_form,
+)
 from pipeline.serving.writer import Delta, Writer
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -82,12 +89,12 @@ def _add_models(router: APIRouter, name: str) -> None:
 
 
 def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
-    async def complete(request: Request, asked: ChatAsked | TextAsked) -> Response:
+    async def complete(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         _check_name(asked.model, name)
         began = time.monotonic()
         prompts = await run_in_threadpool(writer.prompts, asked)
         n_prompt = sum(map(len, prompts))
-        answer = Answer(name, is_chat=isinstance(asked, ChatAsked), n_prompt=n_prompt)
+        answer = Answer(name, is_chat=isinstance(asked, ChatRequest), n_prompt=n_prompt)
         deltas = writer.write(prompts, writer.settings(asked), asked)
         try:
             if asked.stream:
@@ -102,17 +109,17 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
         return JSONResponse(answer.whole(choices))
 
     @router.post("/v1/chat/completions")
-    async def chat(request: Request, asked: ChatAsked) -> Response:
+    async def chat(request: Request, asked: ChatRequest) -> Response:
         return await complete(request, asked)
 
     @router.post("/v1/completions")
-    async def text(request: Request, asked: TextAsked) -> Response:
+    async def text(request: Request, asked: CompletionRequest) -> Response:
         return await complete(request, asked)
 
 
 def _add_labels(router: APIRouter, name: str, labeller: Labeller) -> None:
     @router.post("/classify")
-    async def classify(asked: LabelsAsked) -> dict[str, Any]:
+    async def classify(asked: ClassifyRequest) -> dict[str, Any]:
         _check_name(asked.model, name)
         return label_form(name, labeller.names, await labeller.probabilities(asked.input))
 

@@ -76,7 +76,7 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Asked(Strict):
+class WritingRequest(Strict):
     """What both forms of completion have."""
 
     model: str
@@ -119,7 +119,7 @@ class ChatMessage(Strict):
         return "".join(part.text for part in self.content)
 
 
-class ChatAsked(Asked):
+class ChatRequest(WritingRequest):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -145,7 +145,7 @@ class ChatAsked(Asked):
         return False
 
 
-class TextAsked(Asked):
+class CompletionRequest(WritingRequest):
     """POST /v1/completions; a prompt is a text or its token ids."""
 
     prompt: Annotated[list[str | Ids], BeforeValidator(_prompts)] = Field(
@@ -162,7 +162,7 @@ class TextAsked(Asked):
         return self.logprobs
 
 
-class LabelsAsked(Strict):
+class ClassifyRequest(Strict):
     """POST /classify, in vLLM's form."""
 
     model: str
@@ -234,7 +234,7 @@ class Answer:
 def label_form(
     model: str, names: Sequence[str], probabilities: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
-    """The answer to `LabelsAsked`: probabilities (N, K) of texts, with the likeliest label."""
+    """The answer to `ClassifyRequest`: probabilities (N, K) of texts, with the likeliest label."""
     data = [
         {"index": i, "label": names[row.index(max(row))], "probs": row, "num_classes": len(row)}
         for i, row in enumerate(probabilities)

@@ -1,4 +1,4 @@
-"""What a language model does for those who ask over HTTP: prompts, settings, texts as they come."""
+"""Turns HTTP requests into texts for the engine to write, and streams what it writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.decoding.text_stream import TextStream
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
-from pipeline.serving.protocol import ChatAsked, TextAsked
+from pipeline.serving.protocol import ChatRequest, CompletionRequest
 from pipeline.serving.telling import Teller, Told
 
 
@@ -64,7 +64,7 @@ class Writer:
     engine: Engine
     defaults: Defaults
 
-    def prompts(self, asked: ChatAsked | TextAsked) -> list[list[int]]:
+    def prompts(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
         """Token ids of what is to be continued.
 
         Raises:
@@ -72,7 +72,7 @@ class Writer:
                 that the vocabulary does not have.
         """
         tokenizer = self.loaded.tokenizer
-        if isinstance(asked, TextAsked):
+        if isinstance(asked, CompletionRequest):
             return [self._ids(prompt) for prompt in asked.prompt]
         said = [Message(role=_role(m.role), content=m.text) for m in asked.messages]
         return [encode_prompt(tokenizer, prompt_style(self.loaded), said)]
@@ -92,10 +92,10 @@ class Writer:
             )
         return prompt
 
-    def settings(self, asked: ChatAsked | TextAsked) -> Sampling:
+    def settings(self, asked: ChatRequest | CompletionRequest) -> Sampling:
         """How tokens are chosen; what is not said is as the server was started."""
         limit = asked.max_tokens
-        if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
+        if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
             limit = asked.max_completion_tokens
         temperature = self.defaults.temperature if asked.temperature is None else asked.temperature
         return settings_for(
@@ -110,7 +110,10 @@ class Writer:
         )
 
     async def write(
-        self, prompts: Sequence[list[int]], settings: Sampling, asked: ChatAsked | TextAsked
+        self,
+        prompts: Sequence[list[int]],
+        settings: Sampling,
+        asked: ChatRequest | CompletionRequest,
     ) -> AsyncGenerator[Delta, None]:
         """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
 
@@ -159,7 +162,7 @@ class SaidText:
     """What is said of a text while it is written."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], asked: ChatAsked | TextAsked
+        self, tokenizer: Tokenizer, prompt: Sequence[int], asked: ChatRequest | CompletionRequest
     ) -> None:
         self._stream = TextStream(tokenizer, prompt, asked.stop)
         self._teller = Teller(tokenizer, () if asked.echo else prompt)

@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +27,10 @@ from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import Outcome, code_digest, find_run, new_run, still_holds
 from pipeline.runs.run_directory import Run, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
-from pipeline.runs.tracking import sync_all
+from pipeline.runs.tracking import Replica
 from pipeline.stages.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
-MIRROR_INTERVAL_S = 5
 PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
 
 
@@ -176,7 +174,7 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
 
 def _go_on(chain: Chain, folder: Path, parent: Run, anew: bool) -> dict[str, StageRun]:
     """Runs the stages, and ends the parent run well or not."""
-    mirror, patience_s = _Mirror(mlruns_root()), PATIENCE_S
+    mirror, patience_s = Replica(parent.path, whole_root=True), PATIENCE_S
     try:
         with Child() as child:
             return _run_stages(chain, folder, parent, child, anew)
@@ -272,38 +270,6 @@ def _warn_of_code(runs: Iterable[StageRun]) -> None:
             "Remove a stage's run directory to run it again.",
             file=sys.stderr,
         )
-
-
-class _Mirror:
-    """Keeps MLflow up to date with all runs of a root, from a thread; never a reason to fail."""
-
-    def __init__(self, root: Path) -> None:
-        self._root, self._stop, self._warned = root, threading.Event(), False
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def close(self, patience_s: float) -> None:
-        """Sends what is left, for so many seconds at most."""
-        self._stop.set()
-        self._thread.join(patience_s)
-        if self._thread.is_alive():
-            self._warn(f"MLflow was not done within {patience_s} s; the next run fills it in.")
-
-    def _follow(self) -> None:
-        while not self._stop.wait(MIRROR_INTERVAL_S):
-            self._sync()
-        self._sync()
-
-    def _sync(self) -> None:
-        try:
-            sync_all(self._root)
-        except Exception as error:  # whatever it is, the chain goes on
-            self._warn(str(error))
-
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            print(f"warning: {message}", file=sys.stderr)
 
 
 def summarise(runs: Iterable[StageRun]) -> None:

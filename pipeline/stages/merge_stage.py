@@ -36,7 +36,7 @@ from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.loss import IGNORE, next_token_losses
-from pipeline.models import Loaded, load_adapted
+from pipeline.models import Loaded, load_checkpoint
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
 
@@ -77,7 +77,9 @@ def merge_stage(ckpt: Path, *, data: dict[str, Any] | None, output: Path | None)
 
 
 def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | None) -> None:
-    loaded = load_adapted(ckpt)
+    loaded = load_checkpoint(ckpt, merge=False)
+    if not loaded.meta["lora"]:
+        raise ValueError(f"{ckpt} has no adapter; there is nothing to merge.")
     held_out = data_of(loaded, data)
     held_out.setup("test")
     before = behaviour(loaded, held_out)

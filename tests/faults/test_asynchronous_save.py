@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 
 from pipeline import checkpoint as files
-from pipeline import checkpointing
+from pipeline import checkpoint_callback
 from pipeline.background import Background
 from pipeline.memory import GIB
 from tests.faults.processes import Started, at
@@ -114,7 +114,9 @@ def test_one_that_fails_ends_the_run_before_the_next_is_due(words: list[str], ho
 def test_a_copy_is_made_unasked_where_there_is_memory(
     gib: float, is_beside: bool, tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointing, "available_memory_bytes", lambda device: int(gib * GIB))
+    monkeypatch.setattr(
+        checkpoint_callback, "available_memory_bytes", lambda device: int(gib * GIB)
+    )
     threads = []
     write = files.write_checkpoint
 

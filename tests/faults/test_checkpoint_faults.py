@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import checkpoint as files
 from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint
-from pipeline.checkpointing import Checkpoints, DirectoryCheckpointIO
+from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.models import load
 from pipeline.weights.reading import EXPORT
 from tests.journey import Journey, said

@@ -17,7 +17,7 @@ import torch
 
 from pipeline import checkpoint as files
 from pipeline.checkpoint import CheckpointError, verify_checkpoint
-from pipeline.checkpointing import DirectoryCheckpointIO
+from pipeline.checkpoint_callback import DirectoryCheckpointIO
 from pipeline.models import load
 from pipeline.stages.merge_stage import data_of
 from pipeline.weights.reading import EXPORT

@@ -149,6 +149,7 @@ def one_line(message: str) -> str:
         facts.append(re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of "))
     text = ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
     text = re.sub(r"( is not accepted) Given value: .*", r"\1", text)
+    text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
     return f"{text}; --help lists the options." if _UNKNOWN_KEY.search(text) else text
 
 

@@ -55,11 +55,13 @@ def resolve_precision(precision: str, accelerator: object) -> str:
     Raises:
         ValueError: 16-mixed on a CPU, which Lightning would take for bf16-mixed.
     """
-    device = torch.device("cpu") if accelerator == "cpu" else default_device()
-    if precision == "16-mixed" and device.type == "cpu":
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    is_on_cpu = accelerator == "cpu" or (accelerator == "auto" and not has_gpu)
+    if precision == "16-mixed" and is_on_cpu:
         raise ValueError("precision is 16-mixed, which takes a GPU; give auto.")
     if precision != "auto":
         return precision
+    device = torch.device("cpu") if accelerator == "cpu" else default_device()
     return "bf16-mixed" if multiplies_bf16(device) else "32-true"
 
 

@@ -161,6 +161,13 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line(given) == "Option 'x' is not accepted; --help lists the options."
 
 
+def test_half_precision_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", f"--config={CONFIGS}/spam.yaml", "--precision=16-mixed"]
+    assert main([*words, "--trainer.accelerator=cpu"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "error: precision is 16-mixed, which takes a GPU; give auto."
+
+
 def test_an_option_is_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", f"--config={CONFIGS}/spam.yaml", "--trainer.max_epoch=1"]) == 2
     assert "unrecognized arguments: --trainer.max_epoch=1;" in capsys.readouterr().err

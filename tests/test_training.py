@@ -207,8 +207,10 @@ def test_auto_precision_follows_the_hardware(
     cpu = torch.cpu.get_capabilities()
     of_cpu = "bf16-mixed" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "32-true"
     assert resolve_precision("auto", "cpu") == of_cpu
-    with pytest.raises(ValueError, match="16-mixed, which takes a GPU; give auto"):
-        resolve_precision("16-mixed", "cpu")
+    for accelerator in ("cpu",) if torch.cuda.is_available() else ("cpu", "auto"):
+        with pytest.raises(ValueError, match="16-mixed, which takes a GPU; give auto"):
+            resolve_precision("16-mixed", accelerator)
+    assert resolve_precision("16-mixed", "cuda") == "16-mixed"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert resolve_precision("auto", "cpu") == of_cpu

@@ -67,7 +67,10 @@ class KeepAll(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         for path in (Path(trainer.default_root_dir) / files.CHECKPOINTS).glob("step-*"):
             if not (self.folder / path.name).exists():
-                shutil.copytree(path, self.folder / path.name)
+                try:
+                    shutil.copytree(path, self.folder / path.name)
+                except (FileNotFoundError, shutil.Error):  # pruned meanwhile, from another thread
+                    shutil.rmtree(self.folder / path.name)
 
 
 def make(case: Case, journey: Journey) -> tuple[Any, Any]:

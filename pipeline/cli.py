@@ -214,7 +214,8 @@ class PipelineCLI(LightningCLI):
         weights = self.config_dump["model"]["init_args"].get("init_from")
         weights_digest = path_digest(locate(weights)) if weights else None
         deciding = [self.subcommand, decisive(options), weights_digest]
-        name = f"{self.stage.run.name}-{digest(deciding)[:8]}"
+        stem = self.stage.run.name + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
+        name = f"{stem}-{digest(deciding)[:8]}"
         folder = mlruns_root() / self.stage.run.experiment
         if self.stage.run.resume == "never":
             return new_run(folder / name).name

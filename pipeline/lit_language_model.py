@@ -31,6 +31,11 @@ class LitLanguageModel(LitStep):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if self.gpt_config is not None and not self.gpt_config.causal:
+            raise ValueError(
+                "model.gpt.causal is false: every token would see the one that it has to predict; "
+                "give true."
+            )
         self._cross_entropies = cross_entropies
         self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
 

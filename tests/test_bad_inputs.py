@@ -52,6 +52,7 @@ def tune(journey: Journey, config: str, *words: str) -> str:
 BEFORE_ANY_DATA = {
     "--model.gpt.n_head=3": ["model.gpt.n_embd", "model.gpt.n_head"],
     "--model.gpt.dropout=1.5": ["model.gpt.dropout"],
+    "--model.gpt.causal=false": ["model.gpt.causal", "has to predict"],
     "--model.optimizer.warmup_steps=9": ["model.optimizer.warmup_steps", "trainer.max_steps"],
     "--model.optimizer.lr=-1": ["model.optimizer.lr"],
     "--model.optimizer.lr=fast": ["optimizer.lr"],

@@ -166,6 +166,7 @@ def test_half_precision_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*words, "--trainer.accelerator=cpu"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "error: precision is 16-mixed, which takes a GPU; give auto."
+    assert main([*words[:2], "--precision=bf16-true"]) == 2, "means would be taken in bf16, too"
 
 
 def test_an_option_is_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 
+from datamodules.prompts import stop_ids
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.gpt import GPT
 from pipeline.rotary import RopeScaling
@@ -84,6 +85,16 @@ def test_metadata(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
         found = fields.get("tokenizer.ggml.eot_token_id")
         assert found == (tokenizer.special_ids[eot] if eot else None)
         assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{N_ROWS - 1}]"
+
+
+def test_all_that_ends_a_text(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    known = replace(vocabulary().vocabulary, more_ends=("<|im_end|>", "<|system|>"))
+    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS), Tokenizer.of(known))
+    writers = gguf_writers(exported, "f32", name="tiny", license=None)
+    again = open_foreign(write(writers, tmp_path / "out") / "model.gguf").tokenizer
+    assert again.vocabulary.more_ends == known.more_ends
+    assert stop_ids(again, None) == stop_ids(exported.tokenizer, None)
+    assert len(stop_ids(again, None)) == 3
 
 
 def test_tokens_that_no_merge_makes(tiny_gpt: MakeGPT, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pipeline.inference import (
     prompt_style,
     settings_for,
 )
-from pipeline.models import Loaded
+from pipeline.models import Loaded, load
 from pipeline.serving import serve
 from pipeline.serving.engine import Limits
 from pipeline.serving.writer import Defaults
@@ -435,6 +435,14 @@ def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
     names = loaded.meta["label_names"]
     assert [row["label"] for row in data] == [names[row.index(max(row))] for row in expected]
     assert httpx.get(f"{labelling.url}/v1/models", headers={"Authorization": "Bearer sesame"})
+
+
+def test_probabilities_are_not_rounded_to_half_precision(tiny: Journey) -> None:
+    """What the server answers where the hardware multiplies bf16."""
+    texts = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
+    for row in label_probabilities(load(tiny.best("spam"), torch.bfloat16), texts):
+        assert sum(row) == pytest.approx(1, abs=1e-6)
+        assert any(p != float(torch.tensor(p).bfloat16()) for p in row)
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame", "Bearer s\u00e9same"])

@@ -350,12 +350,7 @@ class GPT(nn.Module):
                 "shorten the text or use a model with a longer context."
             )
         places = slice(0, n_tokens) if positions is None else positions
-        x = self.token_embedding(input_ids)
-        rotation = None
-        if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[places]
-        else:
-            rotation = self._rotation(places, product_dtype(x))
+        x, rotation = self._embed(input_ids, places)
         mask, unpadding, is_first = None, None, True
         if cache is not None:
             assert positions is not None, "a cache needs positions"
@@ -367,8 +362,7 @@ class GPT(nn.Module):
             shares = self.config.causal and is_first
             unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
             x = unpadding.drop(x)
-        context = AttentionContext(rotation, mask, bias, cache, unpadding)
-        x = self.dropout(x)
+        x, context = self.dropout(x), AttentionContext(rotation, mask, bias, cache, unpadding)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recomputes:
@@ -378,9 +372,16 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         return x if unpadding is None else unpadding.restore(x)
 
-    def _rotation(self, places: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, input_ids: Tensor, places: slice | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, T, C), with learned places; cosines and sines of rotary ones."""
+        x = self.token_embedding(input_ids)
+        if self.position_embedding is not None:
+            return x + self.position_embedding.weight[places], None
+        dtype = product_dtype(x)
         cos, sin = self.cos[places].to(dtype), self.sin[places].to(dtype)  # (T, D) or (B, T, D)
-        return (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+        return x, (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
     def n_parameters(self, *, trainable_only: bool = False) -> int:
         """Parameters, a tied one counted once."""

@@ -219,10 +219,8 @@ def label_probabilities(
         logits = loaded.model(
             batch["input_ids"].to(loaded.device), None if mask is None else mask.to(loaded.device)
         )
-        for sample_id, p in zip(
-            batch["sample_ids"].tolist(), logits.float().softmax(-1), strict=True
-        ):
-            rows[sample_id] = p.tolist()
+        probabilities = logits.float().softmax(-1).tolist()
+        rows |= zip(batch["sample_ids"].tolist(), probabilities, strict=True)
     return [rows[i] for i in range(len(texts))]
 
 

@@ -97,8 +97,10 @@ class Replica:
         self._stop, self._warned = threading.Event(), False
         followed = (sync_all, self.root) if whole_root else (sync, self.run)
         self._follower = threading.Thread(target=self._follow, args=followed, daemon=True)
-        self._filler = threading.Thread(target=self._try, args=(sync_all, self.root), daemon=True)
-        self._threads = [self._follower] if whole_root else [self._follower, self._filler]
+        self._threads = [self._follower]
+        if not whole_root:
+            earlier = (sync_all, self.root)
+            self._threads.append(threading.Thread(target=self._try, args=earlier, daemon=True))
         for thread in self._threads:
             thread.start()
 

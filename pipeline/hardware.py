@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import re
 import resource
 import time
@@ -16,6 +18,8 @@ _STATUS, _CONTAINER = Path("/proc/self/status"), Path("/sys/fs/cgroup")
 CEILING_SIZE = 1024  # rows of the square matrices whose product is timed
 CEILING_SIZE_OF_GPUS = 8192  # smaller ones do not fill them
 CEILING_SECONDS = 0.3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+_HEAP_STEP = 2**26  # bytes that a heap grows by
 
 
 def default_device() -> torch.device:
@@ -118,6 +122,19 @@ def used_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what this process frees, for what it will ask for next.
+
+    It gives each large tensor back to the kernel, and gets new pages for the next, filled with
+    zeros: up to 100,000 page faults a step of training. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _HEAP_STEP)):
+        mallopt(option, value)
 
 
 def total_memory_bytes(device: torch.device) -> int:

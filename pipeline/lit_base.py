@@ -22,7 +22,7 @@ from pipeline import lora, sharding, training_graph
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.compiling import compile_blocks
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.hardware import available_memory_bytes
+from pipeline.hardware import available_memory_bytes, keep_freed_memory
 from pipeline.lora import LoRAConfig
 from pipeline.memory import GIB, estimate_gib
 from pipeline.models import Loaded, describe_base, load
@@ -148,7 +148,9 @@ class LitStep(pl.LightningModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Warns of too little memory; has passes captured, where that can be done."""
+        """Warns of too little memory; has it kept between steps, and passes captured on a GPU."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB
         if needed > free:
             print(

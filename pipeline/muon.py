@@ -1,8 +1,8 @@
-"""Muon with matrices of a shape batched on a GPU, and in float32 on CPUs without bf16 products.
+"""Muon with the matrices of a shape, and the heads of a layer, orthogonalised together.
 
-torch 2.13 orthogonalises in bf16 whatever the hardware; on a CPU without bf16 products that made a
-step of a small model ten times slower. And it takes matrices one by one, some thirty operations
-each; on a GPU that took longer than the step's forward and backward pass. tests/test_optim.py shows
+torch 2.13's takes matrices one by one, some thirty operations each, which on a GPU took longer than
+the step's forward and backward pass; and it orthogonalises in bf16 whatever the hardware, which on
+a CPU without bf16 products made a step of a small model ten times slower. tests/test_optim.py shows
 that they agree.
 """
 
@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.hardware import multiplies_bf16
+from pipeline.sharding import share, whole
 
 
 class Muon(torch.optim.Muon):
     """Momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024).
 
-    On a GPU all matrices of a shape at a time, in bf16 where it multiplies that; on a CPU one by
-    one, in float32. The update is scaled to AdamW's usual size, as
+    In bf16 where the hardware multiplies that; on a GPU all matrices of a shape at a time. Where a
+    group of parameters has a `head_size`, every so many rows of a matrix are one of their own, as
+    heads are in attention's scores. The update is scaled to AdamW's usual size, as
     `adjust_lr_fn="match_rms_adamw"` does.
     """
 
@@ -48,65 +49,73 @@ class Muon(torch.optim.Muon):
         momenta = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-        directions = orthogonalize_all(updates, group["ns_coefficients"], group["ns_steps"])
-        scale = 0.2 * math.sqrt(max(parameters[0].shape)) * group["lr"]
+        stacked = torch.stack([whole(update) for update in updates])  # (B, M, N)
+        matrices = stacked.unflatten(1, (-1, group.get("head_size") or stacked.shape[1]))
+        orthogonal = orthogonalize(
+            matrices.flatten(0, 1), group["ns_coefficients"], group["ns_steps"]
+        )
+        directions = orthogonal.view_as(stacked).unbind()
+        scale = 0.2 * math.sqrt(max(orthogonal.shape[1:])) * group["lr"]
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, directions, alpha=-scale)
+        shares = [share(d, p) for d, p in zip(directions, parameters, strict=True)]
+        torch._foreach_add_(parameters, shares, alpha=-scale)
 
 
 def _alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Matrices of one shape on a GPU, whole ones; others alone."""
+    """Matrices of one shape on a GPU, unless they are shared out; others alone."""
     groups: dict[object, list[Tensor]] = defaultdict(list)
     for i, p in enumerate(parameters):
-        is_whole = type(p) is nn.Parameter  # not a share of FSDP2's
+        is_whole = type(p) is nn.Parameter  # shares of FSDP2 are gathered one at a time
         groups[p.shape if p.is_cuda and is_whole else i].append(p)
     return list(groups.values())
 
 
-def orthogonalize_all(
-    matrices: Sequence[Tensor], coefficients: tuple[float, float, float], n_steps: int
-) -> list[Tensor]:
-    """`orthogonalize` of matrices of one shape, in bf16 where they are on a GPU that has it."""
-    single = partial(orthogonalize, coefficients=coefficients, n_steps=n_steps)
-    if len(matrices) == 1 and not matrices[0].is_cuda:
-        return [single(matrices[0])]
-    stacked = torch.stack(list(matrices))
-    in_bf16 = stacked.is_cuda and multiplies_bf16(stacked.device)
-    every = torch.vmap(single)(stacked.bfloat16() if in_bf16 else stacked)
-    return list(every.to(stacked.dtype).unbind())
-
-
-def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], n_steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values end between 0.7 and 1.2.
+def orthogonalize(
+    matrices: Tensor, coefficients: tuple[float, float, float], n_steps: int
+) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
 
     Args:
-        matrix: (M, N).
+        matrices: (B, M, N).
         coefficients: a, b, c of the quintic x -> a x + b x^3 + c x^5, applied to singular values.
         n_steps: how often.
+
+    Returns:
+        (B, M, N), contiguous, in the dtype that came in.
     """
     a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)  # largest singular value at most 1
-    if x.shape[1] >= 2 * x.shape[0] and x.dtype != torch.bfloat16:
-        x = _factor(x @ x.T, coefficients, n_steps) @ x
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # largest singular value at most 1
+    if x.shape[2] >= 2 * x.shape[1] and x.dtype != torch.bfloat16:
+        x = _factor(x @ x.mT, coefficients, n_steps) @ x
     else:
         for _ in range(n_steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype).contiguous()
 
 
 def _factor(gram: Tensor, coefficients: tuple[float, float, float], n_steps: int) -> Tensor:
-    """What all steps together multiply a matrix with, from its product with itself, (M, M).
+    """What all steps together multiply matrices with, from their products with themselves.
 
     A step multiplies with a polynomial p of that product, which becomes p gram p: all of these are
-    small where the matrix is wide, 1.8 times as fast for (384, 1536).
+    small where a matrix is wide, 1.8 times as fast for (384, 1536).
+
+    Args:
+        gram: (B, M, M).
+        coefficients: of the quintic.
+        n_steps: how many steps.
+
+    Returns:
+        (B, M, M).
     """
     a, b, c = coefficients
 
     def polynomial(gram: Tensor) -> Tensor:
-        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal().add_(a)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
         return p
 
     factor = p = polynomial(gram)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from pipeline.hardware import multiplies_bf16
+from pipeline.gpt import Attention
 from pipeline.muon import Muon
 
 # Muon's update of a matrix is scaled to AdamW's usual size: both take one rate (Liu et al. 2025)
@@ -106,11 +106,8 @@ def make_optimizer(
         raise ValueError(
             "model.optimizer.name is muon, but no matrix of a block is trainable; use adamw."
         )
-    parameters = list(matrices.values())
-    is_theirs = parameters[0].device.type == "cpu" and multiplies_bf16(parameters[0].device)
-    kind = torch.optim.Muon if is_theirs else Muon
-    muon = kind(
-        parameters,
+    muon = Muon(
+        _by_head(module, matrices),
         lr=config.lr,
         weight_decay=config.weight_decay,
         adjust_lr_fn=MUON_LR_RULE,
@@ -118,6 +115,20 @@ def make_optimizer(
     )
     rest = [p for name, p in trainable.items() if name not in matrices]
     return Chained([_adamw(rest, config, is_fused=not is_scaled), muon]) if rest else muon
+
+
+def _by_head(module: nn.Module, matrices: dict[str, nn.Parameter]) -> list[dict]:
+    """Groups of matrices: queries and keys, of which every head is one of its own, and others."""
+    sizes = {
+        layer.weight: attention.config.head_size
+        for attention in module.modules()
+        if isinstance(attention, Attention)
+        for layer in (attention.q, attention.k)
+    }
+    groups: dict[int | None, list[nn.Parameter]] = {}
+    for matrix in matrices.values():
+        groups.setdefault(sizes.get(matrix), []).append(matrix)
+    return [{"params": group, "head_size": size} for size, group in groups.items()]
 
 
 def _adamw(

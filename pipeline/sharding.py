@@ -105,13 +105,13 @@ def gathered(tree: Any, *, keep: bool) -> Any:
         keep: false where whole tensors are not wanted: they are left empty, to save memory.
     """
 
-    def whole(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if not isinstance(leaf, DTensor):
             return leaf
-        tensor = leaf.full_tensor().detach()
+        tensor = whole(leaf).detach()
         return tensor.cpu() if keep else tensor.new_empty(0)
 
-    return tree_map(whole, tree)
+    return tree_map(gather, tree)
 
 
 def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,16 +121,22 @@ def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
         tensors: by name.
         like: tensors of the same names, shared out or not.
     """
-    return {name: _share(tensor, like.get(name)) for name, tensor in tensors.items()}
+    return {name: share(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered where it is shared out; then all ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """This rank's share of a whole tensor, which every rank has; all of it if `like` is whole."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(like.device), mesh, like.placements, src_data_rank=None)
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _share(tensor: Tensor, like: Any) -> Tensor:
-    if not isinstance(like, DTensor):
-        return tensor
-    mesh = like.device_mesh
-    return distribute_tensor(tensor.to(like.device), mesh, like.placements, src_data_rank=None)

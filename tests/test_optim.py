@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT
-from pipeline.muon import Muon, orthogonalize, orthogonalize_all
+from pipeline.muon import Muon, orthogonalize
 from pipeline.optim import (
     Chained,
     OptimizerConfig,
@@ -89,9 +89,15 @@ def test_muon_takes_the_matrices_of_the_blocks(tiny_gpt: MakeGPT) -> None:
     optimizer = make_optimizer(model, MUON)
     assert isinstance(optimizer, Chained)
     adamw, muon = optimizer.optimizers
-    assert isinstance(muon, torch.optim.Muon)
-    (matrices,) = names_of(model, muon.param_groups)
-    assert len(matrices) == 2 * 6
+    assert isinstance(muon, Muon)
+    by_head, others = names_of(model, muon.param_groups)
+    assert {group["head_size"] for group in muon.param_groups} == {model.config.head_size, None}
+    assert {name.split(".", 2)[2] for name in by_head} == {
+        "attention.q.weight",
+        "attention.k.weight",
+    }
+    matrices = by_head | others
+    assert (len(by_head), len(others)) == (2 * 2, 2 * 4)
     assert all(name.startswith("blocks.") and name.endswith("weight") for name in matrices)
     decayed, others = names_of(model, adamw.param_groups)
     assert decayed == {"token_embedding.weight", "position_embedding.weight"}
@@ -101,7 +107,7 @@ def test_muon_takes_the_matrices_of_the_blocks(tiny_gpt: MakeGPT) -> None:
 def test_muon_alone_where_nothing_is_left_for_adamw(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt().requires_grad_(False)
     model.blocks[0].attention.q.weight.requires_grad_(True)
-    assert isinstance(make_optimizer(model, MUON), torch.optim.Muon)
+    assert isinstance(make_optimizer(model, MUON), Muon)
 
 
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
@@ -168,7 +174,7 @@ def test_the_schedule_reaches_both(tiny_gpt: MakeGPT) -> None:
     scheduler = halving(optimizer)
     train(model, optimizer, scheduler, range(3))
     rates = [group["lr"] for part in optimizer.optimizers for group in part.param_groups]
-    assert rates == [1e-2 / 8] * 3
+    assert rates == [1e-2 / 8] * 4
     before = copy.deepcopy(model.tensors())
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -245,16 +251,32 @@ def test_wide_matrices_are_orthogonalised_as_others_are(shape: tuple[int, int]) 
     for _ in range(5):
         a, b, c = coefficients
         s = a * s + b * s**3 + c * s**5
-    got = orthogonalize(matrix, coefficients, 5)
-    torch.testing.assert_close(got, u @ s.diag() @ v, rtol=0, atol=1e-9)
+    got = orthogonalize(matrix[None], coefficients, 5)
+    torch.testing.assert_close(got[0], u @ s.diag() @ v, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (12, 32), (32, 12)])
 def test_matrices_of_a_shape_are_orthogonalised_together_as_alone(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     coefficients = (3.4445, -4.775, 2.0315)
-    matrices = [torch.randn(shape) * 10.0**i for i in range(4)]
-    alone = [orthogonalize(matrix, coefficients, 5) for matrix in matrices]
-    together = orthogonalize_all(matrices, coefficients, 5)
-    for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    matrices = torch.stack([torch.randn(shape) * 10.0**i for i in range(4)])
+    alone = [orthogonalize(matrix[None], coefficients, 5)[0] for matrix in matrices]
+    together = orthogonalize(matrices, coefficients, 5)
+    torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-5)
+
+
+def test_a_head_is_a_matrix_of_its_own() -> None:
+    """Three heads of 8 rows in one matrix move as three matrices do, not as the one does."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(24, 32), torch.randn(24, 32) * torch.arange(1, 25)[:, None]
+
+    def moved(n_parts: int, head_size: int | None) -> Tensor:
+        matrices = [nn.Parameter(part.clone()) for part in start.chunk(n_parts)]
+        for matrix, part in zip(matrices, gradient.chunk(n_parts), strict=True):
+            matrix.grad = part
+        groups = [{"params": matrices, "head_size": head_size}]
+        Muon(groups, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        return torch.cat([matrix.detach() for matrix in matrices])
+
+    torch.testing.assert_close(moved(1, 8), moved(3, None))
+    assert (moved(1, 8) - moved(1, None)).norm() > 0.1 * (moved(1, None) - start).norm()

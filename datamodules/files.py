@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,16 +61,21 @@ def file_digests(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a big one remembered by path, size and time of change."""
+    """SHA-256 of a file; of a big one remembered, where the cache can be written.
+
+    By its path, inode, size and times: what is copied in its place with its old date is read anew.
+    """
     stat = path.stat()
     if stat.st_size < _REMEMBERED_BYTES:
         return sha256(path)
-    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+    state = f"{path.resolve()} {stat.st_ino} {stat.st_size} {times}"
     note = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
     if note.is_file() and _DIGEST.fullmatch(known := note.read_text(errors="replace")):
         return known
-    with replacing(note) as temporary:
-        temporary.write_text(digest := sha256(path))
+    digest = sha256(path)
+    with contextlib.suppress(OSError), replacing(note) as temporary:
+        temporary.write_text(digest)
     return digest
 
 

@@ -98,7 +98,8 @@ class LitClassifier(LitStep):
         """Loss, accuracy, precision, recall, F1, AUROC."""
         self.log("val/loss", self.loss_mean.compute(), prog_bar=True)
         for name, value in self.metrics.compute().items():
-            self.log(f"val/{name}", over_labels(value), prog_bar=name == "accuracy")
+            number = value[1] if value.dim() else value  # with two labels that of the second (spam)
+            self.log(f"val/{name}", number, prog_bar=name == "accuracy")
         self.loss_mean.reset()
         self.metrics.reset()
 
@@ -119,24 +120,21 @@ class LitClassifier(LitStep):
 
 
 def make_metrics(n_labels: int) -> MetricCollection:
-    """Validation metrics; precision, recall and F1 come as one value a label, (K,)."""
+    """Validation metrics; with two labels precision, recall and F1 come as (2,), one of each.
+
+    With more they are means over the labels that occur, as in a test.
+    """
+    average: Literal["none", "macro"] = "none" if n_labels == 2 else "macro"
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(n_labels, average="micro"),
             "auroc": MulticlassAUROC(n_labels),
-            "precision": MulticlassPrecision(n_labels, average="none"),
-            "recall": MulticlassRecall(n_labels, average="none"),
-            "f1": MulticlassF1Score(n_labels, average="none"),
+            "precision": MulticlassPrecision(n_labels, average=average),
+            "recall": MulticlassRecall(n_labels, average=average),
+            "f1": MulticlassF1Score(n_labels, average=average),
         },
         compute_groups=False,
     )
-
-
-def over_labels(value: Tensor) -> Tensor:
-    """One number of a metric: with two labels that of the second (spam), else the plain mean."""
-    if value.dim() == 0:
-        return value
-    return value[1] if len(value) == 2 else value.mean()
 
 
 def freeze(model: GPTClassifier, trainable: str) -> None:

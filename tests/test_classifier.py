@@ -9,6 +9,7 @@ import torch
 
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
+from pipeline.lit_classifier import make_metrics
 
 MakeGPT = Callable[..., GPT]
 
@@ -54,3 +55,12 @@ def test_it_has_no_language_model_head(tiny_gpt: MakeGPT, family: str, n_biases:
     assert n_parameters == without_head + 2 * 32 + n_biases
     again = GPTClassifier(model.gpt, n_labels=5)
     assert again(torch.arange(4)[None]).shape == (1, 5)
+
+
+def test_a_label_that_does_not_occur_is_in_no_mean() -> None:
+    """As in a test: of three labels two occur and are all found."""
+    labels = torch.tensor([0, 2, 2])
+    metrics = make_metrics(3)
+    metrics.update(torch.eye(3)[labels], labels)
+    scores = metrics.compute()
+    assert {float(scores[name]) for name in ("precision", "recall", "f1")} == {1.0}

@@ -173,3 +173,11 @@ def test_checkpoints_say_what_they_were_trained_on(tiny: Journey) -> None:
     meta = read_meta(tiny.best("spam"))
     data = {p for p in tiny.outcomes["spam"]["sources"] if p != str(tiny.best("pretrain"))}
     assert set(meta["dataset"]["sources"]) == data
+
+
+def test_a_judge_that_is_not_there_is_said_before_anything_is_answered(tiny: Journey) -> None:
+    words = ("--judge.base_url=http://127.0.0.1:9/v1", "--judge.model=m")  # 9: discard
+    code, _, err = score(tiny, *words)
+    assert code == 2
+    assert "cannot connect to http://127.0.0.1:9/v1" in err.splitlines()[-1]
+    assert "answering" not in err

@@ -147,6 +147,8 @@ def test_a_stream_says_the_same(chatty: Served) -> None:
         "length"
     ]
     assert events[-1].usage.total_tokens == whole.usage.total_tokens
+    assert {event.usage for event in events[:-1]} == {None}
+    assert all("usage" in event.model_fields_set for event in events), "as OpenAI has it"
     roles = [event.choices[0].delta.role for event in events if event.choices]
     assert roles == ["assistant"] + [None] * (len(parts) - 1), "who adds it up gets it once"
     assert len({event.id for event in events}) == 1

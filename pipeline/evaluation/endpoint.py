@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import re
+import ssl
 import threading
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -137,13 +138,8 @@ class Endpoint:
         """This thread's own: to close one that is late breaks off no other's request."""
         client: httpx.Client | None = getattr(self._own, "client", None)
         if client is None or client.is_closed:
-            client = self._own.client = httpx.Client(
-                headers={"Accept-Encoding": "identity"}
-                | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-                timeout=self.config.timeout_s,
-                verify=self._tls,
-                trust_env=urlsplit(self.config.base_url).hostname not in LOOPBACK,  # no proxy
-            )
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            client = self._own.client = _client(self.config, headers, self._tls)
             self._clients.append(client)
         return client
 
@@ -155,21 +151,22 @@ class Endpoint:
             "max_tokens": self.config.max_tokens,
         } | (self._structured if structured else {})
         url = self.config.base_url.rstrip("/") + "/chat/completions"
-        client = self._client()
+        client, is_late = self._client(), threading.Event()
+
+        def break_off() -> None:
+            is_late.set()
+            client.close()
+
         # httpx gives every read the whole timeout, and a server may send byte by byte
-        too_late = threading.Timer(self.config.timeout_s, client.close)
+        too_late = threading.Timer(self.config.timeout_s, break_off)
         too_late.start()
         try:
             with client.stream("POST", url, json=body) as response:
                 text = self._clean(self._read(response))
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise TransientError(
-                f"cannot connect to {self.config.base_url} ({error}); "
-                "start the server or correct judge.base_url.",
-                is_fatal=True,
-            ) from error
+            raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
         except httpx.TransportError as error:
-            if too_late.finished.is_set() or isinstance(error, httpx.TimeoutException):
+            if is_late.is_set() or isinstance(error, httpx.TimeoutException):
                 raise TransientError(
                     f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
                 ) from error
@@ -212,6 +209,37 @@ class Endpoint:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
         text = text.encode(errors="replace").decode()
         return self._key_as_text.sub("[key]", text) if self._key else text
+
+
+def check_reachable(config: JudgeConfig) -> None:
+    """Asks the address of a judge for nothing, without the key; worth doing before any long work.
+
+    Raises:
+        ValueError: if no connection can be made to it.
+    """
+    try:
+        with _client(config, {}, httpx.create_ssl_context()) as client:
+            client.head(config.base_url)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ValueError(_unreachable(config, error)) from error
+    except httpx.TransportError as error:
+        log.info("%s takes connections, but not this one: %s", config.base_url, error)
+
+
+def _client(config: JudgeConfig, headers: dict[str, str], tls: ssl.SSLContext) -> httpx.Client:
+    return httpx.Client(
+        headers={"Accept-Encoding": "identity", **headers},
+        timeout=config.timeout_s,
+        verify=tls,
+        trust_env=urlsplit(config.base_url).hostname not in LOOPBACK,  # no proxy
+    )
+
+
+def _unreachable(config: JudgeConfig, error: Exception) -> str:
+    return (
+        f"cannot connect to {config.base_url} ({error}); start the server or correct "
+        "judge.base_url."
+    )
 
 
 def _spellings(key: str) -> re.Pattern[str]:

@@ -148,13 +148,14 @@ async def _events(
     began: float,
 ) -> AsyncGenerator[str, None]:
     """Server-sent events; an error in the middle is the last of them."""
+    no_usage = {"usage": None} if include_usage else {}  # as OpenAI has it
 
     def events_of(delta: Delta) -> str:
         _count(answer, delta)
         if not (delta.text or delta.ended or delta.tokens):  # half a character
             return ""
         choice = Choice(delta.number, delta.text, delta.ended, delta.tokens)
-        return _event(answer.event(choice))
+        return _event({**answer.event(choice), **no_usage})
 
     try:
         async with contextlib.aclosing(deltas):

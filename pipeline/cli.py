@@ -110,6 +110,8 @@ class PipelineCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
+        if len(args) == 1:
+            raise ValueError("options stand in a YAML; give one: -c configs/pretrain.yaml, say.")
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -129,7 +131,9 @@ class PipelineCLI(LightningCLI):
         if data.tokenizer is None:
             if model.init_from is None:
                 raise ValueError(
-                    "data.tokenizer is null and there is no model.init_from to take it from."
+                    "data.tokenizer is null and there is no model.init_from to take it from; give "
+                    "--model.init_from (a checkpoint, a name such as smollm2-135m-instruct), or "
+                    "--data.tokenizer for a new model."
                 )
             data.tokenizer = tokenizer_of(model.init_from)
         elif data.tokenizer in PACKAGED or is_foreign(Path(data.tokenizer)):

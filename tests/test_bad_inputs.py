@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.__main__ import main
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 
 Write = Callable[[str, str | bytes], Path]
@@ -272,3 +273,12 @@ def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) 
     path = tmp_path / "options.yaml"
     path.write_bytes(content)
     assert f"{path} is no YAML" in refused(command, "-c", str(path))
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "check"])
+def test_a_command_without_options_says_where_they_come_from(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "give one: -c configs/pretrain.yaml" in line

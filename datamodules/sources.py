@@ -154,6 +154,14 @@ def some(values: Sequence[Any], n: int = 10) -> str:
     return ", ".join(map(str, values[:n])) + (" ..." if len(values) > n else "")
 
 
+def refuse_rows(unusable: Mapping[Any, ValueError]) -> None:
+    """Raises the first of what is wrong with rows, by row, and names the others; none is fine."""
+    if unusable:
+        first, *others = unusable
+        more = f" So with {len(others)} rows more: {some(others)}." if others else ""
+        raise ValueError(f"{unusable[first]}{more}") from unusable[first]
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
 

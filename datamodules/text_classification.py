@@ -15,7 +15,7 @@ from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.files import file_digests
 from datamodules.prompts import encode_text
-from datamodules.sources import read_table, resolve, some
+from datamodules.sources import read_table, refuse_rows, resolve, some
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
@@ -162,10 +162,7 @@ class TextClassificationDataModule(StepDataModule):
                 yield _text(text, self.text_column, place), self._class_index(label, place)
             except ValueError as error:
                 unusable[row] = error
-        if unusable:
-            first, *others = unusable
-            more = f" So with {len(others)} rows more: {some(others)}." if others else ""
-            raise ValueError(f"{unusable[first]}{more}") from unusable[first]
+        refuse_rows(unusable)
 
     def _contradictions(self) -> list[str]:
         """Texts that have one label in a row and another in another."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-import torch
 
 from datamodules.batching import MicroBatch
 from pipeline.runs.run_directory import Run
@@ -29,7 +28,8 @@ def is_logged_step(trainer: pl.Trainer) -> bool:
 def n_real_tokens(batch: list[MicroBatch]) -> int:
     """Tokens of a step, padding left out."""
     return sum(
-        int(mb.get("attention_mask", torch.ones_like(mb["input_ids"])).sum()) for mb in batch
+        int(mb["attention_mask"].sum()) if "attention_mask" in mb else mb["input_ids"].numel()
+        for mb in batch
     )
 
 

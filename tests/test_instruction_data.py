@@ -312,6 +312,7 @@ def test_a_response_that_cannot_fit_is_refused(make: Make) -> None:
     ]
     message = (
         rf"data.json: entry 0: .* opens it have {smallest} tokens, .* is {smallest - 1}; raise"
+        ".* So with 19 rows more: "
     )
     with pytest.raises(ValueError, match=message):
         ready(make(data, max_length=smallest - 1))
@@ -357,6 +358,10 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "empty list": ("[]", r"data.json holds no entries"),
     "no object": ([GOOD, "text"], r"data.json: entry 1 is a str, not an object"),
     "no output": ([GOOD, {"instruction": "x"}], r"entry 1 has no 'output', only \['instruction'\]"),
+    "three": (
+        [GOOD, {"instruction": "x"}, GOOD, "x", {"output": "x"}],
+        r"entry 1 has no 'output'.* So with 2 rows more: data.json: entry 3, data.json: entry 4\.$",
+    ),
     "no instruction": ([{"output": "x"}], r"data.json: entry 0 has no 'instruction', only"),
     "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is a int, not a text; correct or drop"),
     "input": ([{**GOOD, "input": ["x"]}], r"data.json: entry 0: 'input' is a list, not a text"),

@@ -70,10 +70,13 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
 
 
 def code_digest() -> str:
-    """SHA-256 of the sources of both packages."""
+    """SHA-256 of the sources of both packages, templates included."""
     folder = Path(__file__).parents[2]
     files = sorted(
-        file for name in ("datamodules", "pipeline") for file in folder.glob(f"{name}/**/*.py")
+        file
+        for name in ("datamodules", "pipeline")
+        for file in folder.glob(f"{name}/**/*")
+        if file.suffix in (".py", ".j2")
     )
     return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
 

@@ -7,10 +7,16 @@ import io
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datamodules.files import cache_dir, replacing, sha256
+
+if TYPE_CHECKING:
+    import httpx
 
 PATIENCE_S = 120.0  # for one attempt, from connecting to the last byte
 SILENCE_S = 30.0  # between two bytes
@@ -92,25 +98,42 @@ def _stream(item: Download) -> bytes:
     client = httpx.Client(
         follow_redirects=True, timeout=SILENCE_S, headers={"Accept-Encoding": "identity"}
     )
-    too_late = threading.Timer(PATIENCE_S, client.close)  # also between two bytes of a header
-    too_late.start()
-    try:
-        with client, client.stream("GET", item.url) as response:
-            response.raise_for_status()
-            for chunk in response.iter_raw():
-                archive += chunk
-                if len(archive) > item.max_bytes:
-                    raise ValueError(
-                        f"{item.url} is larger than the {item.max_bytes} bytes that it should have "
-                        "at most; give a local file as data.source."
-                    )
-    except httpx.TransportError as error:
-        if too_late.finished.is_set():
-            raise httpx.TimeoutException(f"not done after {PATIENCE_S:g} s") from error
-        raise
-    finally:
-        too_late.cancel()
+    with deadline(client, PATIENCE_S) as is_over:
+        try:
+            with client, client.stream("GET", item.url) as response:
+                response.raise_for_status()
+                for chunk in response.iter_raw():
+                    archive += chunk
+                    if len(archive) > item.max_bytes:
+                        raise ValueError(
+                            f"{item.url} is larger than the {item.max_bytes} bytes that it should "
+                            "have at most; give a local file as data.source."
+                        )
+        except httpx.TransportError as error:
+            if is_over.is_set():
+                raise httpx.TimeoutException(f"not done after {PATIENCE_S:g} s") from error
+            raise
     return bytes(archive)
+
+
+@contextmanager
+def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
+    """Closes a client that is at work for longer, which breaks off its request; the event says so.
+
+    httpx gives every read the whole timeout, and a server may send byte by byte.
+    """
+    is_over = threading.Event()
+
+    def break_off() -> None:
+        is_over.set()
+        client.close()
+
+    timer = threading.Timer(seconds, break_off)
+    timer.start()
+    try:
+        yield is_over
+    finally:
+        timer.cancel()
 
 
 def _member(item: Download, archive: bytes) -> bytes:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import tenacity
 
+from datamodules.downloads import deadline
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
 
@@ -151,29 +152,20 @@ class Endpoint:
             "max_tokens": self.config.max_tokens,
         } | (self._structured if structured else {})
         url = self.config.base_url.rstrip("/") + "/chat/completions"
-        client, is_late = self._client(), threading.Event()
-
-        def break_off() -> None:
-            is_late.set()
-            client.close()
-
-        # httpx gives every read the whole timeout, and a server may send byte by byte
-        too_late = threading.Timer(self.config.timeout_s, break_off)
-        too_late.start()
-        try:
-            with client.stream("POST", url, json=body) as response:
-                text = self._clean(self._read(response))
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
-        except httpx.TransportError as error:
-            if is_late.is_set() or isinstance(error, httpx.TimeoutException):
-                raise TransientError(
-                    f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
-                ) from error
-            what = str(error) or type(error).__name__
-            raise TransientError(f"the connection broke off ({what}).") from error
-        finally:
-            too_late.cancel()
+        client = self._client()
+        with deadline(client, self.config.timeout_s) as is_over:
+            try:
+                with client.stream("POST", url, json=body) as response:
+                    text = self._clean(self._read(response))
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
+            except httpx.TransportError as error:
+                if is_over.is_set() or isinstance(error, httpx.TimeoutException):
+                    raise TransientError(
+                        f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
+                    ) from error
+                what = str(error) or type(error).__name__
+                raise TransientError(f"the connection broke off ({what}).") from error
         self._check_status(response, text, structured=structured)
         return self._clean(_content(text))
 

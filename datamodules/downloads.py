@@ -134,6 +134,7 @@ def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
         yield is_over
     finally:
         timer.cancel()
+        timer.join()
 
 
 def _member(item: Download, archive: bytes) -> bytes:

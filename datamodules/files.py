@@ -71,8 +71,9 @@ def remembered_sha256(path: Path) -> str:
     times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
     state = f"{path.resolve()} {stat.st_ino} {stat.st_size} {times}"
     note = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
-    if note.is_file() and _DIGEST.fullmatch(known := note.read_text(errors="replace")):
-        return known
+    with contextlib.suppress(OSError):
+        if _DIGEST.fullmatch(known := note.read_text(errors="replace")):
+            return known
     digest = sha256(path)
     with contextlib.suppress(OSError), replacing(note) as temporary:
         temporary.write_text(digest)

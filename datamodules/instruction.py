@@ -181,7 +181,7 @@ class InstructionDataModule(StepDataModule):
                 try:
                     self._cut(ids, labels, item, place)
                 except ValueError as error:
-                    unusable[Path(place).name] = error
+                    unusable[place] = error
             samples.append(
                 Sample(
                     sample_id=item["id"], input_ids=torch.tensor(ids), labels=torch.tensor(labels)
@@ -245,7 +245,7 @@ def _items(entries: Iterable[tuple[str, Any]]) -> list[Item]:
         try:
             items.append(_item(len(items), entry, place))
         except ValueError as error:
-            unusable[Path(place).name] = error
+            unusable[place] = error
     refuse_rows(unusable)
     return items
 

@@ -125,7 +125,7 @@ def used_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what this process frees, for what it will ask for next.
+    """Has glibc keep what this process frees, from now on, for what it will ask for next.
 
     It gives each large tensor back to the kernel, and gets new pages for the next, filled with
     zeros: up to 100,000 page faults a step of training. Other C libraries are left as they are.

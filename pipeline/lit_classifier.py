@@ -122,7 +122,7 @@ class LitClassifier(LitStep):
 def make_metrics(n_labels: int) -> MetricCollection:
     """Validation metrics; with two labels precision, recall and F1 come as (2,), one of each.
 
-    With more they are means over the labels that occur, as in a test.
+    With more these three are means over the labels that occur, as in a test.
     """
     average: Literal["none", "macro"] = "none" if n_labels == 2 else "macro"
     return MetricCollection(

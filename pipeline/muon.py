@@ -50,12 +50,16 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         stacked = torch.stack([whole(update) for update in updates])  # (B, M, N)
-        matrices = stacked.unflatten(1, (-1, group.get("head_size") or stacked.shape[1]))
+        n_rows = group.get("head_size") or stacked.shape[1]
+        matrices = stacked.view(-1, n_rows, stacked.shape[2])  # (B heads, D, N), or (B, M, N)
+        in_bf16 = multiplies_bf16(matrices.device)
         orthogonal = orthogonalize(
-            matrices.flatten(0, 1), group["ns_coefficients"], group["ns_steps"]
+            matrices.bfloat16() if in_bf16 else matrices,
+            group["ns_coefficients"],
+            group["ns_steps"],
         )
-        directions = orthogonal.view_as(stacked).unbind()
-        scale = 0.2 * math.sqrt(max(orthogonal.shape[1:])) * group["lr"]
+        directions = orthogonal.to(stacked.dtype).reshape(stacked.shape).unbind()
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:])) * group["lr"]
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         shares = [share(d, p) for d, p in zip(directions, parameters, strict=True)]
         torch._foreach_add_(parameters, shares, alpha=-scale)
@@ -81,12 +85,11 @@ def orthogonalize(
         n_steps: how often.
 
     Returns:
-        (B, M, N), contiguous, in the dtype that came in.
+        (B, M, N).
     """
     a, b, c = coefficients
-    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices
-    is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # largest singular value at most 1
     if x.shape[2] >= 2 * x.shape[1] and x.dtype != torch.bfloat16:
         x = _factor(x @ x.mT, coefficients, n_steps) @ x
@@ -94,7 +97,7 @@ def orthogonalize(
         for _ in range(n_steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrices.dtype).contiguous()
+    return x.mT if is_tall else x
 
 
 def _factor(gram: Tensor, coefficients: tuple[float, float, float], n_steps: int) -> Tensor:

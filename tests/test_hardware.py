@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_a_gpu_has_no_products_with_f16_weights(monkeypatch: pytest.MonkeyPatch)
         hardware.inference_precision("f16-weights")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
 def test_freed_memory_is_kept_for_what_comes_next() -> None:
     """Large tensors, freed and asked for again: their pages come in the first steps alone."""
     program = """

@@ -360,7 +360,7 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no output": ([GOOD, {"instruction": "x"}], r"entry 1 has no 'output', only \['instruction'\]"),
     "three": (
         [GOOD, {"instruction": "x"}, GOOD, "x", {"output": "x"}],
-        r"entry 1 has no 'output'.* So with 2 rows more: data.json: entry 3, data.json: entry 4\.$",
+        r"entry 1 has no 'output'.* So with 2 rows more: .*: entry 3, .*data.json: entry 4\.$",
     ),
     "no instruction": ([{"output": "x"}], r"data.json: entry 0 has no 'instruction', only"),
     "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is a int, not a text; correct or drop"),

@@ -34,6 +34,8 @@ REMEDIES = dict.fromkeys((301, 302, 307, 308), "give the final address as judge.
     403: "export a key with access under the name that judge.api_key_env gives.",
     404: "correct judge.base_url (it usually ends in /v1) or judge.model.",
 }
+UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout)
+PROBE_S = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -157,9 +159,9 @@ class Endpoint:
             try:
                 with client.stream("POST", url, json=body) as response:
                     text = self._clean(self._read(response))
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
             except httpx.TransportError as error:
+                if isinstance(error, UNREACHABLE) and not is_over.is_set():
+                    raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
                 if is_over.is_set() or isinstance(error, httpx.TimeoutException):
                     raise TransientError(
                         f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
@@ -203,19 +205,16 @@ class Endpoint:
         return self._key_as_text.sub("[key]", text) if self._key else text
 
 
-def check_reachable(config: JudgeConfig) -> None:
-    """Asks the address of a judge for nothing, without the key; worth doing before any long work.
-
-    Raises:
-        ValueError: if no connection can be made to it.
-    """
+def connection_problem(config: JudgeConfig) -> str | None:
+    """Why no connection can be made to a judge; asked for nothing, without the key, for seconds."""
     try:
         with _client(config, {}, httpx.create_ssl_context()) as client:
-            client.head(config.base_url)
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ValueError(_unreachable(config, error)) from error
+            client.head(config.base_url, timeout=PROBE_S)
+    except UNREACHABLE as error:
+        return _unreachable(config, error)
     except httpx.TransportError as error:
         log.info("%s takes connections, but not this one: %s", config.base_url, error)
+    return None
 
 
 def _client(config: JudgeConfig, headers: dict[str, str], tls: ssl.SSLContext) -> httpx.Client:

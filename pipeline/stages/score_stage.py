@@ -18,7 +18,7 @@ from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest
 from pipeline.decoding.generate import generate_each
-from pipeline.evaluation.endpoint import check_reachable
+from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
@@ -111,8 +111,8 @@ def _score(
         after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
         sources = {source: content}
     else:
-        if judge is not None:
-            check_reachable(judge)
+        if judge is not None and (problem := connection_problem(judge)):
+            print(f"warning: {problem} What it has judged before is known.", file=sys.stderr)
         after, earlier, lineage, sources = answer(ckpt, before, data, answering)
     lineage = {**lineage, "digest": content, "split": answering.split}
     summary = evaluate(

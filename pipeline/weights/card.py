@@ -28,6 +28,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -5,8 +5,8 @@
 Both begin with the same random weights of GPT-2's form (10.7 million parameters in its blocks) and
 read the prose that Python carries. The plain loop takes 32 rows a step in float32, AdamW at a
 constant rate; `fit` has its own precision, optimizer, schedule and batch. The target is the lowest
-loss that the plain loop reaches. Validations do not count in either's time, the
-checkpoints that `fit` saves after each do. Keeps both curves as JSON and as a picture.
+loss that the plain loop reaches. Validations do not count in either's time, the checkpoints that
+`fit` saves after each do. Keeps both curves as JSON and as a picture.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def file_digests(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a big one remembered, where the cache can be written.
+    """SHA-256 of a file; of a big one remembered, unless the cache cannot be read or written.
 
     By its path, inode, size and times: what is copied in its place with its old date is read anew.
     """

@@ -25,7 +25,7 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import parse_json, read_jsonl, read_rows, refuse_rows, resolve
+from datamodules.sources import parse_json, read_jsonl, read_rows, refused_together, resolve
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 # what others have in such an entry, and what would change what is learned
@@ -112,7 +112,11 @@ class InstructionDataModule(StepDataModule):
             return
         paths = resolve(self.source)
         entries = [entry for path in paths for entry in _entries(path)]
-        items = _items(entries)
+        items: list[Item] = []
+        with refused_together() as row:
+            for place, entry in entries:
+                with row(place):
+                    items.append(_item(len(items), entry, place))
         self._rows, n_leaked_naive = self._split(items)
         samples, n_cut = self._encode(items, [place for place, _ in entries])
         sets = [SampleList([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
@@ -170,24 +174,18 @@ class InstructionDataModule(StepDataModule):
     def _encode(self, items: list[Item], places: list[str]) -> tuple[list[Sample], int]:
         """A sample for each item, and how many of them were cut."""
         samples, n_cut = [], 0
-        unusable: dict[str, ValueError] = {}
-        for item, place in zip(items, places, strict=True):
-            messages = [*item["messages"], Message(role="assistant", content=item["reference"])]
-            ids, labels = encode_conversation(
-                self.tokenizer, self.prompt_style, messages, supervise=self.supervise
-            )
-            if len(ids) > self.max_length:
-                n_cut += 1
-                try:
-                    self._cut(ids, labels, item, place)
-                except ValueError as error:
-                    unusable[place] = error
-            samples.append(
-                Sample(
-                    sample_id=item["id"], input_ids=torch.tensor(ids), labels=torch.tensor(labels)
+        with refused_together() as row:
+            for item, place in zip(items, places, strict=True):
+                said = [*item["messages"], Message(role="assistant", content=item["reference"])]
+                ids, labels = encode_conversation(
+                    self.tokenizer, self.prompt_style, said, supervise=self.supervise
                 )
-            )
-        refuse_rows(unusable)
+                if len(ids) > self.max_length:
+                    n_cut += 1
+                    with row(place):
+                        self._cut(ids, labels, item, place)
+                input_ids, learned = torch.tensor(ids), torch.tensor(labels)
+                samples.append(Sample(sample_id=item["id"], input_ids=input_ids, labels=learned))
         return samples, n_cut
 
     def _cut(self, ids: list[int], labels: list[int], item: Item, place: str) -> None:
@@ -236,18 +234,6 @@ def _json_list(path: Path) -> list[Any]:
             f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."
         )
     return entries
-
-
-def _items(entries: Iterable[tuple[str, Any]]) -> list[Item]:
-    items: list[Item] = []
-    unusable: dict[str, ValueError] = {}
-    for place, entry in entries:
-        try:
-            items.append(_item(len(items), entry, place))
-        except ValueError as error:
-            unusable[place] = error
-    refuse_rows(unusable)
-    return items
 
 
 def _item(index: int, entry: Any, place: str) -> Item:

@@ -11,8 +11,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,8 +154,23 @@ def some(values: Sequence[Any], n: int = 10) -> str:
     return ", ".join(map(str, values[:n])) + (" ..." if len(values) > n else "")
 
 
-def refuse_rows(unusable: Mapping[Any, ValueError]) -> None:
-    """Raises the first of what is wrong with rows, by row, and names the others; none is fine."""
+@contextmanager
+def refused_together() -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
+    """Gives a context for each row by its name; what is wrong with rows is said of all at the end.
+
+    Raises:
+        ValueError: the first that a row's context was left with, and which other rows had one.
+    """
+    unusable: dict[Any, ValueError] = {}
+
+    @contextmanager
+    def row(name: Any) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            unusable[name] = error
+
+    yield row
     if unusable:
         first, *others = unusable
         more = f" So with {len(others)} rows more: {some(others)}." if others else ""

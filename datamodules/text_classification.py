@@ -15,7 +15,7 @@ from datamodules import splits
 from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.files import file_digests
 from datamodules.prompts import encode_text
-from datamodules.sources import read_table, refuse_rows, resolve, some
+from datamodules.sources import read_table, refused_together, resolve, some
 from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
 
 
@@ -155,14 +155,11 @@ class TextClassificationDataModule(StepDataModule):
                     f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
                 )
         columns = zip(frame[self.text_column], frame[self.label_column], strict=True)
-        unusable: dict[int, ValueError] = {}
-        for row, (text, label) in enumerate(columns, start=1):
-            place = f"{path}: row {row}"
-            try:
-                yield _text(text, self.text_column, place), self._class_index(label, place)
-            except ValueError as error:
-                unusable[row] = error
-        refuse_rows(unusable)
+        with refused_together() as row:
+            for number, (text, label) in enumerate(columns, start=1):
+                place = f"{path}: row {number}"
+                with row(number):
+                    yield _text(text, self.text_column, place), self._class_index(label, place)
 
     def _contradictions(self) -> list[str]:
         """Texts that have one label in a row and another in another."""

@@ -112,7 +112,10 @@ def _score(
         sources = {source: content}
     else:
         if judge is not None and (problem := connection_problem(judge)):
-            print(f"warning: {problem} What it has judged before is known.", file=sys.stderr)
+            print(
+                f"warning: {problem} Only what it has judged before needs it no more.",
+                file=sys.stderr,
+            )
         after, earlier, lineage, sources = answer(ckpt, before, data, answering)
     lineage = {**lineage, "digest": content, "split": answering.split}
     summary = evaluate(

@@ -26,7 +26,7 @@ from datamodules.prompts import (
     surplus,
 )
 from datamodules.sources import parse_json, read_jsonl, read_rows, refused_together, resolve
-from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
+from datamodules.step_data_module import StepDataModule, described, report
 
 # what others have in such an entry, and what would change what is learned
 _UNREAD = ("system", "history", "tools", "conversations")
@@ -58,7 +58,6 @@ class InstructionDataModule(StepDataModule):
         source: what `sources.resolve` takes; every file a JSON list, .jsonl with an object a line,
             or a .parquet, .csv or .tsv table, of `instruction`, `input` (may be missing),
             `output`, or of `messages`.
-        tokenizer: what `Tokenizer.load` takes.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.
@@ -69,7 +68,7 @@ class InstructionDataModule(StepDataModule):
         **options: those of `StepDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
+        ValueError: for an argument that cannot be, before any data is read; from `read`, for data
             that cannot be used, naming file and entry.
     """
 
@@ -77,7 +76,6 @@ class InstructionDataModule(StepDataModule):
         self,
         *,
         source: str,
-        tokenizer: str | None,
         prompt_style: str,
         supervise: Supervise,
         max_length: int,
@@ -98,48 +96,55 @@ class InstructionDataModule(StepDataModule):
         self.prompt_style, self.supervise = prompt_style, supervise
         self.train_fraction, self.val_fraction = train_fraction, val_fraction
         self.shuffle_split, self.split_seed = shuffle_split, split_seed
-        self.tokenizer = load_tokenizer(tokenizer)
-        check_style(prompt_style, self.tokenizer)
         self._items: list[Item] = []
 
     def prepare_data(self) -> None:
         """Downloads, on one process."""
         resolve(self.source)
 
-    def setup(self, stage: str) -> None:
-        """Reads, splits and encodes the entries; there is nothing to do a second time."""
-        if self._items:
-            return
-        paths = resolve(self.source)
-        entries = [entry for path in paths for entry in _entries(path)]
+    def check(self) -> None:
+        """Refuses a tokenizer without the template that is asked for, too."""
+        check_style(self.prompt_style, self.tokenizer)
+
+    def read(self) -> None:
+        """Reads and splits the entries."""
+        self._paths = resolve(self.source)
+        entries = [entry for path in self._paths for entry in _entries(path)]
         items: list[Item] = []
         with refused_together() as row:
             for place, entry in entries:
                 with row(place):
                     items.append(_item(len(items), entry, place))
-        self._rows, n_leaked_naive = self._split(items)
-        samples, n_cut = self._encode(items, [place for place, _ in entries])
+        self._items, self._places = items, [place for place, _ in entries]
+        self._rows, self._n_leaked_naive = self._split(items)
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes the entries; there is nothing to do a second time."""
+        if hasattr(self, "fingerprint"):
+            return
+        self.check()
+        self.read()
+        samples, n_cut = self._encode()
         sets = [SampleList([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
         self.train_set, self.val_set, self.test_set = sets
         counts = {
-            "items": len(items),
+            "items": len(samples),
             **{split: len(rows) for split, rows in self._rows.items()},
             "n_cut": n_cut,
-            "n_leaked_naive": n_leaked_naive,
+            "n_leaked_naive": self._n_leaked_naive,
         }
         self.fingerprint = {
             "digest": digest_of(sets),
             "counts": counts,
-            "sources": file_digests(paths),
+            "sources": file_digests(self._paths),
         }
-        self._items = items
         report(
-            f"{self.source}: {described(counts)}; with a naive split {n_leaked_naive} test prompts "
-            "would be in training too, here none is."
+            f"{self.source}: {described(counts)}; with a naive split {self._n_leaked_naive} test "
+            "prompts would be in training too, here none is."
         )
         if n_cut:
             report(
-                f"{n_cut} of {len(items)} samples are longer than data.max_length "
+                f"{n_cut} of {len(samples)} samples are longer than data.max_length "
                 f"{self.max_length}; the middle of their prompts is left out."
             )
 
@@ -171,11 +176,11 @@ class InstructionDataModule(StepDataModule):
         n_leaked_naive = splits.count_leaked(keys, train, test)
         return {split: rows[split] for split in splits.SPLITS}, n_leaked_naive
 
-    def _encode(self, items: list[Item], places: list[str]) -> tuple[list[Sample], int]:
+    def _encode(self) -> tuple[list[Sample], int]:
         """A sample for each item, and how many of them were cut."""
         samples, n_cut = [], 0
         with refused_together() as row:
-            for item, place in zip(items, places, strict=True):
+            for item, place in zip(self._items, self._places, strict=True):
                 said = [*item["messages"], Message(role="assistant", content=item["reference"])]
                 ids, labels = encode_conversation(
                     self.tokenizer, self.prompt_style, said, supervise=self.supervise

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from datamodules.batching import Sample, epoch_generator
 from datamodules.corpus import Corpus, prepare
 from datamodules.sources import source_digests
-from datamodules.step_data_module import StepDataModule, load_tokenizer
+from datamodules.step_data_module import StepDataModule
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ class PretrainingDataModule(StepDataModule):
         num_workers: int,
     ) -> None:
         super().__init__(
-            batch_size=batch_size, max_tokens=max_tokens, seed=seed, num_workers=num_workers
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            seed=seed,
+            num_workers=num_workers,
         )
         if block_size < 2:
             raise ValueError(f"data.block_size is {block_size}; give at least 2.")
@@ -107,7 +111,6 @@ class PretrainingDataModule(StepDataModule):
             raise ValueError("data.source is an empty list; give at least one source.")
         self.text_column, self.block_size = text_column, block_size
         self.val_fraction, self.near_duplicates = val_fraction, near_duplicates
-        self.tokenizer = load_tokenizer(tokenizer)
         self.corpus: Corpus | None = None
 
     def setup(self, stage: str) -> None:

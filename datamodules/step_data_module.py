@@ -9,6 +9,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from multiprocessing import forkserver
 from typing import Any
 
@@ -25,9 +26,10 @@ from datamodules.tokenizer import Tokenizer
 class StepDataModule(pl.LightningDataModule):
     """Base of the data modules: a batch is an optimizer step, and its position survives a resume.
 
-    A subclass makes `tokenizer`, `train_set`, `val_set`, `test_set` and `fingerprint`.
+    A subclass makes `train_set`, `val_set`, `test_set` and `fingerprint`.
 
     Args:
+        tokenizer: what `Tokenizer.load` takes.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
         seed: random seed of the order of training samples.
@@ -35,22 +37,48 @@ class StepDataModule(pl.LightningDataModule):
     """
 
     context_key = "max_length"  # the argument that bounds the length of a row, in tokens
-    tokenizer: Tokenizer
     train_set: Dataset[Sample]
     val_set: Dataset[Sample]
     test_set: Dataset[Sample]
     fingerprint: dict[str, Any]  # primitives: digest, counts, and what decides the samples
     config: dict[str, Any] | None = None  # the YAML that it was made from, where there was one
 
-    def __init__(self, *, batch_size: int, max_tokens: int, seed: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        *,
+        tokenizer: str | None,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        num_workers: int,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; give at least 1.")
         if max_tokens < 1:
             raise ValueError(f"data.max_tokens is {max_tokens}; give at least 1.")
+        self._tokenizer = tokenizer
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
         self._at = {"epoch": 0, "position": 0}  # in the order of training
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded when it is asked for: a chain reads rows before the stage that trains it.
+
+        Raises:
+            ValueError: for null; the command line fills it in from `model.init_from`.
+        """
+        if self._tokenizer is None:
+            raise ValueError("data.tokenizer is null; give a name (gpt2), a file or a checkpoint.")
+        return Tokenizer.load(self._tokenizer)
+
+    def check(self) -> None:
+        """Refuses a tokenizer that is not there, or does not fit, before any data is read."""
+        _ = self.tokenizer
+
+    def read(self) -> None:
+        """Reads and splits rows, which needs no tokenizer; refuses those that cannot be used."""
 
     @abstractmethod
     def setup(self, stage: str) -> None:
@@ -185,14 +213,3 @@ def described(counts: Mapping[str, Any]) -> str:
         f"{text} ({', '.join(parts[name])})" if name in parts else text
         for name, text in words.items()
     )
-
-
-def load_tokenizer(source: str | None) -> Tokenizer:
-    """The tokenizer of a data module; the command line fills null in from `model.init_from`.
-
-    Raises:
-        ValueError: for null.
-    """
-    if source is None:
-        raise ValueError("data.tokenizer is null; give a name (gpt2), a file or a checkpoint.")
-    return Tokenizer.load(source)

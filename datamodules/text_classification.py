@@ -16,7 +16,7 @@ from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.files import file_digests
 from datamodules.prompts import encode_text
 from datamodules.sources import read_table, refused_together, resolve, some
-from datamodules.step_data_module import StepDataModule, described, load_tokenizer, report
+from datamodules.step_data_module import StepDataModule, described, report
 
 
 class TextClassificationDataModule(StepDataModule):
@@ -30,7 +30,6 @@ class TextClassificationDataModule(StepDataModule):
         text_column: column of the texts.
         label_column: column of the labels.
         label_names: the labels as they stand in the table; their order gives the class indices.
-        tokenizer: what `Tokenizer.load` takes.
         max_length: tokens of a text that are kept; at most the model's block_size.
         suffix: what every text ends with; a head on the last token reads better from a token that
             is always the same, such as a line end.
@@ -41,7 +40,7 @@ class TextClassificationDataModule(StepDataModule):
         **options: those of `StepDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `setup`, for data
+        ValueError: for an argument that cannot be, before any data is read; from `read`, for data
             that cannot be used, naming file and row.
     """
 
@@ -52,7 +51,6 @@ class TextClassificationDataModule(StepDataModule):
         text_column: str,
         label_column: str,
         label_names: list[str],
-        tokenizer: str | None,
         max_length: int,
         suffix: str,
         train_fraction: float,
@@ -72,7 +70,6 @@ class TextClassificationDataModule(StepDataModule):
         self.label_names = list(label_names)
         self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
         self.balance, self.split_seed = balance, split_seed
-        self.tokenizer = load_tokenizer(tokenizer)
         self._texts: list[str] = []
         self._labels: list[int] = []
 
@@ -80,28 +77,33 @@ class TextClassificationDataModule(StepDataModule):
         """Downloads, on one process."""
         resolve(self.source)
 
+    def read(self) -> None:
+        """Reads and splits the texts."""
+        self._paths = resolve(self.source)
+        rows = [row for path in self._paths for row in self._read(path)]
+        self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
+        self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
+        self._rows = self._split(self._keys)
+
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes the texts; there is nothing to do a second time."""
-        if self._texts:
+        if hasattr(self, "fingerprint"):
             return
-        paths = resolve(self.source)
-        rows = [row for path in paths for row in self._read(path)]
-        self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
-        keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
-        self._rows = self._split(keys)
+        self.check()
+        self.read()
         sets, n_cut = self._encode()
         self.train_set, self.val_set, self.test_set = (sets[split] for split in splits.SPLITS)
-        naive = splits.naive_split(len(keys), self.fractions, self.split_seed)
+        naive = splits.naive_split(len(self._keys), self.fractions, self.split_seed)
         counts = {
-            "rows": len(rows),
+            "rows": len(self._texts),
             **self._class_counts(),
             "n_cut": n_cut,
-            "n_leaked_naive": splits.count_leaked(keys, naive[0], naive[2]),
+            "n_leaked_naive": splits.count_leaked(self._keys, naive[0], naive[2]),
         }
         self.fingerprint = {
             "digest": digest_of(sets.values()),
             "counts": counts,
-            "sources": file_digests(paths),
+            "sources": file_digests(self._paths),
         }
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "

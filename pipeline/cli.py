@@ -166,6 +166,7 @@ class PipelineCLI(LightningCLI):
         """Checks the parts against each other, opens the run, builds the trainer around it."""
         assert isinstance(self.model, LitStep)
         assert isinstance(self.datamodule, StepDataModule)
+        self.datamodule.check()
         if self.model.gpt_config is not None:
             check_context(self.datamodule, self.model.gpt_config.block_size)
         if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:

@@ -45,7 +45,8 @@ class Module(StepDataModule):
     """The smallest data module on the base class."""
 
     def __init__(self, samples: list[Sample], tokenizer: Tokenizer, **options: int) -> None:
-        super().__init__(**{"max_tokens": 24, "seed": 1, "num_workers": 0, **options})
+        own = {"max_tokens": 24, "seed": 1, "num_workers": 0, **options}
+        super().__init__(tokenizer=None, **own)
         self.tokenizer = tokenizer
         self.train_set = self.val_set = self.test_set = SampleList(samples)
         self.fingerprint = {"digest": digest_of([SampleList(samples)])}

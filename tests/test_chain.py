@@ -335,6 +335,25 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     assert not home.exists()
 
 
+def test_rows_of_later_stages_are_read_before_the_first_runs(
+    chain: Path, home: Path, write: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their vocabulary is still to be made."""
+    moods = write("moods.csv", "text,label\nso glad,good\nso sad,bad\nso so,\n")
+    document = yaml.safe_load(chain.read_text())
+    spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
+    spam |= {"inputs": {"tokenizer": "big"}}
+    table = [spam["config"], f"{CONFIGS}/data/table.yaml"]
+    own = {"data.source": str(moods), "data.label_names": ["good", "bad"]}
+    wrong = {**spam, "name": "moods", "config": table, "set": own}
+    document["stages"] += [spam, wrong]
+    chain.write_text(yaml.safe_dump(document))
+    assert run_chain(chain) == 2
+    *_, error = capfd.readouterr().err.splitlines()
+    assert error.startswith(f"error: stage 'moods': {moods}: row 3 has no 'label'")
+    assert not home.exists()
+
+
 @pytest.mark.parametrize("text", ["big", "big.vocab_size", "small=3", "huge.vocab_size=3"])
 def test_misspelt_overrides(text: str, chain: Path, home: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"--set {text}")):

@@ -178,7 +178,7 @@ def test_impossible_arguments_fail_before_data_is_read(
     changes: dict[str, Any], message: str, make: Callable[..., PretrainingDataModule]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(**{"source": "nowhere.txt", **changes})
+        make(**{"source": "nowhere.txt", **changes}).setup("fit")
 
 
 @pytest.mark.parametrize(

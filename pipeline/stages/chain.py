@@ -119,7 +119,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
 
 
 def _foresee(stages: Sequence[Stage]) -> int:
-    """Has the options of the later stages parsed that only Lightning knows; the exit code."""
+    """Has the options and rows of Lightning's later stages read; the exit code."""
     words = {
         stage.name: stage.arguments(dict.fromkeys(stage.inputs, "to come"))
         for stage in stages[1:]
@@ -127,7 +127,7 @@ def _foresee(stages: Sequence[Stage]) -> int:
     }
     if not words:
         return 0
-    print("reading the options of all stages ...", file=sys.stderr)
+    print("reading the options and rows of all stages ...", file=sys.stderr)
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
         return child.run(command, os.environ)

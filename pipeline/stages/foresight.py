@@ -1,4 +1,4 @@
-"""The options of a chain's later stages, parsed before the first of them runs.
+"""A chain's later stages before the first of them runs: options are parsed, rows are read.
 
 Run by `run` in a process of its own, since Lightning, which parses them, is large and slow to load.
 """
@@ -9,10 +9,12 @@ import json
 import os
 import sys
 from contextlib import suppress
-from typing import Any
+from functools import cache
+
+from jsonargparse.util import import_object
 
 from pipeline import safe
-from pipeline.arguments import check_configs, guard_yaml
+from pipeline.arguments import check_configs, construct, guard_yaml
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.interrupts import end_with_parent
@@ -20,18 +22,26 @@ from pipeline.interrupts import end_with_parent
 EXIT_MISTAKE = 2
 
 
-class _Parsed(Exception):
-    """A command's options are in order: no error, but the way out before anything is built."""
+class _Read(Exception):
+    """A command's options and rows are in order: no error, but the way out before it begins."""
 
 
-class _ParsingCLI(PipelineCLI):
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        super().parse_arguments(parser, args)
-        raise _Parsed
+class _ReadingCLI(PipelineCLI):
+    def before_instantiate_classes(self) -> None:
+        """Builds the data alone; its tokenizer may be one that an earlier stage makes."""
+        data = self.stage.data
+        _read(data.class_path, json.dumps(data.init_args.as_dict(), sort_keys=True))
+        raise _Read
+
+
+@cache
+def _read(class_path: str, arguments: str) -> None:
+    """Reads what several stages share once."""
+    construct(import_object(class_path), json.loads(arguments), "data").read()
 
 
 def main(stages: dict[str, list[str]]) -> int:
-    """Parses what each stage's command will.
+    """Parses what each stage's command will, and reads its rows.
 
     Args:
         stages: by name, a command of Lightning's and its options.
@@ -46,9 +56,9 @@ def main(stages: dict[str, list[str]]) -> int:
     for name, words in stages.items():
         try:
             check_configs(words)
-            with suppress(_Parsed):
-                lightning_main(words, _ParsingCLI)
-        except ValueError as error:
+            with suppress(_Read):
+                lightning_main(words, _ReadingCLI)
+        except (OSError, ValueError) as error:
             print(f"error: stage {name!r}: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_MISTAKE
     return 0

@@ -120,6 +120,8 @@ def chat(
 ) -> None:
     """Talk with an instruction-tuned checkpoint; an empty line or Ctrl-D ends it.
 
+    Ctrl-C ends an answer. What no longer fits into the context is forgotten, the oldest first.
+
     Args:
         ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
             file, smollm2-135m-instruct.

@@ -49,24 +49,58 @@ def print_continuation(
 
 
 def converse(source: str, *, precision: Precision, system: str, **sampling: Any) -> None:
-    """A conversation on stdin and stdout; an empty line or the end of stdin ends it."""
+    """A conversation on stdin and stdout; an empty line or the end of stdin ends it.
+
+    Ctrl-C ends an answer. What no longer fits into the context is forgotten, the oldest first.
+    """
     loaded = load_language_model(source, precision)
-    style, settings = prompt_style(loaded), settings_for(loaded, **sampling)
-    messages = [Message(role="system", content=system)] if system else []
+    settings = settings_for(loaded, **sampling)
+    told = [Message(role="system", content=system)] if system else []
+    turns: list[Message] = []
     prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
-    while True:
-        print("you: ", end="", flush=True, file=sys.stderr)
-        said = sys.stdin.readline().strip()
-        if not said:
-            return
-        messages.append(Message(role="user", content=said))
-        ids = encode_prompt(loaded.tokenizer, style, messages)
+    while said := _line("you: "):
+        turns.append(Message(role="user", content=said))
+        ids = _recent(loaded, told, turns, settings.max_new_tokens)
+        if ids is None:
+            continue
         answer = ""
-        for piece in pieces(loaded, ids, settings, prefixes):
-            print(piece, end="", flush=True)
-            answer += piece
+        try:
+            for piece in pieces(loaded, ids, settings, prefixes):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" (interrupted)", end="", flush=True, file=sys.stderr)
         print()
-        messages.append(Message(role="assistant", content=answer))
+        turns.append(Message(role="assistant", content=answer))
+
+
+def _line(prompt: str) -> str:
+    print(prompt, end="", flush=True, file=sys.stderr)
+    return sys.stdin.readline().strip()
+
+
+def _recent(
+    loaded: Loaded, told: list[Message], turns: list[Message], n_new: int
+) -> list[int] | None:
+    """Ids of a conversation that leave room for an answer; what does not fit is taken out of it.
+
+    None where the last message alone is too long. Both is said on stderr.
+    """
+    context, style, n_turns = loaded.gpt.config.block_size, prompt_style(loaded), len(turns)
+
+    def encoded(messages: list[Message]) -> list[int]:
+        return encode_prompt(loaded.tokenizer, style, [*told, *messages])
+
+    if (n_alone := len(encoded(turns[-1:]))) >= context:
+        print(f"(too long: {n_alone} tokens of {context - 1}; say it shorter)", file=sys.stderr)
+        del turns[-1]
+        return None
+    room = min(n_new, context // 4)
+    while len(turns) > 1 and len(encoded(turns)) + room > context:
+        del turns[:2]  # a question and its answer
+    if n_gone := n_turns - len(turns):
+        print(f"(the context is full: {n_gone} messages before are forgotten)", file=sys.stderr)
+    return encoded(turns)
 
 
 def load_for_use(source: str | Path, precision: Precision) -> Loaded:

@@ -14,7 +14,7 @@ from pipeline.inference import converse, pieces
 from pipeline.models import Loaded
 from tests.exporting import loaded, vocabulary
 
-CONTEXT, ROOM = 256, 48
+CONTEXT, ROOM = 320, 60
 SYSTEM = "Be brief."
 
 
@@ -51,15 +51,15 @@ def test_what_does_not_fit_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    say(monkeypatch, *[f"Question {i}?" for i in range(9)], max_new_tokens=ROOM)
+    say(monkeypatch, *[f"Question {i}?" for i in range(24)], max_new_tokens=ROOM)
     err = capsys.readouterr().err
-    assert len(prompts) == 9
+    assert len(prompts) == 24
     assert max(map(len, prompts)) <= CONTEXT - ROOM
     assert max(map(len, prompts)) > CONTEXT // 2, "no more than has to be"
     texts = [model.tokenizer.decode(ids) for ids in prompts]
     assert all(SYSTEM in text and f"Question {i}?" in text for i, text in enumerate(texts))
     assert "Question 0?" in texts[1]
-    assert "Question 0?" not in texts[8]
+    assert "Question 0?" not in texts[-1]
     assert "(the context is full: 2 messages before are forgotten)" in err
 
 

@@ -56,6 +56,13 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def stem_of(path: Path) -> str:
+    """What a model or a file is called: a checkpoint by its run, without the digest."""
+    if path.parent.name == CHECKPOINTS:
+        return path.parents[1].name.rpartition("-")[0] or path.parents[1].name
+    return path.name if path.is_dir() else path.stem
+
+
 @contextmanager
 def writing_directory(path: Path) -> Iterator[Path]:
     """A hidden folder that becomes `path` when the block ends well, flushed to disk.

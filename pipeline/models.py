@@ -17,11 +17,11 @@ from datamodules.tokenizer import Tokenizer
 from pipeline import lora
 from pipeline.checkpoint import (
     ADAPTER_WEIGHTS,
-    CHECKPOINTS,
     WEIGHTS,
     CheckpointError,
     read_meta,
     read_tensors,
+    stem_of,
     tensors_digest,
     verify_checkpoint,
 )
@@ -58,8 +58,7 @@ class Loaded:
     @property
     def title(self) -> str:
         """What to call it: the name it was asked for by, else its run's, else its file's."""
-        is_of_run = self.path.parent.name == CHECKPOINTS
-        return self.name or (self.path.parents[1].name if is_of_run else self.path.stem)
+        return self.name or stem_of(self.path)
 
     @property
     def device(self) -> torch.device:

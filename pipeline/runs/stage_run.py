@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import digest
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import find_run, still_holds
@@ -27,13 +29,19 @@ def mlruns_root() -> Path:
 
 
 def run_once(
-    experiment: str, name: str, config: Mapping[str, Any], make: Callable[[Run], None], output: str
+    experiment: str,
+    stem: str,
+    deciding: Any,
+    config: Mapping[str, Any],
+    make: Callable[[Run], None],
+    output: str,
 ) -> Path:
     """Makes something in a run of its own, unless that was done and still holds.
 
     Args:
         experiment: folder below `mlruns_root()`.
-        name: name of the run; the same for the same options and inputs.
+        stem: what the run is called, before a digest.
+        deciding: what the digest is of: the same options and inputs are the same run.
         config: resolved options, primitives.
         make: makes it, and finishes the run.
         output: its key among the outputs of the run.
@@ -41,7 +49,8 @@ def run_once(
     Returns:
         Where it lies.
     """
-    base = mlruns_root() / experiment / name
+    stem = re.sub(r"[^\w-]+", "-", stem)
+    base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
     attempt, _ = find_run(base, partial(still_holds, options=flat(config)))
     try:
         with open_run(experiment, attempt.name, config) as run:

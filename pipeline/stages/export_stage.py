@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 import torch
 
-from datamodules.files import digest
 from pipeline.checkpoint import (
     Writers,
     check_output,
     path_digest,
+    stem_of,
     write_files,
     writing_directory,
 )
@@ -42,9 +42,9 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
     if output is not None:
         check_output(output, EXPORT)
     options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
-    name = f"{form}-{digest([options, path_digest(path)])[:8]}"
+    stem, deciding = f"{stem_of(path)}-{form}", [options, path_digest(path)]
     make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)
-    print(run_once("export", name, options, make, "exported"))
+    print(run_once("export", stem, deciding, options, make, "exported"))
 
 
 def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from functools import partial
 from pathlib import Path
 
-from datamodules.files import digest, file_digests
+from datamodules.files import file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
     MANIFEST,
@@ -40,10 +39,8 @@ def import_stage(source: str, *, output: Path | None) -> None:
         check_output(output, MANIFEST)
     options = {"source": source, "output": output and str(output)}
     content = path_digest(path)
-    stem = re.sub(r"[^\w-]+", "-", Path(source).name)
-    name = f"{stem}-{digest([options, content])[:8]}"
     make = partial(_import, source=source, path=path, content=content, output=output)
-    print(run_once("import", name, options, make, "best"))
+    print(run_once("import", Path(source).name, [options, content], options, make, "best"))
 
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:

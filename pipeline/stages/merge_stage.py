@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from datamodules.batching import MicroBatch
-from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline import lora
 from pipeline.arguments import construct
@@ -29,6 +28,7 @@ from pipeline.checkpoint import (
     json_writer,
     model_writers,
     path_digest,
+    stem_of,
     step_name,
     write_checkpoint,
 )
@@ -71,9 +71,9 @@ def merge_stage(ckpt: Path, *, data: dict[str, Any] | None, output: Path | None)
     if output is not None:
         check_output(output, MANIFEST)
     options = {"ckpt": str(ckpt), "data": data, "output": output and str(output)}
-    name = f"merge-{digest([options, path_digest(ckpt)])[:8]}"
+    stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(ckpt)]
     make = partial(_merge, ckpt=ckpt, data=data, output=output)
-    print(run_once("merge", name, options, make, "best"))
+    print(run_once("merge", stem, deciding, options, make, "best"))
 
 
 def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | None) -> None:

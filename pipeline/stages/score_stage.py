@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from datamodules.files import digest, sha256
+from datamodules.files import sha256
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
-from pipeline.checkpoint import path_digest
+from pipeline.checkpoint import path_digest, stem_of
 from pipeline.decoding.generate import generate_each
 from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
@@ -81,7 +81,7 @@ def score_stage(
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
-    name = f"score-{digest(deciding)[:8]}"
+    stem = f"{stem_of(locate(ckpt) if ckpt else Path(source))}-score"
     make = partial(
         _score,
         source=source,
@@ -92,7 +92,7 @@ def score_stage(
         answering=answering,
         judge=judge,
     )
-    report = run_once("score", name, options, make, "report")
+    report = run_once("score", stem, deciding, options, make, "report")
     print(f"report: {report}", file=sys.stderr)
 
 

@@ -37,9 +37,9 @@ def train_stage(
         "min_frequency": min_frequency,
     }
     digests = source_digests(sources)
-    name = f"bpe-{vocab_size}-{digest([config, digests])[:8]}"
     make = partial(_train, digests=digests, **config)
-    path = run_once("tokenizer", name, config, make, "tokenizer")
+    stem, deciding = f"bpe-{vocab_size}", [config, digests]
+    path = run_once("tokenizer", stem, deciding, config, make, "tokenizer")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, output)

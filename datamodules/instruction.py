@@ -68,8 +68,8 @@ class InstructionDataModule(StepDataModule):
         **options: those of `StepDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `read`, for data
-            that cannot be used, naming file and entry.
+        ValueError: for an argument that cannot be, before any data is read; from `read` and
+            `setup`, for data that cannot be used, naming file and entry.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class InstructionDataModule(StepDataModule):
             "counts": counts,
             "sources": file_digests(self._paths),
         }
+        del self._places
         report(
             f"{self.source}: {described(counts)}; with a naive split {self._n_leaked_naive} test "
             "prompts would be in training too, here none is."

@@ -40,8 +40,8 @@ class TextClassificationDataModule(StepDataModule):
         **options: those of `StepDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `read`, for data
-            that cannot be used, naming file and row.
+        ValueError: for an argument that cannot be, before any data is read; from `read` and
+            `setup`, for data that cannot be used, naming file and row.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class TextClassificationDataModule(StepDataModule):
             "counts": counts,
             "sources": file_digests(self._paths),
         }
+        del self._keys
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
             f"{len(naive[2])} test texts would be in training too, here none is."

@@ -39,6 +39,7 @@ FORMAT = 2  # raise it when an earlier checkpoint would not resume exactly
 MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safetensors", "training.pt"
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
@@ -56,11 +57,18 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def stem_of(path: Path) -> str:
-    """What a model or a file is called: a checkpoint by its run, without the digest."""
+def stem_of(source: str | Path) -> str:
+    """What a model is called: what a run made by the run, without its digest; others by their file,
+    or by their name on the hub.
+    """
+    path = Path(source).resolve()
+    if not path.exists():
+        return str(source).partition("@")[0].rpartition("/")[2]
     if path.parent.name == CHECKPOINTS:
-        return path.parents[1].name.rpartition("-")[0] or path.parents[1].name
-    return path.name if path.is_dir() else path.stem
+        path = path.parents[1]
+    while path.name in _NAMELESS:
+        path = path.parent
+    return re.sub(r"-[0-9a-f]{8}(-\d+)?$", "", path.name if path.is_dir() else path.stem)
 
 
 @contextmanager

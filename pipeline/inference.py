@@ -56,6 +56,7 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
     loaded = load_language_model(source, precision)
     settings = settings_for(loaded, **sampling)
     told = [Message(role="system", content=system)] if system else []
+    _check_system(loaded, told)
     turns: list[Message] = []
     prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
     while said := _line("you: "):
@@ -71,7 +72,20 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
         except KeyboardInterrupt:
             print(" (interrupted)", end="", flush=True, file=sys.stderr)
         print()
-        turns.append(Message(role="assistant", content=answer))
+        if answer:
+            turns.append(Message(role="assistant", content=answer))
+        else:
+            turns.pop()
+
+
+def _check_system(loaded: Loaded, told: list[Message]) -> None:
+    shortest = [*told, Message(role="user", content="?")]
+    ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), shortest)
+    if len(ids) >= loaded.gpt.config.block_size:
+        raise ValueError(
+            f"system leaves no room: with a question of one character it has {len(ids)} tokens, "
+            f"the context {loaded.gpt.config.block_size}; shorten it."
+        )
 
 
 def _line(prompt: str) -> str:
@@ -95,9 +109,9 @@ def _recent(
         print(f"(too long: {n_alone} tokens of {context - 1}; say it shorter)", file=sys.stderr)
         del turns[-1]
         return None
-    room = min(n_new, context // 4)
-    while len(turns) > 1 and len(encoded(turns)) + room > context:
-        del turns[:2]  # a question and its answer
+    if len(encoded(turns)) + min(n_new, context // 4) > context:
+        while len(turns) > 1 and len(encoded(turns)) > context // 2:  # seldom: all is read anew
+            del turns[:2]  # a question and its answer
     if n_gone := n_turns - len(turns):
         print(f"(the context is full: {n_gone} messages before are forgotten)", file=sys.stderr)
     return encoded(turns)

@@ -330,7 +330,7 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     document["stages"] += [spam, {**spam, "name": "twice", "set": {"data.batchsize": 3}}]
     chain.write_text(yaml.safe_dump(document))
     assert run_chain(chain) == 2
-    *_, error = capfd.readouterr().err.splitlines()
+    _, error = capfd.readouterr().err.splitlines()
     assert error.startswith("error: stage 'twice': data: Option 'batchsize' is not accepted")
     assert not home.exists()
 
@@ -349,7 +349,8 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     document["stages"] += [spam, wrong]
     chain.write_text(yaml.safe_dump(document))
     assert run_chain(chain) == 2
-    *_, error = capfd.readouterr().err.splitlines()
+    said, error = capfd.readouterr().err.splitlines()
+    assert said == "reading the options and rows of later stages ..."
     assert error.startswith(f"error: stage 'moods': {moods}: row 3 has no 'label'")
     assert not home.exists()
 

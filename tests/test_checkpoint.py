@@ -42,6 +42,30 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["some text, some words"], vocab_size=270, min_frequency=1)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("mlruns/book/instruct-0a1b2c3d/checkpoints/step-00000020", "instruct"),
+        ("mlruns/book/my-run-0a1b2c3d-2/checkpoints/step-00000020", "my-run"),
+        ("mlruns/export/instruct-gguf-0a1b2c3d/exported/model.gguf", "instruct-gguf"),
+        ("gpt2-medium/checkpoints/step-1", "gpt2-medium"),
+        ("models/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("models/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1"),
+    ],
+)
+def test_what_a_model_is_called(path: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / path).mkdir(parents=True)
+    if path.endswith(".gguf"):
+        (tmp_path / path).rmdir()
+        (tmp_path / path).touch()
+    assert files.stem_of(tmp_path / path) == name
+
+
+def test_what_a_published_model_is_called() -> None:
+    assert files.stem_of("HuggingFaceTB/SmolLM2-135M@v1") == "SmolLM2-135M"
+    assert files.stem_of("smollm2-135m-instruct") == "smollm2-135m-instruct"
+
+
 Save = Callable[..., Path]
 
 

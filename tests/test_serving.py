@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.checkpoint import stem_of
 from pipeline.decoding.generate import generate
 from pipeline.gpt import GPT
 from pipeline.inference import (
@@ -425,10 +424,9 @@ def test_other_addresses(chatty: Served) -> None:
 
 def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
     texts = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
-    name = stem_of(tiny.best("spam"))
     reply = httpx.post(
         f"{labelling.url}/classify",
-        json={"model": name, "input": texts},
+        json={"model": "spam", "input": texts},
         headers={"Authorization": "Bearer sesame"},
     )
     loaded = load_classifier(str(tiny.best("spam")))

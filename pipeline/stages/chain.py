@@ -80,8 +80,8 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         resume: auto goes on where it can, must insists on an interrupted run, never starts anew.
 
     Returns:
-        The exit code: 0, that of the stage that failed, 2 where options of a later one have a
-        mistake, or 128 + the signal that interrupted it.
+        The exit code: 0, that of the stage that failed, 2 where options or rows of a later one
+        have a mistake, or 128 + the signal that interrupted it.
 
     Raises:
         ValueError: the chain has a mistake, or another process runs it.
@@ -127,7 +127,7 @@ def _foresee(stages: Sequence[Stage]) -> int:
     }
     if not words:
         return 0
-    print("reading the options and rows of all stages ...", file=sys.stderr)
+    print("reading the options and rows of later stages ...", file=sys.stderr)
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
         return child.run(command, os.environ)

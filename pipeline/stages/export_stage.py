@@ -42,7 +42,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
     if output is not None:
         check_output(output, EXPORT)
     options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
-    stem, deciding = f"{stem_of(path)}-{form}", [options, path_digest(path)]
+    stem, deciding = f"{stem_of(ckpt)}-{form}", [options, path_digest(path)]
     make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)
     print(run_once("export", stem, deciding, options, make, "exported"))
 

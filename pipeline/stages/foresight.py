@@ -9,17 +9,18 @@ import json
 import os
 import sys
 from contextlib import suppress
-from functools import cache
+from typing import ClassVar
 
-from jsonargparse.util import import_object
+from jsonargparse import ArgumentParser
 
+from datamodules.step_data_module import StepDataModule
 from pipeline import safe
-from pipeline.arguments import check_configs, construct, guard_yaml
+from pipeline.arguments import check_configs, guard_yaml, one_line
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.interrupts import end_with_parent
 
-EXIT_MISTAKE = 2
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
 class _Read(Exception):
@@ -27,17 +28,20 @@ class _Read(Exception):
 
 
 class _ReadingCLI(PipelineCLI):
+    known: ClassVar[set[str]] = set()  # data that stages share is read once
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn, and Lightning would say so."""
+
     def before_instantiate_classes(self) -> None:
         """Builds the data alone; its tokenizer may be one that an earlier stage makes."""
         data = self.stage.data
-        _read(data.class_path, json.dumps(data.init_args.as_dict(), sort_keys=True))
+        if repr(data) not in self.known:
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_subclass_arguments(StepDataModule, "data")
+            parser.instantiate(parser.parse_object({"data": data.as_dict()})).data.read()
+            self.known.add(repr(data))
         raise _Read
-
-
-@cache
-def _read(class_path: str, arguments: str) -> None:
-    """Reads what several stages share once."""
-    construct(import_object(class_path), json.loads(arguments), "data").read()
 
 
 def main(stages: dict[str, list[str]]) -> int:
@@ -47,7 +51,7 @@ def main(stages: dict[str, list[str]]) -> int:
         stages: by name, a command of Lightning's and its options.
 
     Returns:
-        The exit code: 2 for a mistake, said in one line on stderr.
+        The exit code: 2 for a mistake, said in one line on stderr, 130 for an interrupt.
     """
     end_with_parent()
     guard_yaml()
@@ -59,8 +63,11 @@ def main(stages: dict[str, list[str]]) -> int:
             with suppress(_Read):
                 lightning_main(words, _ReadingCLI)
         except (OSError, ValueError) as error:
-            print(f"error: stage {name!r}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: stage {name!r}: {one_line(str(error))}", file=sys.stderr)
             return EXIT_MISTAKE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
     return 0
 
 

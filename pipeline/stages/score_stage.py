@@ -81,7 +81,7 @@ def score_stage(
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
-    stem = f"{stem_of(locate(ckpt) if ckpt else Path(source))}-score"
+    stem = f"{stem_of(source)}-score"
     make = partial(
         _score,
         source=source,

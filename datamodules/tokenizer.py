@@ -199,6 +199,13 @@ class Tokenizer:
         """
         return self.encoder.decode(list(ids), before)
 
+    def piece(self, token: int, before: Sequence[int] = ()) -> bytes:
+        """Bytes of an id that a model chose; none where the vocabulary leaves it out."""
+        try:
+            return self.decode_bytes([token], before)
+        except KeyError:
+            return b""
+
     def lengths(self) -> list[int]:
         """Bytes of every id; none for a special token.
 

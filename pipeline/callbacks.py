@@ -18,6 +18,7 @@ from pipeline.compiling import uncompiled
 from pipeline.decoding.generate import generate
 from pipeline.decoding.passes import check_prompt
 from pipeline.decoding.sampling import Sampling
+from pipeline.decoding.text_stream import text_of
 from pipeline.hardware import matrix_product_ceiling
 from pipeline.sharding import gather_shared
 from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
@@ -164,7 +165,9 @@ class SampleTexts(pl.Callback):
         plain = uncompiled(pl_module.is_compiled)
         with trainer.precision_plugin.forward_context(), plain:  # adapters' base may be bf16
             new = generate(pl_module.model, ids, settings)
-        texts = [tokenizer.decode(answer, prompt) for answer, prompt in zip(new, ids, strict=True)]
+        texts = [
+            text_of(tokenizer, answer, prompt) for answer, prompt in zip(new, ids, strict=True)
+        ]
         pl_module.train()
         if run is None:
             return

@@ -19,13 +19,17 @@ FORWARDED = {  # signal -> what the child gets
 }
 
 PARENT_VARIABLE = "GPT_PIPELINE_PARENT"  # run directory of the chain that a stage belongs to
+_PARENT_PID = "GPT_PIPELINE_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent() -> None:
     """Has the kernel send this process SIGTERM once its parent is gone, killed or not (Linux)."""
+    parent = os.environ.pop(_PARENT_PID, None)  # further processes have another
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if parent is not None and int(parent) != os.getppid():  # it was gone before that
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopRequest:
@@ -94,7 +98,10 @@ class Child:
         if self.signal is not None:
             return 128 + self.signal
         self._process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, env=environment, process_group=0
+            words,
+            stdin=subprocess.DEVNULL,
+            env={**environment, _PARENT_PID: str(os.getpid())},
+            process_group=0,
         )
         if self.signal is not None:  # it came while the child was being made
             self._forward(self.signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.__main__ import main
+from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
 from pipeline.runs.run_directory import is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
@@ -462,6 +464,15 @@ def test_signals_reach_the_stage(
     (stage,), (parent,) = runs(home, "slow"), runs(home, "waiting")
     assert status(parent) == "KILLED"
     assert status(stage) == stage_status
+
+
+def test_a_child_whose_parent_is_gone_already_ends() -> None:
+    """It would not be told any more."""
+    command = [sys.executable, "-m", "pipeline", "export", "--help"]
+    for parent, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGTERM)):
+        own = {PARENT_VARIABLE: "/nowhere", "GPT_PIPELINE_PARENT_PID": str(parent)}
+        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True)
+        assert done.returncode == code
 
 
 def test_two_of_the_same_chain_do_not_mix(

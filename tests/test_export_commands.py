@@ -308,3 +308,23 @@ stages:
         assert code == 0, err
     (exported,) = tmp_path.glob("mlruns/passing-on/*/exported/model.gguf")
     assert load(exported).gpt.config == load(tiny.best("pretrain")).gpt.config
+
+
+def test_a_file_that_a_stage_wrote_is_missed(
+    tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]
+) -> None:
+    texts, output = write("in.csv", "text\nso glad\n"), tmp_path / "out.csv"
+    chain = write(
+        "chain.yaml",
+        f"""experiment: labels
+stages:
+  - name: labels
+    command: classify
+    set: {{ckpt: {tiny.best("spam")}, file: {texts}, output: {output}}}
+""",
+    )
+    for _ in range(2):
+        code, _, err = said("run", f"--config={chain}")
+        assert code == 0, err
+        assert "so glad" in output.read_text()
+        output.unlink()

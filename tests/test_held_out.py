@@ -183,3 +183,16 @@ def test_a_judge_that_is_not_there_is_said_before_anything_is_answered(tiny: Jou
     warning, *_, error = (line for line in err.splitlines() if problem in line)
     assert warning.startswith("warning: ")
     assert error.startswith("error: ")
+
+
+def test_entries_longer_than_the_context_are_cut_as_prompts_are(
+    tiny: Journey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anything is answered; the data may be longer than any model's context."""
+    entries = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(30)]
+    entries[25] = {"instruction": "Repeat: " + "so on " * 300, "output": "so on"}  # of the test
+    (tmp_path / "long.json").write_text(json.dumps(entries))
+    source = f"--data.source={tmp_path / 'long.json'}"
+    code, _, err = score(tiny, source, "--data.max_length=4096", "--data.shuffle_split=false")
+    assert code == 0, err
+    assert "1 of 30 samples are longer than data.max_length 256" in caplog.text

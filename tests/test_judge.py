@@ -326,6 +326,21 @@ def test_a_server_without_structured_output_is_asked_plainly(
     assert len([r for r in caplog.records if "response_format" in r.message]) == 1
 
 
+def test_a_model_with_other_parameters_is_asked_with_them(server: Server, tmp_path: Path) -> None:
+    """As OpenAI's newer models refuse the older ones: one at a time, by name."""
+    server.script = [
+        reply(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        reply(400, "Unsupported value: 'temperature' does not support 0 with this model."),
+    ]
+    judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
+    assert scores(judgements) == [50, 50]
+    asked = [{"max_tokens", "max_completion_tokens", "temperature"} & {*b} for b in server.bodies]
+    later = {"max_completion_tokens"}
+    assert asked == [{"max_tokens", "temperature"}, later | {"temperature"}, later, later]
+    assert server.bodies[0]["max_tokens"] == server.bodies[3]["max_completion_tokens"]
+    assert all("response_format" in body for body in server.bodies)
+
+
 def test_a_400_that_has_another_cause(server: Server, tmp_path: Path) -> None:
     server.script = [reply(400, "context too long"), reply(400, "context too long")]
     judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)

@@ -87,6 +87,15 @@ def test_outcome_is_there_only_for_a_finished_run(path: Path) -> None:
     assert not is_open(path)
 
 
+def test_a_headline_without_a_number_is_read_back(path: Path) -> None:
+    headline = [{"metric": "f1", "before": None, "after": math.nan}]
+    Run.open(path).finish({}, {}, {}, headline)
+    outcome = read_outcome(path)
+    assert outcome is not None
+    assert outcome["headline"][0]["before"] is None
+    assert math.isnan(outcome["headline"][0]["after"])
+
+
 def test_numbers_that_json_lacks_are_kept_in_standard_json(path: Path) -> None:
     run = Run.open(path)
     run.log_metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e-300}, step=3)

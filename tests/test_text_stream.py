@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.decoding.text_stream import TextStream
+from pipeline.decoding.text_stream import TextStream, text_of
 from tests.exporting import vocabulary
 
 TOKENIZER = vocabulary()
@@ -53,3 +53,8 @@ def test_half_a_character_at_the_end_is_marked(n_bytes: int) -> None:
     stream = TextStream(TOKENIZER, [])
     assert [stream.push(byte) for byte in "\u20ac".encode()[:n_bytes]] == [""] * n_bytes
     assert stream.close() == "\ufffd"
+
+
+def test_an_id_that_the_vocabulary_leaves_out_says_nothing() -> None:
+    a, b = b"ab"
+    assert text_of(TOKENIZER, [a, TOKENIZER.n_vocab + 3, b]) == "ab"

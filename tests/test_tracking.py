@@ -252,6 +252,54 @@ def test_a_damaged_journal_holds_up_no_other(root: Path, caplog: pytest.LogCaptu
     assert runs_in(root)["good"].info.status == "FAILED"
 
 
+@pytest.mark.parametrize("line", [b"5\n", b'{"time": 1, "jind": "status"}\n'])
+def test_a_line_that_is_no_record_is_damage(
+    root: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run.open(root / "a" / "damaged").fail("stop")
+    with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
+        journal.write(line)
+    Run.open(root / "b" / "good").fail("stop")
+    assert sync_all(root) == {"runs": 2, "lines": 3, "damaged": 1}
+    assert "is damaged at byte" in caplog.text
+
+
+def test_a_record_without_its_parts_is_damage(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Run.open(root / "a" / "damaged").fail("stop")
+    with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
+        journal.write(b'{"time": 1, "kind": "metric"}\n')
+    Run.open(root / "b" / "good").fail("stop")
+    assert sync_all(root)["damaged"] == 1
+    assert f"{root / 'a' / 'damaged' / JOURNAL} is damaged" in caplog.text
+    assert runs_in(root)["good"].info.status == "FAILED"
+
+
+def test_a_run_whose_first_line_was_taken_out(root: Path) -> None:
+    Run.open(root / "a" / "b").fail("stop")
+    journal = root / "a" / "b" / JOURNAL
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[1:]))
+    assert sync_all(root)["damaged"] == 0
+    assert runs_in(root)["b"].info.status == "FAILED"
+
+
+def test_a_journal_that_lost_lines_is_sent_anew(root: Path) -> None:
+    """After a power cut it may be shorter than what was sent of it."""
+    run = Run.open(root / "a" / "b")
+    for step in range(9):
+        run.log_metrics({"loss": 1.0 + step}, step)
+    assert sync(run.path) > 0
+    whole = (run.path / JOURNAL).read_bytes().splitlines(keepends=True)
+    (run.path / JOURNAL).write_bytes(b"".join(whole[:-3]))
+    run.fail("power cut")  # its line begins elsewhere
+    run = Run.open(root / "a" / "b")
+    for step in range(6, 12):
+        run.log_metrics({"loss": 2.0 + step}, step)
+    run.finish({}, {}, {})
+    assert sync_all(root)["damaged"] == 0
+    assert history(root, "b", "loss")[-1] == (11, 13.0)
+    assert runs_in(root)["b"].info.status == "FINISHED"
+
+
 def test_a_moved_project_keeps_its_artifacts(root: Path, tmp_path: Path) -> None:
     run = write_full_run(root)
     sync_all(root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from datamodules.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """What is certain after one more token."""
-        read = self._decoder.decode(self._tokenizer.decode_bytes([token], self._before))
+        read = self._decoder.decode(self._tokenizer.piece(token, self._before))
         self._before = [token]
         return self._release(read, is_last=False)
 
@@ -57,6 +57,12 @@ class TextStream:
             certain = len(text) - max((_begun(text, stop) for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain]
+
+
+def text_of(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> str:
+    """Text of ids that a model wrote after a prompt."""
+    stream = TextStream(tokenizer, prompt)
+    return "".join([*map(stream.push, ids), stream.close()])
 
 
 def _begun(text: str, stop: str) -> int:

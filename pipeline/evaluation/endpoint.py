@@ -80,6 +80,7 @@ class Endpoint:
             }
         }
         self._takes_schema: bool | None = None  # not known yet
+        self._bounds: dict[str, Any] = {"temperature": 0, "max_tokens": config.max_tokens}
         self._key_as_text = _spellings(self._key)
         self._tls = httpx.create_ssl_context()
         self._own = threading.local()  # a client for each thread
@@ -147,12 +148,9 @@ class Endpoint:
         return client
 
     def _post(self, messages: list[Message], *, structured: bool) -> str:
-        body = {
-            "model": self.config.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self.config.max_tokens,
-        } | (self._structured if structured else {})
+        bounds = self._bounds
+        body = {"model": self.config.model, "messages": messages, **bounds}
+        body |= self._structured if structured else {}
         url = self.config.base_url.rstrip("/") + "/chat/completions"
         client = self._client()
         with deadline(client, self.config.timeout_s) as is_over:
@@ -168,8 +166,23 @@ class Endpoint:
                     ) from error
                 what = str(error) or type(error).__name__
                 raise TransientError(f"the connection broke off ({what}).") from error
+        if response.status_code in SCHEMA_REFUSED and self._adapts(bounds, text):
+            return self._post(messages, structured=structured)
         self._check_status(response, text, structured=structured)
         return self._clean(_content(text))
+
+    def _adapts(self, sent: dict[str, Any], refusal: str) -> bool:
+        """Whether to ask again: OpenAI's newer models name a parameter that they do not take."""
+        bounds = dict(sent)
+        if "max_tokens" in sent and "max_completion_tokens" in refusal:
+            bounds["max_completion_tokens"] = bounds.pop("max_tokens")
+        elif "temperature" in sent and "temperature" in refusal:
+            del bounds["temperature"]
+            log.warning("the judge takes no temperature of 0; its verdicts may differ if repeated.")
+        if bounds == sent:
+            return False
+        self._bounds = bounds
+        return True
 
     def _read(self, response: httpx.Response) -> str:
         """The body, within the size that is allowed."""

@@ -83,7 +83,8 @@ def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
                 return
             try:
                 parsed = json.loads(line)
-            except (ValueError, RecursionError):
+                _ = parsed["time"] + 0, parsed["kind"]
+            except (ValueError, LookupError, TypeError, RecursionError):
                 raise ValueError(
                     f"{run / JOURNAL} is damaged at byte {offset} ({line[:40]!r}); "
                     "take that line out."

@@ -87,6 +87,8 @@ def _catch_up(run: Path, uri: str) -> int:
         replicated = _attach(client, run, uri)
         if replicated is None:
             return 0
+        if not _is_line_start(run / JOURNAL, replicated.offset):  # it lost lines that were sent
+            replicated = _Replicated(replicated.store, replicated.run_id)
         n_lines = 0
         lines = read_journal(run, replicated.offset)
         while some := list(islice(lines, _LINES_AT_ONCE)):
@@ -104,16 +106,27 @@ def _send(
 ) -> None:
     batch = _Batch(replicated)
     for line in lines:
-        batch.add(line)
+        try:
+            batch.add(line)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{run / JOURNAL} is damaged ({str(line)[:80]}); take that line out."
+            ) from error
     if batch.parent and (parent := _parent_id((run / batch.parent).resolve(), uri)):
         batch.tags["mlflow.parentRunId"] = parent
     batch.send(client, run)
 
 
+def _is_line_start(journal: Path, offset: int) -> bool:
+    with journal.open("rb") as file:
+        file.seek(max(0, offset - 1))
+        return not offset or file.read(1) == b"\n"
+
+
 def _is_behind(run: Path, uri: str) -> bool:
     """Whether the store may lack something, as far as the run directory knows."""
     replicated = _remembered(run, uri)
-    if replicated is None or replicated.offset < (run / JOURNAL).stat().st_size:
+    if replicated is None or replicated.offset != (run / JOURNAL).stat().st_size:
         return True
     return replicated.status == "RUNNING" and not is_open(run)
 
@@ -131,7 +144,7 @@ def _attach(client: MlflowClient, run: Path, uri: str) -> _Replicated | None:
     if created is None:
         return None
     experiment = experiment_id(client, run.parent.parent, uri, run.parent.name)
-    tags = {_RUN_TAG: created[0]["run"]}
+    tags = {_RUN_TAG: created[0].get("run") or run.relative_to(run.parent.parent).as_posix()}
     wanted = f"tags.`{_RUN_TAG}` = '{tags[_RUN_TAG]}'"
     found = client.search_runs([experiment], wanted, ViewType.ALL, max_results=1)
     if found and found[0].info.lifecycle_stage == "deleted":

@@ -263,6 +263,8 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
     try:
         outcome = json.loads((path / OUTCOME).read_text("utf-8"))
         outcome["metrics"] = {key: float(value) for key, value in outcome["metrics"].items()}
+        for row in outcome["headline"]:  # NaN is text there
+            row |= {key: row[key] and float(row[key]) for key in ("before", "after")}
         is_whole = all(isinstance(outcome[key], kind) for key, kind in _PARTS.items())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_whole = False

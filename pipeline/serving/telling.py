@@ -41,20 +41,17 @@ class Teller:
 
     def tell(self, token: TokenLogprob) -> Told:
         """The next token; BOS before a text is no part of it."""
-        piece = self._piece(token.token)
-        likeliest = [(self._piece(other), logprob) for other, logprob in token.likeliest]
+        piece = self._tokenizer.piece(token.token, self._before)
+        likeliest = [
+            (self._tokenizer.piece(other, self._before), logprob)
+            for other, logprob in token.likeliest
+        ]
         told = Told(piece, self._offset, token.logprob, likeliest)
         if not (self._is_first and token.token in self._tokenizer.bos_ids):
             self._offset += len(self._decoder.decode(piece))
             self._before = [token.token]
         self._is_first = False
         return told
-
-    def _piece(self, token: int) -> bytes:
-        try:
-            return self._tokenizer.decode_bytes([token], self._before)
-        except KeyError:  # an id that a vocabulary leaves out, likely as it may be
-            return b""
 
 
 def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from datamodules.prompts import encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest, stem_of
 from pipeline.decoding.generate import generate_each
+from pipeline.decoding.text_stream import text_of
 from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
@@ -183,15 +184,16 @@ def answer(
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
     tuned = load_language_model(ckpt, answering.precision)
     held_out = held_out_of(tuned, data)
-    held_out.setup("test")
-    if tuned.meta.get("dataset"):
-        check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
     origin = before or parent_of(tuned)
     untuned = load_language_model(origin, answering.precision) if origin else None
     if untuned is not None and untuned.tokenizer.digest != tuned.tokenizer.digest:
         raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
     models = [loaded for loaded in (tuned, untuned) if loaded is not None]
     context = min(loaded.gpt.config.block_size for loaded in models)
+    held_out.max_length = min(held_out.max_length, context)
+    held_out.setup("test")
+    if tuned.meta.get("dataset"):
+        check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
     prompts = prompts_of(held_out, answering, context)
     after, *earlier = (respond(loaded, tuned, held_out, prompts, answering) for loaded in models)
     lineage = {
@@ -267,7 +269,7 @@ def respond(
     ordered, n_rows = [prompts[i] for i in by_length], answering.batch_size
     written = generate_each(loaded.gpt, ordered, settings, max_rows=n_rows)
     told = track(written, description=f"answering with {loaded.path.name}", total=len(items))
-    answers = {by_length[i]: loaded.tokenizer.decode(ids).strip() for i, ids in told}
+    answers = {by_length[i]: text_of(loaded.tokenizer, ids).strip() for i, ids in told}
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(

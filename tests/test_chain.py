@@ -181,6 +181,15 @@ def test_lost_output_and_other_options_run_again(
     assert len(runs(home, "small")) == 1
 
 
+def test_a_copy_that_is_lost_is_made_again(chain: Path, home: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+    for _ in range(2):
+        assert run_chain(chain, [f"small.output={copy}"]) == 0
+        copy.unlink()
+    assert len(runs(home, "small")) == 2
+    assert len(runs(home, "big")) == 1
+
+
 def test_a_broken_chain_goes_on_where_it_stopped(
     chain: Path,
     home: Path,

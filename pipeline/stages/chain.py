@@ -163,13 +163,19 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     """Where a stage runs, or has run, given those before it."""
     inputs = {k: done[ref.stage].result["outputs"][ref.output] for k, ref in stage.inputs.items()}
     identity = stage.identity()
-    holds = partial(still_holds, options=stage.options())
+    holds = partial(_still_holds, stage)
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
     if given := stage.paths():
         identity["given"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
     path, outcome = (new_run(base), None) if anew else find_run(base, holds)
     return StageRun(stage, path, inputs, identity, outcome)
+
+
+def _still_holds(stage: Stage, outcome: Outcome) -> bool:
+    written = stage.options().get("output")  # a copy, or all that the command makes
+    is_there = written is None or Path(written).exists()
+    return is_there and still_holds(outcome, options=stage.options())
 
 
 def _go_on(chain: Chain, folder: Path, parent: Run, anew: bool) -> dict[str, StageRun]:

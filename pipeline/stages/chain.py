@@ -252,11 +252,7 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
 def _outcome(run: StageRun, parent: Run) -> Outcome | None:
     """What a stage left behind; commands that keep no run get an empty one."""
     if not STAGE_COMMANDS[run.stage.command].outputs and not (run.path / JOURNAL).exists():
-        written = run.stage.options().get("output")  # a file of its own
-        made = {"output": str(Path(written).resolve())} if written else {}
-        digests = {name: path_digest(Path(path)) for name, path in made.items()}
-        opened = Run.open(run.path, parent=parent.path, command=run.stage.command)
-        opened.finish(made, {}, {}, digests=digests)
+        Run.open(run.path, parent=parent.path, command=run.stage.command).finish({}, {}, {})
     return read_outcome(run.path)
 
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention_products import attention_bias, attention_products, product_dtype
+from pipeline.rms_norm import RMSNorm
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
 
@@ -201,7 +202,7 @@ class MLP(nn.Module):
 def make_norm(config: GPTConfig) -> nn.Module:
     """The normalisation that the configuration names."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 

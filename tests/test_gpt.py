@@ -8,13 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.attention_products import attention_products
 from pipeline.decoding.kv_cache import KVCache
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
 from pipeline.loss import next_token_loss
+from pipeline.rms_norm import RMSNorm
+from pipeline.rotary import _rotate, rotary_frequencies, rotary_table, rotate
 
 MakeGPT = Callable[..., GPT]
 MakeConfig = Callable[..., GPTConfig]
@@ -124,6 +126,43 @@ def test_attention_by_products_is_attention(groups: int) -> None:
     weights = torch.randn_like(fused)
     gradients = [torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (ours, fused)]
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+def test_rms_norm_has_the_gradients_of_torch() -> None:
+    """In float64 to the last digits; in bf16 as exact, reduced in float32 as there."""
+    torch.manual_seed(0)
+    x, grad = (torch.randn(3, 7, 64, dtype=torch.float64) * 5 for _ in range(2))
+    weight = torch.randn(64, dtype=torch.float64)
+    exact = _normalised(nn.RMSNorm(64, eps=0.1), x, weight, grad)
+    ours = _normalised(RMSNorm(64, eps=0.1), x, weight, grad)
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, exact, strict=True))
+    of_half = [[*map(Tensor.bfloat16, (x, weight, grad))] for _ in range(2)]
+    kinds = (RMSNorm, nn.RMSNorm)
+    found = [
+        _normalised(kind(64, eps=0.1), *half) for kind, half in zip(kinds, of_half, strict=True)
+    ]
+    assert {tensor.dtype for tensors in found for tensor in tensors} == {torch.bfloat16}
+    rounded = _normalised(nn.RMSNorm(64, eps=0.1), *(t.double() for t in of_half[0]))
+    errors = [[(a - b).abs().max() for a, b in zip(t, rounded, strict=True)] for t in found]
+    assert all(mine <= 1.01 * theirs for mine, theirs in zip(*errors, strict=True))
+
+
+def _normalised(norm: nn.RMSNorm, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    norm.weight, x = nn.Parameter(weight), x.clone().requires_grad_()
+    y = norm(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, norm.weight), grad)]
+
+
+def test_a_rotation_is_turned_back() -> None:
+    torch.manual_seed(0)
+    tables = rotary_table(rotary_frequencies(10000.0, 8), 9)
+    cos, sin = (table.double() for table in tables)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    (ours,) = torch.autograd.grad((rotate(x, cos, sin) * weights).sum(), x)
+    (theirs,) = torch.autograd.grad((_rotate(x, cos, sin) * weights).sum(), x)
+    assert (ours - theirs).abs().max() < 1e-12
+    assert (rotate(rotate(x, cos, sin), cos, -sin) - x).abs().max() < 1e-6  # of float32 tables
 
 
 @pytest.mark.parametrize("family", FAMILIES)

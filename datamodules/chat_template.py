@@ -11,11 +11,14 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -25,6 +28,7 @@ _MAX_ROUNDS = 100_000  # of loops, calls, repetitions and bits of products, for 
 _CHARACTERS_A_ROUND = 100  # of texts that are put together, or items
 # of one rendering: several run at once
 _rounds_left: ContextVar[int] = ContextVar("rounds_left", default=0)
+_today: ContextVar[datetime.datetime | None] = ContextVar("today", default=None)
 
 
 class Message(TypedDict):
@@ -117,6 +121,17 @@ def _compiled(source: str) -> Template:
     return _Sandbox().from_string(source)
 
 
+class _Generation(Extension):
+    """`{% generation %}` writes nothing: it tells transformers what is the assistant's."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """What transformers offers to a template; but loops and calls end, and what grows is counted.
 
@@ -128,7 +143,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self.filters |= {"tojson": _to_json, "counted": self._counted, "grown": self._grown}
@@ -183,8 +200,18 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+@contextmanager
+def on(day: datetime.datetime) -> Iterator[None]:
+    """Within it templates are told this day for today."""
+    token = _today.set(day)
+    try:
+        yield
+    finally:
+        _today.reset(token)
+
+
 def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    return (_today.get() or datetime.datetime.now()).strftime(form)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -29,6 +29,8 @@ _END = re.compile(
 _SHINGLE_BYTES = 8  # one uint64
 _MAX_SHINGLES = 1024  # the smallest hashes stand for a long document (bottom-k sketch, Broder 1997)
 _PERMUTATIONS = 64
+_ALL = np.uint32(2**32 - 1)
+Sketch = NDArray[np.uint32]  # hashes in their order
 
 
 def cleaned(
@@ -68,7 +70,7 @@ def repair_mojibake(text: str) -> str:
         return text
     import ftfy
 
-    lines = text.splitlines(keepends=True)
+    lines = re.split(r"(?<=\n)", text)  # at no other line end: they are parts of what is repaired
     return "".join(line if line.isascii() else ftfy.fix_encoding(line) for line in lines)
 
 
@@ -122,22 +124,29 @@ class _NearDuplicates:
             weights=(0.1, 0.9),  # rather a candidate too many, as all are compared, than one missed
         )
         self._empty = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=int)
-        self._signatures: list[NDArray[np.unsignedinteger]] = []
+        self._sketches: list[Sketch] = []
 
     def seen(self, text: str) -> bool:
-        sketch = self._empty.copy()
-        sketch.update_batch(_shingles(text).tolist())
-        signature = sketch.digest().astype(np.uint32)
-        for key in self._index.query(sketch):
-            if np.mean(self._signatures[key] == signature) >= self._threshold:
+        sketch, signature = _shingles(text), self._empty.copy()
+        signature.update_batch(sketch.tolist())
+        for key in self._index.query(signature):
+            if _similarity(self._sketches[key], sketch) >= self._threshold:
                 return True
-        self._index.insert(len(self._signatures), sketch, check_duplication=False)
-        self._signatures.append(signature)
+        self._index.insert(len(self._sketches), signature, check_duplication=False)
+        self._sketches.append(sketch)
         return False
 
 
-def _shingles(text: str) -> NDArray[np.uint64]:
-    """Hashes below 2**32 of the text's windows of 8 bytes: of any script, without a tokenizer."""
+def _similarity(a: Sketch, b: Sketch) -> float:
+    """Jaccard similarity, estimated by the hashes that both sketches reach to."""
+    end = min((sketch[-1] for sketch in (a, b) if len(sketch) == _MAX_SHINGLES), default=_ALL)
+    a, b = a[a <= end], b[b <= end]
+    n_both = len(np.intersect1d(a, b, assume_unique=True))
+    return n_both / (len(a) + len(b) - n_both)
+
+
+def _shingles(text: str) -> Sketch:
+    """Hashes of the text's windows of 8 bytes: of any script, without a tokenizer."""
     data = " ".join(text.casefold().split()).encode().ljust(_SHINGLE_BYTES, b"\0")
     windows = np.lib.stride_tricks.sliding_window_view(
         np.frombuffer(data, np.uint8), _SHINGLE_BYTES
@@ -146,4 +155,4 @@ def _shingles(text: str) -> NDArray[np.uint64]:
     hashes = (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
     enough = 16 * _MAX_SHINGLES  # repetitions included; sorting all of a long text takes seconds
     smallest = np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes
-    return np.unique(smallest)[:_MAX_SHINGLES]
+    return np.unique(smallest)[:_MAX_SHINGLES].astype(np.uint32)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import decode
-from datamodules.sources import PYTHON_DOCS, read_jsonl, read_rows, resolve
+from datamodules.sources import JSONL, PYTHON_DOCS, read_jsonl, read_rows, resolve
 
 _DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
 _NO_TEXT = {".json", ".gz", ".zip", ".zst"}
@@ -54,7 +54,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
 
 def _row_documents(path: Path, column: str) -> Iterator[str]:
-    is_jsonl = path.suffix.lower() == ".jsonl"
+    is_jsonl = path.suffix.lower() in JSONL
     for number, row in read_jsonl(path) if is_jsonl else enumerate(read_rows(path), start=1):
         place = f"{path}:{number}" if is_jsonl else f"{path}, row {number}"
         if column not in row:
@@ -67,6 +67,8 @@ def _no_column(place: str, column: str, names: Iterable[str]) -> str:
 
 
 def _string(value: Any, place: str, column: str) -> str:
+    if value is None:
+        raise ValueError(f"{place}: {column!r} is null; give it a text, or drop the row.")
     if not isinstance(value, str):
         kind = type(value).__name__
         raise ValueError(f"{place}: {column!r} is {kind}, not text; correct text_column.")
@@ -85,7 +87,7 @@ def _text_documents(path: Path) -> Iterator[str]:
 
 
 _READERS = {
-    ".jsonl": _row_documents,
+    **dict.fromkeys(JSONL, _row_documents),
     ".csv": _row_documents,
     ".tsv": _row_documents,
     ".parquet": _parquet_documents,

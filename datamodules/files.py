@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -94,6 +95,10 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(
+                f"{path} is UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8."
+            ) from error
         if b"\0" in data:
             raise ValueError(
                 f"{path} is no text; take it out, or give a pattern such as "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypedDict, get_args
 
 import torch
 
-from datamodules import splits
+from datamodules import chat_template, splits
 from datamodules.batching import Sample, SampleList, digest_of
 from datamodules.files import decode, file_digests
 from datamodules.prompts import (
@@ -25,11 +26,13 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import parse_json, read_jsonl, read_rows, refused_together, resolve
+from datamodules.sources import JSONL, parse_json, read_jsonl, read_rows, refused_together, resolve
 from datamodules.step_data_module import StepDataModule, described, report
 
 # what others have in such an entry, and what would change what is learned
-_UNREAD = ("system", "history", "tools", "conversations")
+_UNREAD = ("system", "history", "tools", "functions", "conversations")
+# the day that a template may write into what is learned: the same whenever a run goes on
+LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
 
 
 class Item(TypedDict):
@@ -183,9 +186,10 @@ class InstructionDataModule(StepDataModule):
         with refused_together() as row:
             for item, place in zip(self._items, self._places, strict=True):
                 said = [*item["messages"], Message(role="assistant", content=item["reference"])]
-                ids, labels = encode_conversation(
-                    self.tokenizer, self.prompt_style, said, supervise=self.supervise
-                )
+                with chat_template.on(LEARNED_ON):
+                    ids, labels = encode_conversation(
+                        self.tokenizer, self.prompt_style, said, supervise=self.supervise
+                    )
                 if len(ids) > self.max_length:
                     n_cut += 1
                     with row(place):
@@ -213,7 +217,7 @@ class InstructionDataModule(StepDataModule):
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of a file, each with its place for error messages."""
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix in JSONL:
         entries = [(f"{path}:{line}", entry) for line, entry in read_jsonl(path)]
     elif suffix in (".parquet", ".csv", ".tsv"):
         entries = [(f"{path}: row {i}", row) for i, row in enumerate(read_rows(path), start=1)]
@@ -309,6 +313,11 @@ def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise ValueError(f"{place} is a {type(value).__name__}, not an object; correct it.")
     _refuse_unread(value, ("tool_calls", "function_call"), place)
+    if value.get("weight") not in (None, 1):
+        raise ValueError(
+            f"{place} has weight {value['weight']}, but every answer is learned; take the entry "
+            "out, or the weight."
+        )
     return Message(role=_text(value, "role", place), content=_text(value, "content", place))
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PYTHON_DOCS = "bundled:python-docs"
 
+JSONL = (".jsonl", ".ndjson")
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
@@ -229,7 +230,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     import pandas as pd
 
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix in JSONL:
         return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
     if suffix not in (".csv", ".tsv", "", ".parquet"):
         raise ValueError(f"{path} is no table; give a .csv, .tsv, .jsonl or .parquet file.")

@@ -30,7 +30,10 @@ _PUNCTUATION = _Punctuation()
 
 
 def canonical_key(text: str, *, mask_digits: bool) -> str:
-    """Texts of equal key count as equal: they differ in case, punctuation, spacing, or digits."""
+    """Texts of equal key count as equal: of the same words but for case, punctuation and digits.
+
+    Punctuation between two words joins them; masked, a number keeps how many digits it has.
+    """
     text = text.casefold().translate(_PUNCTUATION)
     if mask_digits:
         text = re.sub(r"\d", "0", text)

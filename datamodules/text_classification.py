@@ -132,6 +132,10 @@ class TextClassificationDataModule(StepDataModule):
         """Class indices that belong to `texts`."""
         return [self._labels[row] for row in self._rows[split]]
 
+    def keys(self, split: str) -> list[str]:
+        """What decides whether two texts count as equal, of each that belongs to `texts`."""
+        return [splits.canonical_key(text, mask_digits=True) for text in self.texts(split)]
+
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to classify: names of the classes, tokens kept of a text."""
         return {
@@ -263,4 +267,11 @@ class SpamDataModule(TextClassificationDataModule):
         with path.open("rb") as file:
             first_cell = file.readline().removeprefix(codecs.BOM_UTF8).partition(b"\t")[0]
         has_header = first_cell.decode(errors="replace") not in self.label_names
-        return read_table(path, None if has_header else [self.label_column, self.text_column])
+        columns = [self.label_column, self.text_column]
+        table = read_table(path, None if has_header else columns)
+        if missing := [column for column in columns if column not in table]:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r}, only {list(table)}; rename it, or name "
+                "columns and labels of your own, as configs/data/table.yaml does (-c)."
+            )
+        return table

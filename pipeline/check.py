@@ -88,7 +88,9 @@ class CheckCLI(PipelineCLI):
         n_per_epoch = int(self.trainer.num_training_batches)
         if self._val_every is None:
             return self._n_steps // n_between
-        return self._n_steps // n_per_epoch // self._val_every * max(1, n_per_epoch // n_between)
+        n_whole, n_left = divmod(self._n_steps, n_per_epoch)
+        n_of_last = n_left // n_between if (n_whole + 1) % self._val_every == 0 else 0
+        return n_whole // self._val_every * max(1, n_per_epoch // n_between) + n_of_last
 
     def _facts(self, trial: Trial, n_val_batches: int) -> Iterator[str]:
         epoch, parameters = trial.epoch, list(self.model.parameters())

@@ -146,14 +146,14 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
     return {name: _facts(folder / name) for name in sorted(writers)}
 
 
-def check_output(path: Path, marker: str) -> None:
+def check_output(path: Path, *, is_own: bool) -> None:
     """ValueError where the directory exists, is not empty, and was not made by this command.
 
     Args:
         path: the directory.
-        marker: file that tells what was made here.
+        is_own: whether what lies there is this command's.
     """
-    if path.exists() and not (path / marker).is_file() and not _is_empty(path):
+    if path.exists() and not is_own and not _is_empty(path):
         raise ValueError(f"output {path} exists and was not written by this command; give another.")
 
 
@@ -174,9 +174,9 @@ def verify_checkpoint(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        state = f"its {MANIFEST} is missing or damaged" if path.exists() else "it does not exist"
         raise CheckpointError(
-            f"{path} is no whole checkpoint: its {MANIFEST} is missing or damaged; "
-            "take another checkpoint."
+            f"{path} is no whole checkpoint: {state}; take another checkpoint."
         ) from error
     if version != FORMAT:
         age = "an earlier" if version in range(FORMAT) else "another"
@@ -237,13 +237,14 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
 
 
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder holds."""
+    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder shows."""
     if path.is_file():
         return remembered_sha256(path)
     if (path / MANIFEST).is_file():
         return remembered_sha256(path / MANIFEST)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest([(file.relative_to(path).as_posix(), remembered_sha256(file)) for file in files])
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    shown = [name for name in sorted(files) if not any(part[0] == "." for part in name.parts)]
+    return digest([(name.as_posix(), remembered_sha256(files[name])) for name in shown])
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -152,7 +152,7 @@ def chat(
 def classify(
     *,
     ckpt: str,
-    text: str | None = None,
+    text: str = "",
     file: str | None = None,
     column: str = "text",
     output: str | None = None,
@@ -170,7 +170,7 @@ def classify(
         threshold: probability from which on the second of two labels is given; null: the likelier.
         batch_size: texts at a time.
     """
-    if (text is None) == (file is None):
+    if bool(text) == (file is not None):
         raise ValueError("give either --text or --file.")
     if (file is None) != (output is None):
         raise ValueError("--file and --output belong together: give both, or --text.")
@@ -183,7 +183,8 @@ def classify(
     if file is not None and output is not None:
         classify_table(ckpt, Path(file), column, Path(output), threshold, batch_size)
     else:
-        print_label(ckpt, sys.stdin.read() if text == "-" else str(text), threshold)
+        given = sys.stdin.read().removesuffix("\n") if text == "-" else text
+        print_label(ckpt, given, threshold)
 
 
 def score(

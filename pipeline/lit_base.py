@@ -28,7 +28,14 @@ from pipeline.memory import GIB, estimate_gib
 from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
-from pipeline.resume import check_base, check_held_out, check_resumable, check_tensors
+from pipeline.resume import (
+    check_base,
+    check_held_out,
+    check_resumable,
+    check_tensors,
+    split_otherwise,
+    trained_on,
+)
 from pipeline.runs.run_directory import flat
 from pipeline.steps import is_logged_step, run_of
 
@@ -81,6 +88,7 @@ class LitStep(pl.LightningModule):
         self.model = None
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
+        self.earlier: list[dict[str, Any]] = []  # trainings that the starting weights went through
         self._step: list[MicroBatch] = []  # that is being taken
         self._loss = self._norm = torch.zeros(())  # its mean loss, the norm of its gradients
         self._guard = NonFiniteGuard()
@@ -134,8 +142,9 @@ class LitStep(pl.LightningModule):
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
-        if loaded is not None and self.trainer.state.fn != TrainerFn.FITTING:
+        if loaded is not None:
             self._check_held_out(loaded.meta)
+            self.earlier = trained_on(loaded.meta)
         gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
             self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
@@ -193,7 +202,19 @@ class LitStep(pl.LightningModule):
         check_context(self.data, config.block_size)
 
     def _check_held_out(self, meta: dict[str, Any]) -> None:
-        """Refuses data that the weights were trained on, or that are given in another form."""
+        """Refuses to evaluate on data that the weights were trained on, or in another form.
+
+        Training goes on from them on such data, with a warning.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            if found := split_otherwise(meta, self.data.config, self.data.fingerprint):
+                print(
+                    f"warning: what is held out here may have been trained on before, in "
+                    f"{self.init_from}: {found}. test and score will refuse it; restore that, or "
+                    "give data.source with other files.",
+                    file=sys.stderr,
+                )
+            return
         if meta.get("dataset") is None:
             return
         for key, value in self.data.meta().items():
@@ -297,6 +318,7 @@ class LitStep(pl.LightningModule):
             "precision": str(self.trainer.precision),
             "data": self.data.config,
             "dataset": self.data.fingerprint,
+            "earlier": self.earlier,
             **self.data.meta(),
         }
 

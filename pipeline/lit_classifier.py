@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.batching import MicroBatch
 from pipeline.classifier import GPTClassifier
@@ -122,19 +124,34 @@ class LitClassifier(LitStep):
 def make_metrics(n_labels: int) -> MetricCollection:
     """Validation metrics; with two labels precision, recall and F1 come as (2,), one of each.
 
-    With more these three are means over the labels that occur, as in a test.
+    With more these three, and AUROC always, are means over the labels that occur, as in a test.
     """
     average: Literal["none", "macro"] = "none" if n_labels == 2 else "macro"
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(n_labels, average="micro"),
-            "auroc": MulticlassAUROC(n_labels),
+            "auroc": MeanAUROC(n_labels, average="none"),
             "precision": MulticlassPrecision(n_labels, average=average),
             "recall": MulticlassRecall(n_labels, average=average),
             "f1": MulticlassF1Score(n_labels, average=average),
         },
         compute_groups=False,
     )
+
+
+class MeanAUROC(MulticlassAUROC):
+    """torchmetrics' of each label, of those alone that some texts have and others do not.
+
+    Its own mean counts the others as 0.
+    """
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Scalar; NaN where no label is so."""
+        targets = dim_zero_cat(self.target)
+        counts = targets.bincount(minlength=self.num_classes)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of absent labels
+            each = super().compute()
+        return each[(counts > 0) & (counts < len(targets))].mean()
 
 
 def freeze(model: GPTClassifier, trainable: str) -> None:

@@ -103,7 +103,7 @@ def report_test(
     counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
-    scores = compare(labels, ours, theirs)
+    scores = compare(labels, ours, theirs, data.keys("test"))
     rows = [
         {
             "metric": f"test {name} (before: TF-IDF + logistic regression)",
@@ -130,13 +130,16 @@ def beside_tfidf(scores: Mapping[str, float], name: str) -> str:
     )
 
 
-def compare(labels: Labels, ours: Array, theirs: Array) -> dict[str, float]:
+def compare(
+    labels: Labels, ours: Array, theirs: Array, keys: Sequence[str] | None = None
+) -> dict[str, float]:
     """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
 
     Args:
         labels: (N,) true classes.
         ours: (N, K) probabilities.
         theirs: (N, K) probabilities of the baseline.
+        keys: (N,) equal for texts that say the same thing, which are no observations of their own.
     """
     positive = 1 if ours.shape[1] == 2 else None
     mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
@@ -148,7 +151,7 @@ def compare(labels: Labels, ours: Array, theirs: Array) -> dict[str, float]:
             (f"baseline/tfidf_{name}", base[name]),
             (f"test/{name}_minus_tfidf", difference(base[name], mine[name])),
         ):
-            estimate = bootstrap(statistic, len(labels), seed=BOOTSTRAP_SEED)
+            estimate = bootstrap(statistic, len(labels), seed=BOOTSTRAP_SEED, keys=keys)
             scores[key] = estimate.value
             scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
     return scores

@@ -20,7 +20,7 @@ from pipeline.runs.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
 SPLIT = (  # arguments of data that decide what is held out
-    *("split_seed", "train_fraction", "val_fraction", "shuffle_split"),
+    *("split_seed", "train_fraction", "val_fraction", "shuffle_split", "near_duplicates"),
     *("text_column", "label_column"),
 )
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
@@ -106,12 +106,22 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
             )
 
 
+def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`data` and `dataset` of every training behind a checkpoint, the first one first.
+
+    Args:
+        meta: the checkpoint's meta.json.
+    """
+    own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
+    return [*meta.get("earlier", []), *own]
+
+
 def check_held_out(
     meta: Mapping[str, Any], config: Mapping[str, Any] | None, fingerprint: Mapping[str, Any]
 ) -> None:
-    """Refuses to evaluate a checkpoint on another split of the data that it was trained on.
+    """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    Data that shares no file with what it was trained on is all held out; that is said.
+    Data that shares no file with what it was trained on last is all held out; that is said.
 
     Args:
         meta: the checkpoint's meta.json.
@@ -121,25 +131,44 @@ def check_held_out(
     Raises:
         ValueError: naming what differs.
     """
-    theirs, ours = meta["dataset"]["sources"], fingerprint["sources"]
-    if not (theirs.keys() & ours.keys() or set(theirs.values()) & set(ours.values())):
+    if found := split_otherwise(meta, config, fingerprint):
+        raise ValueError(
+            f"what is held out here may have been trained on: {found}. Restore that, or "
+            "give data.source with files that the checkpoint has not seen."
+        )
+    *_, last = trained_on(meta)
+    theirs, ours = last["dataset"]["sources"], fingerprint["sources"]
+    if not _share_files(theirs, ours):
         print(
             f"warning: the checkpoint was trained on {', '.join(theirs)}, and is evaluated on "
             f"other data, {', '.join(ours)}; data.source says on which.",
             file=sys.stderr,
         )
-        return
-    was, now = ((given or {}).get("init_args", {}) for given in (meta["data"], config))
-    both = [key for key in SPLIT if key in was and key in now]
-    texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
-    found = [f"data.{text}" for text in texts.values()]
-    if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
-        found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
-    if found:
-        raise ValueError(
-            f"what is held out here may have been trained on: {'; '.join(found)}. Restore that, or "
-            "give data.source with files that the checkpoint has not seen."
-        )
+
+
+def split_otherwise(
+    meta: Mapping[str, Any], config: Mapping[str, Any] | None, fingerprint: Mapping[str, Any]
+) -> str:
+    """How data here is split otherwise than where a checkpoint, or one before it, trained on it.
+
+    Takes what `check_held_out` takes; the text is empty where nothing is.
+    """
+    ours, found = fingerprint["sources"], []
+    for earlier in trained_on(meta):
+        theirs = earlier["dataset"]["sources"]
+        if not _share_files(theirs, ours):
+            continue
+        was, now = ((given or {}).get("init_args", {}) for given in (earlier["data"], config))
+        both = [key for key in SPLIT if key in was and key in now]
+        texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
+        found += [f"data.{text}" for text in texts.values()]
+        if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
+            found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
+    return "; ".join(dict.fromkeys(found))
+
+
+def _share_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    return bool(theirs.keys() & ours.keys() or set(theirs.values()) & set(ours.values()))
 
 
 def interrupted_like(run: Path) -> str:

@@ -333,6 +333,16 @@ def test_the_digest_covers_every_file(whole: Path, tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_repositorys_own_files_are_no_part_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    digest = files.path_digest(tmp_path)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("main")
+    assert files.path_digest(tmp_path) == digest
+    (tmp_path / "more.json").write_text("{}")
+    assert files.path_digest(tmp_path) != digest
+
+
 def test_newest_valid_sets_the_damaged_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
-from pipeline.lit_classifier import make_metrics
+from pipeline.lit_classifier import MeanAUROC, make_metrics
 
 MakeGPT = Callable[..., GPT]
 
@@ -64,3 +64,13 @@ def test_a_label_that_does_not_occur_is_in_no_mean() -> None:
     metrics.update(torch.eye(3)[labels], labels)
     scores = metrics.compute()
     assert {float(scores[name]) for name in ("precision", "recall", "f1")} == {1.0}
+
+
+def test_auroc_is_of_the_labels_that_occur() -> None:
+    auroc = MeanAUROC(3, average="none")
+    labels = torch.tensor([0, 1, 0, 1])
+    auroc.update(torch.eye(3)[labels], labels)
+    assert auroc.compute() == 1.0
+    auroc.reset()
+    auroc.update(torch.eye(3)[labels], torch.zeros_like(labels))
+    assert auroc.compute().isnan()

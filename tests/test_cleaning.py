@@ -74,6 +74,12 @@ def test_mojibake_is_repaired_in_its_line_alone() -> None:
     assert repair_mojibake("中文\nâ€œquotedâ€\x9d\n") == "中文\n“quoted”\n"
 
 
+def test_mojibake_of_any_character_is_repaired() -> None:
+    """U+0085, a line end to Python, is a part of many."""
+    text = "公共汽车 ⅔ 入口\n"
+    assert repair_mojibake(text.encode().decode("latin-1")) == text
+
+
 def test_gutenberg_is_stripped_only_from_an_ebook() -> None:
     mention = "We read the line: End of Project Gutenberg's book. And went on.\n"
     assert strip_gutenberg(mention) == (mention, 0)
@@ -122,6 +128,18 @@ def test_similarity_decides(n_words: int, share: float, low: int, high: int) -> 
         assert duplicates.kind(text) is None
         found += duplicates.kind(edited(text, share)) == "near_duplicates"
     assert low <= found <= high
+
+
+@pytest.mark.parametrize(("n_more", "least"), [(200, 36), (900, 0)])  # similarity 0.91 and 0.69
+def test_a_text_that_was_extended_is_found(n_more: int, least: int) -> None:
+    """Its sketch ends elsewhere than the one of what it began as."""
+    found = 0
+    for seed in range(40):
+        duplicates, text = Duplicates(0.8), prose(seed, 2000)
+        assert duplicates.kind(text) is None
+        found += duplicates.kind(text + prose(seed + 1000, n_more)) == "near_duplicates"
+    assert found >= least
+    assert least or found < 4
 
 
 def test_case_and_white_space_do_not_make_a_text_new() -> None:

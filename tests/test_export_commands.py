@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from datamodules.prompts import Message, encode_prompt
 from pipeline.checkpoint import path_digest, read_meta, verify_checkpoint
 from pipeline.inference import label_probabilities
 from pipeline.models import load
+from pipeline.weights.card import card
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
 from tests.exporting import write as write_all
@@ -195,13 +198,27 @@ def test_every_card_has_the_digests_of_data_and_ancestors(form: str, tiny: Journ
         assert f"(`{data[:12]}`)" in line
 
 
-def test_a_license_goes_along(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+def test_what_follows_every_text_is_in_the_card(tiny: Journey) -> None:
+    """Else the labels would be others."""
+    model, steps = load(tiny.best("spam")), [{"name": "it", "digest": "0"}]
+    for suffix, call in (("\n", r'("some text" + "\n")'), ("", '("some text", truncation=True)')):
+        meant = replace(model, meta={**model.meta, "suffix": suffix})
+        assert f"classify{call}" in card(meant, steps, name="it", form="huggingface")
+
+
+def test_a_license_goes_along(tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     source = loaded(tiny_gpt("gpt2", vocab_size=N_ROWS), vocabulary())
     path = write_all(huggingface_writers(source, torch.float32), tmp_path / "published")
-    (path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
+    (path / "README.md").write_text("---\nlanguage: en\nlicense: 'mit'\n---\n# A model\n")
     code, out, err = said("import", f"--source={path}", f"--output={tmp_path / 'imported'}")
     assert code == 0, err
     assert out == f"{tmp_path / 'imported'}\n"
+    assert said("import", f"--source={path}", f"--output={tmp_path / 'imported'}")[0] == 0
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny.best("spam"), trained)
+    code, _, err = said("import", f"--source={path}", f"--output={trained}")
+    assert (code, "exists and was not written by this command" in err) == (2, True)
+    verify_checkpoint(trained)
     exported = export(tmp_path / "imported", "--format=gguf")
     assert "license: mit" in (exported / "README.md").read_text()
     steps = json.loads((exported / "export.json").read_text())["lineage"]

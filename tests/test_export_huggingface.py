@@ -54,6 +54,8 @@ def test_transformers_gives_the_same_logits_and_we_the_same_bits(
     assert theirs.dtype == torch.float32
     difference = theirs(rows()).logits - model.head(model(rows()))
     assert difference.abs().max() < LOGITS_TOLERANCE
+    if theirs.config.model_type == "gpt2":
+        assert json.loads((path / "config.json").read_text())["n_ctx"] == model.config.block_size
 
     foreign = open_foreign(path)
     again = read_model(foreign, path, torch.float32).tensors()

@@ -58,7 +58,7 @@ def adapt(tiny_gpt: MakeGPT, tmp_path: Path) -> Callable[..., Adapted]:
         (tmp_path / "ckpt").mkdir()
         tensors_writer(lora.adapter_state(model))(tmp_path / "ckpt" / ADAPTER_WEIGHTS)
         lora.merge(model.eval())
-        meta = {"lora": vars(resolved), "base": {"name": "owner/base"}}
+        meta = {"lora": vars(resolved), "base": {"name": "owner/base@v2"}}
         return replace(loaded(model, tokenizer, **meta), path=tmp_path / "ckpt"), path
 
     return make
@@ -79,7 +79,11 @@ def test_language_model(
     assert (found - wanted).abs().max() < TOLERANCE
     assert (wanted - before).abs().max() > 0.05, "the adapter does something"
     settings = json.loads((path / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == "owner/base"
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/base", "v2")
+    meta = {**ours.meta, "base": {"name": "smollm2-135m-instruct"}}
+    write(peft_writers(replace(ours, meta=meta)), tmp_path / "packaged")
+    settings = json.loads((tmp_path / "packaged" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] is None, "no repository of the hub"
     assert settings["fan_in_fan_out"] == (family == "gpt2")
 
 

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.checkpoint import read_meta
 from pipeline.models import load
-from pipeline.resume import check_held_out
+from pipeline.resume import check_held_out, trained_on
 from pipeline.runs.journal import read_journal
-from pipeline.stages.score_stage import Answering, parent_of, prompts_of
+from pipeline.stages.score_stage import (
+    Answering,
+    of_last_response,
+    parent_of,
+    prompts_of,
+)
 from tests.journey import CONFIGS, PLAIN, Journey, said
 from tests.training import instruction_data
 
@@ -88,6 +94,39 @@ def test_files_decide_whether_data_was_seen() -> None:
     check_held_out(two, same, fingerprint(c="1", d="2"))
     with pytest.raises(ValueError, match="a is not what it was; c is not what it was"):
         check_held_out(two, same, fingerprint(b="2", c="1"))  # its rows are counted otherwise
+
+
+def test_what_was_trained_on_earlier_was_seen_too() -> None:
+    """A model is tuned on one split, then that one on another: nothing of either is held out."""
+    first = {"dataset": fingerprint(a="1"), "data": {"init_args": {"split_seed": 1}}}
+    second = {"dataset": fingerprint(a="1"), "data": {"init_args": {"split_seed": 2}}}
+    meta = {**second, "earlier": trained_on(first)}
+    assert trained_on(meta) == [first, second]
+    with pytest.raises(ValueError, match=r"trained on: data\.split_seed was 1, is 2\."):
+        check_held_out(meta, second["data"], fingerprint(a="1"))
+    elsewhere = {**first, "dataset": fingerprint(prose="9")}
+    check_held_out({**second, "earlier": trained_on(elsewhere)}, second["data"], fingerprint(a="1"))
+
+
+def test_near_duplicates_decide_what_is_held_out() -> None:
+    was, now = ({"init_args": {"near_duplicates": value}} for value in (0.8, None))
+    with pytest.raises(ValueError, match=r"data\.near_duplicates was 0\.8, is None"):
+        check_held_out({"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"))
+
+
+def test_a_second_tuning_on_another_split_is_warned_of_and_never_tested(
+    tiny: Journey, home: Path
+) -> None:
+    config, other = f"--config={CONFIGS}/spam.yaml", "--data.split_seed=7"
+    words = ["fit", config, *PLAIN, other, f"--model.init_from={tiny.best('spam')}"]
+    code, out, err = said(*words, "--trainer.max_steps=20", "--trainer.limit_val_batches=1")
+    assert code == 0, err
+    assert "warning: what is held out here may have been trained on before" in err
+    again = Path(out.splitlines()[-1])
+    splits = [entry["data"]["init_args"] for entry in trained_on(read_meta(again))]
+    assert [split.get("split_seed") for split in splits] == [None, 1, 7], "pretraining has none"
+    words = ["test", config, *PLAIN, other, f"--ckpt_path={again}"]
+    assert "trained on: data.split_seed was 1, is 7" in refused(*words)
 
 
 def test_a_test_on_other_data_is_said_and_tracked(
@@ -167,6 +206,15 @@ def test_prompts_keep_their_middle_where_the_context_has_room(
     assert "prompts are longer than" in capsys.readouterr().err
     with pytest.raises(ValueError, match="which leaves 0 of the model's 256 tokens"):
         prompts(256, 256)
+
+
+def test_the_reference_of_a_conversation_is_its_last_answer() -> None:
+    ignored = [-100, -100]
+    labels = torch.tensor([*ignored, 5, 6, *ignored, 7, 8, 9])
+    assert of_last_response(labels).tolist() == [*ignored, -100, -100, *ignored, 7, 8, 9]
+    assert of_last_response(labels[:4]).tolist() == [*ignored, 5, 6]
+    ended = torch.tensor([*ignored, 5, -100])  # a line end after the answer is not learned
+    assert of_last_response(ended).tolist() == ended.tolist()
 
 
 def test_checkpoints_say_what_they_were_trained_on(tiny: Journey) -> None:

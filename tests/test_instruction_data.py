@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from datamodules import splits
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import IGNORE, STYLES, encode_conversation, encode_prompt, reply_opening
 from datamodules.tokenizer import train_tokenizer
+from pipeline.weights.reading import tokenizer_of
+from tests.published import CHATML, random_model, save_tokenizer, train
 
 Write = Callable[[str, str | bytes], Path]
 Make = Callable[..., InstructionDataModule]
@@ -154,8 +157,9 @@ def test_items_are_what_scoring_needs(make: Make) -> None:
 def test_jsonl_and_a_missing_input_are_read(make: Make) -> None:
     data = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(20)]
     lines = "\n".join(json.dumps(entry) for entry in data) + "\n\n"
-    one, other = ready(make(data)), ready(make(lines, "data.jsonl"))
-    assert one.fingerprint["digest"] == other.fingerprint["digest"]
+    one = ready(make(data))
+    for name in ("data.jsonl", "data.ndjson"):
+        assert one.fingerprint["digest"] == ready(make(lines, name)).fingerprint["digest"]
     assert one.items("test")[0]["input"] == ""
     nulls = [{**entry, "input": None} for entry in data]
     assert ready(make(nulls)).fingerprint["digest"] == one.fingerprint["digest"]
@@ -349,6 +353,7 @@ GOOD = entries(1)[0]
 BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no list": ('{"data": []}', r"data.json holds a JSON dict, not a list; put the entries"),
     "broken": ('[{"instruction": ]', r"data.json:1: Expecting value at column 18; correct the"),
+    "utf-16": ("[]".encode("utf-16"), r"data.json is UTF-16; convert it"),
     "bytes": (b'[{"instruction": "\xff"}]', r"data.json: byte 18 \(0xff\) is not UTF-8"),
     "surrogate": (
         json.dumps([GOOD, {**GOOD, "output": "\ud83d"}], indent=1),
@@ -453,3 +458,36 @@ def test_the_books_data_and_split(real_data: Path, monkeypatch: pytest.MonkeyPat
     samples = all_samples(module)
     for i in range(0, 1100, 50):
         assert learned(module, samples[i]) == data[i]["output"] + "<|endoftext|>"
+
+
+def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
+    chats = conversations(20)
+    chats[3]["messages"][2]["weight"] = 1
+    ready(make(chats))
+    chats[3]["messages"][2]["weight"] = 0
+    with pytest.raises(ValueError, match="entry 3: message 2 has weight 0, but every answer"):
+        ready(make(chats))
+
+
+def test_a_template_is_told_the_same_day_whenever_samples_are_made(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on the next day; a question is asked today."""
+    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    save_tokenizer(train("gpt-2"), tmp_path, template=template)
+    random_model("llama", 500).save_pretrained(tmp_path)
+    options = {"prompt_style": "template", "tokenizer": tokenizer_of(tmp_path)}
+    digests, asked = [], []
+    for day in (1, 2):
+        clock = type(
+            "Clock",
+            (datetime.datetime,),
+            {"now": classmethod(lambda _, d=day: datetime.datetime(2030, 5, d))},
+        )
+        monkeypatch.setattr("datamodules.chat_template.datetime.datetime", clock)
+        module = ready(make(entries(20), **options))
+        digests.append(module.fingerprint["digest"])
+        ids = encode_prompt(module.tokenizer, "template", module.items("test")[0]["messages"])
+        asked.append(module.tokenizer.decode(ids)[:11])
+    assert digests[0] == digests[1]
+    assert asked == ["01 May 2030", "02 May 2030"]

@@ -147,3 +147,16 @@ def test_data_of_strangers_is_not_imported(tuned: Path) -> None:
     loaded.meta["data"] = {"class_path": "os.getcwd", "init_args": {}}
     with pytest.raises(ValueError, match="does not say which of our data modules"):
         merge_stage.data_of(loaded, None)
+
+
+def test_a_checkpoint_of_a_run_is_never_written_over(tuned: Path, tmp_path: Path) -> None:
+    for ckpt in (tuned, tuned.parent / "nowhere"):
+        code, out, err = said("merge", f"--ckpt={ckpt}", f"--output={tuned}")
+        assert (code, out) == (2, "")
+        assert "exists and was not written by this command" in err
+    verify_checkpoint(tuned)
+    merged = tmp_path / "merged"
+    for _ in range(2):
+        code, _, err = said("merge", f"--ckpt={tuned}", f"--output={merged}")
+        assert code == 0, err
+    assert "it does not exist" in said("merge", "--ckpt=nowhere")[2]

@@ -166,6 +166,18 @@ def test_bootstrap_edges() -> None:
         bootstrap(mean_of([]), 0, seed=0)
 
 
+def test_items_that_say_the_same_are_one_observation() -> None:
+    """Forty items, each three times: as wide as of forty, not as of 120."""
+    scores = np.random.default_rng(0).normal(50, 20, size=40)
+    thrice, keys = np.repeat(scores, 3), [f"item {i}" for i in range(40) for _ in range(3)]
+    once = bootstrap(mean_of(scores), 40, seed=0)
+    assert bootstrap(mean_of(scores), 40, seed=0, keys=keys[::3]) == once
+    grouped = bootstrap(mean_of(thrice), 120, seed=0, keys=keys)
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
+    blind = bootstrap(mean_of(thrice), 120, seed=0)
+    assert blind.high - blind.low < 0.7 * (grouped.high - grouped.low)
+
+
 def test_intervals_cover_the_truth() -> None:
     generator = np.random.default_rng(0)
     n_covered = 0
@@ -215,6 +227,14 @@ def test_classification_equals_torchmetrics(n_classes: int) -> None:
         assert estimate.value == pytest.approx(float(expected), abs=1e-6)  # float32
         assert estimate.low < estimate.value < estimate.high
     assert bootstrap(ours["accuracy"], 200, seed=0).value == (labels == predictions).mean()
+
+
+def test_auroc_is_of_the_classes_that_occur() -> None:
+    labels, probabilities = np.array([0, 1, 0, 1]), np.eye(3)[[0, 1, 0, 1]]
+    ours = classification_statistics(labels, labels, probabilities, positive=None)
+    assert bootstrap(ours["auroc"], 4, seed=0).value == 1.0
+    alike = classification_statistics(0 * labels, 0 * labels, probabilities, positive=None)
+    assert np.isnan(bootstrap(alike["auroc"], 4, seed=0).value)
 
 
 def test_auroc_under_weights_equals_sklearn() -> None:

@@ -89,7 +89,7 @@ def all_tokens(module: PretrainingDataModule, split: str) -> list[int]:
 def test_every_kind_of_source_gives_documents(write: Write, tmp_path: Path) -> None:
     write("texts/a.txt", "\ufeffone\n")
     write("texts/b.md", "two")
-    lines = write("c.jsonl", '{"body": "three"}\n\n{"body": "vier – 四"}\n')
+    lines = write("c.ndjson", '{"body": "three"}\n\n{"body": "vier – 四"}\n')
     pd.DataFrame({"id": [1, 2], "body": ["five", "six"]}).to_parquet(tmp_path / "d.parquet")
     write("e.csv", 'id,body\n1,"seven, eight"\n')
     write("f.tsv", "id\tbody\n1\tNA\n")
@@ -149,7 +149,7 @@ def test_a_source_that_is_no_text(
     ("table", "message"),
     [
         ({"body": ["a"]}, r"a\.parquet has no 'text', but body; correct text_column"),
-        ({"text": ["a", None]}, r"a\.parquet, row 2: 'text' is NoneType, not text"),
+        ({"text": ["a", None]}, r"a\.parquet, row 2: 'text' is null; give it a text"),
     ],
 )
 def test_a_parquet_file_without_text(table: dict, message: str, tmp_path: Path) -> None:

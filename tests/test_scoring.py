@@ -213,6 +213,26 @@ def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
     assert row.verdict == "unclear"
 
 
+def test_one_pair_tells_nothing() -> None:
+    before, after = (Scored(responses(text), []) for text in ("no", "answer 0"))
+    assert {row.verdict for row in summarize(after, before=before, seed=0).rows} == {"unclear"}
+
+
+def test_equal_questions_are_one_observation() -> None:
+    texts = ["answer 0", "no"] * 10
+    alike = [replace(r, instruction="Do it.", reference="answer 0") for r in responses(*texts)]
+    apart = [replace(r, instruction=f"Do {r.id}.") for r in alike]
+    lows = []
+    for items in (alike, apart):
+        (row,) = (
+            r for r in summarize(Scored(items, []), before=None, seed=0).rows if "chrf" in r.measure
+        )
+        assert row.after.estimate
+        lows.append(row.after.estimate.value - row.after.estimate.low)
+    assert lows[0] == 0.0, "drawn together"
+    assert lows[1] > 1.0
+
+
 def test_pairs_are_found_by_id_and_must_be_the_same_items() -> None:
     after = responses("a", "b", "c")
     same = judged(list(reversed(after)), [3, 2, 1])

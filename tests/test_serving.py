@@ -360,7 +360,9 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
     habits: dict[str, Any] = {"frequency_penalty": 0, "logprobs": False, "tools": [], "user": "me"}
-    habits |= {"stop": None, "n": None, "response_format": {"type": "text"}, "metadata": {"a": "b"}}
+    habits |= {"function_call": "none", "functions": [], "modalities": ["text"], "seed": -1}
+    habits["extra_body"] = {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0}
+    habits |= {"stop": "", "n": None, "response_format": {"type": "text"}, "metadata": {"a": "b"}}
     assert ask(chatty, "Hi", **habits).choices[0].message.content
     plain: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "logprobs": False, "echo": False}
     (choice,) = chatty.client().completions.create(**plain).choices
@@ -408,6 +410,7 @@ def test_a_page_in_a_browser_cannot_ask(chatty: Served) -> None:
         headers = {"Content-Type": kind, **elsewhere}
         reply = httpx.post(f"{chatty.url}/v1/completions", content=body, headers=headers)
         assert reply.status_code == 400
+        assert "not sent as application/json" in reply.json()["error"]["message"]
     asked = httpx.options(f"{chatty.url}/v1/completions", headers=elsewhere)
     assert asked.status_code == 405
     assert not [name for name in asked.headers if name.startswith("access-control")]

@@ -131,6 +131,18 @@ def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
     )
 
 
+def test_every_text_can_be_given_on_the_command_line(
+    tiny: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what YAML takes for null; and one from stdin, without the line end that echo adds."""
+    words = ("classify", "--ckpt", str(tiny.best("spam")), "--text")
+    for text in ("#1 winner!", "null", "~"):
+        code, out, err = said(*words, text)
+        assert code == 0, err
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n"))
+        assert said(*words, "-")[1] == out
+
+
 def text_of(row: int) -> str:
     lines = (CONFIGS.parent / "datamodules/samples/sms.tsv").read_text().splitlines()
     return lines[1 + row].split("\t", 1)[1]

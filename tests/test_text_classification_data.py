@@ -363,6 +363,13 @@ def test_spam_with_and_without_header(write: Write, tokenizer_file: Path) -> Non
     assert modules[0].meta()["label_names"] == ["ham", "spam"]
 
 
+def test_spam_of_another_form_is_told_what_to_do(write: Write, tokenizer_file: Path) -> None:
+    source = str(write("kaggle.csv", "v1,v2\nham,Hello\nspam,Win\n"))
+    module = SpamDataModule(**SPAM, source=source, tokenizer=str(tokenizer_file))
+    with pytest.raises(ValueError, match=r"no column 'label', only \['v1', 'v2'\]; .*table\.yaml"):
+        module.setup("fit")
+
+
 def test_the_whole_sms_spam_collection_arrives(real_data: Path, tokenizer_file: Path) -> None:
     path = real_data / "sms_spam" / "SMSSpamCollection"
     options = {**SPAM, "train_fraction": 0.7, "val_fraction": 0.1, "split_seed": 123}

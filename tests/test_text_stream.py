@@ -58,3 +58,10 @@ def test_half_a_character_at_the_end_is_marked(n_bytes: int) -> None:
 def test_an_id_that_the_vocabulary_leaves_out_says_nothing() -> None:
     a, b = b"ab"
     assert text_of(TOKENIZER, [a, TOKENIZER.n_vocab + 3, b]) == "ab"
+
+
+@pytest.mark.timeout(20)
+def test_a_stop_of_any_length_costs_what_it_can_match() -> None:
+    """Before, a request with one of 400,000 characters kept everyone waiting for 20 seconds."""
+    came, stopped = parts("abc", ["a" * 1_000_000])
+    assert (came, stopped) == (["", "ab", "c", ""], False)

@@ -25,6 +25,7 @@ from datamodules.tokenizer import Tokenizer, Vocabulary
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.huggingface_in import CONFIG, GENERATION_CONFIG
 from pipeline.weights.reading import open_foreign
+from pipeline.weights.templates import go, known_style
 from tests.published import (
     CHATML,
     EOS,
@@ -394,6 +395,24 @@ def test_templates_that_cannot_be(template: str, said: str) -> None:
     with pytest.raises(ValueError, match="chat template of bytes") as refusal:
         encode_prompt(speaking(template), TEMPLATE, [Message(role="user", content="hi")])
     assert said in str(refusal.value)
+
+
+def test_what_the_assistant_says_may_be_marked() -> None:
+    """For transformers' training; the text is the same."""
+    content = "message['content']"
+    mark = f"''}}}}{{% generation %}}{{{{ {content} }}}}{{% endgeneration %}}{{{{ ''"
+    marked = CHATML.replace(content + " + '<|im_end|>'", mark + " + '<|im_end|>'")
+    assert marked != CHATML
+    said = [Message(role="user", content="hi"), Message(role="assistant", content="ho")]
+    texts = {render(speaking(source), said, opening=True) for source in (CHATML, marked)}
+    assert len(texts) == 1
+
+
+def test_a_template_without_a_system_message_is_of_no_known_style() -> None:
+    """It can be exported all the same."""
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    assert known_style(speaking(refusing + CHATML)) is None
+    assert go(speaking(refusing + CHATML), TEMPLATE) is None
 
 
 def test_what_is_left_is_of_one_rendering() -> None:

@@ -67,4 +67,5 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()
 
 def _begun(text: str, stop: str) -> int:
     """Characters at the end of a text that are the start of a stop."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    longest = min(len(stop) - 1, len(text))  # a stop may be much longer than what is held
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

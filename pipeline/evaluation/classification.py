@@ -22,20 +22,19 @@ def classification_statistics(
         labels: (N,) true classes.
         predictions: (N,) predicted classes.
         probabilities: (N, C) scores of the classes; only their order matters.
-        positive: the class that precision, recall, F1 and AUROC are about; None averages over all
-            classes (macro).
+        positive: the class that precision, recall, F1 and AUROC are about; None averages over the
+            classes that occur (macro).
     """
     n_classes = probabilities.shape[1]
     classes = range(n_classes) if positive is None else (positive,)
 
     def rates(weights: Array) -> Array:
         per_class = np.array([_rates(weights, labels == c, predictions == c) for c in classes])
-        with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: a replicate without any of the classes
-            return np.nansum(per_class, axis=0) / np.isfinite(per_class).sum(axis=0)
+        return _mean_of_known(per_class)
 
     def auroc(weights: Array) -> Array:
         per_class = [_auroc(weights, labels == c, probabilities[:, c]) for c in classes]
-        return np.mean(per_class, axis=0)
+        return _mean_of_known(np.array(per_class))
 
     return {
         "accuracy": mean_of((labels == predictions).astype(np.float64)),
@@ -44,6 +43,12 @@ def classification_statistics(
         "f1": lambda weights: rates(weights)[2],
         "auroc": auroc,
     }
+
+
+def _mean_of_known(per_class: Array) -> Array:
+    """Mean over the first axis without NaN: the classes that occur; NaN where none does."""
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.nansum(per_class, axis=0) / np.isfinite(per_class).sum(axis=0)
 
 
 def _rates(weights: Array, actual: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> Array:

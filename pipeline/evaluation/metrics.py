@@ -40,7 +40,9 @@ class Estimate:
     high: float
 
 
-def bootstrap(statistic: Statistic, n_items: int, *, seed: int) -> Estimate:
+def bootstrap(
+    statistic: Statistic, n_items: int, *, seed: int, keys: Sequence[str] | None = None
+) -> Estimate:
     """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
     Replicates on which the statistic is undefined (NaN) are left out. Where all items agree the
@@ -50,20 +52,23 @@ def bootstrap(statistic: Statistic, n_items: int, *, seed: int) -> Estimate:
         statistic: the value of every row of weights; the estimate itself is that of weights 1.
         n_items: N.
         seed: decides the replicates; equal arguments give equal intervals.
+        keys: of the items; those of one key say the same thing and are drawn together, or an
+            interval would count them as so many observations.
 
     Raises:
         ValueError: if there are no items.
     """
     if n_items == 0:
         raise ValueError("an interval needs at least one item, and there is none.")
-    generator = np.random.default_rng(seed)
-    values: list[float] = []
+    generator, numbers = np.random.default_rng(seed), dict[str, int]()
+    units = [numbers.setdefault(key, len(numbers)) for key in keys or map(str, range(n_items))]
+    n_units, values = len(numbers), list[float]()
     while len(values) < RESAMPLES:
         n_rows = min(RESAMPLES - len(values), max(1, MAX_WEIGHTS // n_items))
-        drawn = generator.integers(n_items, size=(n_rows, n_items))
-        drawn += n_items * np.arange(n_rows)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        values.extend(statistic(weights.astype(np.float64)))
+        drawn = generator.integers(n_units, size=(n_rows, n_units))
+        drawn += n_units * np.arange(n_rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        values.extend(statistic(times[:, units].astype(np.float64)))
     defined = np.array(values)[~np.isnan(values)]
     low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (np.nan, np.nan)
     return Estimate(float(statistic(np.ones((1, n_items)))[0]), float(low), float(high))

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.splits import canonical_key
 from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Array, Estimate
 from pipeline.evaluation.responses import Response
+
+Keys = NDArray[np.object_]  # of the items: equal where they ask the same
 
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -85,10 +88,16 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN."""
-        if self.difference is None or not (self.difference.low > 0 or self.difference.high < 0):
+        """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN.
+
+        One pair has no interval that would tell.
+        """
+        difference = self.difference
+        if difference is None or not (difference.low > 0 or difference.high < 0):
             return "unclear"
-        is_better = (self.difference.value < 0) == (self.measure in LOWER_IS_BETTER)
+        if self.n_paired < 2:
+            return "unclear"
+        is_better = (difference.value < 0) == (self.measure in LOWER_IS_BETTER)
         return "better" if is_better else "worse"
 
     def as_dict(self) -> dict[str, Any]:
@@ -155,7 +164,9 @@ def summarize(after: Scored, *, before: Scored | None, seed: int) -> Summary:
     before = _in_order_of(after, before) if before else None
     tables = _tables(after)
     others = _tables(before) if before else {}
-    rows = [_row(measure, others.get(measure), tables[measure], seed) for measure in tables]
+    asked = [f"{response.instruction}\n{response.input}" for response in after.responses]
+    keys = np.array([canonical_key(text, mask_digits=False) for text in asked], dtype=object)
+    rows = [_row(measure, others.get(measure), tables[measure], keys, seed) for measure in tables]
     return Summary(rows, before, after)
 
 
@@ -184,9 +195,9 @@ def _value(measure: str) -> Callable[[Array], Array]:
     return corpus.get(measure, metrics.mean)
 
 
-def _row(measure: str, before: Array | None, after: Array, seed: int) -> Row:
+def _row(measure: str, before: Array | None, after: Array, keys: Keys, seed: int) -> Row:
     """One measure from its (N, K) counts; both tables hold the same items in the same order."""
-    cell = _cell(measure, after, seed)
+    cell = _cell(measure, after, keys, seed)
     if before is None:
         return Row(measure, None, cell, None, 0)
     is_paired = _is_known(before) & _is_known(after)
@@ -196,16 +207,18 @@ def _row(measure: str, before: Array | None, after: Array, seed: int) -> Row:
             metrics.of_sums(before[is_paired], _value(measure)),
             metrics.of_sums(after[is_paired], _value(measure)),
         )
-        difference = metrics.bootstrap(statistic, n_paired, seed=seed)
-    return Row(measure, _cell(measure, before, seed), cell, difference, n_paired)
+        paired = keys[is_paired].tolist()
+        difference = metrics.bootstrap(statistic, n_paired, seed=seed, keys=paired)
+    return Row(measure, _cell(measure, before, keys, seed), cell, difference, n_paired)
 
 
-def _cell(measure: str, table: Array, seed: int) -> Cell:
-    known = table[_is_known(table)]
-    estimate = None
+def _cell(measure: str, table: Array, keys: Keys, seed: int) -> Cell:
+    is_known = _is_known(table)
+    known, estimate = table[is_known], None
     if len(known):
         statistic = metrics.of_sums(known, _value(measure))
-        estimate = metrics.bootstrap(statistic, len(known), seed=seed)
+        scored = keys[is_known].tolist()
+        estimate = metrics.bootstrap(statistic, len(known), seed=seed, keys=scored)
     return Cell(estimate, len(known), len(table) - len(known))
 
 

@@ -32,6 +32,7 @@ from pipeline.serving.protocol import (
 from pipeline.serving.writer import Delta, Writer
 
 MAX_BODY_BYTES = 4 * 2**20
+JSON = "application/json"
 HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
 T = TypeVar("T")
 
@@ -222,7 +223,7 @@ def _refused(request: Request, error: Exception) -> Response:
     return failure(error.status_code, message)
 
 
-def _invalid(_: Request, error: Exception) -> Response:
+def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a request, by its key."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -230,6 +231,8 @@ def _invalid(_: Request, error: Exception) -> Response:
     said = first["msg"]
     if first["type"] == "extra_forbidden":
         said = "this server does not offer it; leave it out"
+    elif key == "body" and request.headers.get("Content-Type") != JSON:
+        said = f"it is not sent as {JSON}; say so in the header Content-Type"
     return failure(400, f"{key}: {said}.", param=key)
 
 

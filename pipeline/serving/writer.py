@@ -74,6 +74,8 @@ class Writer:
         tokenizer = self.loaded.tokenizer
         if isinstance(asked, CompletionRequest):
             return [self._ids(prompt) for prompt in asked.prompt]
+        if "prompt_style" not in self.loaded.meta:
+            raise ValueError("this model was not tuned to converse; ask /v1/completions.")
         said = [Message(role=_role(m.role), content=m.text) for m in asked.messages]
         return [encode_prompt(tokenizer, prompt_style(self.loaded), said)]
 

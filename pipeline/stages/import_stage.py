@@ -15,6 +15,7 @@ from pipeline.checkpoint import (
     json_writer,
     model_writers,
     path_digest,
+    read_meta,
     step_name,
     write_checkpoint,
 )
@@ -36,11 +37,16 @@ def import_stage(source: str, *, output: Path | None) -> None:
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path} is a checkpoint of ours already; use it as it is.")
     if output is not None:
-        check_output(output, MANIFEST)
+        check_output(output, is_own=_was_imported(output))
     options = {"source": source, "output": output and str(output)}
     content = path_digest(path)
     make = partial(_import, source=source, path=path, content=content, output=output)
     print(run_once("import", Path(source).name, [options, content], options, make, "best"))
+
+
+def _was_imported(path: Path) -> bool:
+    """Whether a checkpoint is of weights of others, as they came."""
+    return (path / MANIFEST).is_file() and "source" in read_meta(path)
 
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:

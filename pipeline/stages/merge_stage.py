@@ -23,7 +23,6 @@ from pipeline import lora
 from pipeline.arguments import construct
 from pipeline.checkpoint import (
     CHECKPOINTS,
-    MANIFEST,
     check_output,
     json_writer,
     model_writers,
@@ -69,7 +68,7 @@ class Behaviour:
 def merge_stage(ckpt: Path, *, data: dict[str, Any] | None, output: Path | None) -> None:
     """Merges in a run directory; see `pipeline.commands.merge`."""
     if output is not None:
-        check_output(output, MANIFEST)
+        check_output(output, is_own=(output / CERTIFICATE).is_file())
     options = {"ckpt": str(ckpt), "data": data, "output": output and str(output)}
     stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(ckpt)]
     make = partial(_merge, ckpt=ckpt, data=data, output=output)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from datamodules.files import sha256
 from datamodules.instruction import InstructionDataModule
-from datamodules.prompts import encode_prompt, reply_opening, surplus
+from datamodules.prompts import IGNORE, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest, stem_of
 from pipeline.decoding.generate import generate_each
@@ -118,7 +119,7 @@ def _score(
                 file=sys.stderr,
             )
         after, earlier, lineage, sources = answer(ckpt, before, data, answering)
-    lineage = {**lineage, "digest": content, "split": answering.split}
+    lineage = {**lineage, "digest": content}
     summary = evaluate(
         after,
         before=earlier,
@@ -199,6 +200,7 @@ def answer(
     lineage = {
         "checkpoint": ckpt,
         "data": held_out.fingerprint["digest"],
+        "split": answering.split,
         "max_new_tokens": str(answering.max_new_tokens),
         "precision": answering.precision,
     }
@@ -321,12 +323,24 @@ def prompts_of(data: InstructionDataModule, answering: Answering, context: int) 
 def reference_nats(
     loaded: Loaded, data: InstructionDataModule, split: str
 ) -> list[tuple[float, int]]:
-    """Loss of every reference in nats, summed over its tokens, and how many those are."""
+    """Loss of every reference in nats, summed over its tokens, and how many those are.
+
+    Answers before it in a conversation belong to the prompt.
+    """
     samples = getattr(data, f"{split}_set")
     loaded.model.eval()
     sums = []
     for sample in (samples[i] for i in range(len(samples))):
-        input_ids, labels = (sample[key][None].to(loaded.device) for key in ("input_ids", "labels"))
+        input_ids = sample["input_ids"][None].to(loaded.device)
+        labels = of_last_response(sample["labels"])[None].to(loaded.device)
         losses = next_token_losses(loaded.gpt(input_ids), loaded.gpt.head.weight, labels)
         sums.append((float(losses.sum()), len(losses)))
     return sums
+
+
+def of_last_response(labels: Tensor) -> Tensor:
+    """Labels (T,) without those of earlier answers: what is supervised last, in one piece."""
+    supervised = (labels != IGNORE).nonzero().flatten()
+    piece = supervised - torch.arange(len(supervised))  # the same within a piece
+    start = int(supervised[piece == piece[-1]][0])
+    return torch.cat((torch.full_like(labels[:start], IGNORE), labels[start:]))

@@ -332,7 +332,7 @@ def _license(path: Path) -> str | None:
     text = (path / CARD).read_text(encoding="utf-8", errors="replace")
     head = text.partition("\n---")[0] if text.startswith("---") else ""
     found = re.search(r"^license:[ \t]*(\S+)", head, re.MULTILINE)
-    return found[1] if found else None
+    return found[1].strip("\"'") if found else None
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

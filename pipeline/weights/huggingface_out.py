@@ -231,6 +231,7 @@ def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # the same to llama.cpp's converter
         "n_inner": config.mlp_hidden,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,

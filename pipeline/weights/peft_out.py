@@ -27,6 +27,7 @@ from pipeline.checkpoint import (
 from pipeline.classifier import GPTClassifier
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
+from pipeline.weights.fetch import PACKAGED
 from pipeline.weights.huggingface_out import shifted_bias
 from pipeline.weights.names import Entry, entries, family_of
 
@@ -123,7 +124,9 @@ def _config(
     values["modules_to_save"] = [name.rpartition(".")[2] for name in saved] or None
     values["fan_in_fan_out"] = family_of(loaded.gpt.config) == "gpt2"  # its Conv1D is (in, out)
     values["task_type"] = "SEQ_CLS" if saved else "CAUSAL_LM"
-    values["base_model_name_or_path"] = (loaded.meta["base"] or {}).get("name")
+    name, _, revision = ((loaded.meta["base"] or {}).get("name") or "").partition("@")
+    values["base_model_name_or_path"] = name if name not in PACKAGED else None  # no hub has those
+    values["revision"] = revision or None
     values["inference_mode"] = True
     return values
 

@@ -62,7 +62,10 @@ def known_style(tokenizer: Tokenizer) -> str | None:
     """The style of ours that the tokenizer's own template writes, where a conversation has a
     system message; see `default_system`.
     """
-    theirs = render(tokenizer, _PROBE, opening=True)
+    try:
+        theirs = render(tokenizer, _PROBE, opening=True)
+    except ValueError:  # there are some without a system message
+        return None
     for name in STYLES:
         vocabulary = replace(tokenizer.vocabulary, chat_template=jinja(tokenizer, name))
         if render(replace(tokenizer, vocabulary=vocabulary), _PROBE, opening=True) == theirs:

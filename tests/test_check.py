@@ -68,6 +68,14 @@ def test_a_check_says_what_fit_would_do_and_leaves_nothing(tiny: Journey, tmp_pa
     assert list((tmp_path / "mlruns").iterdir()) == []
 
 
+def test_validations_of_an_epoch_that_does_not_end_are_foreseen(tiny: Journey) -> None:
+    """Eight of its eleven steps, a validation after every second one."""
+    words = ("--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=2")
+    code, out, err = said("check", *pretraining(tiny), *words)
+    assert code == 0, err
+    assert "4 validations" in out
+
+
 def test_what_a_killed_check_left_is_removed_by_the_next(tiny: Journey, tmp_path: Path) -> None:
     home = tmp_path / "mlruns"
     started = Started(["check", *pretraining(tiny), *at("Hang", 1)], tmp_path / "said.txt")

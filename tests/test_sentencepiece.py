@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -300,6 +301,39 @@ def test_no_blank_where_the_file_says_so(tmp_path: Path) -> None:
     theirs = sentencepiece("never")
     theirs.encode_special_tokens = True
     assert_same(ours, theirs, TEXTS)
+
+
+def test_a_published_model_of_sentencepiece(tmp_path: Path) -> None:
+    """Google's own library gives the same ids; of Llama 2's file, which TinyLlama has too, say."""
+    library = pytest.importorskip("sentencepiece")
+    if "GPT_PIPELINE_TOKENIZER_MODEL" not in os.environ:
+        pytest.skip("GPT_PIPELINE_TOKENIZER_MODEL names no tokenizer.model")
+    theirs = library.SentencePieceProcessor(model_file=os.environ["GPT_PIPELINE_TOKENIZER_MODEL"])
+    ids, kind = range(theirs.get_piece_size()), gguf.TokenType
+    of_kind = {
+        kind.UNKNOWN: theirs.is_unknown,
+        kind.CONTROL: theirs.is_control,
+        kind.BYTE: theirs.is_byte,
+    }
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        found = [[k for k, is_it in of_kind.items() if is_it(i)] or [kind.NORMAL] for i in ids]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([theirs.id_to_piece(i) for i in ids])
+        writer.add_token_scores([theirs.get_score(i) for i in ids])
+        writer.add_token_types([kinds[0] for kinds in found])
+        writer.add_bos_token_id(theirs.bos_id())
+        writer.add_eos_token_id(theirs.eos_id())
+
+    model = random_model("llama", len(ids), num_hidden_layers=1)
+    write_gguf(tmp_path / "a.gguf", model, None, change=add)
+    ours = open_foreign(tmp_path / "a.gguf").tokenizer
+    assert [ours.encode(text) for text in TEXTS] == theirs.encode(TEXTS)
+    assert [ours.decode(ours.encode(text)) for text in TEXTS] == TEXTS
+    writers = huggingface_writers(replace(load(tmp_path / "a.gguf"), tokenizer=ours), torch.float32)
+    exported = AutoTokenizer.from_pretrained(write_all(writers, tmp_path / "out"))
+    plain = [text for text in TEXTS if not any(name in text for name in SPECIAL)]
+    assert exported(plain, add_special_tokens=False)["input_ids"] == theirs.encode(plain)
 
 
 def field(name: str, place: int, value: Any) -> Callable[[gguf.GGUFWriter], None]:

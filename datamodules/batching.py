@@ -76,7 +76,8 @@ class StepSampler:
         order: epoch -> (N,) int64 keys, of the same length for every epoch.
         batch_size: samples a step, over all ranks.
         epoch: the first epoch to yield.
-        start: steps of that first epoch to leave out (they were taken before a resume).
+        start: steps of that first epoch to leave out (they were taken before a resume); of other
+            data, which may be less, all but the last.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class StepSampler:
         world_size: int = 1,
     ) -> None:
         self.order, self.batch_size = order, batch_size
-        self.next_epoch, self.start = epoch, start
         self.rank, self.world_size = rank, world_size
         self.n_steps = -(-len(order(epoch)) // batch_size)
+        self.next_epoch, self.start = epoch, min(start, self.n_steps - 1)
 
     def __len__(self) -> int:
         return self.n_steps

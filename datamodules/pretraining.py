@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +60,10 @@ class PretrainingDataModule(StepDataModule):
     Args:
         source: one source or several, see `datamodules.sources.resolve`.
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
-        tokenizer: name (`gpt2`), file or checkpoint, see `Tokenizer.load`.
         block_size: tokens a sample.
-        batch_size: blocks an optimizer step, over all ranks.
-        max_tokens: tokens a micro-batch; memory, not learning.
         val_fraction: share of the text that is held out, above 0 and below 1.
         near_duplicates: Jaccard similarity from which a document is dropped; null: keep all.
-        seed: random seed of where blocks begin and of their order.
-        num_workers: processes that prepare batches.
+        **options: those of `StepDataModule`.
     """
 
     context_key = "block_size"
@@ -76,27 +73,17 @@ class PretrainingDataModule(StepDataModule):
         *,
         source: str | list[str],
         text_column: str,
-        tokenizer: str | None,
         block_size: int,
-        batch_size: int,
-        max_tokens: int,
         val_fraction: float,
         near_duplicates: float | None,
-        seed: int,
-        num_workers: int,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(**options)
         if block_size < 2:
             raise ValueError(f"data.block_size is {block_size}; give at least 2.")
-        if max_tokens < block_size:
+        if self.max_tokens < block_size:
             raise ValueError(
-                f"data.max_tokens is {max_tokens}, but one block has {block_size} tokens; "
+                f"data.max_tokens is {self.max_tokens}, but one block has {block_size} tokens; "
                 "raise data.max_tokens or lower data.block_size."
             )
         if not 0 < val_fraction < 1:
@@ -167,11 +154,8 @@ class PretrainingDataModule(StepDataModule):
 
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> first tokens of disjoint blocks, shuffled; every epoch cuts at other places."""
-        n_tokens, block_size, seed = (
-            self._corpus.facts["tokens"]["train"],
-            self.block_size,
-            self.seed,
-        )
+        n_tokens = self._corpus.facts["tokens"]["train"]
+        block_size, seed = self.block_size, self.seed
         n_blocks = (n_tokens - (block_size - 1)) // block_size  # as many for every offset
 
         def order(epoch: int) -> Tensor:

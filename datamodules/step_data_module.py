@@ -32,7 +32,7 @@ class StepDataModule(pl.LightningDataModule):
         tokenizer: what `Tokenizer.load` takes.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
-        seed: random seed of the order of training samples.
+        seed: random seed of the order of training samples, or of where blocks begin.
         num_workers: processes that prepare batches.
     """
 
@@ -101,10 +101,6 @@ class StepDataModule(pl.LightningDataModule):
         """Tokens of the rows of `train_set` with these keys (N,), int64."""
         return torch.tensor([len(self.train_set[key]["input_ids"]) for key in keys.tolist()])
 
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch."""
-        return -(-len(self.train_order()(0)) // self.batch_size)
-
     def advance(self, n_steps: int) -> None:
         """Moves the position past an optimizer step, into the next epoch behind its last one.
 
@@ -144,7 +140,7 @@ class StepDataModule(pl.LightningDataModule):
             self.train_order(),
             batch_size=self.batch_size,
             epoch=self._at["epoch"],
-            start=min(self._at["position"], self.steps_per_epoch() - 1),  # other data may be less
+            start=self._at["position"],
             rank=rank,
             world_size=world_size,
         )

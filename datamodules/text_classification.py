@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,6 @@ class TextClassificationDataModule(StepDataModule):
                 f"{n_cut} texts are longer than data.max_length {self.max_length}; "
                 "their ends are left out."
             )
-
-    @property
-    def test_samples(self) -> Sequence[Sample]:
-        """Samples of the test split, in order."""
-        assert isinstance(self.test_set, SampleList)
-        return self.test_set.samples
 
     def texts(self, split: str) -> list[str]:
         """Texts of the train, val or test split, in the order of its samples."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tiktoken
 
@@ -107,16 +107,6 @@ class Vocabulary:
         }
 
 
-class Encoder(Protocol):
-    """What runs a vocabulary."""
-
-    def encode(self, text: str, before: Sequence[int]) -> list[int]:
-        """See `Tokenizer.encode`."""
-
-    def decode(self, ids: Sequence[int], before: Sequence[int]) -> bytes:
-        """See `Tokenizer.decode_bytes`."""
-
-
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary that is run, with a digest.
@@ -128,7 +118,7 @@ class Tokenizer:
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
     digest: str
-    encoder: Encoder = field(repr=False, compare=False)
+    encoder: ByteLevel | CharacterLevel = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Tokenizer:

@@ -47,12 +47,7 @@ class Throughput(pl.Callback):
         self.n_tokens, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: list[MicroBatch],
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
         """Counts; logs where Lightning logs."""
         self.n_tokens += n_real_tokens(batch)

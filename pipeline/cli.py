@@ -44,7 +44,7 @@ from pipeline.reports import (
 )
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
-from pipeline.runs.reuse import find_run, new_run, still_holds
+from pipeline.runs.reuse import find_run, still_holds
 from pipeline.runs.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
@@ -221,10 +221,9 @@ class PipelineCLI(LightningCLI):
         deciding = [self.subcommand, decisive(options), weights_digest]
         stem = self.stage.run.name + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
         name = f"{stem}-{digest(deciding)[:8]}"
-        folder = mlruns_root() / self.stage.run.experiment
-        if self.stage.run.resume == "never":
-            return new_run(folder / name).name
-        return find_run(folder / name, partial(still_holds, options=decisive(options)))[0].name
+        base = mlruns_root() / self.stage.run.experiment / name
+        holds = partial(still_holds, options=decisive(options))
+        return find_run(base, holds, anew=self.stage.run.resume == "never")[0].name
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what a library says when memory is short or a worker dies becomes one line."""

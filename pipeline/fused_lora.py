@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor
 
+from pipeline.attention_products import product_dtype
+
 
 class FusedLinear(Linear):
     """Without dropout on the adapter's input, and not for DoRA; its base is frozen."""
@@ -25,8 +27,7 @@ class FusedLinear(Linear):
         if self.merged or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        base, device = self.get_base_layer(), x.device.type
-        is_autocast = torch.is_autocast_enabled(device)
+        base = self.get_base_layer()
         return _Adapted.apply(
             x,
             base.weight,
@@ -34,7 +35,7 @@ class FusedLinear(Linear):
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
-            torch.get_autocast_dtype(device) if is_autocast else x.dtype,
+            product_dtype(x),
         )
 
 

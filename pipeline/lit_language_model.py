@@ -26,10 +26,7 @@ class LitLanguageModel(LitStep):
     kind = "language_model"
     model: GPT
 
-    def __init__(
-        self,
-        **options: Any,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if self.gpt_config is not None and not self.gpt_config.causal:
             raise ValueError(
@@ -37,7 +34,7 @@ class LitLanguageModel(LitStep):
                 "give true."
             )
         self._cross_entropies = cross_entropies
-        self.val_mean, self.test_mean = MeanMetric(), MeanMetric()
+        self.loss_mean = MeanMetric()
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
         """The transformer itself."""
@@ -63,12 +60,22 @@ class LitLanguageModel(LitStep):
         return count_supervised(micro_batch["labels"])
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
-        """Adds to the validation loss, token by token."""
-        self._evaluate(batch, self.val_mean)
+        """Adds to the loss, token by token."""
+        for micro_batch in batch:
+            if n_targets := self.n_targets(micro_batch):
+                self.loss_mean.update(self.loss_sum(micro_batch) / n_targets, n_targets)
 
-    def test_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
-        """Adds to the test loss, token by token."""
-        self._evaluate(batch, self.test_mean)
+    def on_validation_epoch_end(self) -> None:
+        """Loss, perplexity, bits per byte."""
+        split = "test" if self.trainer.testing else "val"
+        nats = self.loss_mean.compute()
+        self.loss_mean.reset()
+        self.log(f"{split}/loss", nats, prog_bar=True)
+        self.log(f"{split}/perplexity", nats.exp())
+        if bytes_per_token := getattr(self.data, "val_bytes_per_token", None):
+            self.log(f"{split}/bits_per_byte", nats / math.log(2) / bytes_per_token, prog_bar=True)
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: list[MicroBatch], batch_idx: int) -> list[dict[str, Any]]:
         """Loss of every sample: nats in all, and over how many tokens."""
@@ -78,30 +85,6 @@ class LitLanguageModel(LitStep):
             for row in rows(micro_batch)
             if (n := self.n_targets(row))
         ]
-
-    def _evaluate(self, batch: list[MicroBatch], metric: MeanMetric) -> None:
-        for micro_batch in batch:
-            n_targets = self.n_targets(micro_batch)
-            if n_targets:
-                mean = self.loss_sum(micro_batch) / n_targets
-                metric.update(mean, n_targets)
-
-    def on_validation_epoch_end(self) -> None:
-        """Loss, perplexity, bits per byte."""
-        self._log_means("val", self.val_mean)
-
-    def on_test_epoch_end(self) -> None:
-        """Loss, perplexity, bits per byte."""
-        self._log_means("test", self.test_mean)
-
-    def _log_means(self, split: str, metric: MeanMetric) -> None:
-        nats = metric.compute()
-        metric.reset()
-        self.log(f"{split}/loss", nats, prog_bar=True)
-        self.log(f"{split}/perplexity", nats.exp())
-        bytes_per_token = getattr(self.data, "val_bytes_per_token", None)
-        if bytes_per_token:
-            self.log(f"{split}/bits_per_byte", nats / math.log(2) / bytes_per_token, prog_bar=True)
 
 
 def rows(micro_batch: MicroBatch) -> list[MicroBatch]:

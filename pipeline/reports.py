@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from datamodules.baselines import MAX_TRAIN_BYTES, compression_baselines, tfidf_baseline
@@ -88,8 +89,7 @@ def report_test(
     if not isinstance(data, TextClassificationDataModule):
         row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
         return Report(metrics, [row])
-    labels = np.array(data.labels("test"))
-    ours = in_order(predictions, data)
+    labels, ours = in_order(predictions)
     theirs = tfidf_baseline(
         data.texts("train"),
         data.labels("train"),
@@ -97,9 +97,8 @@ def report_test(
         data.labels("val"),
         data.texts("test"),
     )
-    named = {sample["sample_id"]: data.label_names[sample["label"]] for sample in data.test_samples}
-    predicted = prediction_rows(data, [predictions])
-    log_predictions(run, [{**row, "label": named[row["sample_id"]]} for row in predicted])
+    predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
+    log_predictions(run, [{**row, "label": data.label_names[label]} for row, label in predicted])
     counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
@@ -173,16 +172,14 @@ def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["sample_id"])
 
 
-def in_order(predictions: Sequence[Prediction], data: TextClassificationDataModule) -> Array:
-    """Probabilities (N, K) in the order of the test set; micro-batches are sorted by length."""
-    by_id = {
-        int(sample_id): row
-        for prediction in predictions
-        for sample_id, row in zip(
-            prediction["sample_ids"], prediction["probabilities"].cpu().numpy(), strict=True
-        )
-    }
-    return np.array([by_id[sample["sample_id"]] for sample in data.test_samples], np.float64)
+def in_order(predictions: Sequence[Prediction]) -> tuple[Labels, Array]:
+    """Labels (N,) and probabilities (N, K) by sample id; micro-batches are sorted by length."""
+    ids, labels, probabilities = (
+        torch.cat([prediction[key] for prediction in predictions]).cpu().numpy()
+        for key in ("sample_ids", "label", "probabilities")
+    )
+    order = ids.argsort()
+    return labels[order], probabilities[order].astype(np.float64)
 
 
 def log_predictions(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:

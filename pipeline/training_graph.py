@@ -66,11 +66,6 @@ def is_installed(gpt: GPT) -> bool:
     return isinstance(gpt.forward, TrainingGraphs)
 
 
-def n_prepared(gpt: GPT) -> int:
-    """Slow passes so far: the first of each shape, and its capture."""
-    return gpt.forward.n_prepared if isinstance(gpt.forward, TrainingGraphs) else 0
-
-
 @contextmanager
 def left_out(gpt: GPT) -> Iterator[None]:
     """Within it passes run operation by operation, so that these can be counted."""

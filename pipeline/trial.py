@@ -22,7 +22,7 @@ from datamodules.batching import MicroBatch, cut, pad
 from datamodules.step_data_module import StepDataModule
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
 from pipeline.steps import n_real_tokens
-from pipeline.training_graph import is_installed, left_out, n_prepared
+from pipeline.training_graph import is_installed, left_out
 
 QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
 N_WARMUP = 4  # steps before any is timed: the largest and one of median size, twice
@@ -143,12 +143,7 @@ class Trial(pl.Callback):
             self._counter = self._counting.enter_context(FlopCounterMode(display=False))
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: list[MicroBatch],
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
         """Times steps until there are enough of them."""
         n_tokens, now = n_real_tokens(batch), time.perf_counter()
@@ -157,7 +152,8 @@ class Trial(pl.Callback):
             self.flops_per_token = self._counter.get_total_flops() / n_tokens
             self._counter = None
         self._n_steps += 1
-        n_before, self._n_prepared = self._n_prepared, n_prepared(pl_module.gpt)
+        n_before = self._n_prepared
+        self._n_prepared = getattr(pl_module.gpt.forward, "n_prepared", 0)
         if self._n_steps > N_WARMUP and self._n_prepared == n_before:  # each shape twice
             self.step_s.append(now - self._since)
             self.step_tokens.append(n_tokens)

@@ -211,7 +211,7 @@ def members(loader: Iterable[list[MicroBatch]]) -> list[list[int]]:
 
 def test_loaders_give_steps(samples: list[Sample], tokenizer: Tokenizer) -> None:
     module = Module(samples, tokenizer, batch_size=3)
-    assert module.steps_per_epoch() == 3
+    assert len(module.train_dataloader()) == 3
     expected = shuffled(8, seed=1)(0).split(3)
     assert members(module.train_dataloader()) == [sorted(step.tolist()) for step in expected]
     assert members(module.val_dataloader()) == [[0, 1, 2], [3, 4, 5], [6, 7]]

@@ -375,7 +375,7 @@ def test_loaders_give_steps(stories: Path, make: Callable[..., PretrainingDataMo
     module = make(stories)
     module.setup("fit")
     steps = list(module.train_dataloader())
-    assert len(steps) == module.steps_per_epoch()
+    assert len(steps) == len(module.train_dataloader())
     assert [tuple(micro["input_ids"].shape) for micro in steps[0]] == [(2, 16), (2, 16)]
     ids = [i for step in steps for micro in step for i in micro["sample_ids"].tolist()]
     assert sorted(ids) == sorted(module.train_order()(0).tolist())

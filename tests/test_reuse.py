@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.reuse import find_run, new_run
+from pipeline.runs.reuse import find_run
 from pipeline.runs.run_directory import Run
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return tmp_path / "spam" / "one"
+
+
+def new_run(base: Path) -> Path:
+    return find_run(base, lambda outcome: True, anew=True)[0]
 
 
 def attempt(base: Path, *, finished: bool) -> Path:

@@ -212,7 +212,7 @@ class Counting(pl.Callback):
     n = 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.n = training_graph.n_prepared(module.gpt)
+        self.n = getattr(module.gpt.forward, "n_prepared", 0)
 
 
 def uncaptured(graphs: TrainingGraphs, shape: tuple[int, int]) -> Pass:

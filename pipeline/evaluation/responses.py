@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import write_atomically
+from datamodules.sources import read_jsonl
 
 Primitive = str | int | float | bool | None
 
@@ -38,7 +39,8 @@ class Response:
         if not _is_number(self.id, int) and not isinstance(self.id, str):
             raise ValueError(f"'id' is {self.id!r}; it must be a number or a string.")
         for name in ("instruction", "input", "reference", "response"):
-            _check_text(name, getattr(self, name))
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name!r} is {value!r}; it must be a string.")
         if not self.reference.strip():
             raise ValueError("'reference' is empty, so there is nothing to compare with.")
         if not isinstance(self.settings, dict):
@@ -73,21 +75,18 @@ def read_responses(path: Path) -> list[Response]:
     """
     lines_of_ids: dict[int | str, int] = {}
     responses = []
-    with path.open("rb") as file:  # binary: only \n ends a line, not U+2028
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                response = _parse(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            if response.id in lines_of_ids:
-                raise ValueError(
-                    f"{path}:{number}: id {response.id!r} was already on line "
-                    f"{lines_of_ids[response.id]}; every item needs its own."
-                )
-            lines_of_ids[response.id] = number
-            responses.append(response)
+    for number, row in read_jsonl(path):
+        try:
+            response = _response(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if response.id in lines_of_ids:
+            raise ValueError(
+                f"{path}:{number}: id {response.id!r} was already on line "
+                f"{lines_of_ids[response.id]}; every item needs its own."
+            )
+        lines_of_ids[response.id] = number
+        responses.append(response)
     if not responses:
         raise ValueError(f"{path} holds no responses; expected one JSON object a line.")
     return responses
@@ -104,28 +103,11 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(lines).encode())
 
 
-def _parse(line: bytes) -> Response:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8 (byte {error.start} of the line); convert the file."
-        ) from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}.")
+def _response(row: Mapping[str, Any]) -> Response:
     missing = {"id", "instruction", "reference", "response"} - row.keys()
     if missing:
         raise ValueError(f"missing {', '.join(map(repr, sorted(missing)))}.")
     return Response(**{f.name: row[f.name] for f in fields(Response) if f.name in row})
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} is {value!r}; it must be a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot: a lone surrogate
-        raise ValueError(f"{name!r} is no valid Unicode at character {error.start}.") from error
 
 
 def _is_number(value: object, *types: type) -> bool:

@@ -61,27 +61,10 @@ class _Replicated:
     last_before: dict[str, list[Any]] = field(default_factory=dict)  # the same, at the last resume
 
 
-def send_missing(run: Path, uri: str) -> int:
+def send_missing(run: Path, uri: str, *, ask: bool) -> int:
     """Sends what a store lacks of a run, its parent first; see `pipeline.runs.tracking.sync`."""
-    return _catch_up(run, uri) if _is_behind(run, uri) else 0
-
-
-def forget_lost(root: Path, uri: str) -> None:
-    """Forgets what was sent of runs that the store has no more, so that they are sent anew."""
-    client = open_store(uri)
-    for path in root.glob(f"*/*/{REPLICATED}"):
-        replicated = _remembered(path.parent, uri)
-        if replicated is None:
-            continue
-        try:
-            client.get_run(replicated.run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            path.unlink()
-
-
-def _catch_up(run: Path, uri: str) -> int:
+    if not (ask or _is_behind(run, uri)):
+        return 0
     client = open_store(uri)
     with FileLock(run / "mlflow.lock"):
         replicated = _attach(client, run, uri)
@@ -157,7 +140,7 @@ def _attach(client: MlflowClient, run: Path, uri: str) -> _Replicated | None:
 def _parent_id(parent: Path, uri: str) -> str | None:
     if not (parent / JOURNAL).exists():
         return None
-    _catch_up(parent, uri)
+    send_missing(parent, uri, ask=True)
     replicated = _remembered(parent, uri)
     return replicated.run_id if replicated else None
 

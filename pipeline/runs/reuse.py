@@ -18,29 +18,27 @@ from pipeline.runs.run_directory import read_outcome
 Outcome = Mapping[str, Any]
 
 
-def find_run(base: Path, holds: Callable[[Outcome], bool]) -> tuple[Path, Outcome | None]:
+def find_run(
+    base: Path, holds: Callable[[Outcome], bool], *, anew: bool = False
+) -> tuple[Path, Outcome | None]:
     """The last attempt if it was interrupted, else the last that still holds, else a new one.
 
     Args:
         base: run directory of the first attempt.
         holds: whether the outcome of a finished run may be used again.
+        anew: a new one in any case.
 
     Returns:
         The run directory, and its outcome if it may be used.
     """
     made = list(takewhile(Path.exists, _attempts(base)))
-    for path in reversed(made):
+    for path in [] if anew else reversed(made):
         outcome = read_outcome(path)
         if outcome is None and path == made[-1]:
             return path, None
         if outcome is not None and holds(outcome):
             return path, outcome
-    return new_run(base), None
-
-
-def new_run(base: Path) -> Path:
-    """The directory of the first attempt that was never made."""
-    return next(path for path in _attempts(base) if not path.exists())
+    return next(path for path in _attempts(base) if not path.exists()), None
 
 
 def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:

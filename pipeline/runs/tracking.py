@@ -43,7 +43,7 @@ def database_uri(path: Path) -> str:
     return f"sqlite:///{text if is_plain else quote(text, safe='')}"
 
 
-def sync(run: Path, uri: str | None = None) -> int:
+def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
     """Sends what the store lacks of a run's journal, its parent's first.
 
     A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
@@ -52,6 +52,7 @@ def sync(run: Path, uri: str | None = None) -> int:
     Args:
         run: `<root>/<experiment>/<run>`.
         uri: address of the store; by default `tracking_uri` of the root.
+        ask: ask the store for the run, which it may have lost, whatever was sent.
 
     Returns:
         The number of lines sent.
@@ -67,7 +68,7 @@ def sync(run: Path, uri: str | None = None) -> int:
     root = run.parent.parent
     uri = uri or tracking_uri(root)
     with _one_error(root, uri):
-        return send_missing(run, uri)
+        return send_missing(run, uri, ask=ask)
 
 
 class Replica:
@@ -137,7 +138,7 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     Args:
         root: folder of all runs.
         uri: address of the store; by default `tracking_uri` of the root.
-        ask: ask the store for every run, as it may have lost some that were sent.
+        ask: as in `sync`.
 
     Returns:
         How many `runs` there are, the `lines` sent, and how many journals are `damaged`,
@@ -150,17 +151,14 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     uri = uri or tracking_uri(root)
     counts = {"runs": 0, "lines": 0, "damaged": 0}
     _prepare_mlflow()
-    from pipeline.runs.mlflow_replica import forget_lost
     from pipeline.runs.mlflow_store import open_store
 
     with _one_error(root, uri):
         open_store(uri)
-        if ask:
-            forget_lost(root, uri)
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
         counts["runs"] += 1
         try:
-            counts["lines"] += sync(journal.parent, uri)
+            counts["lines"] += sync(journal.parent, uri, ask=ask)
         except ValueError as error:
             counts["damaged"] += 1
             _log.warning("%s", error)

@@ -8,8 +8,9 @@ import hmac
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -20,7 +21,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serving.engine import Busy, EngineError
-from pipeline.serving.labeller import Labeller
 from pipeline.serving.protocol import (
     Answer,
     ChatRequest,
@@ -37,7 +37,14 @@ HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
 T = TypeVar("T")
 
 
-def make_app(name: str, served: Writer | Labeller, key: str) -> FastAPI:
+class Labels(NamedTuple):
+    """A model that labels, one request after the other: each uses all cores."""
+
+    names: list[str]
+    of: Callable[[Sequence[str]], Future[list[list[float]]]]  # texts -> their probabilities (N, K)
+
+
+def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
     """The server of a model.
 
     Args:
@@ -118,11 +125,12 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
         return await complete(request, asked)
 
 
-def _add_labels(router: APIRouter, name: str, labeller: Labeller) -> None:
+def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
     @router.post("/classify")
     async def classify(asked: ClassifyRequest) -> dict[str, Any]:
         _check_name(asked.model, name)
-        return label_form(name, labeller.names, await labeller.probabilities(asked.input))
+        probabilities = await asyncio.wrap_future(labels.of(asked.input))
+        return label_form(name, labels.names, probabilities)
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Choice]:

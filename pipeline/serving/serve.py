@@ -8,6 +8,7 @@ import logging
 import shlex
 import socket
 import sys
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,14 +16,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from pipeline.classifier import GPTClassifier
-from pipeline.inference import load_for_use
+from pipeline.inference import label_probabilities, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import listen
 from pipeline.precision import Precision
-from pipeline.serving.app import make_app
+from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Engine, Limits
-from pipeline.serving.labeller import Labeller
 from pipeline.serving.worker import Worker
 from pipeline.serving.writer import Defaults, Writer
 
@@ -54,7 +54,8 @@ def serve(
     loaded = worker.submit(load_for_use, ckpt, precision).result()
     name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
-        server = _server(make_app(name, Labeller(loaded, worker), key))
+        of = partial(worker.submit, label_probabilities, loaded)
+        server = _server(make_app(name, Labels(loaded.meta["label_names"], of), key))
         _greet(loaded, name, listener)
         server.run([listener])
         return

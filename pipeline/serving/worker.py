@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Worker(Executor):
+class Worker:
     """Runs and loads a model, one piece of work after the other, in one thread.
 
     OpenMP has threads for every thread that computes. Where that makes more of them than there are

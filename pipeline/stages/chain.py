@@ -24,7 +24,7 @@ from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
 from pipeline.runs.provenance import environment
-from pipeline.runs.reuse import Outcome, code_digest, find_run, new_run, still_holds
+from pipeline.runs.reuse import Outcome, code_digest, find_run, still_holds
 from pipeline.runs.run_directory import Run, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.runs.tracking import Replica
@@ -93,10 +93,8 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     anew = resume == "never"
     done = {} if anew else _finished(chain, folder)
     runs = _outputs(done)
-    parent_path, outcome = find_run(base, lambda outcome: bool(outcome["outputs"] == runs))
-    if anew:
-        parent_path, outcome = new_run(base), None
-    elif resume == "must" and outcome is None and not (parent_path / JOURNAL).exists():
+    parent_path, outcome = find_run(base, lambda made: bool(made["outputs"] == runs), anew=anew)
+    if resume == "must" and outcome is None and not (parent_path / JOURNAL).exists():
         raise ValueError(
             f"resume is must, but no run of {path} was interrupted; give auto to start one."
         )
@@ -163,12 +161,11 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     """Where a stage runs, or has run, given those before it."""
     inputs = {k: done[ref.stage].result["outputs"][ref.output] for k, ref in stage.inputs.items()}
     identity = stage.identity()
-    holds = partial(_still_holds, stage)
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
     if given := stage.paths():
         identity["given"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
-    path, outcome = (new_run(base), None) if anew else find_run(base, holds)
+    path, outcome = find_run(base, partial(_still_holds, stage), anew=anew)
     return StageRun(stage, path, inputs, identity, outcome)
 
 

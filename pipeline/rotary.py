@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
     `out`, where there is no backward pass, may be x itself.
     """
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        rotated: Tensor = _Rotation.apply(x, cos, sin)
-        return rotated
-    return _rotate(x, cos, sin, out=out)
-
-
-def _rotate(
-    x: Tensor, cos: Tensor, sin: Tensor, *, direction: int = 1, out: Tensor | None = None
-) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat((second, first), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin, value=direction, out=out)
-
-
-class _Rotation(torch.autograd.Function):
-    """Its backward pass is the rotation back; autograd would take three times the operations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(grad, *ctx.saved_tensors, direction=-1), None, None
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin, out=out)
 
 
 def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,8 @@ Shapes: B rows, T tokens, N tokens that are kept of them all, C width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 MULTIPLE = 32  # of kept tokens; for every shape that it meets oneDNN makes, and keeps, code
 
@@ -37,54 +34,11 @@ class Unpadding:
         filler = indices.new_zeros(-len(indices) % MULTIPLE)  # computed, never looked at
         self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
         self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
-        self.n_kept, self.n_shared = len(indices), int(shared.sum())
 
     def drop(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (1, N, C)."""
-        return self._drop(x) if torch.compiler.is_compiling() else _Drop.apply(x, self)
-
-    def restore(self, x: Tensor) -> Tensor:
-        """(1, N, C) -> (B, T, C); a pad gets the state of a real token, and has no gradient."""
-        return self._restore(x) if torch.compiler.is_compiling() else _Restore.apply(x, self)
-
-    def _drop(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.kept)[None]
 
-    def _restore(self, x: Tensor) -> Tensor:
+    def restore(self, x: Tensor) -> Tensor:
+        """(1, N, C) -> (B, T, C); a pad gets the state of a real token."""
         return x[0].index_select(0, self.sources).unflatten(0, self.shape)
-
-
-class _Drop(torch.autograd.Function):
-    """Of a token, one gradient at most comes back: it is put in its place, not added to others."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Unpadding) -> Tensor:
-        ctx.rows = rows
-        return rows._drop(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.rows
-        whole = grad.new_zeros(rows.sources.numel(), grad.shape[-1])
-        whole.index_copy_(0, rows.kept[: rows.n_kept], grad[0, : rows.n_kept])
-        return whole.unflatten(0, rows.shape), None
-
-
-class _Restore(torch.autograd.Function):
-    """Of a token that all rows begin with, gradients are summed over rows; others have one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Unpadding) -> Tensor:
-        ctx.rows = rows
-        return rows._restore(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.rows
-        kept = grad.flatten(0, 1).index_select(0, rows.kept)
-        kept[rows.n_kept :].zero_()  # the filler
-        if rows.n_shared:  # the first tokens of the first row
-            torch.sum(grad[:, : rows.n_shared], 0, out=kept[: rows.n_shared])
-        return kept[None], None

@@ -16,7 +16,6 @@ from pipeline.decoding.kv_cache import KVCache
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
 from pipeline.loss import next_token_loss
 from pipeline.rms_norm import RMSNorm
-from pipeline.rotary import _rotate, rotary_frequencies, rotary_table, rotate
 
 MakeGPT = Callable[..., GPT]
 MakeConfig = Callable[..., GPTConfig]
@@ -151,18 +150,6 @@ def _normalised(norm: nn.RMSNorm, x: Tensor, weight: Tensor, grad: Tensor) -> li
     norm.weight, x = nn.Parameter(weight), x.clone().requires_grad_()
     y = norm(x)
     return [y.detach(), *torch.autograd.grad(y, (x, norm.weight), grad)]
-
-
-def test_a_rotation_is_turned_back() -> None:
-    torch.manual_seed(0)
-    tables = rotary_table(rotary_frequencies(10000.0, 8), 9)
-    cos, sin = (table.double() for table in tables)
-    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn_like(x)
-    (ours,) = torch.autograd.grad((rotate(x, cos, sin) * weights).sum(), x)
-    (theirs,) = torch.autograd.grad((_rotate(x, cos, sin) * weights).sum(), x)
-    assert (ours - theirs).abs().max() < 1e-12
-    assert (rotate(rotate(x, cos, sin), cos, -sin) - x).abs().max() < 1e-6  # of float32 tables
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -217,8 +217,9 @@ def _json_object(text: str, place: str) -> dict[str, Any]:
 def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Rows of a .csv, .tsv (also without suffix), .jsonl or .parquet file.
 
-    Cells of CSV and TSV are strings as they stand ("NA" and "" included). A tab-separated line is
-    never quoted: a lone quotation mark in a text swallows no rows.
+    Cells of CSV and TSV are strings as they stand ("NA" and "" included). A CSV's are separated by
+    commas, or by semicolons where its first line has more of those. A tab-separated line is never
+    quoted: a lone quotation mark in a text swallows no rows.
 
     Args:
         path: the file.
@@ -242,7 +243,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
             return parquet.read_table(path).to_pandas(integer_object_nulls=True)
         table = pd.read_csv(
             io.StringIO(text.replace("\r\n", "\n")),
-            sep="," if suffix == ".csv" else "\t",
+            sep=_separator(text) if suffix == ".csv" else "\t",
             quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
             names=None if names is None else list(names),
             header=0 if names is None else None,
@@ -256,6 +257,12 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
+
+
+def _separator(text: str) -> str:
+    """What stands between the cells of a CSV: where spreadsheets write them, semicolons."""
+    header = text.partition("\n")[0]
+    return ";" if header.count(";") > header.count(",") else ","
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class TextClassificationDataModule(StepDataModule):
         source: str,
         text_column: str,
         label_column: str,
-        label_names: list[str],
+        label_names: list[str | int],
         max_length: int,
         suffix: str,
         train_fraction: float,
@@ -63,11 +63,11 @@ class TextClassificationDataModule(StepDataModule):
         splits.check_fractions(train_fraction, val_fraction)
         if max_length < 1:
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
-        if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+        if len(label_names) < 2 or len(set(map(str, label_names))) < len(label_names):
             raise ValueError(f"data.label_names is {label_names}; give two or more, all different.")
         self.source, self.max_length, self.suffix = source, max_length, suffix
         self.text_column, self.label_column = text_column, label_column
-        self.label_names = list(label_names)
+        self.label_names = [str(name) for name in label_names]
         self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
         self.balance, self.split_seed = balance, split_seed
         self._texts: list[str] = []

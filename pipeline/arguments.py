@@ -150,7 +150,10 @@ def one_line(message: str) -> str:
     text = ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
     text = re.sub(r"( is not accepted) Given value: .*", r"\1", text)
     text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
-    return f"{text}; --help lists the options." if _UNKNOWN_KEY.search(text) else text
+    if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
+        return text
+    of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(text.split(":")[0])
+    return f"{text}; {of_class or '--help'} lists the options."
 
 
 def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:

@@ -143,6 +143,7 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
     """Writes files into a folder; size and SHA-256 of each by its name."""
     for name, write in writers.items():
         write(folder / name)
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors keeps its own private
     return {name: _facts(folder / name) for name in sorted(writers)}
 
 

@@ -117,6 +117,7 @@ class Checkpoints(pl.Callback):
         self.keep_last, self.keep_best = keep_last, keep_best
         self.asynchronous, self._background = asynchronous, Background()
         self.last_step: int | None = None
+        self.last_validated = 0  # step
         self.should_stop = False  # something had asked for the run's end, as early stopping does
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
@@ -208,6 +209,7 @@ class Checkpoints(pl.Callback):
             )
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
         value = float(trainer.callback_metrics[self.monitor])
+        self.last_validated = trainer.global_step
         self.best[trainer.global_step] = {"value": value, "metrics": metrics}
         best_first = sorted(self.best.items(), key=self._rank, reverse=True)  # of equals the first
         self.best = dict(best_first[: self.keep_best])
@@ -223,6 +225,14 @@ class Checkpoints(pl.Callback):
         """Saves the last step, where it is not saved already; all is on disk then."""
         self._save(trainer)
         self._background.wait()
+        n_since = trainer.global_step - self.last_validated
+        if n_since and trainer.enable_validation and trainer.is_global_zero:
+            print(
+                f"warning: the last {n_since} steps were not validated, so the best checkpoint is "
+                f"without them; {self.path(trainer, trainer.global_step)} has them. "
+                "trainer.val_check_interval says when to validate.",
+                file=sys.stderr,
+            )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -295,12 +305,14 @@ class Checkpoints(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and whether the run was to end."""
-        return {name: getattr(self, name) for name in ("best", "last_step", "should_stop")}
+        names = ("best", "last_step", "last_validated", "should_stop")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
         self.should_stop = state_dict["should_stop"]
+        self.last_validated = state_dict.get("last_validated", 0)  # of an earlier version
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""

@@ -333,6 +333,13 @@ def test_the_digest_covers_every_file(whole: Path, tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_who_may_read_the_folder_may_read_the_files(tmp_path: Path) -> None:
+    """Safetensors writes files for their owner alone."""
+    tmp_path.chmod(0o755)
+    files.write_files(tmp_path, {"a": files.tensors_writer({"x": torch.zeros(2)})})
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_repositorys_own_files_are_no_part_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     digest = files.path_digest(tmp_path)

@@ -159,6 +159,11 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line("unrecognized arguments: --x") == unknown
     given = "Option 'x' is not accepted Given value: {'init_args': {'x': 1}}"
     assert one_line(given) == "Option 'x' is not accepted; --help lists the options."
+    of_class = one_line("data: Option 'batchsize' is not accepted")
+    assert (
+        of_class == "data: Option 'batchsize' is not accepted; --data.help CLASS lists the options."
+    )
+    assert one_line(of_class) == of_class, "said once"
 
 
 def test_half_precision_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,10 @@ def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Pat
     shutil.copytree(tiny.best("pretrain"), before)
     words = [f'--data={{"source": "{source}"}}', f"--before={before}"]
     _, _, first = score(tiny, *words)
-    assert re.search(r"^chrf: \d+\.\d{4} -> \d+\.\d{4}$", first, re.MULTILINE)
+    interval = r"[-+]\d+\.\d\d \[[-+]\d+\.\d\d, [-+]\d+\.\d\d\]: (better|unclear|worse)"
+    line = rf"^chrf: \d+\.\d{{4}} -> \d+\.\d{{4}}, difference {interval}$"
+    assert re.search(line, first, re.MULTILINE)
+    assert re.search(r"^\d answers, 95 % intervals$", first, re.MULTILINE)
     _, _, again = score(tiny, *words)
     assert "already finished" in again
     assert again.splitlines()[-1] == first.splitlines()[-1]

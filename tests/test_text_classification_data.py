@@ -116,12 +116,13 @@ def test_counts_say_what_is_where(
 def test_every_format_gives_the_same_samples(write: Write, make: Any, tmp_path: Path) -> None:
     frame = pd.DataFrame(rows(40), columns=["topic", "text"])
     frame.to_csv(tmp_path / "t.csv", index=False)  # the commas in the texts are quoted
+    frame.to_csv(tmp_path / "excel.csv", index=False, sep=";", encoding="utf-8-sig")
     frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
     frame.to_parquet(tmp_path / "t.parquet")
     write("t.tsv", table(rows(40)))
     digests = set()
-    for suffix in ("csv", "tsv", "jsonl", "parquet"):
-        module = make(tmp_path / f"t.{suffix}")
+    for name in ("t.csv", "excel.csv", "t.tsv", "t.jsonl", "t.parquet"):
+        module = make(tmp_path / name)
         module.setup("fit")
         digests.add(module.fingerprint["digest"])
     assert len(digests) == 1
@@ -223,7 +224,8 @@ def test_special_token_text_is_ordinary_text(write: Write, make: Any) -> None:
 
 def test_labels_may_be_integers(write: Write, make: Any) -> None:
     lines = [json.dumps({"text": text, "topic": i % 2}) for i, (_, text) in enumerate(rows(40))]
-    module = make(write("t.jsonl", "\n".join(lines)), label_names=["0", "1"])
+    module = make(write("t.jsonl", "\n".join(lines)), label_names=[0, "1"])
+    assert module.label_names == ["0", "1"]
     module.setup("fit")
     assert all(sample["label"] == sample["sample_id"] % 2 for sample in module.train_set)
 

@@ -303,3 +303,15 @@ def test_a_muon_that_took_queries_whole_is_another(tiny: Journey, tmp_path: Path
             continue
         with pytest.raises(ValueError, match=r"model\.optimizer\.rule .*by head.*model\.init_from"):
             check_resumable({**ours, "identity": before}, ours, allowed=True)
+
+
+@pytest.mark.parametrize(("n_steps", "n_left"), [(4, 0), (5, 1)])
+def test_steps_after_the_last_validation_are_told_of(
+    n_steps: int, n_left: int, tiny: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    fit(language_model(), data, tmp_path, max_steps=n_steps, **options)
+    err = capsys.readouterr().err
+    assert ("steps were not validated" in err) == bool(n_left)
+    assert not n_left or f"the last {n_left} steps" in err

@@ -130,7 +130,7 @@ def _score(
         seed=BOOTSTRAP_SEED,
     )
     _record(run, summary, after, lineage, sources)
-    for line in lines_of(headline(summary.metrics())):
+    for line in told(summary):
         print(line, file=sys.stderr)
 
 
@@ -164,6 +164,18 @@ def _record(
             file=sys.stderr,
         )
     run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)
+
+
+def told(summary: Summary) -> list[str]:
+    """Measures for people: before and after, and the difference with its 95 % interval."""
+    rows = {row.measure: row for row in summary.rows}
+    lines = lines_of(headline(summary.metrics()))
+    for i, line in enumerate(lines):
+        row = rows[line.partition(":")[0]]
+        if (apart := row.difference) is not None:
+            interval = f"{apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
+            lines[i] += f", difference {interval}: {row.verdict}"
+    return [f"{len(summary.after.responses)} answers, 95 % intervals", *lines]
 
 
 def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:

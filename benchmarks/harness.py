@@ -185,8 +185,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     instructions = torch.backends.cpu.get_cpu_capability().lower()
-    bf16 = "-bf16" if multiplies_bf16(default_device()) else ""
-    return f"{torch.get_num_threads()}-cores-{instructions}{bf16}"
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        instructions += "-amx"
+    elif multiplies_bf16(default_device()):
+        instructions += "-bf16"
+    return f"{torch.get_num_threads()}-cores-{instructions}"
 
 
 def results_folder() -> Path:

@@ -57,10 +57,10 @@ BEFORE_ANY_DATA = {
     "--model.optimizer.warmup_steps=9": ["model.optimizer.warmup_steps", "trainer.max_steps"],
     "--model.optimizer.lr=-1": ["model.optimizer.lr"],
     "--model.optimizer.lr=fast": ["optimizer.lr"],
-    "--model.optimiser.lr=1": ["optimiser", "--help lists"],
+    "--model.optimiser.lr=1": ["optimiser", "--model.help CLASS lists"],
     "--trainer.max_stepz=3": ["max_stepz", "--help lists"],
     "--run.experiment=../elsewhere": ["run.experiment", "'../elsewhere' is no name"],
-    "--data.sorce=x": ["data", "sorce", "--help lists"],
+    "--data.sorce=x": ["data", "sorce", "--data.help CLASS lists"],
     "--data.block_size=512": ["data.block_size", "model.gpt.block_size"],
     "--data.batch_size=0": ["data.batch_size"],
     "--data.val_fraction=2": ["data.val_fraction"],
@@ -95,7 +95,7 @@ def test_a_misspelt_key_in_a_file_is_named(
 ) -> None:
     line = pretrain(tiny, f"--config={write('typo.yaml', yaml)}")
     assert f"'{key}'" in line
-    assert "--help lists" in line
+    assert ".help CLASS lists the options" in line
 
 
 def test_corpora_that_cannot_be(tiny: Journey, write: Write) -> None:
@@ -129,7 +129,7 @@ def test_tables_that_cannot_be(tiny: Journey, write: Write) -> None:
         (
             "column.tsv",
             "class\ttext\nham\thi\n",
-            ["column.tsv", "'label'", "set data.label_column"],
+            ["column.tsv", "'label'", "configs/data/table.yaml"],
         ),
         ("label.tsv", good + "eggs\thello\n", ["label.tsv", "row 35", "'eggs'", "correct the row"]),
         ("unlabelled.tsv", good + "\thello\n", ["unlabelled.tsv", "row 35", "drop it"]),

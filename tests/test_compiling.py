@@ -64,7 +64,8 @@ def test_losses_are_those_of_separate_operations(
         runs.append(losses.losses)
         assert (n_graphs() > 0) == is_compiled
         assert (module._cross_entropies is not cross_entropies) == is_compiled
-    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    # in bf16 the norms' gradients, which are not torch's where nothing is compiled, round otherwise
+    assert runs[0] == pytest.approx(runs[1], rel=5e-5 if adapters else 1e-5)
     assert n_graphs() < RECOMPILE_LIMIT
 
 

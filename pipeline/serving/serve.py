@@ -51,7 +51,7 @@ def serve(
         said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
         print(said, file=sys.stderr)
     worker = Worker()
-    loaded = worker.submit(load_for_use, ckpt, precision).result()
+    loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
         of = partial(worker.submit, label_probabilities, loaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -29,6 +29,13 @@ class Worker:
         future: Future[T] = Future()
         self._work.put((future, partial(fn, *args, **kwargs)))
         return future
+
+    def run(self, fn: Callable[..., T], /, *args: Any) -> T:
+        """The same, waited for; a look every half second, as a lock can miss Ctrl-C."""
+        future = self.submit(fn, *args)
+        while not future.done():
+            wait([future], timeout=0.5)
+        return future.result()
 
     def _run(self) -> None:
         while True:

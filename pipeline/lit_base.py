@@ -142,11 +142,10 @@ class LitStep(pl.LightningModule):
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
+        gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
             self._check_held_out(loaded.meta)
             self.earlier = trained_on(loaded.meta)
-        gpt.gradient_checkpointing = self.gradient_checkpointing
-        if loaded is not None:
             self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
         if loaded is not None and self.lora_config is not None:
             folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
@@ -207,7 +206,8 @@ class LitStep(pl.LightningModule):
         Training goes on from them on such data, with a warning.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            if found := split_otherwise(meta, self.data.config, self.data.fingerprint):
+            found = split_otherwise(meta, self.data.config, self.data.fingerprint)
+            if found and self.trainer.is_global_zero:
                 print(
                     f"warning: what is held out here may have been trained on before, in "
                     f"{self.init_from}: {found}. test and score will refuse it; restore that, or "

@@ -70,9 +70,9 @@ def adapt(tiny_gpt: MakeGPT, tmp_path: Path) -> Callable[..., Adapted]:
 def test_language_model(
     adapt: Callable[..., Adapted], tmp_path: Path, family: str, config: LoRAConfig
 ) -> None:
-    ours, base = adapt(family, config, lambda gpt: gpt)
+    ours, published = adapt(family, config, lambda gpt: gpt)
     path = write(peft_writers(ours), tmp_path / "adapter")
-    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain = AutoModelForCausalLM.from_pretrained(published)
     before = plain(rows()).logits
     theirs = PeftModel.from_pretrained(plain, path).eval()
     found, wanted = theirs(rows()).logits, ours.gpt.head(ours.gpt(rows()))
@@ -80,10 +80,11 @@ def test_language_model(
     assert (wanted - before).abs().max() > 0.05, "the adapter does something"
     settings = json.loads((path / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/base", "v2")
-    meta = {**ours.meta, "base": {"name": "smollm2-135m-instruct"}}
-    write(peft_writers(replace(ours, meta=meta)), tmp_path / "packaged")
-    settings = json.loads((tmp_path / "packaged" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] is None, "no repository of the hub"
+    for base in ({"name": "smollm2-135m-instruct"}, {}):
+        meta = {**ours.meta, "base": base}
+        folder = write(peft_writers(replace(ours, meta=meta)), tmp_path / f"of {len(base)} names")
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] is None, "no repository of the hub"
     assert settings["fan_in_fan_out"] == (family == "gpt2")
 
 

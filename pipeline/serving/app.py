@@ -239,7 +239,7 @@ def _invalid(request: Request, error: Exception) -> Response:
     said = first["msg"]
     if first["type"] == "extra_forbidden":
         said = "this server does not offer it; leave it out"
-    elif key == "body" and request.headers.get("Content-Type") != JSON:
+    elif key == "body" and not request.headers.get("Content-Type", "").startswith(JSON):
         said = f"it is not sent as {JSON}; say so in the header Content-Type"
     return failure(400, f"{key}: {said}.", param=key)
 

@@ -168,14 +168,13 @@ def _record(
 
 def told(summary: Summary) -> list[str]:
     """Measures for people: before and after, and the difference with its 95 % interval."""
-    rows = {row.measure: row for row in summary.rows}
-    lines = lines_of(headline(summary.metrics()))
-    for i, line in enumerate(lines):
-        row = rows[line.partition(":")[0]]
-        if (apart := row.difference) is not None:
-            interval = f"{apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
-            lines[i] += f", difference {interval}: {row.verdict}"
-    return [f"{len(summary.after.responses)} answers, 95 % intervals", *lines]
+    rows, shown = {row.measure: row for row in summary.rows}, headline(summary.metrics())
+    lines = [f"{len(summary.after.responses)} answers, 95 % intervals"]
+    for name, line in zip((values["metric"] for values in shown), lines_of(shown), strict=True):
+        apart, verdict = rows[name].difference, rows[name].verdict
+        interval = f"{apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]" if apart else ""
+        lines.append(f"{line}, difference {interval}: {verdict}" if apart else line)
+    return lines
 
 
 def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:

@@ -125,7 +125,9 @@ def _config(
     values["fan_in_fan_out"] = family_of(loaded.gpt.config) == "gpt2"  # its Conv1D is (in, out)
     values["task_type"] = "SEQ_CLS" if saved else "CAUSAL_LM"
     name, _, revision = ((loaded.meta["base"] or {}).get("name") or "").partition("@")
-    values["base_model_name_or_path"] = name if name not in PACKAGED else None  # no hub has those
+    values["base_model_name_or_path"] = (
+        None if name in ("", *PACKAGED) else name
+    )  # as no hub has it
     values["revision"] = revision or None
     values["inference_mode"] = True
     return values

@@ -218,8 +218,11 @@ def test_tokenizer_train(write: Write, tmp_path: Path, capsys: pytest.CaptureFix
     assert "already finished" in capsys.readouterr().err
     assert Tokenizer.load("out/vocab.json").digest == tokenizer.digest
 
+    kept = Path("out/vocab.json").read_bytes()
     write("texts/b.txt", "other words now. " * 50)
-    assert main(words) == 0
+    assert main(words) == 2
+    assert "out/vocab.json, which is there and is not this tokenizer" in capsys.readouterr().err
+    assert Path("out/vocab.json").read_bytes() == kept
     assert len(list((tmp_path / "mlruns" / "tokenizer").iterdir())) == 2
 
 

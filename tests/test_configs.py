@@ -13,7 +13,9 @@ from pipeline.stages.chain_config import load_chain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if "trainer:" in path.read_text())
-OVERLAYS = sorted(CONFIGS.glob("model/*.yaml")) + sorted(CONFIGS.glob("trainer/*.yaml"))
+ADAPTERS = CONFIGS / "model" / "lora_classifier.yaml"
+SIZES = sorted({*CONFIGS.glob("model/*.yaml")} - {ADAPTERS})
+OVERLAYS = SIZES + sorted(CONFIGS.glob("trainer/*.yaml"))
 TABLE = CONFIGS / "data" / "table.yaml"
 CHAINS = sorted(CONFIGS.glob("run/*.yaml"))
 
@@ -51,7 +53,7 @@ def test_there_are_configs() -> None:
     assert {"quickstart", "book"} <= {path.stem for path in CHAINS}
     everything = set(CONFIGS.rglob("*.yaml"))
     plain = {CONFIGS / "tokenizer.yaml", CONFIGS / "score.yaml"}
-    assert everything == {*STAGES, *OVERLAYS, *CHAINS, *plain, TABLE}, (
+    assert everything == {*STAGES, *OVERLAYS, *CHAINS, *plain, ADAPTERS, TABLE}, (
         "a config that no test parses"
     )
 
@@ -94,6 +96,14 @@ def test_a_table_of_ones_own() -> None:
     assert data.init_args.label_names == ["a", "b", "c"]
     others = {**vars(spam.init_args), "text_column": "text", "label_column": "label"}
     assert {**vars(data.init_args), "label_names": None} == {**others, "label_names": None}
+
+
+def test_adapters_of_a_classifier() -> None:
+    """Those that instructions are learnt with."""
+    spam = parse("fit", "-c", f"{CONFIGS}/spam.yaml", "-c", f"{ADAPTERS}").config.fit.model
+    assert spam.init_args.trainable == "lora"
+    instruct = parse("fit", "-c", f"{CONFIGS}/instruct.yaml").config.fit.model
+    assert spam.init_args.lora == instruct.init_args.lora
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from datamodules.cleaning import cleaned
 from datamodules.documents import documents
-from datamodules.files import digest
+from datamodules.files import digest, write_atomically
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 from pipeline.runs.run_directory import Run
@@ -41,9 +40,23 @@ def train_stage(
     stem, deciding = f"bpe-{vocab_size}", [config, digests]
     path = run_once("tokenizer", stem, deciding, config, make, "tokenizer")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, output)
+        _hand_over(path, output)
     print(output or path)
+
+
+def _hand_over(tokenizer: Path, output: Path) -> None:
+    """Copies a tokenizer's file, whole or not at all, and over no other file.
+
+    Raises:
+        FileExistsError: the output is there and is another.
+    """
+    content = tokenizer.read_bytes()
+    if output.exists() and not (output.is_file() and output.read_bytes() == content):
+        raise FileExistsError(
+            f"output is {output}, which is there and is not this tokenizer; give another, or "
+            f"remove it. The tokenizer is kept as {tokenizer}."
+        )
+    write_atomically(output, content)
 
 
 def _train(

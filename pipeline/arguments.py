@@ -150,6 +150,8 @@ def one_line(message: str) -> str:
     text = ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
     text = re.sub(r"( is not accepted) Given value: .*", r"\1", text)
     text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
+    if re.search(r"Expected a str\b.* Given value: (True|False)$", text):
+        text += "; in YAML yes, no, on and off are that too: put it in quotes."
     if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
         return text
     of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(text.split(":")[0])

@@ -16,7 +16,7 @@ from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
 from datamodules.sources import check_writable, read_table, some, write_table
 from pipeline.classifier import GPTClassifier
-from pipeline.decoding.generate import generate, stream
+from pipeline.decoding.generate import Batch, generate
 from pipeline.decoding.packed import pack
 from pipeline.decoding.prefix_cache import PrefixCache
 from pipeline.decoding.sampling import Sampling
@@ -165,7 +165,7 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
 def pieces(
     loaded: Loaded, ids: Sequence[int], settings: Sampling, prefixes: PrefixCache | None = None
 ) -> Iterator[str]:
-    """Text as it is made, never half a character; `prefixes` as in `stream`."""
+    """Text as it is made, never half a character; `prefixes` as in `Batch`."""
     text = TextStream(loaded.tokenizer, ids)
     for token in _new_tokens(loaded, ids, settings, prefixes):
         yield text.push(token)
@@ -178,9 +178,13 @@ def _new_tokens(
     if settings.num_beams > 1:
         yield from generate(loaded.gpt, [ids], settings)[0]
         return
-    for (token,) in stream(loaded.gpt, [ids], settings, prefixes):
-        if token is not None:
-            yield token
+    batch = Batch(loaded.gpt, settings.n_vocab, prefixes)
+    (row,) = batch.join([ids], [settings])
+    while row.token is not None:
+        yield row.token
+        if row.ended:
+            return
+        batch.step()
 
 
 def print_label(source: str, text: str, threshold: float | None) -> None:

@@ -78,18 +78,10 @@ class ProgressDisplay(ProgressBar):
             name, n_batches = "predict", trainer.num_predict_batches
         self._evaluation = self._add(name, sum(n_batches))
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Moves that bar on."""
         if self._progress:
-            self._progress.update(self._evaluation, completed=batch_idx + 1)
+            self._progress.advance(self._evaluation)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Takes that bar away again, where training goes on."""

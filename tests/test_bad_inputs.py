@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,22 +219,6 @@ def test_a_target_that_matches_nothing_is_refused(tiny: Journey) -> None:
 
 def test_lora_has_to_be_said_twice(tiny: Journey) -> None:
     assert "model.trainable" in tune(tiny, "spam", "--model.trainable=lora")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "meta.json", "manifest.json"])
-def test_a_truncated_checkpoint_is_refused(name: str, tiny: Journey, tmp_path: Path) -> None:
-    path = tmp_path / "step-00000008"
-    shutil.copytree(tiny.best("pretrain"), path)
-    content = (path / name).read_bytes()
-    (path / name).write_bytes(content[: len(content) // 2])
-    for words in (
-        ("generate", f"--ckpt={path}", "--prompt=hi"),
-        ("fit", f"--config={CONFIGS}/instruct.yaml", *SHORT, f"--model.init_from={path}"),
-    ):
-        line = refused(*words)
-        assert str(path) in line
-        assert name in line
-        assert "take another checkpoint" in line
 
 
 def test_prompts_that_cannot_be(tiny: Journey) -> None:

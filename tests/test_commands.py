@@ -164,6 +164,8 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
         of_class == "data: Option 'batchsize' is not accepted; --data.help CLASS lists the options."
     )
     assert one_line(of_class) == of_class, "said once"
+    yes = one_line('Parser key "data.label_names":\n  Expected a str Given value: True')
+    assert yes.startswith("data.label_names: Expected a str Given value: True; in YAML yes, no")
 
 
 def test_half_precision_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:

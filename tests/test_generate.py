@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.decoding.generate import Batch, generate, generate_each, stream
+from pipeline.decoding.generate import Batch, generate, generate_each
 from pipeline.decoding.passes import check_prompt
 from pipeline.decoding.sampling import Sampling, choose, probabilities
 from pipeline.gpt import GPT
@@ -76,21 +76,6 @@ def test_stop_ids_end_a_row_and_are_left_out(model: GPT) -> None:
     assert generate(model, PROMPTS, replace(GREEDY, stop_ids=stops)) == expected
     assert expected[2] == []
     assert [] != expected[0] != free[0]
-
-
-def test_stream_yields_one_token_a_row_and_step(model: GPT) -> None:
-    free = generate(model, PROMPTS, GREEDY)
-    settings = replace(GREEDY, stop_ids=frozenset({free[1][3]}))
-    steps = list(stream(model, PROMPTS, settings))
-    assert all(len(step) == len(PROMPTS) for step in steps)
-    columns = [[step[row] for step in steps] for row in range(len(PROMPTS))]
-    for column, row in zip(columns, generate(model, PROMPTS, settings), strict=True):
-        assert column == row + [None] * (len(steps) - len(row))
-
-
-def test_a_stream_does_no_more_than_is_asked(model: GPT) -> None:
-    first = next(stream(model, PROMPTS, replace(GREEDY, max_new_tokens=10**6)))
-    assert first == [row[0] for row in generate(model, PROMPTS, GREEDY)]
 
 
 def test_rows_join_and_leave_while_others_are_written(model: GPT) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.decoding.generate import Batch, generate, stream
+from pipeline.decoding.generate import Batch, generate
 from pipeline.decoding.guessing import MAX_GUESSES, guess
 from pipeline.decoding.logprobs import TokenLogprob
 from pipeline.decoding.packed import pack
@@ -154,8 +154,8 @@ def test_a_step_of_several_rows_guesses_nothing(
     model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GUESS, lambda *_: pytest.fail("there are two"))
-    rows = list(stream(model, [PROMPT, [11]], replace(GREEDY, max_new_tokens=5)))
-    assert len(rows) == 5
+    rows = generate(model, [PROMPT, [11]], replace(GREEDY, max_new_tokens=5))
+    assert list(map(len, rows)) == [5, 5]
 
 
 @pytest.mark.parametrize("seed", range(6))

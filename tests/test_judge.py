@@ -358,17 +358,6 @@ def test_a_flood_is_cut(server: Server, tmp_path: Path) -> None:
     assert server.n_requests == 1
 
 
-@pytest.mark.parametrize(
-    "body",
-    ["", "<html>busy</html>", "[]", '{"error": "overloaded"}', '{"choices": []}', "[" * 99_999],
-)
-def test_what_is_no_completion_is_kept(server: Server, tmp_path: Path, body: str) -> None:
-    server.script = [reply(200, body)]
-    (judgement,) = judge(server, tmp_path)
-    assert judgement.problem == "the reply is no chat completion."
-    assert judgement.raw == body[:20_000]
-
-
 def test_odd_contents(server: Server, tmp_path: Path) -> None:
     """A null is an empty reply; a list is no text; a lone surrogate cannot be written to a file."""
     surrogate = '{"rationale": "\\ud800", "score": 7}'

@@ -24,7 +24,6 @@ from tests.published import CHATML, EOS, random_model, refusal, said_of, save_to
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 64-term sums round at some 1e-6
 N_VOCAB = 512
-ROW = torch.tensor(3)
 SCALED = {
     "rope_type": "llama3",
     "rope_theta": 500.0,

@@ -40,7 +40,6 @@ from tests.published import (
 )
 
 UNASSIGNED = ("Cn", "Cs", "Co")
-ANY = st.characters(exclude_categories=UNASSIGNED)
 N_STRINGS = 10_000
 CASES = {
     f"{pre}, {kind}": (pre, kind == "special tokens first")

@@ -219,34 +219,6 @@ def _take(rows: list[Row], logits: Tensor) -> None:
         row.take(token)
 
 
-def stream(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    settings: Sampling,
-    prefixes: PrefixCache | None = None,
-) -> Iterator[list[int | None]]:
-    """One list a step: the new token of every row, None for rows that have ended.
-
-    A row ends at a stop token, after `max_new_tokens`, or where the context is full.
-
-    Args:
-        model: put into eval mode.
-        prompts: token ids, one list a row, of unequal length.
-        settings: how tokens are chosen; without beams. Row i draws with seed + i.
-        prefixes: keeps the texts, for others that begin alike.
-
-    Raises:
-        ValueError: for a prompt that is empty or fills the context.
-    """
-    batch = Batch(model, settings.n_vocab, prefixes)
-    each = [replace(settings, seed=settings.seed + i) for i in range(len(prompts))]
-    rows = batch.join(prompts, each)
-    yield [row.token for row in rows]
-    while batch.rows:
-        going = set(batch.step())
-        yield [row.token if row in going else None for row in rows]
-
-
 def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
     """New token ids of every prompt, without the stop token; all of them are written together."""
     if settings.num_beams > 1:

@@ -119,6 +119,11 @@ def test_what_the_transport_unpacks_is_not_unpacked(server: Server, tmp_path: Pa
 
 
 SHAPES = [
+    "",
+    "<html>busy</html>",
+    "[]",
+    '{"error": "overloaded"}',
+    '{"choices": []}',
     "null",
     "1e999",
     "NaN",

@@ -78,6 +78,17 @@ def test_another_model(
         resume(saved, classifier(**options), spam_data(tiny.tokenizer), tmp_path)
 
 
+def test_another_base(tiny: Journey, tmp_path: Path) -> None:
+    bases = {"gpt": None, "lora": LORA, "trainable": "lora"}
+    own, other = (str(tiny.best(stage)) for stage in ("pretrain", "instruct"))
+    fit(classifier(init_from=own, **bases), spam_data(tiny.tokenizer), tmp_path, **SHORT)
+    path = newest_valid(tmp_path / "checkpoints")
+    assert path is not None
+    again = classifier(init_from=other, **bases)  # the base, with its adapter merged
+    with pytest.raises(ValueError, match="which holds other weights"):
+        resume(path, again, spam_data(tiny.tokenizer), tmp_path / "again")
+
+
 def test_another_optimizer_is_refused_even_if_changes_are_allowed(
     saved: Path, tiny: Journey, tmp_path: Path
 ) -> None:

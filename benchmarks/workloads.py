@@ -188,7 +188,8 @@ def generation(n_prompts: int) -> Workload:
                 llama = ("{record}", str(prepare.smollm2_gguf(kind)), *words[2:], precision)
                 yield _peer("llama.cpp", precision, "generate_llama_cpp", *llama, of=LLAMA_CPP)
 
-    title = f"greedy generation, {n_prompts} prompts, {N_NEW} tokens each"
+    prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts"
+    title = f"greedy generation, {prompts}, {N_NEW} tokens each"
     return Workload(f"P5-{n_prompts}", title, list(contestants()), 1, None, 0.0)
 
 

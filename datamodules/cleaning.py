@@ -29,6 +29,7 @@ _END = re.compile(
 _SHINGLE_BYTES = 8  # one uint64
 _MAX_SHINGLES = 1024  # the smallest hashes stand for a long document (bottom-k sketch, Broder 1997)
 _PERMUTATIONS = 64
+_MAX_INDEXED = 0.98  # similarity that so many permutations can be indexed by
 _ALL = np.uint32(2**32 - 1)
 Sketch = NDArray[np.uint32]  # hashes in their order
 
@@ -119,7 +120,7 @@ class _NearDuplicates:
 
         self._threshold = threshold
         self._index = MinHashLSH(
-            threshold=threshold,
+            threshold=min(threshold, _MAX_INDEXED),
             num_perm=_PERMUTATIONS,
             weights=(0.1, 0.9),  # rather a candidate too many, as all are compared, than one missed
         )
@@ -154,5 +155,7 @@ def _shingles(text: str) -> Sketch:
     words = np.ascontiguousarray(windows).view(np.uint64).ravel()
     hashes = (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
     enough = 16 * _MAX_SHINGLES  # repetitions included; sorting all of a long text takes seconds
-    smallest = np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes
-    return np.unique(smallest)[:_MAX_SHINGLES].astype(np.uint32)
+    smallest = np.unique(np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes)
+    if len(smallest) < _MAX_SHINGLES and len(hashes) > enough:  # each of them many times
+        smallest = np.unique(hashes)
+    return smallest[:_MAX_SHINGLES].astype(np.uint32)

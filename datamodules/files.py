@@ -45,6 +45,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def resolved(path: Path) -> Path:
+    """An absolute path without links, but for a file's own name, which may say what it is."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:

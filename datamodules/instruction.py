@@ -183,29 +183,36 @@ class InstructionDataModule(StepDataModule):
     def _encode(self) -> tuple[list[Sample], int]:
         """A sample for each item, and how many of them were cut."""
         samples, n_cut = [], 0
-        with refused_together() as row:
+        with refused_together() as row, chat_template.on(LEARNED_ON):
             for item, place in zip(self._items, self._places, strict=True):
-                said = [*item["messages"], Message(role="assistant", content=item["reference"])]
-                with chat_template.on(LEARNED_ON):
-                    ids, labels = encode_conversation(
-                        self.tokenizer, self.prompt_style, said, supervise=self.supervise
-                    )
-                if len(ids) > self.max_length:
-                    n_cut += 1
-                    with row(place):
-                        self._cut(ids, labels, item, place)
-                input_ids, learned = torch.tensor(ids), torch.tensor(labels)
-                samples.append(Sample(sample_id=item["id"], input_ids=input_ids, labels=learned))
+                with row(place):
+                    sample, is_cut = self._sample(item, place)
+                    samples.append(sample)
+                    n_cut += is_cut
         return samples, n_cut
 
-    def _cut(self, ids: list[int], labels: list[int], item: Item, place: str) -> None:
+    def _sample(self, item: Item, place: str) -> tuple[Sample, bool]:
+        said = [*item["messages"], Message(role="assistant", content=item["reference"])]
+        try:
+            ids, labels = encode_conversation(
+                self.tokenizer, self.prompt_style, said, supervise=self.supervise
+            )
+            is_cut = len(ids) > self.max_length
+            if is_cut:
+                self._cut(ids, labels, item)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        input_ids, learned = torch.tensor(ids), torch.tensor(labels)
+        return Sample(sample_id=item["id"], input_ids=input_ids, labels=learned), is_cut
+
+    def _cut(self, ids: list[int], labels: list[int], item: Item) -> None:
         """Takes the middle out of the prompt of a sample that is too long, in place."""
         n_prompt = len(encode_prompt(self.tokenizer, self.prompt_style, item["messages"]))
         n_opening = len(reply_opening(self.tokenizer, self.prompt_style))
         n_response = len(ids) - n_prompt
         if n_opening + n_response > self.max_length:
             raise ValueError(
-                f"{place}: the response and what opens it have {n_opening + n_response} tokens, "
+                f"the response and what opens it have {n_opening + n_response} tokens, "
                 f"data.max_length is {self.max_length}; raise it (and model.block_size), or "
                 "shorten the response."
             )

@@ -12,6 +12,7 @@ manifest.json          size and SHA-256 of each file, written last
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from datamodules.files import digest, remembered_sha256, sha256
+from datamodules.files import digest, remembered_sha256, resolved, sha256
 from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safeten
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
+_OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
@@ -61,7 +63,7 @@ def stem_of(source: str | Path) -> str:
     """What a model is called: what a run made by the run, without its digest; others by their file,
     or by their name on the hub.
     """
-    path = Path(source).resolve()
+    path = resolved(Path(source))
     if not path.exists():
         return str(source).partition("@")[0].rpartition("/")[2]
     if path.parent.name == CHECKPOINTS:
@@ -85,6 +87,7 @@ def writing_directory(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
+    path = path.resolve()
     try:
         with _draft_of(path) as draft:
             yield draft
@@ -92,9 +95,11 @@ def writing_directory(path: Path) -> Iterator[Path]:
         there = next(parent for parent in path.parents if parent.exists())
         free_mib = shutil.disk_usage(there).free / 2**20
         reason = str(error).partition("\n")[0]
+        is_full = not isinstance(error, OSError) or error.errno in _OF_A_FULL_DISK
+        remedy = "Make room" if is_full else "Correct that"
         raise CheckpointNotWritten(
             f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "
-            "before is whole. Make room; the same command goes on."
+            f"before is whole. {remedy}; the same command goes on."
         ) from error
 
 
@@ -148,12 +153,14 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
 
 
 def check_output(path: Path, *, is_own: bool) -> None:
-    """ValueError where the directory exists, is not empty, and was not made by this command.
+    """ValueError where a directory cannot be this command's to write, or to replace.
 
     Args:
         path: the directory.
         is_own: whether what lies there is this command's.
     """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"output {path} is a folder that you are in; give a new one.")
     if path.exists() and not is_own and not _is_empty(path):
         raise ValueError(f"output {path} exists and was not written by this command; give another.")
 

@@ -27,7 +27,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.weights.fetch import locate
+from pipeline.weights.fetch import local, locate
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.reading import is_foreign, open_foreign, read_model
 
@@ -81,7 +81,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
         return load_checkpoint(path, dtype)
     foreign = open_foreign(path)
     model = read_model(foreign, path, dtype).eval()
-    name = None if Path(source).expanduser().exists() else str(source)
+    name = None if local(source).exists() else str(source)
     return Loaded(model, foreign.tokenizer, foreign_meta(foreign), path, name)
 
 

@@ -142,6 +142,23 @@ def test_a_text_that_was_extended_is_found(n_more: int, least: int) -> None:
     assert least or found < 4
 
 
+@pytest.mark.parametrize("n_times", [1, 20, 100])
+def test_a_text_of_repetitions_is_found(n_times: int) -> None:
+    """Its smallest hashes are few, each there many times; the other text has each line once."""
+    lines = [prose(i, 20) for i in range(400)]
+    others = [*lines[:398], *(prose(1000 + i, 20) for i in range(2))]
+    duplicates = Duplicates(0.8)
+    assert duplicates.kind("\n".join(line for line in lines for _ in range(n_times))) is None
+    assert duplicates.kind("\n".join(others)) == "near_duplicates"
+
+
+def test_only_what_is_the_same_where_the_threshold_says_so() -> None:
+    duplicates = Duplicates(1.0)
+    assert duplicates.kind(prose(2)) is None
+    assert duplicates.kind(prose(2).upper()) == "near_duplicates"
+    assert duplicates.kind(edited(prose(2), 0.05)) is None
+
+
 def test_case_and_white_space_do_not_make_a_text_new() -> None:
     duplicates = Duplicates(0.95)
     text = prose(2)

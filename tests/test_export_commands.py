@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from datamodules.prompts import Message, encode_prompt
 from pipeline.checkpoint import path_digest, read_meta, verify_checkpoint
@@ -135,6 +141,26 @@ def test_an_adapter(tiny: Journey, tmp_path: Path) -> None:
     card = (path / "README.md").read_text()
     assert "PeftModel.from_pretrained" in card
     assert "num_labels=2" in card
+    assert AutoTokenizer.from_pretrained(path)(SMS[0]).input_ids == load(ckpt).tokenizer.encode(
+        SMS[0]
+    )
+
+
+def test_an_adapter_keeps_its_template(tiny: Journey) -> None:
+    """Its base has another, or none."""
+    ckpt = tiny.best("instruct")
+    path = export(ckpt, "--format=peft")
+    check_files(path)
+    theirs, ours = AutoTokenizer.from_pretrained(path), load(ckpt)
+    question = [Message(role="user", content="Hi")]
+    wanted = encode_prompt(ours.tokenizer, ours.meta["prompt_style"], question)
+    found = theirs.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    assert found == wanted
+    ends = GenerationConfig.from_pretrained(path).eos_token_id
+    assert sorted(ends) == sorted(ours.meta["stop_ids"])
+    (code,) = re.findall("```python\n(.+?)```", (path / "README.md").read_text(), re.DOTALL)
+    assert "generation_config" in code
+    compile(code, "the card's", "exec")
 
 
 def test_gguf(tiny: Journey, tmp_path: Path) -> None:
@@ -199,11 +225,10 @@ def test_every_card_has_the_digests_of_data_and_ancestors(form: str, tiny: Journ
 
 
 def test_what_follows_every_text_is_in_the_card(tiny: Journey) -> None:
-    """Else the labels would be others."""
     model, steps = load(tiny.best("spam")), [{"name": "it", "digest": "0"}]
-    for suffix, call in (("\n", r'("some text" + "\n")'), ("", '("some text", truncation=True)')):
+    for suffix, said_of_it in (("\n", r" tokens, '\n' included, which the"), ("", " tokens.")):
         meant = replace(model, meta={**model.meta, "suffix": suffix})
-        assert f"classify{call}" in card(meant, steps, name="it", form="huggingface")
+        assert said_of_it in card(meant, steps, name="it", form="huggingface")
 
 
 def test_a_license_goes_along(tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path) -> None:
@@ -256,6 +281,37 @@ def test_an_export_is_replaced_whole(tiny: Journey, tmp_path: Path) -> None:
     check_files(output)
     assert not (output / "model.gguf").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlruns", "out"]
+
+
+def test_outputs_that_stand_for_another_folder(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that a link leads to is filled; the one that the user is in is not taken away."""
+    words = ("--format=huggingface", f"--ckpt={tiny.best('pretrain')}")
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = said("export", *words, f"--dtype={dtype}", f"--output={tmp_path / 'link'}")
+        assert code == 0, err
+    check_files(tmp_path / "big")
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "big")
+    for output in (".", "..", str(tmp_path / "link")):
+        code, _, err = said("export", *words, f"--output={output}")
+        assert (code, f"output {output} is a folder that you are in" in err) == (2, True)
+    code, _, err = said("export", *words, "--output=README.md/below")
+    assert code == 2
+    assert "Correct that; the same command goes on" in err
+    names = ["big", "link", "mlruns"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize(("form", "file"), [("huggingface", "README.md"), ("gguf", "Modelfile")])
+def test_what_is_there_for_people_may_be_edited(form: str, file: str, tiny: Journey) -> None:
+    path = export(tiny.best("instruct"), f"--format={form}")
+    with (path / file).open("a") as text:
+        text.write("PARAMETER temperature 0.2\n")
+    assert load(path).gpt.config == load(tiny.best("instruct")).gpt.config
 
 
 def test_a_full_disk_leaves_nothing(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from datamodules.prompts import Message, encode_prompt
+from datamodules.prompts import Message, encode_prompt, encode_text
 from pipeline.gpt import GPT
 from pipeline.rotary import RopeScaling
 from pipeline.weights.huggingface_out import huggingface_writers
@@ -76,14 +76,15 @@ def test_bfloat16(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("bos", [None, "<|system|>"])
+@pytest.mark.parametrize("suffix", ["", "\n", "\n\nIs it odd?\n"])
 @torch.inference_mode()
 def test_a_classifier_decides_the_same(
-    tiny_gpt: MakeGPT, tmp_path: Path, family: str, bos: str | None
+    tiny_gpt: MakeGPT, tmp_path: Path, family: str, bos: str | None, suffix: str
 ) -> None:
-    """From text: tokenizer, truncation, padding, the last real token, the head's bias."""
+    """From text: tokenizer, truncation, suffix, padding, last real token, the head's bias."""
     model = classifier(tiny_gpt(family, vocab_size=N_ROWS, tie_embeddings=False))
     tokenizer = vocabulary(bos=bos)
-    exported = loaded(model, tokenizer)
+    exported = loaded(model, tokenizer, suffix=suffix)
     path = write(huggingface_writers(exported, torch.float32), tmp_path / "out")
     theirs = AutoModelForSequenceClassification.from_pretrained(path)
     reads = AutoTokenizer.from_pretrained(path)
@@ -93,10 +94,13 @@ def test_a_classifier_decides_the_same(
     texts = strings(60)
     batch = reads(texts, padding=True, truncation=True, return_tensors="pt")
     found = theirs(**batch).logits
-    wanted = []
-    for text in texts:
-        ids = [*tokenizer.bos_ids, *tokenizer.encode(text)][: exported.meta["max_length"]]
+    wanted, n_cut = [], 0
+    for row, text in enumerate(texts):
+        ids, is_cut = encode_text(tokenizer, text, suffix, exported.meta["max_length"])
+        assert batch.input_ids[row][batch.attention_mask[row] == 1].tolist() == ids
         wanted.append(model(torch.tensor([ids]))[0])
+        n_cut += is_cut
+    assert n_cut
     # GPT-2's bias goes through the head once more, in float32: 3-term sums become 32-term ones
     assert (found - torch.stack(wanted)).abs().max() < 1e-4
     decisions = found.argmax(-1).tolist()

@@ -473,21 +473,35 @@ def test_a_template_is_told_the_same_day_whenever_samples_are_made(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run goes on the next day; a question is asked today."""
-    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    template = "{{ strftime_now('%d %b %Y, %A') }}" + CHATML  # days' names are of unequal length
     save_tokenizer(train("gpt-2"), tmp_path, template=template)
     random_model("llama", 500).save_pretrained(tmp_path)
     options = {"prompt_style": "template", "tokenizer": tokenizer_of(tmp_path)}
-    digests, asked = [], []
-    for day in (1, 2):
+    digests, asked = set(), []
+    for day in range(1, 8):
         clock = type(
             "Clock",
             (datetime.datetime,),
             {"now": classmethod(lambda _, d=day: datetime.datetime(2030, 5, d))},
         )
         monkeypatch.setattr("datamodules.chat_template.datetime.datetime", clock)
-        module = ready(make(entries(20), **options))
-        digests.append(module.fingerprint["digest"])
+        for max_length in (1000, 60):  # the second cuts
+            module = ready(make(entries(20), **options, max_length=max_length))
+            digests.add(module.fingerprint["digest"])
+        assert module.fingerprint["counts"]["n_cut"]
         ids = encode_prompt(module.tokenizer, "template", module.items("test")[0]["messages"])
         asked.append(module.tokenizer.decode(ids)[:11])
-    assert digests[0] == digests[1]
-    assert asked == ["01 May 2030", "02 May 2030"]
+    assert len(digests) == 2
+    assert asked[:2] == ["01 May 2030", "02 May 2030"]
+
+
+def test_what_a_template_refuses_is_named(tmp_path: Path, make: Make) -> None:
+    template = "{% if 'odd' in messages[0]['content'] %}{{ raise_exception('odd') }}{% endif %}"
+    save_tokenizer(train("gpt-2"), tmp_path, template=template + CHATML)
+    random_model("llama", 500).save_pretrained(tmp_path)
+    chats = conversations(20)
+    for i in (3, 7):
+        chats[i]["messages"][0]["content"] = "An odd one."
+    options = {"prompt_style": "template", "tokenizer": tokenizer_of(tmp_path), "max_length": 999}
+    with pytest.raises(ValueError, match=r"entry 3: .*odd.* So with 1 rows more: .*entry 7"):
+        ready(make(chats, **options))

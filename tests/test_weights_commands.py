@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from datamodules.files import cache_dir
-from pipeline.checkpoint import path_digest
+from datamodules.tokenizer import Tokenizer
+from pipeline.checkpoint import path_digest, read_meta
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
+from pipeline.weights.reading import tokenizer_of
 from tests.journey import CONFIGS, PLAIN, SHORT, outcome_of, said
 from tests.published import random_model, save_tokenizer, train, write_gguf
 
@@ -122,6 +124,33 @@ def test_weights_as_they_are(
     assert outcome_of(home / "score")["metrics"]["after/perplexity"] > 1
     (report,) = (home / "score").glob("*/report.html")
     assert path_digest(locate(source)) in report.read_text()
+
+
+def test_a_file_of_the_hubs_cache(published: Path, tmp_path: Path) -> None:
+    """There it is a link to one that is named by its digest."""
+    blob, snapshot = tmp_path / "blobs" / "c0ffee", tmp_path / "snapshots" / "abc"
+    for folder in (blob.parent, snapshot):
+        folder.mkdir(parents=True)
+    blob.write_bytes((published / "a model.gguf").read_bytes())
+    (snapshot / "small.gguf").symlink_to("../../blobs/c0ffee")
+    assert locate(snapshot / "small.gguf").name == "small.gguf"
+    assert load(snapshot / "small.gguf").title == "small"
+
+
+def test_a_path_with_a_variable_is_no_name(
+    published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WEIGHTS", str(published))
+    assert load("$WEIGHTS/a model").name is None
+    imported = Path(works("import", "--source=$WEIGHTS/a model").strip())
+    assert read_meta(imported)["source"]["name"] == "a model"
+
+
+def test_a_damaged_copy_of_a_tokenizer_is_made_again(published: Path) -> None:
+    file = Path(tokenizer_of(published / "a model"))
+    file.write_bytes(b"")
+    assert Tokenizer.load(tokenizer_of(published / "a model")).n_vocab > 256
+    assert file.stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
-from pipeline.weights.fetch import locate
+from pipeline.weights.fetch import local, locate
 from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name
 from pipeline.weights.reading import open_foreign, weights_writer
@@ -51,8 +51,7 @@ def _was_imported(path: Path) -> bool:
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:
     foreign = open_foreign(path)
-    is_name = not Path(source).expanduser().exists()
-    origin = {"name": source if is_name else short_name(path), "digest": content}
+    origin = {"name": short_name(path) if local(source).exists() else source, "digest": content}
     meta = {
         **foreign_meta(foreign),
         "step": 0,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from datamodules.files import cache_dir, remembered_sha256, replacing, sha256
+from datamodules.files import cache_dir, remembered_sha256, replacing, resolved, sha256
 from pipeline.weights.huggingface_in import (
     CONFIG,
     FILES,
@@ -66,10 +66,10 @@ def locate(source: str | Path) -> Path:
     Raises:
         ValueError: where there is no such thing, or it cannot be fetched.
     """
-    path = Path(os.path.expandvars(source)).expanduser()
+    path = local(source)
     if path.exists():
         exported = path / EXPORTED_GGUF
-        return (exported if exported.is_file() else path).resolve()
+        return resolved(exported if exported.is_file() else path)
     if str(source) in PACKAGED:
         return _packaged(str(source), PACKAGED[str(source)])
     named = _HUB_NAME.fullmatch(str(source))
@@ -79,6 +79,11 @@ def locate(source: str | Path) -> Path:
             f".gguf file, a repository of the hub (owner/name), or {', '.join(PACKAGED)}."
         )
     return _from_hub(named["repository"], named["revision"])
+
+
+def local(source: str | Path) -> Path:
+    """A source as a path of this machine, whether it is there or not."""
+    return Path(os.path.expandvars(source)).expanduser()
 
 
 def packaged_path(name: str) -> Path:

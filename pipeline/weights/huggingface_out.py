@@ -7,7 +7,7 @@ lost. Logits, decisions and ids are compared with transformers' in tests/test_ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,15 +51,24 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
     return {
         CONFIG: json_writer(_config(loaded, dtype)),
         WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        TOKENIZER: json_writer(tokenizer_json(loaded.tokenizer.vocabulary)),
-        TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
-        **({} if isinstance(loaded.model, GPTClassifier) else _writing(loaded)),
+        **tokenizer_writers(loaded),
     }
 
 
-def _writing(loaded: Loaded) -> Writers:
-    """What a model that writes text has beside."""
-    writers = {GENERATION_CONFIG: json_writer(_generation_config(loaded))}
+def tokenizer_writers(loaded: Loaded) -> Writers:
+    """A writer for every file of the tokenizer, and what a model that writes text has beside.
+
+    Raises:
+        ValueError: where the tokenizer has no counterpart there.
+    """
+    vocabulary, suffix = loaded.tokenizer.vocabulary, _suffix_ids(loaded)
+    writers = {
+        TOKENIZER: json_writer(tokenizer_json(vocabulary, suffix)),
+        TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
+    }
+    if isinstance(loaded.model, GPTClassifier):
+        return writers
+    writers[GENERATION_CONFIG] = json_writer(_generation_config(loaded))
     if template := chat_template(loaded):
         writers[CHAT_TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
     return writers
@@ -96,10 +105,20 @@ def shifted_bias(model: GPTClassifier) -> Tensor:
     return (norm.bias.double() + shift).to(norm.bias.dtype)
 
 
-def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+def _suffix_ids(loaded: Loaded) -> list[int]:
+    """Ids that a classifier has after every text, whatever the text."""
+    tokenizer = loaded.tokenizer
+    return tokenizer.encode(loaded.meta.get("suffix") or "", tokenizer.encode("a"))
+
+
+def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[str, Any]:
     """The file of the `tokenizers` library.
 
     It finds special tokens in the text that it is given, which the tokenizer here never does.
+
+    Args:
+        vocabulary: of a tokenizer.
+        suffix: ids that it is to put after every text, however short that is cut.
 
     Raises:
         ValueError: for a vocabulary that it cannot run with the same ids.
@@ -117,7 +136,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         ],
         "normalizer": parts["normalizer"],
         "pre_tokenizer": parts["pre_tokenizer"],
-        "post_processor": _leading(vocabulary.bos, vocabulary.special_tokens),
+        "post_processor": _around(vocabulary, suffix),
         "decoder": parts["decoder"],
         "model": {
             "type": "BPE",
@@ -154,22 +173,29 @@ def _byte_level_parts(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _leading(bos: str | None, special_tokens: Mapping[str, int]) -> dict[str, Any] | None:
-    """A post-processor that puts BOS before a text."""
-    if bos is None:
+def _around(vocabulary: Vocabulary, suffix: Sequence[int]) -> dict[str, Any] | None:
+    """A post-processor that puts BOS before a text, and a suffix after it."""
+    before, after = vocabulary.bos, "suffix" if suffix else None
+    ids = {before: [vocabulary.special_tokens[before]]} if before else {}
+    if after:
+        ids[after] = list(suffix)
+    if not ids:
         return None
+    names = {i: name for name, i in spelled(vocabulary).items()}
 
-    def part(kind: str, name: str, segment: int) -> dict[str, Any]:
-        return {kind: {"id": name, "type_id": segment}}
+    def parts(text: str, segment: int) -> list[dict[str, Any]]:
+        kinds = {before: "SpecialToken", text: "Sequence", after: "SpecialToken"}
+        named = ((kind, name) for name, kind in kinds.items() if name)
+        return [{kind: {"id": name, "type_id": segment}} for kind, name in named]
 
-    first = [part("SpecialToken", bos, 0), part("Sequence", "A", 0)]
-    second = [part("SpecialToken", bos, 1), part("Sequence", "B", 1)]
-    known = {bos: {"id": bos, "ids": [special_tokens[bos]], "tokens": [bos]}}
     return {
         "type": "TemplateProcessing",
-        "single": first,
-        "pair": first + second,
-        "special_tokens": known,
+        "single": parts("A", 0),
+        "pair": parts("A", 0) + parts("B", 1),
+        "special_tokens": {
+            name: {"id": name, "ids": own, "tokens": [names[i] for i in own]}
+            for name, own in ids.items()
+        },
     }
 
 

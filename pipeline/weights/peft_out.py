@@ -28,14 +28,14 @@ from pipeline.classifier import GPTClassifier
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
 from pipeline.weights.fetch import PACKAGED
-from pipeline.weights.huggingface_out import shifted_bias
+from pipeline.weights.huggingface_out import shifted_bias, tokenizer_writers
 from pipeline.weights.names import Entry, entries, family_of
 
 _SCORE, _NORM = "score", "transformer.ln_f"
 
 
 def peft_writers(loaded: Loaded) -> Writers:
-    """A writer for each of PEFT's two files.
+    """A writer for each of PEFT's two files, and for the tokenizer's: the base may have another.
 
     Args:
         loaded: what was read from a LoRA checkpoint.
@@ -70,6 +70,7 @@ def peft_writers(loaded: Loaded) -> Writers:
     return {
         ADAPTER_WEIGHTS: lambda path: save_file(named, path, metadata={"format": "pt"}),
         ADAPTER_CONFIG: json_writer(values),
+        **tokenizer_writers(loaded),
     }
 
 

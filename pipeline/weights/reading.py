@@ -17,10 +17,11 @@ from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
-from pipeline.weights.huggingface_in import CONFIG, open_huggingface
+from pipeline.weights.huggingface_in import CARD, CONFIG, open_huggingface
 from pipeline.weights.safetensors_out import write_one_by_one
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
+FOR_PEOPLE = (CARD, "Modelfile")  # among them, to be edited
 
 
 def is_foreign(path: Path) -> bool:
@@ -46,7 +47,9 @@ def open_foreign(path: Path) -> Foreign:
 def _verify_export(folder: Path) -> None:
     """ValueError where an export of ours is not what was written; others carry no digests."""
     if (folder / EXPORT).is_file():
-        for name in damaged(folder, json.loads((folder / EXPORT).read_bytes())["files"]):
+        stated = json.loads((folder / EXPORT).read_bytes())["files"]
+        read = {name: facts for name, facts in stated.items() if name not in FOR_PEOPLE}
+        for name in damaged(folder, read):
             raise ValueError(f"its {name} is missing or damaged; export it anew.")
 
 
@@ -108,6 +111,5 @@ def tokenizer_of(source: str | Path) -> str:
 
 def _own_copy(tokenizer: Tokenizer) -> Path:
     file = cache_dir() / "tokenizers" / tokenizer.digest[:16] / FILE_NAME
-    if not file.is_file():
-        tokenizer.save(file)
+    tokenizer.save(file)  # again, too: the one that is there may be damaged
     return file

@@ -68,6 +68,7 @@ class CheckCLI(PipelineCLI):
         self.trainer.limit_val_batches = min(N_VAL_BATCHES, n_val_batches)
         self._val_every = self.trainer.check_val_every_n_epoch
         self.trainer.check_val_every_n_epoch = self._val_every and 1
+        self.trainer.fit_loop.min_epochs = self.trainer.fit_loop.epoch_loop.min_steps = None
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
         for line in [*self._facts(trial, n_val_batches), *self._warnings(trial)]:
             print(line)
@@ -83,7 +84,9 @@ class CheckCLI(PipelineCLI):
     def _n_steps(self) -> int:
         return int(self.trainer.estimated_stepping_batches)
 
-    def _n_validations(self) -> int:
+    def _n_validations(self, training_s: float) -> int:
+        if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
+            return int(training_s // interval_s)
         n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
         n_per_epoch = int(self.trainer.num_training_batches)
         if self._val_every is None:
@@ -115,12 +118,13 @@ class CheckCLI(PipelineCLI):
         else:
             training = sum(trial.step_s) / sum(trial.step_tokens) * n_tokens
             batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
-            validation = self._n_validations() * (n_val_batches * batch_s + trial.val_rest_s)
+            n_validations = self._n_validations(training)
+            validation = n_validations * (n_val_batches * batch_s + trial.val_rest_s)
             yield f"compute     {trial.flops_per_token * n_tokens / 1e12:,.1f} TFLOP"
             yield (
                 f"time        {trial.start_s + training + validation:,.0f} s: start "
                 f"{trial.start_s:,.0f}, training {training:,.0f}, "
-                f"{self._n_validations()} validations {validation:,.0f}"
+                f"{n_validations} validations {validation:,.0f}"
             )
 
     def _would_be(self) -> str:

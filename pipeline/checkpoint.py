@@ -42,6 +42,7 @@ CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
 _OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_STEP = r"step-\d{8,}"
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
@@ -57,6 +58,11 @@ class CheckpointNotWritten(OSError):
 def step_name(step: int) -> str:
     """The folder's name for an optimizer step; names sort as steps do."""
     return f"step-{step:08d}"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Checkpoints in a folder by step, as they are named here; copies of a user's are not among."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(_STEP, path.name))
 
 
 def stem_of(source: str | Path) -> str:
@@ -138,7 +144,7 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
         CheckpointNotWritten: the disk is full, or refuses.
     """
     if path.parent.is_dir():
-        _sweep(path.parent, r"step-\d{8,}")
+        _sweep(path.parent, _STEP)
     with writing_directory(path) as draft:
         files = write_files(draft, writers)
         (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
@@ -203,7 +209,7 @@ def refuse_folder_of_checkpoints(path: Path) -> None:
         CheckpointError: naming the newest.
     """
     if not (path / MANIFEST).exists():
-        found = [*path.glob("step-*"), *path.glob(f"{CHECKPOINTS}/step-*")]
+        found = [*steps_in(path), *steps_in(path / CHECKPOINTS)]
         if found:
             newest = max(found, key=lambda step: step.name)
             raise CheckpointError(f"{path} is no checkpoint but holds some; give one, as {newest}.")
@@ -231,7 +237,7 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
         folder: the folder that holds the checkpoints.
         set_aside: of several processes, one alone does that.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(steps_in(folder)):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:

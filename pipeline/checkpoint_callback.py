@@ -139,11 +139,13 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the random state, now that every iterator exists; listens to signals.
 
+        The best so far of another run, which this one goes on from, are not among its checkpoints.
         Lightning puts their handlers back when the trainer ends.
         """
         if self._rng is not None:
             set_random_state(self._rng[trainer.global_rank % len(self._rng)])
             self._rng = None
+        self.best = {n: best for n, best in self.best.items() if self.path(trainer, n).exists()}
         self._stop.listen()
         trainer.should_stop = trainer.should_stop or self.should_stop
 
@@ -282,8 +284,7 @@ class Checkpoints(pl.Callback):
         except files.CheckpointError as error:
             print(f"warning: {error} Older ones are kept.", file=sys.stderr)
             return
-        every = sorted(newest.parent.glob("step-*"))
-        for path in every[: -self.keep_last]:
+        for path in files.steps_in(newest.parent)[: -self.keep_last]:
             if path.name not in best:
                 trainer.strategy.remove_checkpoint(path)
 
@@ -319,12 +320,19 @@ class Checkpoints(pl.Callback):
         return next(iter(self.best.values()))["metrics"] if self.best else {}
 
     def outputs(self, trainer: pl.Trainer) -> dict[str, str]:
-        """What a stage hands over: the last checkpoint, and the best by the monitored metric."""
+        """What a stage hands over: the last checkpoint, and the best by the monitored metric.
+
+        Raises:
+            ValueError: no step was taken, so there is none.
+        """
+        last = self.path(trainer, trainer.global_step)
+        if not last.exists():
+            raise ValueError(
+                f"nothing was trained: the run begins and ends at step {trainer.global_step}; "
+                "raise trainer.max_steps (or max_epochs, max_time, limit_train_batches)."
+            )
         best = next(iter(self.best), trainer.global_step)
-        return {
-            "last": str(self.path(trainer, trainer.global_step)),
-            "best": str(self.path(trainer, best)),
-        }
+        return {"last": str(last), "best": str(self.path(trainer, best))}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -55,6 +55,18 @@ EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
 
+# options of Lightning's trainer: as they are without effect, and what to use instead
+NOT_HERE = (
+    (
+        "accumulate_grad_batches",
+        (1,),
+        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
+    ),
+    ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
+    ("overfit_batches", (0,), "steps are drawn anew every epoch: give a data.source of few rows."),
+    ("reload_dataloaders_every_n_epochs", (0,), "data stay as they are; leave it out."),
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -138,13 +150,14 @@ class PipelineCLI(LightningCLI):
             data.tokenizer = tokenizer_of(model.init_from)
         elif data.tokenizer in PACKAGED or is_foreign(Path(data.tokenizer)):
             data.tokenizer = tokenizer_of(data.tokenizer)
-        if stage.trainer.accumulate_grad_batches != 1:
+        for key, usual, remedy in NOT_HERE:
+            if stage.trainer[key] not in usual:
+                raise ValueError(f"trainer.{key} is {stage.trainer[key]}; {remedy}")
+        if stage.trainer.val_check_interval == 0:
             raise ValueError(
-                f"trainer.accumulate_grad_batches is {stage.trainer.accumulate_grad_batches}; here "
-                "a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
+                "trainer.val_check_interval is 0; give the steps between validations, or to have "
+                "none trainer.limit_val_batches: 0."
             )
-        if stage.trainer.fast_dev_run:
-            raise ValueError("trainer.fast_dev_run keeps nothing; use check, or trainer.max_steps.")
         limit = stage.trainer.limit_test_batches  # 1 is a batch, 1.0 is all
         is_all = limit is None or (limit == 1 and not isinstance(limit, int))
         if self.subcommand == "test" and not is_all:
@@ -241,15 +254,22 @@ class PipelineCLI(LightningCLI):
             raise ValueError(text) from error
 
     def before_fit(self) -> None:
-        """Goes on from the newest whole checkpoint of this run, if there is one."""
+        """Goes on from the newest whole checkpoint of this run; without one, from another run's.
+
+        Raises:
+            ValueError: there is none, and there must be.
+        """
         config = self.config_init[self.subcommand]
         self.model.allow_changes = config.run.allow_changes
-        if config.ckpt_path is None and config.run.resume != "never":
+        given = config.ckpt_path
+        if given is not None and not Path(given).is_dir():
+            raise ValueError(f"ckpt_path is {given}; give a checkpoint directory that is there.")
+        if config.run.resume != "never":
             folder = self.run_path / CHECKPOINTS
             newest = newest_valid(folder, set_aside=self.run is not None)
-            if newest is None:
+            if newest is None and given is None:
                 self._say_what_is_new(must=config.run.resume == "must")
-            config.ckpt_path = newest and str(newest)
+            config.ckpt_path = str(newest) if newest else given
         if config.ckpt_path is not None and self.run:
             print(f"resuming from {config.ckpt_path}", file=sys.stderr)
 
@@ -270,8 +290,9 @@ class PipelineCLI(LightningCLI):
         if self.run is None:
             return
         checkpoints = self._get(self.config_init, "checkpoints")
+        outputs = checkpoints.outputs(self.trainer)
         report = report_fit(self.run, self.datamodule, checkpoints.best_metrics())
-        self._finish(self.run, report, checkpoints.outputs(self.trainer))
+        self._finish(self.run, report, outputs)
 
     def after_validate(self) -> None:
         """Outcome."""
@@ -306,7 +327,9 @@ class PipelineCLI(LightningCLI):
 
     def _finish(self, run: Run, report: Report, outputs: dict[str, str] | None = None) -> None:
         self._log_lineage(run)
-        if news := {k: v for k, v in report.metrics.items() if k not in self._metrics()}:
+        known = self._metrics()  # and those of a validation belong to its step
+        news = {k: v for k, v in report.metrics.items() if k not in known and k[:4] != "val/"}
+        if news:
             run.log_metrics(news, self.trainer.global_step)
         tokenizer = Path(self.config_dump["data"]["init_args"]["tokenizer"])
         run.finish(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.files import digest
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Tokenizer
 from pipeline import lora
@@ -139,12 +140,12 @@ def _whole(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
 
 
 def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
-    base = load(find_base(path, meta["base"])).gpt.float()
-    digest = tensors_digest(base.tensors())
-    if digest != meta["base"]["digest"]:
+    loaded = load(find_base(path, meta["base"]))
+    base, found = loaded.gpt.float(), base_digest(loaded)
+    if meta["base"]["digest"] not in (found, tensors_digest(base.tensors())):
         raise ValueError(
             f"{path} was trained on a base with digest {meta['base']['digest'][:12]}, but the one "
-            f"at {meta['base']['path']} has {digest[:12]}; put the original back."
+            f"at {meta['base']['path']} has {found[:12]}; put the original back."
         )
     model = base if meta["kind"] == "language_model" else _with_head(base, tensors)
     lora.attach(model, lora.LoRAConfig(**meta["lora"]))
@@ -179,8 +180,22 @@ def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
         "name": loaded.name,
         "path": str(loaded.path),
         "relative": os.path.relpath(loaded.path, checkpoint_folder.resolve()),
-        "digest": tensors_digest(loaded.gpt.tensors()),
+        "digest": base_digest(loaded),
     }
+
+
+def base_digest(loaded: Loaded) -> str:
+    """SHA-256 of a base's weights as they are stored, whatever file they came in.
+
+    An adapter's are its own and its base's digest: merged, they round as the processor has it.
+
+    Args:
+        loaded: in float32.
+    """
+    if not loaded.meta["lora"]:
+        return tensors_digest(loaded.gpt.tensors())
+    own = tensors_digest(read_tensors(loaded.path, ADAPTER_WEIGHTS))
+    return digest([loaded.meta["base"]["digest"], own, loaded.meta["lora"]])
 
 
 def find_base(path: Path, base: dict[str, Any]) -> Path:

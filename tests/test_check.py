@@ -76,6 +76,13 @@ def test_validations_of_an_epoch_that_does_not_end_are_foreseen(tiny: Journey) -
     assert "4 validations" in out
 
 
+def test_validations_by_the_clock_are_foreseen(tiny: Journey) -> None:
+    words = ("--trainer.val_check_interval=00:00:10:00", "--trainer.min_steps=8")
+    code, out, err = said("check", *pretraining(tiny), *words)
+    assert code == 0, err
+    assert "0 validations" in out
+
+
 def test_what_a_killed_check_left_is_removed_by_the_next(tiny: Journey, tmp_path: Path) -> None:
     home = tmp_path / "mlruns"
     started = Started(["check", *pretraining(tiny), *at("Hang", 1)], tmp_path / "said.txt")

@@ -177,6 +177,35 @@ def test_an_adapter_on_an_adapter(tiny_gpt: MakeGPT, save: Save, tmp_path: Path)
     assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
 
 
+@pytest.mark.parametrize("recorded", ["stored", "merged"])
+def test_an_adapter_on_an_adapter_that_another_processor_merges(
+    tiny_gpt: MakeGPT,
+    save: Save,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recorded: str,
+) -> None:
+    """It rounds otherwise; `merged` is what was recorded of a base at first."""
+    path = save(tiny_gpt(), "step-00000000")
+    for step in (1, 2):
+        loaded = load(path)
+        described = describe_base(loaded, tmp_path)
+        if recorded == "merged":
+            described["digest"] = files.tensors_digest(loaded.gpt.tensors())
+        path = save(loaded.gpt, f"step-0000000{step}", base=described, config=adapt(loaded.gpt))
+    wanted = outputs(load(path).model)
+    merge = lora.merge
+
+    def merge_otherwise(model: torch.nn.Module) -> None:
+        merge(model)
+        with torch.no_grad():
+            next(model.parameters()).mul_(1 + 1e-7)
+
+    if recorded == "stored":
+        monkeypatch.setattr(lora, "merge", merge_otherwise)
+    assert (outputs(load(path).model) - wanted).abs().max() < MERGED
+
+
 def test_an_adapter_on_a_half_precision_base(tiny_gpt: MakeGPT, save: Save, tmp_path: Path) -> None:
     base = save(tiny_gpt().bfloat16(), "step-00000000")
     described = describe_base(load(base), tmp_path)
@@ -348,6 +377,13 @@ def test_a_repositorys_own_files_are_no_part_of_a_model(tmp_path: Path) -> None:
     assert files.path_digest(tmp_path) == digest
     (tmp_path / "more.json").write_text("{}")
     assert files.path_digest(tmp_path) != digest
+
+
+def test_a_copy_of_a_users_is_no_checkpoint_of_the_run(save: Save, tiny_gpt: MakeGPT) -> None:
+    path = save(tiny_gpt(), "step-00000004")
+    shutil.copytree(path, path.with_name("step-00000004-mine"))
+    assert files.steps_in(path.parent) == [path]
+    assert newest_valid(path.parent) == path
 
 
 def test_newest_valid_sets_the_damaged_aside(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.reuse import find_run
+from datamodules.sources import source_digests
+from pipeline.runs.reuse import find_run, still_holds
 from pipeline.runs.run_directory import Run
 
 
@@ -53,3 +54,17 @@ def test_an_interrupted_one_is_gone_on_with_unless_a_later_one_is_finished(base:
     assert found(base) == interrupted
     later = attempt(base, finished=True)
     assert found(base) == later
+
+
+def test_a_source_that_leads_elsewhere_now_is_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    options = {"data.init_args.source": ["$WHERE/x.txt"]}
+    monkeypatch.setenv("WHERE", str(tmp_path / "a"))
+    outcome = {"outputs": {}, "sources": source_digests(["$WHERE/x.txt"])}
+    assert still_holds(outcome, options)
+    monkeypatch.setenv("WHERE", str(tmp_path / "b"))
+    assert not still_holds(outcome, options)

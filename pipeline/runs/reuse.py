@@ -46,11 +46,12 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
 
     Args:
         outcome: the run's outcome.
-        options: by dotted key; where `source` is a folder, a file that joined it is a change.
+        options: by dotted key; where `source` is a folder, a file that joined it is a change, and
+            of data every file that was not read.
     """
     recorded = outcome["sources"]
     sources = [
-        source
+        (source, key.startswith("data."))
         for key, value in options.items()
         if key.rpartition(".")[2] == "source"
         for source in (value if isinstance(value, list) else [value])
@@ -63,7 +64,7 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
             for name, recorded in outcome.get("digests", {}).items()
         )
         and all(_is_unchanged(name, recorded[name]) for name in recorded)
-        and not any(_has_grown(source, set(recorded)) for source in sources)
+        and not any(_has_grown(source, set(recorded), of_data) for source, of_data in sources)
     )
 
 
@@ -95,12 +96,12 @@ def _is_unchanged(name: str, recorded: str) -> bool:
     return path_digest(path) == recorded
 
 
-def _has_grown(source: str, recorded: set[str]) -> bool:
-    """Whether a folder has files besides those recorded; with none of these it was not read."""
+def _has_grown(source: str, recorded: set[str], of_data: bool) -> bool:
+    """Whether a source has files besides those recorded; weights are recorded by other paths."""
     if source.startswith(("bundled:", "download:")):
         return False
     try:
         files = {str(path) for path in resolve(source)}
     except OSError:
         return False  # gone: seen where its files are compared
-    return 0 < len(files & recorded) < len(files)
+    return bool(files - recorded) and (of_data or bool(files & recorded))

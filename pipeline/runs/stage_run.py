@@ -88,8 +88,7 @@ def open_run(experiment: str, name: str, config: Mapping[str, Any]) -> Iterator[
     replica = None if parent else Replica(run.path)
     try:
         run.config(config)
-        if not run.reattached:
-            run.log_params(config)
+        run.log_params(config)
         run.log_tags(environment())
         yield run
     except BaseException as error:

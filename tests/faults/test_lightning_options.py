@@ -28,6 +28,11 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         "--trainer.gradient_clip_val=1",
         "--trainer.devices=0",
         "--trainer.fast_dev_run=true",
+        "--trainer.overfit_batches=1",
+        "--trainer.reload_dataloaders_every_n_epochs=1",
+        "--trainer.val_check_interval=0",
+        "--trainer.limit_train_batches=0",
+        "--ckpt_path=last",
         pytest.param("--trainer.accelerator=cuda", marks=without_cuda),
         pytest.param("--model.cuda_graphs=true", marks=without_cuda),
         "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/loss, "
@@ -79,3 +84,50 @@ def test_early_stopping_is_remembered_by_a_resume(words: list[str], tmp_path: Pa
     assert code == 0, err
     assert "resuming from" in err
     assert outcome_of(folder)["outputs"]["last"] == last
+
+
+@pytest.fixture
+def other(words: list[str], tmp_path: Path) -> Path:
+    """The last checkpoint of a run whose best is the one before."""
+    code, out, err = said(*words, "--checkpoints.mode=max", "--run.experiment=other")
+    assert code == 0, err
+    best = Path(out.strip())
+    assert best.name == "step-00000004"
+    return best.with_name("step-00000008")
+
+
+def test_a_run_that_begins_in_another_goes_on_from_its_own(
+    words: list[str], other: Path, tmp_path: Path
+) -> None:
+    longer = [f"--ckpt_path={other}", "--trainer.max_steps=14", "--checkpoints.every_n_steps=2"]
+    for begins in (other, tmp_path / "mlruns" / "default"):
+        code, _, err = said(*words, *longer, *at("Allocate", 14))
+        assert code == 2
+        (line,) = (line for line in err.splitlines() if line.startswith("resuming from "))
+        assert line.startswith(f"resuming from {begins}")
+    assert line.endswith("step-00000012")
+
+
+def test_the_best_of_another_run_is_not_handed_over(words: list[str], other: Path) -> None:
+    longer = [f"--ckpt_path={other}", "--trainer.max_steps=10", "--checkpoints.mode=max"]
+    code, out, err = said(*words, *longer)
+    assert code == 0, err
+    assert Path(out.strip()).name == "step-00000010"
+    assert Path(out.strip()).is_dir()
+    code, _, err = said(*words, f"--ckpt_path={other}")
+    assert code == 2
+    assert "nothing was trained: the run begins and ends at step 8" in err
+
+
+def test_a_resume_logs_no_validation_that_was_not(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "--checkpoints.mode=max", "--trainer.max_steps=10"]
+    for changes in ([], ["--data.max_tokens=128"]):
+        code, _, err = said(*words, *changes)
+        assert code == 0, err
+        (run,) = (tmp_path / "mlruns" / "default").iterdir()
+        (run / "outcome.json").unlink()  # killed before its end
+    lines = [line for line, _ in read_journal(run)]
+    metrics = [line for line in lines if line["kind"] == "metric"]
+    assert [line["step"] for line in metrics if "val/loss" in line["values"]] == [4, 8]
+    params = [line["values"] for line in lines if line["kind"] == "param"]
+    assert [values["data.init_args.max_tokens"] for values in params] == ["192", "128"]

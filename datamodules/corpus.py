@@ -32,8 +32,8 @@ SPLITS = ("train", "val")
 Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one past the last
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
-_SCHEMA = 2  # raise it when the same sources and options give other tokens
-_MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of the text is held out instead of documents
+_SCHEMA = 3  # raise it when the same sources and options give other tokens
+_MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of each is held out instead of whole ones
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _make(
     facts: dict[str, Any] = {"dtype": dtype, "split": "document"}
     ranges = _documents(ends, held_out)
     if len(ranges["val"]) < _MIN_HELD_OUT_DOCUMENTS:
-        facts["split"], ranges = "tail", _tail(tokens, ends, tokenizer, val_fraction)
+        facts["split"], ranges = "tail", _tails(tokens, ends, tokenizer, val_fraction)
     written = {
         split: _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
         for split in SPLITS
@@ -206,25 +206,24 @@ def _documents(ends: Sequence[int], held_out: Sequence[int]) -> Ranges:
     return ranges
 
 
-def _tail(
+def _tails(
     tokens: NDArray[np.unsignedinteger],
     ends: Sequence[int],
     tokenizer: Tokenizer,
     val_fraction: float,
 ) -> Ranges:
-    """The end of the text, from the first line or word that begins after its share of tokens."""
-    cut = round((1 - val_fraction) * len(tokens))
-    end = next((end for end in ends if end > cut), cut)
-    near = tokens[cut : cut + min((end - cut) // 2, 10_000)].tolist()
-    pieces = [tokenizer.decode_bytes([token], near) for token in near]
-    lines = [i + 1 for i, piece in enumerate(pieces) if piece.endswith(b"\n")]
-    words = [i for i, piece in enumerate(pieces) if piece.startswith(b" ")]
-    cut += (lines + words + [0])[0]
-    ranges = [(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return {
-        "train": [(start, min(end, cut)) for start, end in ranges if start < cut],
-        "val": [(max(start, cut), end) for start, end in ranges if end > cut],
-    }
+    """The end of each document, from the first line or word that begins after its share."""
+    ranges: Ranges = {split: [] for split in SPLITS}
+    for start, end in zip([0, *ends], ends, strict=False):
+        cut = start + round((1 - val_fraction) * (end - start))
+        near = tokens[cut : cut + min((end - cut) // 2, 10_000)].tolist()
+        pieces = [tokenizer.decode_bytes([token], near) for token in near]
+        lines = [i + 1 for i, piece in enumerate(pieces) if piece.endswith(b"\n")]
+        words = [i for i, piece in enumerate(pieces) if piece.startswith(b" ")]
+        cut += (lines + words + [0])[0]
+        ranges["train"] += [(start, cut)] if start < cut else []
+        ranges["val"] += [(cut, end)] if cut < end else []
+    return ranges
 
 
 def _write(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from datamodules.batching import Sample, epoch_generator
 from datamodules.corpus import Corpus, prepare
 from datamodules.sources import source_digests
-from datamodules.step_data_module import StepDataModule
+from datamodules.step_data_module import StepDataModule, report
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ class PretrainingDataModule(StepDataModule):
             val_fraction=self.val_fraction,
         )
         self._check_length(corpus.facts["tokens"])
+        if corpus.facts["split"] == "tail" and (kept := corpus.facts["documents"]["kept"]) > 1:
+            report(
+                f"{kept} documents are too few to hold out whole ones by data.val_fraction: the "
+                f"last {self.val_fraction:.0%} of each is held out."
+            )
         self.train_set = self._blocks(corpus, "train", stride=1)  # by the token it starts with
         self.val_set = self._blocks(corpus, "val", stride=self.block_size - 1)
         self.test_set = self.val_set

@@ -246,18 +246,27 @@ def test_a_single_text_holds_out_its_end(
     assert module.tokenizer.eos_id not in all_tokens(module, "train") + all_tokens(module, "val")
 
 
-def test_a_few_texts_hold_out_the_end_of_the_last(
-    write: Write, make: Callable[..., PretrainingDataModule], tmp_path: Path
+def test_a_few_texts_hold_out_the_end_of_each(
+    write: Write,
+    make: Callable[..., PretrainingDataModule],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The last ones in the order of files may be of another kind than the others."""
     books = [story(seed, 40) for seed in range(5)]
     for i, book in enumerate(books):
         write(f"books/{i}.txt", book)
     module = make(tmp_path / "books", val_fraction=0.3)
-    module.setup("fit")
+    with caplog.at_level("INFO"):
+        module.setup("fit")
     train, heldout = module.train_bytes(1 << 30), module.heldout_bytes()
-    assert train.decode().split("\0")[:3] == books[:3]
-    assert heldout.decode().split("\0")[1] == books[4]
-    assert (train + heldout).decode().replace("\0", "") == "".join(books)
+    parts = [text.decode().split("\0") for text in (train, heldout)]
+    assert [begin + end for begin, end in zip(*parts, strict=True)] == books
+    for end, book in zip(parts[1], books, strict=True):
+        assert len(end) / len(book) == pytest.approx(0.3, abs=0.03)
+        assert end.startswith("In ")
+    assert "5 documents are too few to hold out whole ones" in caplog.text
+    assert "the last 30% of each is held out" in caplog.text
 
 
 def test_special_token_text_is_ordinary_text(

@@ -189,7 +189,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         left = _rounds_left.get() - max(0, rounds)
         _rounds_left.set(left)
         if left < 0:
-            raise TemplateError(f"it calls, loops or multiplies more than {_MAX_ROUNDS} times.")
+            raise TemplateError(
+                f"it calls, loops or multiplies more than {_MAX_ROUNDS} times; where the messages "
+                "are long, shorten them."
+            )
 
 
 def _filtered(node: nodes.Node, name: str) -> nodes.Expr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from datamodules.downloads import DOWNLOADS, download
 from datamodules.files import cache_dir, decode, file_digests, replacing
@@ -284,8 +285,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`."""
+def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:
+    """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`.
+
+    A CSV is written in the form of the one that it is like: a spreadsheet that has made semicolons
+    reads no commas, nor a point as that of a fraction.
+    """
     with replacing(path) as temporary:  # killed here, it is not in the way of the next
         if path.suffix == ".parquet":
             with _as_parquet(str(path)):
@@ -294,10 +299,23 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
             with temporary.open("w", encoding="utf-8") as file:
                 for row in frame.to_dict("records"):
                     file.write(json.dumps(_in_json(row), ensure_ascii=False) + "\n")
+        elif path.suffix == ".tsv":
+            frame.to_csv(temporary, index=False, sep="\t", quoting=csv.QUOTE_NONE)
         else:
-            is_tsv = path.suffix == ".tsv"
-            quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-            frame.to_csv(temporary, index=False, sep="\t" if is_tsv else ",", quoting=quoting)
+            form = _form_of(like) if like and like.suffix.lower() == ".csv" else {}
+            frame.to_csv(temporary, index=False, **form)
+
+
+def _form_of(path: Path) -> dict[str, Any]:
+    """How a CSV is written, as options of pandas."""
+    data = path.read_bytes()
+    separator = _separator(decode(data, path))
+    return {
+        "sep": separator,
+        "decimal": "," if separator == ";" else ".",
+        "encoding": "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8",
+        "lineterminator": "\r\n" if data.partition(b"\n")[0].endswith(b"\r") else "\n",
+    }
 
 
 @contextmanager

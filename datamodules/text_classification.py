@@ -118,6 +118,10 @@ class TextClassificationDataModule(StepDataModule):
                 "their ends are left out."
             )
 
+    def text(self, sample_id: int) -> str:
+        """What a sample is of."""
+        return self._texts[sample_id]
+
     def texts(self, split: str) -> list[str]:
         """Texts of the train, val or test split, in the order of its samples."""
         return [self._texts[row] for row in self._rows[split]]

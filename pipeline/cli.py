@@ -341,8 +341,9 @@ class PipelineCLI(LightningCLI):
             },
             headline=report.headline,
         )
+        stream = sys.stderr if outputs else sys.stdout  # where a path is handed over: that alone
         for line in report.lines or lines_of(report.headline):
-            print(line, file=sys.stderr)
+            print(line, file=stream)
         print(f"finished: {run.path}", file=sys.stderr)
         hand_over(run.path)
 

@@ -73,6 +73,7 @@ def generate(
     seed: int = 0,
     precision: Precision = "auto",
     chat: bool = False,
+    system: str = "",
 ) -> None:
     """Continue a text; the continuation alone goes to stdout, as it is made.
 
@@ -89,8 +90,11 @@ def generate(
         precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
             where the hardware multiplies it, else f16-weights where that is fast.
         chat: take the prompt as a user's message, in the checkpoint's template.
+        system: what the model is told before that message.
     """
-    _check_draws(temperature, top_k, top_p)
+    _check_draws(temperature, top_k, top_p, seed)
+    if system and not chat:
+        raise ValueError("--system comes before a user's message; add --chat.")
     from pipeline.inference import print_continuation
 
     print_continuation(
@@ -98,6 +102,7 @@ def generate(
         sys.stdin.read() if prompt == "-" else prompt,
         precision=precision,
         is_message=chat,
+        system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -134,7 +139,7 @@ def chat(
         precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
             where the hardware multiplies it, else f16-weights where that is fast.
     """
-    _check_draws(temperature, top_k, top_p)
+    _check_draws(temperature, top_k, top_p, seed)
     from pipeline.inference import converse
 
     converse(
@@ -166,7 +171,8 @@ def classify(
         text: to label; - reads it from stdin.
         file: a .csv, .tsv, .jsonl or .parquet table to label instead.
         column: name of the column that holds the texts.
-        output: the table with labels and probabilities, a new file.
+        output: the table with labels and probabilities, a new file. A .csv made of a .csv has its
+            separator (beside semicolons a decimal comma), line ends and byte-order mark.
         threshold: probability from which on the second of two labels is given; null: the likelier.
         batch_size: texts at a time.
     """
@@ -178,11 +184,20 @@ def classify(
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1.")
-    from pipeline.inference import classify_table, print_label
-
     if file is not None and output is not None:
-        classify_table(ckpt, Path(file), column, Path(output), threshold, batch_size)
+        from pipeline.stages.classify_stage import classify_stage
+
+        classify_stage(
+            ckpt,
+            file=Path(file),
+            column=column,
+            output=Path(output),
+            threshold=threshold,
+            batch_size=batch_size,
+        )
     else:
+        from pipeline.inference import print_label
+
         given = sys.stdin.read().removesuffix("\n") if text == "-" else text
         print_label(ckpt, given, threshold)
 
@@ -355,7 +370,9 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
         open_ui(mlruns_root(), host, port)
 
 
-def _check_draws(temperature: float, top_k: int, top_p: float) -> None:
+def _check_draws(temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1.")
     if temperature == 0 and (top_k > 0 or top_p < 1):
         raise ValueError(
             f"top_k {top_k} and top_p {top_p} shape draws, but temperature 0 draws nothing; "

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 FIRST, SECOND = "#3b6ea8", "#d2691e"
 
 
 def loss_curves(
-    train: Sequence[tuple[int, int, float]], val: Sequence[tuple[int, float]]
+    train: Sequence[tuple[int, int, float]], val: Sequence[tuple[int, float]], unit: str = "token"
 ) -> Figure:
     """Training and validation loss over optimizer steps, and over tokens on a second axis.
 
     Args:
         train: (step, tokens seen, loss in nats) of every step.
         val: (step, loss in nats) of every validation.
+        unit: what each loss is of.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -26,12 +28,13 @@ def loss_curves(
         axes.plot(
             *zip(*val, strict=True), color=SECOND, marker="o", markersize=3.5, label="validation"
         )
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats a token)")
+    axes.set(xlabel="optimizer steps", ylabel=f"loss (nats a {unit})")
     per_step = tokens[-1] / steps[-1]
     over_tokens = axes.secondary_xaxis(
         "top", functions=(lambda step: step * per_step, lambda n: n / per_step)
     )
     over_tokens.set_xlabel("tokens seen")
+    over_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(frameon=False)
     return figure
@@ -39,7 +42,8 @@ def loss_curves(
 
 def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
     """Confusion matrix with its counts; rows are the truth."""
-    figure = Figure(figsize=(4.2, 3.8), layout="constrained")
+    width = max(4.2, 0.55 * len(label_names) + 0.1 * max(map(len, label_names)))
+    figure = Figure(figsize=(width, width - 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(counts, cmap="Blues")
     highest = max(max(row) for row in counts)
@@ -49,6 +53,8 @@ def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=color)
     places = range(len(label_names))
     axes.set_xticks(places, labels=label_names)
+    if sum(map(len, label_names)) > 24:  # they would run into one another
+        axes.tick_params(axis="x", labelrotation=45)
     axes.set_yticks(places, labels=label_names)
     axes.set(xlabel="predicted", ylabel="true")
     return figure

@@ -27,7 +27,13 @@ from pipeline.precision import Precision
 
 
 def print_continuation(
-    source: str, prompt: str, *, precision: Precision, is_message: bool, **sampling: Any
+    source: str,
+    prompt: str,
+    *,
+    precision: Precision,
+    is_message: bool,
+    system: str,
+    **sampling: Any,
 ) -> None:
     """Writes the continuation of a prompt to stdout as it is made, and nothing else.
 
@@ -36,13 +42,18 @@ def print_continuation(
         prompt: the text, as it stands.
         precision: arithmetic of the model.
         is_message: wrap it in the checkpoint's template as what a user says.
+        system: what the model is told before that; empty for nothing.
         **sampling: fields of `Sampling`.
 
     Raises:
         ValueError: for a checkpoint without the template, or a prompt that does not fit.
     """
     loaded = load_language_model(source, precision)
-    ids = encode_start(loaded.tokenizer, prompt_style(loaded) if is_message else None, prompt)
+    if is_message:
+        said = [*_told(system), Message(role="user", content=prompt)]
+        ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), said)
+    else:
+        ids = encode_start(loaded.tokenizer, None, prompt)
     for piece in pieces(loaded, ids, settings_for(loaded, **sampling)):
         print(piece, end="", flush=True)
     print()
@@ -55,7 +66,7 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
     """
     loaded = load_language_model(source, precision)
     settings = settings_for(loaded, **sampling)
-    told = [Message(role="system", content=system)] if system else []
+    told = _told(system)
     _check_system(loaded, told)
     turns: list[Message] = []
     prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
@@ -76,6 +87,10 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
             turns.append(Message(role="assistant", content=answer))
         else:
             turns.pop()
+
+
+def _told(system: str) -> list[Message]:
+    return [Message(role="system", content=system)] if system else []
 
 
 def _check_system(loaded: Loaded, told: list[Message]) -> None:
@@ -205,12 +220,9 @@ def classify_table(
     """Copies a table with a label and a probability a class for the texts of a column.
 
     Raises:
-        ValueError: for an output that is there, a missing column, a cell without text, or a form
-            that cannot be written.
+        ValueError: for a missing column, a cell without text, or a form that cannot be written.
     """
     check_writable(output)
-    if output.exists():
-        raise ValueError(f"output {output} exists; give a new file.")
     frame = read_table(file)
     if column not in frame:
         raise ValueError(f"{file} has no column {column!r}; set --column to one of {list(frame)}.")
@@ -230,7 +242,7 @@ def classify_table(
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
     for i, name in enumerate(made[1:]):
         frame[name] = [round(p[i], 6) for p in probabilities]
-    write_table(frame, output)
+    write_table(frame, output, like=file)
     print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
 
 
@@ -257,12 +269,20 @@ def label_probabilities(
     """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with."""
     assert isinstance(loaded.model, GPTClassifier)
     samples: list[Sample] = []
-    meta = loaded.meta
+    meta, n_cut = loaded.meta, 0
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} is empty; there is nothing to label.")
-        ids, _ = encode_text(loaded.tokenizer, text, meta.get("suffix", ""), meta["max_length"])
+        suffix, max_length = meta.get("suffix", ""), meta["max_length"]
+        ids, is_cut = encode_text(loaded.tokenizer, text, suffix, max_length)
         samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
+        n_cut += is_cut
+    if n_cut:
+        print(
+            f"warning: {n_cut} of {len(texts)} texts have more than the {max_length} tokens that "
+            "the classifier looks at; their end counts for nothing.",
+            file=sys.stderr,
+        )
     samples.sort(key=lambda sample: len(sample["input_ids"]))
     rows: dict[int, list[float]] = {}
     for start in range(0, len(samples), batch_size):

@@ -58,7 +58,8 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
     ]
     if losses:
         val = list(history.get("val/loss", {}).items())
-        run.log_figure(loss_curves(losses, val), "figures/loss.png")
+        unit = "text" if isinstance(data, TextClassificationDataModule) else "token"
+        run.log_figure(loss_curves(losses, val, unit), "figures/loss.png")
     if not metrics:  # trained without validation
         return Report({})
     if not isinstance(data, PretrainingDataModule):
@@ -112,7 +113,33 @@ def report_test(
         for name in ("accuracy", "f1")
     ]
     lines = [beside_tfidf(scores, name) for name in ("accuracy", "f1")]
+    if len(data.label_names) > 2:
+        lines[1] = lines[1].replace("f1", "f1, mean of the labels'", 1)
+        for name, values in by_label(labels, ours.argmax(1), data.label_names).items():
+            shown = [f"{key} {value:.3f}" for key, value in values.items() if key != "texts"]
+            lines.append(f"  {name}: {', '.join(shown)}, of {values['texts']} texts")
+            scores |= {f"test/{key}/{name}": float(value) for key, value in values.items()}
     return Report({**metrics, **scores}, rows, lines)
+
+
+def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Precision, recall and F1 of each label, NaN where there is none, and how many texts it has.
+
+    Args:
+        labels: (N,) true classes.
+        predicted: (N,) classes.
+        names: (K,) of the classes.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    found = precision_recall_fscore_support(
+        labels, predicted, labels=range(len(names)), zero_division=np.nan
+    )
+    keys = ("precision", "recall", "f1", "texts")
+    return {
+        name: dict(zip(keys, of_one, strict=True))
+        for name, *of_one in zip(names, *found, strict=True)
+    }
 
 
 def beside_tfidf(scores: Mapping[str, float], name: str) -> str:
@@ -168,7 +195,8 @@ def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
         ):
             named = dict(zip(data.label_names, (round(p, 6) for p in row.tolist()), strict=True))
             predicted = data.label_names[int(row.argmax())]
-            rows.append({"sample_id": i, "predicted": predicted, "probabilities": named})
+            row = {"sample_id": i, "text": data.text(i), "predicted": predicted}
+            rows.append({**row, "probabilities": named})
     return sorted(rows, key=lambda row: row["sample_id"])
 
 

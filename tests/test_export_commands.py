@@ -401,3 +401,35 @@ stages:
         assert code == 0, err
         assert "so glad" in output.read_text()
         output.unlink()
+
+
+def test_a_table_of_a_stage_is_what_the_chain_made_last(
+    tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]
+) -> None:
+    """The file of one form of the chain is replaced by another's, and made again for the first."""
+    texts, output = write("in.csv", "text\nso glad\n"), tmp_path / "out.csv"
+    chain = write(
+        "chain.yaml",
+        f"""experiment: labels
+stages:
+  - name: labels
+    command: classify
+    set: {{ckpt: {tiny.best("spam")}, file: {texts}, output: {output}, threshold: 0.999999}}
+""",
+    )
+    output.write_text("somebody's")
+    code, _, err = said("run", f"--config={chain}")
+    assert code == 2
+    assert f"stage 'labels': output {output} exists; give a new file, or remove it" in err
+    assert output.read_text() == "somebody's"
+    output.unlink()
+    for threshold, label in ((0.999999, "ham"), (0.000001, "spam"), (0.999999, "ham")):
+        words = (f"--config={chain}", "--set", f"labels.threshold={threshold}")
+        code, _, err = said("run", *words)
+        assert code == 0, err
+        assert f"so glad,{label}," in output.read_text()
+    assert "every stage is done already" in said("run", f"--config={chain}")[2]
+    outcome = json.loads(max(tmp_path.glob("mlruns/labels/labels-*/outcome.json")).read_text())
+    assert outcome["outputs"] == {"labels": str(output)}
+    assert outcome["sources"].keys() == {str(texts)}
+    assert outcome["elapsed_s"] > 0.01

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from datamodules.instruction import LEARNED_ON
+from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta
 from pipeline.models import load
 from pipeline.resume import check_held_out, trained_on
@@ -165,11 +168,11 @@ def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Pat
     before = tmp_path / "before"
     shutil.copytree(tiny.best("pretrain"), before)
     words = [f'--data={{"source": "{source}"}}', f"--before={before}"]
-    _, _, first = score(tiny, *words)
+    _, out, first = score(tiny, *words)
     interval = r"[-+]\d+\.\d\d \[[-+]\d+\.\d\d, [-+]\d+\.\d\d\]: (better|unclear|worse)"
     line = rf"^chrf: \d+\.\d{{4}} -> \d+\.\d{{4}}, difference {interval}$"
-    assert re.search(line, first, re.MULTILINE)
-    assert re.search(r"^\d answers, 95 % intervals$", first, re.MULTILINE)
+    assert re.search(line, out, re.MULTILINE)
+    assert re.search(r"^\d answers, 95 % intervals$", out, re.MULTILINE)
     _, _, again = score(tiny, *words)
     assert "already finished" in again
     assert again.splitlines()[-1] == first.splitlines()[-1]
@@ -209,6 +212,21 @@ def test_prompts_keep_their_middle_where_the_context_has_room(
     assert "prompts are longer than" in capsys.readouterr().err
     with pytest.raises(ValueError, match="which leaves 0 of the model's 256 tokens"):
         prompts(256, 256)
+
+
+def test_prompts_are_those_that_were_learned_from_whatever_day_it_is(tiny: Journey) -> None:
+    data = instruction_data(tiny.tokenizer)
+    data.setup("test")
+    dated = (
+        "{{ strftime_now('%d %b %Y') }}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    data.tokenizer = Tokenizer.of(replace(data.tokenizer.vocabulary, chat_template=dated))
+    data.prompt_style = "template"
+    prompts = prompts_of(data, Answering("test", 8, 8, "32-true"), 1000)
+    begin = LEARNED_ON.strftime("%d %b %Y")
+    assert all(data.tokenizer.decode(prompt).startswith(begin) for prompt in prompts)
 
 
 def test_the_reference_of_a_conversation_is_its_last_answer() -> None:

@@ -341,6 +341,18 @@ def test_a_model_with_other_parameters_is_asked_with_them(server: Server, tmp_pa
     assert all("response_format" in body for body in server.bodies)
 
 
+def test_a_refusal_that_repeats_the_request_takes_nothing_away(
+    server: Server, tmp_path: Path
+) -> None:
+    """It names every parameter; the one that it is about is response_format."""
+    refused = reply(400, 'no response_format, in {"temperature": 0, "max_tokens": 9}')
+    server.script = [refused, refused]
+    assert scores(judge(server, tmp_path, "a", "b", max_concurrency=1)) == [50, 50]
+    asked = [{"response_format", "temperature"} & {*body} for body in server.bodies]
+    both = {"response_format", "temperature"}
+    assert asked == [both, {"response_format"}, {"temperature"}, {"temperature"}]
+
+
 def test_a_400_that_has_another_cause(server: Server, tmp_path: Path) -> None:
     server.script = [reply(400, "context too long"), reply(400, "context too long")]
     judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)

@@ -74,6 +74,15 @@ def test_rouge_l_by_hand(
     assert metrics.rouge_l("", reference) == 0.0
 
 
+def test_rouge_l_without_words_is_exact_match() -> None:
+    assert [metrics.rouge_l(given, "?") for given in ("?", " ? ", "!", "a question mark")] == [
+        100.0,
+        100.0,
+        0.0,
+        0.0,
+    ]
+
+
 def test_rouge_l_is_the_standard_one_on_ascii() -> None:
     from torchmetrics.functional.text.rouge import rouge_score
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -9,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.inference import (
 )
 from pipeline.models import Loaded, load
 from pipeline.serving import serve
+from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Limits
 from pipeline.serving.writer import Defaults
 from pipeline.weights.huggingface_out import huggingface_writers
@@ -430,7 +432,7 @@ def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
     reply = httpx.post(
         f"{labelling.url}/classify",
         json={"model": "spam", "input": texts},
-        headers={"Authorization": "Bearer sesame"},
+        headers={"Authorization": "bearer sesame"},  # the scheme in any case (RFC 9110, 11.1)
     )
     loaded = load_classifier(str(tiny.best("spam")))
     expected = label_probabilities(loaded, texts)
@@ -439,6 +441,33 @@ def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
     names = loaded.meta["label_names"]
     assert [row["label"] for row in data] == [names[row.index(max(row))] for row in expected]
     assert httpx.get(f"{labelling.url}/v1/models", headers={"Authorization": "Bearer sesame"})
+
+
+def test_a_client_that_hung_up_is_worked_for_no_more() -> None:
+    """Its request waits behind another's."""
+    asked: list[Future[list[list[float]]]] = []
+
+    def of(texts: Sequence[str]) -> Future[list[list[float]]]:
+        asked.append(Future())
+        return asked[-1]
+
+    app = make_app("spam", Labels(["ham", "spam"], of), "")
+    body = json.dumps({"model": "spam", "input": ["hi"]}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/classify", "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": ""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert asked[0].cancelled()
 
 
 def test_probabilities_are_not_rounded_to_half_precision(tiny: Journey) -> None:

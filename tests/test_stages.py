@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import itertools
 import json
+import math
+import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,8 +22,10 @@ from datamodules.sources import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.decoding.packed import PackedLinear
+from pipeline.figures import confusion_figure
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
+from pipeline.reports import by_label
 from pipeline.runs.journal import read_journal
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.machine import takes_f16_weights
@@ -116,6 +124,45 @@ def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
     assert metrics["test/accuracy_minus_tfidf"] == pytest.approx(difference)
 
 
+def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:
+    labels, predicted = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
+    found = by_label(labels, predicted, ["a", "b", "c"])
+    assert found["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "texts": 2}
+    assert found["b"]["recall"] == pytest.approx(2 / 3)
+    assert found["c"]["texts"] == 0
+    assert math.isnan(found["c"]["f1"])
+
+    table = tmp_path / "moods.csv"
+    words = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    rows = [f"{word} is {mood},{mood}" for word in words for mood in "abc"]
+    table.write_text("text,label\n" + "\n".join(rows))
+    words = [f"--config={CONFIGS}/spam.yaml", f"--config={CONFIGS}/data/table.yaml", *SHORT, *PLAIN]
+    words += [f"--data.source={table}", "--data.label_names=[a,b,c]"]
+    words += ["--run.experiment=moods", f"--model.init_from={tiny.best('pretrain')}"]
+    code, out, err = said("fit", *words)
+    assert code == 0, err
+    code, out, err = said("test", *words, f"--ckpt_path={out.strip()}")
+    assert code == 0, err
+    shown = out.splitlines()
+    assert shown[1].startswith("test f1, mean of the labels': ")
+    assert [line.split(":")[0] for line in shown[2:]] == ["  a", "  b", "  c"]
+    (path,) = Path(os.environ["GPT_PIPELINE_HOME"]).glob("moods/*-test-*/outcome.json")
+    assert json.loads(path.read_text())["metrics"]["test/texts/a"] > 0
+
+
+def test_names_of_labels_do_not_run_into_one_another() -> None:
+    names = ["sadness", "joy", "love", "anger", "fear", "surprise", "disgust", "neutral"]
+    figure = confusion_figure([[1_701] * len(names)] * len(names), names)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    counts = [text.get_window_extent() for text in axes.texts[: len(names)]]
+    for row in (boxes, counts):
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(row))
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {45.0}
+    assert confusion_figure([[1, 2], [3, 4]], ["ham", "spam"]).get_size_inches()[0] < 5
+
+
 def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
     """Predictions of the test stage equal those of the loaded checkpoint, text by text."""
     folder = next((tiny.folder / "mlruns/spam-test").glob("*/predictions.jsonl"))
@@ -124,6 +171,7 @@ def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
         "classify", "--ckpt", str(tiny.best("spam")), "--text", text_of(rows[0]["sample_id"])
     )
     given = json.loads(out)
+    assert rows[0]["text"] == text_of(rows[0]["sample_id"])
     assert given["label"] == rows[0]["predicted"]
     assert given["probabilities"]["spam"] == pytest.approx(
         rows[0]["probabilities"]["spam"],
@@ -156,6 +204,13 @@ def test_scores_compare_before_and_after(tiny: Journey) -> None:
     responses = Path(outcome["outputs"]["responses"]).read_text().splitlines()
     scores = Path(outcome["outputs"]["scores"]).read_text().splitlines()
     assert len(scores) == 3 * len(responses)
+    _, out, _ = said("score", f"--responses={outcome['outputs']['responses']}", "--batch_size=7")
+    assert [line.split(":")[0] for line in out.splitlines()[1:]] == [
+        "chrf",
+        "rouge_l",
+        "exact_match",
+        "perplexity",
+    ]
     assert "<html" in Path(outcome["outputs"]["report"]).read_text()
 
 
@@ -227,6 +282,12 @@ def test_precision_is_that_of_the_model(
 def test_chat_wraps_the_prompt(tiny: Journey) -> None:
     words = ["--prompt=Say hi.", "--max_new_tokens=3", "--chat"]
     assert said("generate", f"--ckpt={tiny.best('instruct')}", *words)[0] == 0
+    told = "--system=You are terse."
+    assert said("generate", f"--ckpt={tiny.best('instruct')}", *words, told)[0] == 0
+    code, _, err = said("generate", f"--ckpt={tiny.best('instruct')}", *words[:2], told)
+    assert (code, "--system comes before a user's message; add --chat" in err) == (2, True)
+    code, _, err = said("generate", f"--ckpt={tiny.best('pretrain')}", "--prompt=a", "--seed=-1")
+    assert (code, "seed is -1; give a whole number from 0" in err) == (2, True)
     code, _, err = said("generate", f"--ckpt={tiny.best('pretrain')}", *words)
     assert code == 2
     assert "not tuned to follow instructions" in err
@@ -248,6 +309,27 @@ def test_classify_labels_a_column(tiny: Journey, tmp_path: Path) -> None:
     out.unlink()
     assert said("classify", *words, "--threshold=0.000001")[0] == 0
     assert all(",spam," in row for row in out.read_text().splitlines()[1:])
+
+
+def test_classify_writes_a_csv_as_it_was(tiny: Journey, tmp_path: Path) -> None:
+    """As a spreadsheet with decimal commas has made it, and reads it."""
+    table, out = tmp_path / "tickets.csv", tmp_path / "labelled.csv"
+    table.write_bytes('\ufeffNr;text\r\n1;"Grüße; bis 8"\r\n2;WIN now\r\n'.encode())
+    words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
+    assert said("classify", *words)[0] == 0
+    assert out.read_bytes().startswith(codecs.BOM_UTF8)
+    header, *rows = out.read_bytes().decode("utf-8-sig").split("\r\n")[:-1]
+    assert header == "Nr;text;predicted;probability_ham;probability_spam"
+    assert re.fullmatch(r'1;"Grüße; bis 8";(ham|spam);\d,\d+;\d,\d+', rows[0])
+    assert read_table(out)["text"].tolist() == ["Grüße; bis 8", "WIN now"]
+
+
+def test_an_end_that_is_not_looked_at_is_said(tiny: Journey, tmp_path: Path) -> None:
+    ckpt = f"--ckpt={tiny.best('spam')}"
+    code, _, err = said("classify", ckpt, f"--text={'word ' * 1000}")
+    assert code == 0
+    assert "warning: 1 of 1 texts have more than the 128 tokens" in err
+    assert "warning" not in said("classify", ckpt, "--text=word")[2]
 
 
 def test_classify_writes_what_is_read_here(tiny: Journey, tmp_path: Path) -> None:

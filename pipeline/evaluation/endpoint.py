@@ -141,8 +141,10 @@ class Endpoint:
             self._clients.append(client)
         return client
 
-    def _post(self, messages: list[Message], *, structured: bool) -> str:
-        bounds = self._bounds
+    def _post(
+        self, messages: list[Message], *, structured: bool, adapted: dict[str, Any] | None = None
+    ) -> str:
+        bounds = self._bounds if adapted is None else adapted
         body = {"model": self.config.model, "messages": messages, **bounds}
         body |= self._structured if structured else {}
         url = self.config.base_url.rstrip("/") + "/chat/completions"
@@ -160,23 +162,16 @@ class Endpoint:
                     ) from error
                 what = str(error) or type(error).__name__
                 raise TransientError(f"the connection broke off ({what}).") from error
-        if response.status_code in SCHEMA_REFUSED and self._adapts(bounds, text):
-            return self._post(messages, structured=structured)
+        if response.status_code in SCHEMA_REFUSED and (other := _adapted(bounds, text)) != bounds:
+            return self._post(messages, structured=structured, adapted=other)
         self._check_status(response, text, structured=structured)
+        if adapted is not None and self._bounds != adapted:  # it was for that
+            if "temperature" in self._bounds and "temperature" not in adapted:
+                log.warning(
+                    "the judge takes no temperature of 0; its verdicts may differ if repeated."
+                )
+            self._bounds = adapted
         return self._clean(_content(text))
-
-    def _adapts(self, sent: dict[str, Any], refusal: str) -> bool:
-        """Whether to ask again: OpenAI's newer models name a parameter that they do not take."""
-        bounds = dict(sent)
-        if "max_tokens" in sent and "max_completion_tokens" in refusal:
-            bounds["max_completion_tokens"] = bounds.pop("max_tokens")
-        elif "temperature" in sent and "temperature" in refusal:
-            del bounds["temperature"]
-            log.warning("the judge takes no temperature of 0; its verdicts may differ if repeated.")
-        if bounds == sent:
-            return False
-        self._bounds = bounds
-        return True
 
     def _read(self, response: httpx.Response) -> str:
         """The body, within the size that is allowed."""
@@ -222,6 +217,16 @@ def connection_problem(config: JudgeConfig) -> str | None:
     except httpx.TransportError as error:
         log.info("%s takes connections, but not this one: %s", config.base_url, error)
     return None
+
+
+def _adapted(sent: dict[str, Any], refusal: str) -> dict[str, Any]:
+    """What to send instead: OpenAI's newer models name a parameter that they do not take."""
+    bounds = dict(sent)
+    if "max_tokens" in sent and "max_completion_tokens" in refusal:
+        bounds["max_completion_tokens"] = bounds.pop("max_tokens")
+    elif "temperature" in sent and "temperature" in refusal:
+        del bounds["temperature"]
+    return bounds
 
 
 def _client(config: JudgeConfig, headers: dict[str, str], tls: ssl.SSLContext) -> httpx.Client:

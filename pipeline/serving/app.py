@@ -127,10 +127,14 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
 
 def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
     @router.post("/classify")
-    async def classify(asked: ClassifyRequest) -> dict[str, Any]:
+    async def classify(request: Request, asked: ClassifyRequest) -> Response:
         _check_name(asked.model, name)
-        probabilities = await asyncio.wrap_future(labels.of(asked.input))
-        return label_form(name, labels.names, probabilities)
+        try:
+            work = asyncio.wrap_future(labels.of(asked.input))
+            probabilities = await _unless_gone(request, work)
+        except _HungUpError:
+            return Response(status_code=HUNG_UP)
+        return JSONResponse(label_form(name, labels.names, probabilities))
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Choice]:
@@ -215,8 +219,9 @@ def _needs(key: str) -> Callable[[Request], None]:
     """Checks `Authorization: Bearer KEY`, in the same time for every wrong one."""
 
     def check(request: Request) -> None:
-        shown = request.headers.get("Authorization", "")
-        if key and not hmac.compare_digest(shown.encode(), f"Bearer {key}".encode()):
+        scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
+        is_it = hmac.compare_digest(shown.encode(), key.encode())
+        if key and not (is_it and scheme.lower() == "bearer"):
             raise HTTPException(401, "the key is missing or wrong; send Authorization: Bearer KEY.")
 
     return check

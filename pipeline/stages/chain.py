@@ -101,6 +101,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     if outcome is not None:
         print("every stage is done already", file=sys.stderr)
     else:
+        _check_outputs(chain.stages[len(done) :], folder)
         if exit_code := _foresee(chain.stages[len(done) :]):
             return exit_code
         try:
@@ -114,6 +115,17 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     _warn_of_code(done.values())
     summarise(done.values())
     return 0
+
+
+def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
+    """Refuses tables of labels that are there, and not of this chain, before anything runs."""
+    for stage in (stage for stage in stages if stage.command == "classify"):
+        from pipeline.stages.classify_stage import check_new
+
+        try:
+            check_new(Path(str(stage.options().get("output", ""))), folder)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
 
 
 def _foresee(stages: Sequence[Stage]) -> int:

@@ -53,7 +53,7 @@ STAGE_COMMANDS = {
     "test": _EVALUATION,
     "predict": replace(_EVALUATION, outputs=("predictions",)),
     "generate": StageCommand({"ckpt": ("--ckpt", ("best",))}),
-    "classify": StageCommand({"ckpt": ("--ckpt", ("best",))}),
+    "classify": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("labels",)),
     "score": StageCommand(
         {
             "ckpt": ("--ckpt", ("best",)),

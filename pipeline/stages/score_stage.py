@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from datamodules import chat_template
 from datamodules.files import sha256
-from datamodules.instruction import InstructionDataModule
+from datamodules.instruction import LEARNED_ON, InstructionDataModule
 from datamodules.prompts import IGNORE, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest, stem_of
@@ -130,8 +132,7 @@ def _score(
         seed=BOOTSTRAP_SEED,
     )
     _record(run, summary, after, lineage, sources)
-    for line in told(summary):
-        print(line, file=sys.stderr)
+    print(*told(summary), sep="\n")
 
 
 def _record(
@@ -156,11 +157,12 @@ def _record(
     outputs = {key: str(run.path / name) for key, name in names.items()}
     unscored = int(sum(v for name, v in metrics.items() if name.endswith("judge_unscored")))
     if unscored:
-        problems = [s.rationale for s in summary.after.by("judge") if s.score is None]
-        why = f", such as: {problems[0]}" if problems else ""
+        asked = [scored for scored in (summary.after, summary.before) if scored]
+        verdicts = [score for scored in asked for score in scored.by("judge")]
+        why = next(verdict.rationale for verdict in verdicts if verdict.score is None)
         print(
-            f"warning: {unscored} items have no verdict of the judge (see the report{why}); the "
-            "same command asks for them again.",
+            f"warning: {unscored} of {len(verdicts)} verdicts of the judge are missing (see the "
+            f"report, such as: {why}); the same command asks for them again.",
             file=sys.stderr,
         )
     run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)
@@ -173,7 +175,9 @@ def told(summary: Summary) -> list[str]:
     for name, line in zip((values["metric"] for values in shown), lines_of(shown), strict=True):
         apart, verdict = rows[name].difference, rows[name].verdict
         interval = f"{apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]" if apart else ""
-        lines.append(f"{line}, difference {interval}: {verdict}" if apart else line)
+        n = rows[name].n_paired
+        of = f" over {n} pairs" if n < len(summary.after.responses) else ""
+        lines.append(f"{line}, difference {interval}{of}: {verdict}" if apart else line)
     return lines
 
 
@@ -281,8 +285,9 @@ def respond(
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
     ordered, n_rows = [prompts[i] for i in by_length], answering.batch_size
     written = generate_each(loaded.gpt, ordered, settings, max_rows=n_rows)
-    told = track(written, description=f"answering with {loaded.path.name}", total=len(items))
-    answers = {by_length[i]: text_of(loaded.tokenizer, ids).strip() for i, ids in told}
+    title, console = f"answering with {loaded.path.name}", Console(stderr=True)
+    shown = track(written, title, total=len(items), console=console)
+    answers = {by_length[i]: text_of(loaded.tokenizer, ids).strip() for i, ids in shown}
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(
@@ -318,7 +323,8 @@ def prompts_of(data: InstructionDataModule, answering: Answering, context: int) 
             f"{context} tokens to the prompts; lower it."
         )
     items = data.items(answering.split)
-    prompts = [encode_prompt(data.tokenizer, data.prompt_style, i["messages"]) for i in items]
+    with chat_template.on(LEARNED_ON):  # as the references were encoded
+        prompts = [encode_prompt(data.tokenizer, data.prompt_style, i["messages"]) for i in items]
     too_long = [ids for ids in prompts if len(ids) > room]
     for ids in too_long:
         del ids[surplus(len(ids), room, opening)]

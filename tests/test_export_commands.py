@@ -383,26 +383,6 @@ stages:
     assert load(exported).gpt.config == load(tiny.best("pretrain")).gpt.config
 
 
-def test_a_file_that_a_stage_wrote_is_missed(
-    tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]
-) -> None:
-    texts, output = write("in.csv", "text\nso glad\n"), tmp_path / "out.csv"
-    chain = write(
-        "chain.yaml",
-        f"""experiment: labels
-stages:
-  - name: labels
-    command: classify
-    set: {{ckpt: {tiny.best("spam")}, file: {texts}, output: {output}}}
-""",
-    )
-    for _ in range(2):
-        code, _, err = said("run", f"--config={chain}")
-        assert code == 0, err
-        assert "so glad" in output.read_text()
-        output.unlink()
-
-
 def test_a_table_of_a_stage_is_what_the_chain_made_last(
     tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]
 ) -> None:
@@ -428,6 +408,8 @@ stages:
         code, _, err = said("run", *words)
         assert code == 0, err
         assert f"so glad,{label}," in output.read_text()
+        if label == "spam":
+            output.unlink()  # it is missed
     assert "every stage is done already" in said("run", f"--config={chain}")[2]
     outcome = json.loads(max(tmp_path.glob("mlruns/labels/labels-*/outcome.json")).read_text())
     assert outcome["outputs"] == {"labels": str(output)}

@@ -30,6 +30,7 @@ from datamodules.sources import JSONL, parse_json, read_jsonl, read_rows, refuse
 from datamodules.step_data_module import StepDataModule, described, report
 
 # what others have in such an entry, and what would change what is learned
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
 _UNREAD = ("system", "history", "tools", "functions", "conversations")
 # the day that a template may write into what is learned: the same whenever a run goes on
 LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
@@ -60,7 +61,8 @@ class InstructionDataModule(StepDataModule):
     Args:
         source: what `sources.resolve` takes; every file a JSON list, .jsonl with an object a line,
             or a .parquet, .csv or .tsv table, of `instruction`, `input` (may be missing),
-            `output`, or of `messages`.
+            `output`; of `messages`; or as others have it: TRL's `prompt` and `completion`
+            (texts, or lists of messages), ShareGPT's `conversations`.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.
@@ -256,6 +258,7 @@ def _json_list(path: Path) -> list[Any]:
 def _item(index: int, entry: Any, place: str) -> Item:
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is a {type(entry).__name__}, not an object; correct it.")
+    entry = _as_here(entry, place)
     is_chat = entry.get("messages") is not None
     _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD, place)
     if is_chat:
@@ -280,6 +283,27 @@ def _item(index: int, entry: Any, place: str) -> Item:
         reference=reply["content"],
         messages=prompt,
     )
+
+
+def _as_here(entry: dict[str, Any], place: str) -> dict[str, Any]:
+    """An entry in a form of others, in one of those here."""
+    if {"prompt", "completion"} <= entry.keys() and not {"instruction", "messages"} & entry.keys():
+        others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
+        prompt, completion = entry["prompt"], entry["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return {"messages": prompt + completion, **others}
+        return {"instruction": prompt, "output": completion, **others}
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or {"instruction", "messages"} & entry.keys():
+        return entry
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"{place}: conversations[{i}] has no 'from' and 'value'; correct it.")
+        role = _SHAREGPT.get(turn["from"], turn["from"])
+        messages.append({"role": role, "content": turn["value"]})
+    others = {k: v for k, v in entry.items() if k != "conversations"}
+    return {"messages": messages, **others}
 
 
 def _transcript(prompt: list[Message]) -> str:

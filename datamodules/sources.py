@@ -106,7 +106,8 @@ def _missing(source: str, path: Path) -> str:
         return f"source {source!r} is a folder without files; give one that holds data."
     if glob.has_magic(str(path)):
         return f"source {source!r} matches no file; correct the pattern, or give a folder."
-    return f"source {source!r} does not exist; give a file, a folder or a glob."
+    place = "" if path.is_absolute() else f" in {Path.cwd()}"
+    return f"source {source!r} does not exist{place}; give a file, a folder or a glob."
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -108,7 +108,7 @@ class TextClassificationDataModule(StepDataModule):
         del self._keys
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
-            f"{len(naive[2])} test texts would be in training too, here none is."
+            f"its {len(naive[2])} test texts would be in training too, here none is."
         )
         if odd := self._contradictions():
             report(f"{len(odd)} texts stand there with different labels: {some(odd)}.")

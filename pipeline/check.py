@@ -116,7 +116,7 @@ class CheckCLI(PipelineCLI):
         if not trial.step_s:
             yield "time        not measured: no step could be timed"
         else:
-            training = sum(trial.step_s) / sum(trial.step_tokens) * n_tokens
+            training = trial.training_s(n_tokens)
             batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
             n_validations = self._n_validations(training)
             validation = n_validations * (n_val_batches * batch_s + trial.val_rest_s)
@@ -137,10 +137,16 @@ class CheckCLI(PipelineCLI):
     def _warnings(self, trial: Trial) -> Iterator[str]:
         data, counts = self.datamodule, self.datamodule.fingerprint["counts"]
         n_epochs = self._n_steps / len(trial.epoch.keys)
+        n_tokens = n_epochs * trial.epoch.n_tokens
         if not trial.fits:
             yield (
                 "warning: this needs more memory than there is; lower data.max_tokens, set "
                 "model.gradient_checkpointing, or take a smaller model"
+            )
+        if self.trainer.enable_validation and not self._n_validations(trial.training_s(n_tokens)):
+            yield (
+                "warning: the run ends before its first validation; lower "
+                "trainer.val_check_interval, or raise trainer.max_steps"
             )
         if n_epochs < 1:
             yield f"warning: the run ends after {n_epochs:.0%} of the data (trainer.max_steps)"

@@ -229,10 +229,15 @@ class Checkpoints(pl.Callback):
         self._background.wait()
         n_since = trainer.global_step - self.last_validated
         if n_since and trainer.enable_validation and trainer.is_global_zero:
+            last = self.path(trainer, trainer.global_step)
+            said = (
+                f"the last {n_since} steps were not validated, so the best checkpoint is without "
+                f"them; {last} has them"
+                if self.best
+                else f"nothing was validated, so {last} is handed over, as good as it may be"
+            )
             print(
-                f"warning: the last {n_since} steps were not validated, so the best checkpoint is "
-                f"without them; {self.path(trainer, trainer.global_step)} has them. "
-                "trainer.val_check_interval says when to validate.",
+                f"warning: {said}. trainer.val_check_interval says when to validate.",
                 file=sys.stderr,
             )
 

@@ -18,7 +18,7 @@ def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"]
     """Run a whole chain; stages that are done are skipped, a broken chain goes on where it stopped.
 
     Args:
-        config: YAML of the chain.
+        config: YAML of the chain; configs/run/quickstart.yaml says what stands in one.
         set: `stage.key=value` each, stronger than the chain's YAML.
         resume: auto takes up what there is; must insists on an interrupted run; never starts anew.
 

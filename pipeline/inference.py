@@ -104,7 +104,8 @@ def _check_system(loaded: Loaded, told: list[Message]) -> None:
 
 
 def _line(prompt: str) -> str:
-    print(prompt, end="", flush=True, file=sys.stderr)
+    if sys.stdin.isatty():
+        print(prompt, end="", flush=True, file=sys.stderr)
     return sys.stdin.readline().strip()
 
 

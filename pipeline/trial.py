@@ -121,6 +121,10 @@ class Trial(pl.Callback):
         """Whether the machine has the memory."""
         return max(self.needed_bytes, self.peak_bytes) <= self.total_bytes
 
+    def training_s(self, n_tokens: float) -> float:
+        """Seconds that training on so many tokens takes; 0 where no step was timed."""
+        return sum(self.step_s) / max(1, sum(self.step_tokens)) * n_tokens
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Counts memory; ends the run where there is too little."""
         self.start_s = time.time() - psutil.Process().create_time()

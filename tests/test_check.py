@@ -81,6 +81,7 @@ def test_validations_by_the_clock_are_foreseen(tiny: Journey) -> None:
     code, out, err = said("check", *pretraining(tiny), *words)
     assert code == 0, err
     assert "0 validations" in out
+    assert "warning: the run ends before its first validation" in out
 
 
 def test_what_a_killed_check_left_is_removed_by_the_next(tiny: Journey, tmp_path: Path) -> None:

@@ -274,10 +274,20 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         load(tmp_path / "empty")
 
 
-def test_a_run_is_no_checkpoint(tiny: Journey) -> None:
+def test_a_finished_run_stands_for_its_best_checkpoint(tiny: Journey) -> None:
     best = tiny.best("pretrain")
-    newest = max(best.parent.glob("step-*"))
-    for folder in (best.parent, best.parents[1]):
+    run = best.parents[1]
+    assert load(run).path == best
+    assert Tokenizer.load(tokenizer_of(run)).digest == load(best).tokenizer.digest
+    assert files.stem_of(run) == files.stem_of(best)
+
+
+def test_a_run_that_is_not_finished_is_no_checkpoint(tiny: Journey, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny.best("pretrain").parents[1], run)
+    (run / "outcome.json").unlink()
+    newest = max(run.glob("checkpoints/step-*"))
+    for folder in (newest.parent, run):
         message = f"{folder} is no checkpoint but holds some; give one, as {newest}."
         with pytest.raises(CheckpointError, match=re.escape(message)):
             load(folder)

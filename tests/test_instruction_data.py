@@ -183,6 +183,34 @@ def test_conversations_are_read_from_parquet(make: Make, tmp_path: Path) -> None
     assert module.fingerprint["digest"] == ready(make(conversations(20))).fingerprint["digest"]
 
 
+def test_forms_of_others_are_read(make: Make) -> None:
+    """TRL's two, and ShareGPT's."""
+    chats = conversations(20)
+    wanted = ready(make(chats)).fingerprint["digest"]
+    roles = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {
+            "conversations": [
+                {"from": roles.get(m["role"], m["role"]), "value": m["content"]}
+                for m in chat["messages"]
+            ]
+        }
+        for chat in chats
+    ]
+    lists = [{"prompt": c["messages"][:-1], "completion": c["messages"][-1:]} for c in chats]
+    assert ready(make(shared)).fingerprint["digest"] == wanted
+    assert ready(make(lists)).fingerprint["digest"] == wanted
+    said = [(f"Say {letter}.", f"I say {letter}.") for letter in "abcdefghijklmnopqrst"]
+    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in said]
+    ours = [{"instruction": prompt, "output": completion} for prompt, completion in said]
+    assert ready(make(pairs)).fingerprint["digest"] == ready(make(ours)).fingerprint["digest"]
+    shared[3]["conversations"][0].pop("value")
+    with pytest.raises(ValueError, match=r"entry 3: conversations\[0\] has no 'from' and 'value'"):
+        ready(make(shared))
+    with pytest.raises(ValueError, match="entry 0: 'output' is a list, not a text"):
+        ready(make([{"prompt": "Hi", "completion": []}] * 20))
+
+
 def test_a_bad_row_is_refused_by_its_number(make: Make) -> None:
     lines = ["instruction,output", "Say a.,a", "Say b.,"]
     with pytest.raises(ValueError, match=r"data.csv: row 2 has an empty assistant text"):

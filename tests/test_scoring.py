@@ -218,6 +218,12 @@ def test_one_pair_tells_nothing() -> None:
     assert {row.verdict for row in summarize(after, before=before, seed=0).rows} == {"unclear"}
 
 
+def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
+    before, after = (Scored(responses(*texts), []) for texts in (("no", "yes"), ("no", "yes")))
+    rows = summarize(after, before=before, seed=0).rows
+    assert {row.verdict for row in rows if row.difference} == {"equal"}
+
+
 def test_equal_questions_are_one_observation() -> None:
     texts = ["answer 0", "no"] * 10
     alike = [replace(r, instruction="Do it.", reference="answer 0") for r in responses(*texts)]

@@ -375,7 +375,7 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
     ("body", "status", "words"),
     [
         (b"", 400, "body"),
-        (b"{", 400, "JSON decode error"),
+        (b"{", 400, "body: no JSON from character 1 on (Expecting property name"),
         (b"[" * 100_000, 400, "error parsing the body"),
         (b'{"model": "tiny", "prompt": "%s"}' % (b"x" * 5_000_000), 413, "larger than 4194304"),
         (b'{"model": "tiny", "prompt": "\xff"}', 400, "error parsing the body"),

@@ -82,7 +82,7 @@ def test_variables_and_home_are_expanded(write: Write, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere.txt", r"'nowhere\.txt' does not exist; give a file"),
+        ("nowhere.txt", r"'nowhere\.txt' does not exist in /.*; give a file"),
         ("*.nothing", r"'\*\.nothing' matches no file; correct the pattern"),
         ("$NOT_SET_HERE/x", r"'\$NOT_SET_HERE/x' has an environment variable that is not set"),
         (".", r"'\.' is a folder without files"),

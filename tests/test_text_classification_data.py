@@ -170,7 +170,7 @@ def test_equal_texts_stay_on_one_side(
     assert not keys["val"] & keys["test"]
     n_leaked = module.fingerprint["counts"]["n_leaked_naive"]
     assert n_leaked > 0
-    assert f"with a naive split {n_leaked} of 16 test texts would be in training" in caplog.text
+    assert f"with a naive split {n_leaked} of its 16 test texts would be in training" in caplog.text
 
 
 def test_balancing_is_within_each_split(write: Write, make: Any) -> None:

@@ -315,3 +315,5 @@ def test_steps_after_the_last_validation_are_told_of(
     err = capsys.readouterr().err
     assert ("steps were not validated" in err) == bool(n_left)
     assert not n_left or f"the last {n_left} steps" in err
+    fit(language_model(), data, tmp_path / "none", max_steps=1, **options)
+    assert "nothing was validated, so " in capsys.readouterr().err

@@ -90,9 +90,11 @@ class Row:
     def verdict(self) -> str:
         """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN.
 
-        One pair has no interval that would tell.
+        One pair has no interval that would tell. `equal` where no item differs.
         """
         difference = self.difference
+        if difference and self.n_paired > 1 and difference.low == difference.high == 0:
+            return "equal"
         if difference is None or not (difference.low > 0 or difference.high < 0):
             return "unclear"
         if self.n_paired < 2:

@@ -190,6 +190,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     command = ["-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     os.execve(sys.executable, [sys.executable, *command], environment)  # it gets our signals
 
 

@@ -210,8 +210,8 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
-def _check_name(asked: str, name: str) -> None:
-    if asked != name:
+def _check_name(asked: str | None, name: str) -> None:
+    if asked not in (None, name):
         raise HTTPException(404, f"model {asked!r} is not here; the model is {name!r}.")
 
 
@@ -242,7 +242,9 @@ def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][1:]) or "body"
     said = first["msg"]
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "json_invalid":
+        key, said = "body", f"no JSON from character {key} on ({first['ctx']['error']})"
+    elif first["type"] == "extra_forbidden":
         said = "this server does not offer it; leave it out"
     elif key == "body" and not request.headers.get("Content-Type", "").startswith(JSON):
         said = f"it is not sent as {JSON}; say so in the header Content-Type"

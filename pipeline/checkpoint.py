@@ -41,7 +41,7 @@ MANIFEST, META, WEIGHTS, TRAINING = "manifest.json", "meta.json", "model.safeten
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
-_OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise
 _STEP = r"step-\d{8,}"
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
@@ -101,7 +101,7 @@ def writing_directory(path: Path) -> Iterator[Path]:
         there = next(parent for parent in path.parents if parent.exists())
         free_mib = shutil.disk_usage(there).free / 2**20
         reason = str(error).partition("\n")[0]
-        is_full = not isinstance(error, OSError) or error.errno in _OF_A_FULL_DISK
+        is_full = getattr(error, "errno", None) in _OF_A_FULL_DISK
         remedy = "Make room" if is_full else "Correct that"
         raise CheckpointNotWritten(
             f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "

@@ -32,7 +32,7 @@ def print_continuation(
     *,
     precision: Precision,
     is_message: bool,
-    system: str,
+    system: str = "",
     **sampling: Any,
 ) -> None:
     """Writes the continuation of a prompt to stdout as it is made, and nothing else.

@@ -46,7 +46,16 @@ def n_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize(("adapters", "precision"), [(False, "32-true"), (True, "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("adapters", "precision"),
+    [
+        (False, "32-true"),
+        (True, "32-true"),
+        pytest.param(
+            True, "bf16-mixed", marks=pytest.mark.slow
+        ),  # emulated, it takes half a minute
+    ],
+)
 def test_losses_are_those_of_separate_operations(
     adapters: bool, precision: str, tiny: Journey, tmp_path: Path
 ) -> None:

@@ -84,19 +84,19 @@ def test_evaluations_end_with_their_bar(tiny: Journey) -> None:
 
 def test_a_test_is_beside_its_baseline(tiny: Journey, own_home: Path) -> None:
     words = [f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"]
-    _, _, err = said("test", *words)
+    _, out, err = said("test", *words)
     score = r"[+-]?\d\.\d{3}"
     interval = rf"{score} \[{score}, {score}\]"
     line = (
         rf"^test accuracy: {interval}; TF-IDF \+ logistic regression {interval}; "
         rf"difference {interval}$"
     )
-    assert re.search(line, err, re.MULTILINE), err
+    assert re.search(line, out, re.MULTILINE), err
     metrics = outcome_of(own_home)["metrics"]
     low, high = metrics["test/accuracy_low"], metrics["test/accuracy_high"]
-    assert f"test accuracy: {metrics['test/accuracy']:.3f} [{low:.3f}, {high:.3f}]; TF-IDF" in err
-    assert f"regression {metrics['baseline/tfidf_accuracy']:.3f} [" in err
-    assert f"difference {metrics['test/accuracy_minus_tfidf']:+.3f} [" in err
+    assert f"test accuracy: {metrics['test/accuracy']:.3f} [{low:.3f}, {high:.3f}]; TF-IDF" in out
+    assert f"regression {metrics['baseline/tfidf_accuracy']:.3f} [" in out
+    assert f"difference {metrics['test/accuracy_minus_tfidf']:+.3f} [" in out
 
 
 def test_what_is_stopped_says_how_far_it_came(

@@ -170,7 +170,7 @@ def test_responses_as_they_are_made(
     said = " the 𝟘 ﷽x "
 
     def printed(prompt: list[int], response: list[int]) -> list[str]:
-        monkeypatch.setattr(inference, "stream", lambda *_: iter([[i] for i in response]))
+        monkeypatch.setattr(inference, "_new_tokens", lambda *_: iter(response))
         return list(inference.pieces(model, prompt, Sampling(max_new_tokens=1)))
 
     prompt = llama2.bos_ids + llama2.encode("Once")

@@ -123,6 +123,9 @@ def equal_after_stops(case: Case, journey: Journey, folder: Path, n_stops: int |
         step = int(path.name.removeprefix("step-"))
         copies, again = folder / f"copies-{stop}", folder / f"again-{stop}"
         callbacks = [KeepAll(copies)]
+        for kept in files.steps_in(folder / "whole" / "checkpoints"):  # the best so far among them
+            if kept.name <= path.name:
+                shutil.copytree(kept, again / "checkpoints" / kept.name)
         _, tail, end = train(case, journey, again, ckpt_path=path, callbacks=callbacks)
         assert tail.sample_ids == whole.sample_ids[step:], f"{path.name}: other samples"
         assert tail.losses == whole.losses[step:], f"{path.name}: other losses"

@@ -395,6 +395,9 @@ stages:
   - name: labels
     command: classify
     set: {{ckpt: {tiny.best("spam")}, file: {texts}, output: {output}, threshold: 0.999999}}
+  - name: one  # which keeps no run of its own
+    command: classify
+    set: {{ckpt: {tiny.best("spam")}, text: so glad}}
 """,
     )
     output.write_text("somebody's")

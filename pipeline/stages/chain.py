@@ -28,7 +28,7 @@ from pipeline.runs.reuse import Outcome, code_digest, find_run, still_holds
 from pipeline.runs.run_directory import Run, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.runs.tracking import Replica
-from pipeline.stages.chain_config import STAGE_COMMANDS, Chain, Stage, load_chain
+from pipeline.stages.chain_config import Chain, Stage, load_chain
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
 PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
@@ -122,8 +122,10 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
     for stage in (stage for stage in stages if stage.command == "classify"):
         from pipeline.stages.classify_stage import check_new
 
+        output = stage.options().get("output")
         try:
-            check_new(Path(str(stage.options().get("output", ""))), folder)
+            if output is not None:
+                check_new(Path(str(output)), folder)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from error
 
@@ -260,7 +262,7 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
 
 def _outcome(run: StageRun, parent: Run) -> Outcome | None:
     """What a stage left behind; commands that keep no run get an empty one."""
-    if not STAGE_COMMANDS[run.stage.command].outputs and not (run.path / JOURNAL).exists():
+    if not (run.path / JOURNAL).exists():
         Run.open(run.path, parent=parent.path, command=run.stage.command).finish({}, {}, {})
     return read_outcome(run.path)
 

@@ -287,20 +287,22 @@ def _item(index: int, entry: Any, place: str) -> Item:
 
 def _as_here(entry: dict[str, Any], place: str) -> dict[str, Any]:
     """An entry in a form of others, in one of those here."""
-    if {"prompt", "completion"} <= entry.keys() and not {"instruction", "messages"} & entry.keys():
+    given = {key for key, value in entry.items() if value is not None}
+    is_ours = bool({"instruction", "messages"} & given)
+    if {"prompt", "completion"} <= given and not is_ours:
         others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
         prompt, completion = entry["prompt"], entry["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             return {"messages": prompt + completion, **others}
         return {"instruction": prompt, "output": completion, **others}
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or {"instruction", "messages"} & entry.keys():
+    if not isinstance(turns, list) or is_ours:
         return entry
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"{place}: conversations[{i}] has no 'from' and 'value'; correct it.")
-        role = _SHAREGPT.get(turn["from"], turn["from"])
+        role = _SHAREGPT.get(str(turn["from"]), turn["from"])
         messages.append({"role": role, "content": turn["value"]})
     others = {k: v for k, v in entry.items() if k != "conversations"}
     return {"messages": messages, **others}

@@ -57,4 +57,4 @@ def check_new(output: Path, folder: Path | None = None) -> None:
 def _was_made(output: Path, folder: Path) -> bool:
     found = [read_outcome(path.parent) for path in folder.glob(f"*/{OUTCOME}")]
     made = [o for o in found if o and o["outputs"].get(LABELS) == str(output.resolve())]
-    return sha256(output) in [outcome["digests"][LABELS] for outcome in made]
+    return any(outcome["digests"][LABELS] == sha256(output) for outcome in made)

@@ -59,10 +59,10 @@ class InstructionDataModule(StepDataModule):
     stands before: the start of the prompt says what is asked, its end opens the response.
 
     Args:
-        source: what `sources.resolve` takes; every file a JSON list, .jsonl with an object a line,
-            or a .parquet, .csv or .tsv table, of `instruction`, `input` (may be missing),
-            `output`; of `messages`; or as others have it: TRL's `prompt` and `completion`
-            (texts, or lists of messages), ShareGPT's `conversations`.
+        source: a file, folder or glob, or bundled:instructions; every file a JSON list, .jsonl
+            with an object a line, or a .parquet, .csv or .tsv table, of `instruction`, `input` (may
+            be missing), `output`; of `messages`; or as others have it: TRL's `prompt` and
+            `completion` (texts, or lists of messages), ShareGPT's `conversations`.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.

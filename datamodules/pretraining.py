@@ -50,15 +50,14 @@ class Blocks(Dataset[Sample]):
 
 
 class PretrainingDataModule(StepDataModule):
-    """Text from files, folders, globs, tables (.jsonl, .parquet, .csv, .tsv) or
-    `bundled:python-docs`.
+    """Plain text; some documents are held out, or where they are few the end of each.
 
-    Documents are cleaned, deduplicated and joined by `<|endoftext|>`. Some of them are held out
-    (the end of the text, where they are few), whatever the seed. There is no third split: test is
-    validation again.
+    Documents are cleaned, deduplicated and joined by `<|endoftext|>`. Which ones are held out does
+    not depend on the seed. There is no third split: test is validation again.
 
     Args:
-        source: one source or several, see `datamodules.sources.resolve`.
+        source: one or several files, folders or globs of texts and of tables (.jsonl, .parquet,
+            .csv, .tsv), or bundled:python-docs; see `datamodules.sources.resolve`.
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
         block_size: tokens a sample.
         val_fraction: share of the text that is held out, above 0 and below 1.

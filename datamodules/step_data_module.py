@@ -29,7 +29,8 @@ class StepDataModule(pl.LightningDataModule):
     A subclass makes `train_set`, `val_set`, `test_set` and `fingerprint`.
 
     Args:
-        tokenizer: what `Tokenizer.load` takes.
+        tokenizer: a name (gpt2), a file of `tokenizer train`, or a checkpoint; null: that of
+            model.init_from.
         batch_size: samples an optimizer step, over all ranks.
         max_tokens: padded tokens a micro-batch; memory, not learning.
         seed: random seed of the order of training samples, or of where blocks begin.

@@ -26,7 +26,8 @@ class TextClassificationDataModule(StepDataModule):
     is stratified by label. A text longer than `max_length` loses its end, and is counted.
 
     Args:
-        source: what `sources.resolve` takes; every file a .csv, .tsv, .jsonl or .parquet table.
+        source: a file, folder or glob, bundled:sms, or download:sms-spam; every file a .csv, .tsv,
+            .jsonl or .parquet table.
         text_column: column of the texts.
         label_column: column of the labels.
         label_names: the labels as they stand in the table; their order gives the class indices.

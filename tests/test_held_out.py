@@ -172,9 +172,10 @@ def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Pat
     interval = r"[-+]\d+\.\d\d \[[-+]\d+\.\d\d, [-+]\d+\.\d\d\]: (better|equal|unclear|worse)"
     line = rf"^chrf: \d+\.\d{{4}} -> \d+\.\d{{4}}, difference {interval}$"
     assert re.search(line, out, re.MULTILINE)
-    assert re.search(r"^\d answers, 95 % intervals$", out, re.MULTILINE)
-    _, _, again = score(tiny, *words)
+    assert re.search(r"^2 answers, 95 % intervals; empty: 2 after$", out, re.MULTILINE)
+    _, out_again, again = score(tiny, *words)
     assert "already finished" in again
+    assert out_again == out
     assert again.splitlines()[-1] == first.splitlines()[-1]
     assert Path(first.splitlines()[-1].removeprefix("report: ")).is_file()
     entries[0]["output"] = "corrected"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.resume import check_held_out
 from pipeline.runs.identity import decisive
-from pipeline.runs.run_directory import Run, lines_of
+from pipeline.runs.run_directory import Run, lines_of, read_outcome
 from pipeline.runs.stage_run import mlruns_root, run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
@@ -97,6 +98,7 @@ def score_stage(
         judge=judge,
     )
     report = run_once("score", stem, deciding, options, make, "report")
+    print(*told(report.parent), sep="\n")
     print(f"report: {report}", file=sys.stderr)
 
 
@@ -132,7 +134,6 @@ def _score(
         seed=BOOTSTRAP_SEED,
     )
     _record(run, summary, after, lineage, sources)
-    print(*told(summary), sep="\n")
 
 
 def _record(
@@ -168,16 +169,24 @@ def _record(
     run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)
 
 
-def told(summary: Summary) -> list[str]:
-    """Measures for people: before and after, and the difference with its 95 % interval."""
-    rows, shown = {row.measure: row for row in summary.rows}, headline(summary.metrics())
-    lines = [f"{len(summary.after.responses)} answers, 95 % intervals"]
-    for name, line in zip((values["metric"] for values in shown), lines_of(shown), strict=True):
-        apart, verdict = rows[name].difference, rows[name].verdict
-        interval = f"{apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]" if apart else ""
-        n = rows[name].n_paired
-        of = f" over {n} pairs" if n < len(summary.after.responses) else ""
-        lines.append(f"{line}, difference {interval}{of}: {verdict}" if apart else line)
+def told(directory: Path) -> list[str]:
+    """Measures of a finished run for people: before and after, the difference with its interval."""
+    summary = json.loads((directory / "summary.json").read_text("utf-8"))
+    outcome, n_items = read_outcome(directory), summary["n_items"]
+    assert outcome is not None
+    sides = [side for side in ("before", "after") if summary[f"n_empty_{side}"]]
+    empty = ", ".join(f"{summary[f'n_empty_{side}']} {side}" for side in sides)
+    lines = [f"{n_items} answers, 95 % intervals" + (f"; empty: {empty}" if empty else "")]
+    shown = outcome["headline"]
+    for values, line in zip(shown, lines_of(shown), strict=True):
+        row = summary["measures"][values["metric"]]
+        apart, n_paired = row["difference"], row["n_paired"]
+        if apart is None or None in apart.values():  # what is not finite is null there
+            lines.append(line)
+            continue
+        of = f" over {n_paired} pairs" if n_paired < n_items else ""
+        interval = "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**apart)
+        lines.append(f"{line}, difference {interval}{of}: {row['verdict']}")
     return lines
 
 

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -48,24 +48,13 @@ from pipeline.runs.reuse import find_run, still_holds
 from pipeline.runs.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
+from pipeline.trainer_options import check_trainer, stop_before_saving
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
-
-# options of Lightning's trainer: as they are without effect, and what to use instead
-NOT_HERE = (
-    (
-        "accumulate_grad_batches",
-        (1,),
-        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
-    ),
-    ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
-    ("overfit_batches", (0,), "steps are drawn anew every epoch: give a data.source of few rows."),
-    ("reload_dataloaders_every_n_epochs", (0,), "data stay as they are; leave it out."),
-)
 
 
 @dataclass(frozen=True)
@@ -150,21 +139,7 @@ class PipelineCLI(LightningCLI):
             data.tokenizer = tokenizer_of(model.init_from)
         elif data.tokenizer in PACKAGED or is_foreign(Path(data.tokenizer)):
             data.tokenizer = tokenizer_of(data.tokenizer)
-        for key, usual, remedy in NOT_HERE:
-            if stage.trainer[key] not in usual:
-                raise ValueError(f"trainer.{key} is {stage.trainer[key]}; {remedy}")
-        if stage.trainer.val_check_interval == 0:
-            raise ValueError(
-                "trainer.val_check_interval is 0; give the steps between validations, or to have "
-                "none trainer.limit_val_batches: 0."
-            )
-        limit = stage.trainer.limit_test_batches  # 1 is a batch, 1.0 is all
-        is_all = limit is None or (limit == 1 and not isinstance(limit, int))
-        if self.subcommand == "test" and not is_all:
-            raise ValueError(
-                f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it "
-                "out."
-            )
+        check_trainer(stage.trainer, is_test=self.subcommand == "test")
 
     def instantiate_classes(self) -> None:
         """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
@@ -354,18 +329,6 @@ def hand_over(path: Path) -> None:
     for name in ("best", "predictions"):
         if outcome and name in outcome["outputs"]:
             print(outcome["outputs"][name])
-
-
-def stop_before_saving(callbacks: Sequence[pl.Callback]) -> None:
-    """Has early stopping judge a validation before its checkpoint is written, which keeps that."""
-    for callback in callbacks:
-        if isinstance(callback, EarlyStopping):
-            if callback._check_on_train_epoch_end:
-                raise ValueError(
-                    "EarlyStopping.check_on_train_epoch_end is true; a resumed run would not know "
-                    "what was seen there: leave it out."
-                )
-            callback._check_on_train_epoch_end = False
 
 
 def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:

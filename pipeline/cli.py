@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,14 @@ from pipeline.reports import (
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import find_run, still_holds
-from pipeline.runs.run_directory import AlreadyFinished, Run, check_name, lines_of, read_outcome
+from pipeline.runs.run_directory import (
+    CONFIG,
+    AlreadyFinished,
+    Run,
+    check_name,
+    lines_of,
+    read_outcome,
+)
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.trainer_options import check_trainer, stop_before_saving
@@ -113,7 +121,7 @@ class PipelineCLI(LightningCLI):
         """Takes the words that it is given, whatever those of the process are."""
         if len(args) == 1:
             raise ValueError("options stand in a YAML; give one: -c configs/pretrain.yaml, say.")
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args if self.name == "fit" else with_options_of_fit(args))
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints never override the command line."""
@@ -321,6 +329,29 @@ class PipelineCLI(LightningCLI):
             print(line, file=stream)
         print(f"finished: {run.path}", file=sys.stderr)
         hand_over(run.path)
+
+
+def with_options_of_fit(words: Sequence[str]) -> list[str]:
+    """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
+
+    Raises:
+        ValueError: it does not lie with such a run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path", type=Path)
+    given = parser.parse_known_args(words)[0]
+    if given.config or not given.ckpt_path:
+        return list(words)
+    is_inside = given.ckpt_path.parent.name == CHECKPOINTS
+    config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
+    if not config.is_file():
+        raise ValueError(
+            f"ckpt_path {given.ckpt_path} is in no run, whose {CONFIG} would say the options; give "
+            "them: -c configs/spam.yaml, say."
+        )
+    print(f"options: {config}", file=sys.stderr)
+    return [words[0], f"--config={config}", *words[1:]]
 
 
 def hand_over(path: Path) -> None:

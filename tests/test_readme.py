@@ -33,7 +33,7 @@ SMALLER = {
     "check -c configs/pretrain.yaml": [*TINY, *PLAIN, "--data.source=prose"],
     "fit -c configs/spam.yaml": [*SHORT, *PLAIN],
     "fit -c configs/instruct.yaml": [*SHORT, *PLAIN],
-    "test -c configs/spam.yaml": PLAIN,
+    "test": [],
     "score": ["--max_new_tokens=4"],
     "generate": ["--max_new_tokens=4"],
     "chat": ["--max_new_tokens=4"],

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -470,13 +471,16 @@ def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.Monke
 
 def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tiny.folder / "validations"))
-    code, _, err = said(
-        "validate", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--ckpt_path={tiny.best('spam')}"
-    )
+    best = tiny.best("spam")
+    code, _, err = said("validate", f"--ckpt_path={best}")
     assert code == 0, err
+    assert f"options: {best.parents[1] / 'config.yaml'}" in err
     outcome = json.loads(next((tiny.folder / "validations").glob("*/*/outcome.json")).read_text())
     ours = tiny.outcomes["spam"]["metrics"]["val/loss"]
     assert outcome["metrics"]["val/loss"] == pytest.approx(ours, abs=1e-5)  # merged adapters
+    assert said("validate", f"--ckpt_path={best.parents[1]}")[2].count("options: ") == 1
+    shutil.copytree(best, tiny.folder / "elsewhere")
+    assert "is in no run" in said("test", f"--ckpt_path={tiny.folder / 'elsewhere'}")[2]
 
 
 def test_base_bits_are_unchanged_by_adapters(tiny: Journey) -> None:

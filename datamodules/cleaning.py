@@ -35,21 +35,18 @@ Sketch = NDArray[np.uint32]  # hashes in their order
 
 
 def cleaned(
-    documents: Iterable[str], *, near_duplicates: float | None, counts: Counter[str]
+    documents: Iterable[str], *, duplicates: Duplicates, counts: Counter[str]
 ) -> Iterator[str]:
     """Documents that are worth learning from, in order.
 
     Args:
-        documents: consumed once, streamed. The index of near-duplicates keeps about 4 kB of memory
-            a document, that of exact ones about 0.1 kB.
-        near_duplicates: a document is dropped if its estimated Jaccard similarity (of 8-byte
-            shingles, ignoring case and white space) with an earlier one reaches this; null: never.
+        documents: consumed once, streamed.
+        duplicates: what was there before; those that repeat it are dropped.
         counts: filled in as the documents pass: documents `read`, dropped as `empty`,
             `exact_duplicates` or `near_duplicates`, and kept but `mojibake_repaired`; e-books that
             are kept but `gutenberg_stripped`, of which a document may hold many.
     """
     counts.update(dict.fromkeys(COUNTS, 0))
-    duplicates = Duplicates(near_duplicates)
     for document in documents:
         counts["read"] += 1
         text = document.replace("\r\n", "\n").replace("\r", "\n")
@@ -93,8 +90,11 @@ def strip_gutenberg(text: str) -> tuple[str, int]:
 class Duplicates:
     """Remembers texts, and tells whether a new one was there before.
 
+    The index of near-duplicates keeps about 4 kB of memory a text, that of exact ones 0.1 kB.
+
     Args:
-        threshold: Jaccard similarity in (0, 1] from which texts are near-duplicates; None: never.
+        threshold: estimated Jaccard similarity (of 8-byte shingles, ignoring case and white space)
+            in (0, 1] from which texts are near-duplicates; None: never.
     """
 
     def __init__(self, threshold: float | None) -> None:

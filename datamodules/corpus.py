@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from datamodules.cleaning import cleaned
+from datamodules.cleaning import Duplicates, cleaned
 from datamodules.documents import documents
 from datamodules.files import cache_dir, digest, remembered_sha256
 from datamodules.sources import source_digests
@@ -30,6 +30,7 @@ from datamodules.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one past the last
+Part = tuple[Iterable[str], float]  # documents, and what share of them to hold out
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
 _SCHEMA = 3  # raise it when the same sources and options give other tokens
@@ -44,9 +45,9 @@ class Corpus:
 
     Attributes:
         key: digest of everything that decides the tokens.
-        facts: `split` (document or tail), `dtype`, `documents` (counts of the cleaning and of each
-            split), and `tokens`, `bytes` and `sha256` of each split. Bytes are those of the text in
-            UTF-8; `<|endoftext|>` between two documents is a token and counts as one byte.
+        facts: `split` (document, tail or apart), `dtype`, `documents` (counts of the cleaning and
+            of each split), and `tokens`, `bytes` and `sha256` of each split. Bytes are those of the
+            text in UTF-8; `<|endoftext|>` between two documents is a token and counts as one byte.
     """
 
     key: str
@@ -79,10 +80,13 @@ def prepare(
     tokenizer: Tokenizer,
     near_duplicates: float | None,
     val_fraction: float,
+    val_sources: Sequence[str] = (),
 ) -> Corpus:
     """The corpus of these sources and options: from the cache, or made now and cached.
 
-    Processes that ask for the same corpus at once wait for the one that makes it.
+    What lies in `val_sources` is held out, and what repeats it is not learned from; without them a
+    share of the sources is held out. Processes that ask for the same corpus at once wait for the
+    one that makes it.
 
     Raises:
         FileNotFoundError, ValueError: as `documents` does, and if nothing is left to learn from.
@@ -93,18 +97,24 @@ def prepare(
         "text_column": text_column,
         "tokenizer": tokenizer.digest,
         "near_duplicates": near_duplicates,
-        "val_fraction": val_fraction,
+        **(
+            {"val_sources": _content_digests(val_sources)}
+            if val_sources
+            else {"val_fraction": val_fraction}
+        ),
     }
     key = hashlib.sha256(json.dumps(form).encode()).hexdigest()
     folder = cache_dir() / "corpora" / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not _is_whole(folder):
-            counts: Counter[str] = Counter()
-            texts = cleaned(
-                documents(sources, text_column), near_duplicates=near_duplicates, counts=counts
+            counts, duplicates = Counter[str](), Duplicates(near_duplicates)
+            apart, texts = (
+                cleaned(documents(names, text_column), duplicates=duplicates, counts=counts)
+                for names in (val_sources, sources)
             )
-            _make(folder, texts, counts, tokenizer, val_fraction)
+            parts = [(apart, 1.0), (texts, 0.0)] if val_sources else [(texts, val_fraction)]
+            _make(folder, parts, counts, tokenizer)
         return Corpus(key, folder, json.loads((folder / "corpus.json").read_text()))
 
 
@@ -145,27 +155,22 @@ def _damaged(folder: Path) -> Path | None:
     return None
 
 
-def _make(
-    folder: Path,
-    texts: Iterable[str],
-    counts: Counter[str],
-    tokenizer: Tokenizer,
-    val_fraction: float,
-) -> None:
+def _make(folder: Path, parts: Sequence[Part], counts: Counter[str], tokenizer: Tokenizer) -> None:
     temporary = folder.with_suffix(".tmp")  # under the lock: what is there is left from a kill
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
     whole = temporary / "whole.bin"
-    ends, held_out = _tokenise(whole, texts, tokenizer, dtype, val_fraction)
+    ends, held_out = _tokenise(whole, parts, tokenizer, dtype)
     if not ends or not ends[-1]:
         raise ValueError(
             f"data.source holds no text: {counts['read']} documents, all empty; give some text."
         )
     tokens = np.memmap(whole, dtype, mode="r")
-    facts: dict[str, Any] = {"dtype": dtype, "split": "document"}
+    facts: dict[str, Any] = {"dtype": dtype, "split": "document" if len(parts) == 1 else "apart"}
     ranges = _documents(ends, held_out)
-    if len(ranges["val"]) < _MIN_HELD_OUT_DOCUMENTS:
+    if len(parts) == 1 and len(ranges["val"]) < _MIN_HELD_OUT_DOCUMENTS:
+        ((_, val_fraction),) = parts
         facts["split"], ranges = "tail", _tails(tokens, ends, tokenizer, val_fraction)
     written = {
         split: _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
@@ -182,7 +187,7 @@ def _make(
 
 
 def _tokenise(
-    path: Path, texts: Iterable[str], tokenizer: Tokenizer, dtype: str, val_fraction: float
+    path: Path, parts: Iterable[Part], tokenizer: Tokenizer, dtype: str
 ) -> tuple[array[int], bytearray]:
     """Writes all documents one after the other; where each ends, and whether it is to be held out.
 
@@ -190,12 +195,13 @@ def _tokenise(
     """
     ends, held_out = array("q"), bytearray()
     with path.open("wb") as file:
-        for text in texts:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            held_out.append(int.from_bytes(digest, "big") < val_fraction * 2**64)
-            ids = np.array(tokenizer.encode(text), dtype)
-            file.write(ids.data)
-            ends.append((ends[-1] if ends else 0) + len(ids))
+        for texts, val_fraction in parts:
+            for text in texts:
+                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                held_out.append(int.from_bytes(digest, "big") < val_fraction * 2**64)
+                ids = np.array(tokenizer.encode(text), dtype)
+                file.write(ids.data)
+                ends.append((ends[-1] if ends else 0) + len(ids))
     return ends, held_out
 
 

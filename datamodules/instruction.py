@@ -10,9 +10,9 @@ from typing import Any, TypedDict, get_args
 
 import torch
 
-from datamodules import chat_template, splits
+from datamodules import apart, chat_template, splits
 from datamodules.batching import Sample, SampleList, digest_of
-from datamodules.files import decode, file_digests
+from datamodules.files import decode
 from datamodules.prompts import (
     IGNORE,
     Message,
@@ -26,7 +26,7 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import JSONL, parse_json, read_jsonl, read_rows, refused_together, resolve
+from datamodules.sources import JSONL, parse_json, read_jsonl, read_rows, refused_together
 from datamodules.step_data_module import StepDataModule, described, report
 
 # what others have in such an entry, and what would change what is learned
@@ -62,12 +62,16 @@ class InstructionDataModule(StepDataModule):
         source: a file, folder or glob, or bundled:instructions; every file a JSON list, .jsonl
             with an object a line, or a .parquet, .csv or .tsv table, of `instruction`, `input` (may
             be missing), `output`; of `messages`; or as others have it: TRL's `prompt` and
-            `completion` (texts, or lists of messages), ShareGPT's `conversations`.
+            `completion` (texts, or lists of messages), ShareGPT's `conversations`. null to
+            train on nothing, and answer all of test_source.
+        val_source: files of the validation set alone, likewise; null: a share of source.
+        test_source: files of the test set alone; what asks what it asks is left out of the others.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.
-        train_fraction: share of entries to train on.
-        val_fraction: share of entries to validate on.
+        train_fraction: share of source's entries to train on.
+        val_fraction: share of them to validate on. Where a set has a source of its own, the others
+            divide all of these entries in proportion to their shares.
         shuffle_split: split at random; otherwise in file order.
         split_seed: random seed of the split, where it is shuffled.
         **options: those of `StepDataModule`.
@@ -80,7 +84,7 @@ class InstructionDataModule(StepDataModule):
     def __init__(
         self,
         *,
-        source: str,
+        source: str | None,
         prompt_style: str,
         supervise: Supervise,
         max_length: int,
@@ -88,6 +92,8 @@ class InstructionDataModule(StepDataModule):
         val_fraction: float,
         shuffle_split: bool,
         split_seed: int,
+        val_source: str | None = None,
+        test_source: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -97,15 +103,18 @@ class InstructionDataModule(StepDataModule):
             raise ValueError(f"data.supervise is {supervise!r}; choose response or all.")
         if max_length < 2:
             raise ValueError(f"data.max_length is {max_length}; give at least 2 tokens.")
+        if source is None and test_source is None:
+            raise ValueError("data.source is null, and so is data.test_source; give one of them.")
         self.source, self.max_length = source, max_length
         self.prompt_style, self.supervise = prompt_style, supervise
         self.train_fraction, self.val_fraction = train_fraction, val_fraction
         self.shuffle_split, self.split_seed = shuffle_split, split_seed
+        self.val_source, self.test_source = val_source, test_source
         self._items: list[Item] = []
 
     def prepare_data(self) -> None:
         """Downloads, on one process."""
-        resolve(self.source)
+        apart.Files.of(self.source, self.val_source, self.test_source)
 
     def check(self) -> None:
         """Refuses a tokenizer without the template that is asked for, too."""
@@ -113,20 +122,22 @@ class InstructionDataModule(StepDataModule):
 
     def read(self) -> None:
         """Reads and splits the entries."""
-        self._paths = resolve(self.source)
-        entries = [entry for path in self._paths for entry in _entries(path)]
+        self._files = apart.Files.of(self.source, self.val_source, self.test_source)
+        entries, self._own = self._files.read(_entries)
         items: list[Item] = []
         with refused_together() as row:
             for place, entry in entries:
                 with row(place):
                     items.append(_item(len(items), entry, place))
         self._items, self._places = items, [place for place, _ in entries]
-        self._rows, self._n_leaked_naive = self._split(items)
+        self._split(items)
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes the entries; there is nothing to do a second time."""
         if hasattr(self, "fingerprint"):
             return
+        if self.source is None and stage == "fit":
+            raise ValueError("data.source is null, there is nothing to train on; give entries.")
         self.check()
         self.read()
         samples, n_cut = self._encode()
@@ -138,15 +149,14 @@ class InstructionDataModule(StepDataModule):
             "n_cut": n_cut,
             "n_leaked_naive": self._n_leaked_naive,
         }
-        self.fingerprint = {
-            "digest": digest_of(sets),
-            "counts": counts,
-            "sources": file_digests(self._paths),
-        }
+        if self._n_repeated:
+            counts["n_repeated"] = self._n_repeated
+            report(apart.left_out(self._n_repeated))
+        self.fingerprint = {"digest": digest_of(sets), "counts": counts, **self._files.facts()}
         del self._places
         report(
-            f"{self.source}: {described(counts)}; with a naive split {self._n_leaked_naive} test "
-            "prompts would be in training too, here none is."
+            f"{self.source or self.test_source}: {described(counts)}; with a naive split "
+            f"{self._n_leaked_naive} test prompts would be in training too, here none is."
         )
         if n_cut:
             report(
@@ -165,22 +175,26 @@ class InstructionDataModule(StepDataModule):
             "stop_ids": stop_ids(self.tokenizer, self.prompt_style),
         }
 
-    def _split(self, items: list[Item]) -> tuple[dict[str, splits.Positions], int]:
-        """Positions of each split, and how many test prompts a naive split would have leaked."""
+    def _split(self, items: list[Item]) -> None:
+        """Decides what is in each split, and counts what a naive one would have leaked."""
         keys = [_question_key(item) for item in items]
-        test_fraction = 1 - self.train_fraction - self.val_fraction
+        shared = keys[: len(self._own["train"])]
+        named = apart.named(self.val_source, self.test_source)
+        of_source = apart.shares(self.train_fraction, self.val_fraction, named)
         order = ("train", "test", "val")  # the book's
-        fractions = (self.train_fraction, test_fraction, self.val_fraction)
+        fractions = [of_source[split] for split in order]
         if self.shuffle_split:
-            parts = splits.split_groups(keys, fractions, self.split_seed)
+            parts = splits.split_groups(shared, fractions, self.split_seed)
         else:
-            parts = splits.split_in_order(keys, fractions)
+            parts = splits.split_in_order(shared, fractions)
         rows = dict(zip(order, parts, strict=True))
-        splits.refuse_empty(rows)
+        self._rows, self._n_repeated = apart.keep(rows, self._own, keys)
+        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]})
         naive_seed = self.split_seed if self.shuffle_split else None
-        train, test, _ = splits.naive_split(len(keys), fractions, naive_seed)
-        n_leaked_naive = splits.count_leaked(keys, train, test)
-        return {split: rows[split] for split in splits.SPLITS}, n_leaked_naive
+        train, test, _ = splits.naive_split(len(shared), fractions, naive_seed)
+        self._n_leaked_naive = splits.count_leaked(
+            keys, train, self._own["test"] if "test" in named else test
+        )
 
     def _encode(self) -> tuple[list[Sample], int]:
         """A sample for each item, and how many of them were cut."""

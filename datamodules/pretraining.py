@@ -61,6 +61,7 @@ class PretrainingDataModule(StepDataModule):
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
         block_size: tokens a sample.
         val_fraction: share of the text that is held out, above 0 and below 1.
+        val_source: texts to hold out instead, likewise; what repeats them is not learned from.
         near_duplicates: Jaccard similarity from which a document is dropped; null: keep all.
         **options: those of `StepDataModule`.
     """
@@ -75,6 +76,7 @@ class PretrainingDataModule(StepDataModule):
         block_size: int,
         val_fraction: float,
         near_duplicates: float | None,
+        val_source: str | list[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -95,6 +97,7 @@ class PretrainingDataModule(StepDataModule):
         self.sources = [source] if isinstance(source, str) else source
         if not self.sources:
             raise ValueError("data.source is an empty list; give at least one source.")
+        self.val_sources = [val_source] if isinstance(val_source, str) else val_source or []
         self.text_column, self.block_size = text_column, block_size
         self.val_fraction, self.near_duplicates = val_fraction, near_duplicates
         self.corpus: Corpus | None = None
@@ -114,6 +117,7 @@ class PretrainingDataModule(StepDataModule):
             tokenizer=self.tokenizer,
             near_duplicates=self.near_duplicates,
             val_fraction=self.val_fraction,
+            val_sources=self.val_sources,
         )
         self._check_length(corpus.facts["tokens"])
         if corpus.facts["split"] == "tail" and (kept := corpus.facts["documents"]["kept"]) > 1:
@@ -130,8 +134,11 @@ class PretrainingDataModule(StepDataModule):
             "block_size": self.block_size,
             "split": corpus.facts["split"],
             "counts": {fact: corpus.facts[fact] for fact in ("documents", "tokens", "bytes")},
-            "sources": source_digests(self.sources),
+            "sources": source_digests([*self.sources, *self.val_sources]),
         }
+        if self.val_sources:  # there is no third split
+            apart = source_digests(self.val_sources)
+            self.fingerprint["apart"] = {"val": apart, "test": apart}
         self.corpus = corpus
 
     def _check_length(self, n_tokens: dict[str, int]) -> None:

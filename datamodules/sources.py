@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PYTHON_DOCS = "bundled:python-docs"
+SOURCES = ("source", "val_source", "test_source")  # the arguments of data that name some
 
 JSONL = (".jsonl", ".ndjson")
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -106,7 +106,8 @@ def naive_split(n_items: int, fractions: Sequence[float], seed: int | None) -> l
 
 def _part_of_position(n_items: int, fractions: Sequence[float]) -> Positions:
     """Part of each position; every part but the last has its share rounded to whole items."""
-    sizes = [round(n_items * fraction) for fraction in fractions[:-1]]
+    *_, last = np.flatnonzero(fractions).tolist()
+    sizes = [round(n_items * fraction) for fraction in fractions[:last]]
     return np.searchsorted(np.cumsum(sizes), np.arange(n_items), side="right")
 
 

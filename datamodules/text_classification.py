@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datamodules import splits
+from datamodules import apart, splits
 from datamodules.batching import Sample, SampleList, digest_of
-from datamodules.files import file_digests
 from datamodules.prompts import encode_text
-from datamodules.sources import read_table, refused_together, resolve, some
+from datamodules.sources import read_table, refused_together, some
 from datamodules.step_data_module import StepDataModule, described, report
 
 
@@ -28,14 +27,17 @@ class TextClassificationDataModule(StepDataModule):
     Args:
         source: a file, folder or glob, bundled:sms, or download:sms-spam; every file a .csv, .tsv,
             .jsonl or .parquet table.
+        val_source: files of the validation set alone, likewise; null: a share of source.
+        test_source: files of the test set alone; what repeats it is left out of the others.
         text_column: column of the texts.
         label_column: column of the labels.
         label_names: the labels as they stand in the table; their order gives the class indices.
         max_length: tokens of a text that are kept; at most the model's block_size.
         suffix: what every text ends with; a head on the last token reads better from a token that
             is always the same, such as a line end.
-        train_fraction: share of rows to train on.
-        val_fraction: share of rows to validate on.
+        train_fraction: share of source's rows to train on.
+        val_fraction: share of them to validate on. Where a set has a source of its own, the others
+            divide all of these rows in proportion to their shares.
         balance: in each split, keep as many rows of every class as the rarest one has.
         split_seed: random seed of the split and of balancing.
         **options: those of `StepDataModule`.
@@ -58,6 +60,8 @@ class TextClassificationDataModule(StepDataModule):
         val_fraction: float,
         balance: bool,
         split_seed: int,
+        val_source: str | None = None,
+        test_source: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -69,22 +73,24 @@ class TextClassificationDataModule(StepDataModule):
         self.source, self.max_length, self.suffix = source, max_length, suffix
         self.text_column, self.label_column = text_column, label_column
         self.label_names = [str(name) for name in label_names]
-        self.fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
+        self.val_source, self.test_source = val_source, test_source
+        own = apart.named(val_source, test_source)
+        self.fractions = tuple(apart.shares(train_fraction, val_fraction, own).values())
         self.balance, self.split_seed = balance, split_seed
         self._texts: list[str] = []
         self._labels: list[int] = []
 
     def prepare_data(self) -> None:
         """Downloads, on one process."""
-        resolve(self.source)
+        apart.Files.of(self.source, self.val_source, self.test_source)
 
     def read(self) -> None:
         """Reads and splits the texts."""
-        self._paths = resolve(self.source)
-        rows = [row for path in self._paths for row in self._read(path)]
+        self._files = apart.Files.of(self.source, self.val_source, self.test_source)
+        rows, self._own = self._files.read(self._read)
         self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
-        self._rows = self._split(self._keys)
+        self._rows, self._n_repeated = self._split(self._keys)
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes the texts; there is nothing to do a second time."""
@@ -94,22 +100,28 @@ class TextClassificationDataModule(StepDataModule):
         self.read()
         sets, n_cut = self._encode()
         self.train_set, self.val_set, self.test_set = (sets[split] for split in splits.SPLITS)
-        naive = splits.naive_split(len(self._keys), self.fractions, self.split_seed)
+        train, _, test = splits.naive_split(
+            len(self._own["train"]), self.fractions, self.split_seed
+        )
+        test = self._own["test"] if self.test_source else test
         counts = {
             "rows": len(self._texts),
             **self._class_counts(),
             "n_cut": n_cut,
-            "n_leaked_naive": splits.count_leaked(self._keys, naive[0], naive[2]),
+            "n_leaked_naive": splits.count_leaked(self._keys, train, test),
         }
+        if self._n_repeated:
+            counts["n_repeated"] = self._n_repeated
+            report(apart.left_out(self._n_repeated))
         self.fingerprint = {
             "digest": digest_of(sets.values()),
             "counts": counts,
-            "sources": file_digests(self._paths),
+            **self._files.facts(),
         }
         del self._keys
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
-            f"its {len(naive[2])} test texts would be in training too, here none is."
+            f"its {len(test)} test texts would be in training too, here none is."
         )
         if odd := self._contradictions():
             report(f"{len(odd)} texts stand there with different labels: {some(odd)}.")
@@ -186,9 +198,14 @@ class TextClassificationDataModule(StepDataModule):
             )
         return self.label_names.index(str(label))
 
-    def _split(self, keys: list[str]) -> dict[str, splits.Positions]:
-        parts = splits.split_groups(keys, self.fractions, self.split_seed, labels=self._labels)
-        rows = dict(zip(splits.SPLITS, parts, strict=True))
+    def _split(self, keys: list[str]) -> tuple[dict[str, splits.Positions], int]:
+        """Positions of each split, and how many rows repeat one that is held out."""
+        n = len(self._own["train"])
+        parts = splits.split_groups(
+            keys[:n], self.fractions, self.split_seed, labels=self._labels[:n]
+        )
+        shared = dict(zip(splits.SPLITS, parts, strict=True))
+        rows, n_repeated = apart.keep(shared, self._own, keys)
         for split in splits.SPLITS if self.balance else ("train",):
             present = {self._labels[row] for row in rows[split]}
             for label, name in enumerate(self.label_names):
@@ -202,7 +219,7 @@ class TextClassificationDataModule(StepDataModule):
             labels = np.asarray(self._labels)
             for split, part in rows.items():
                 rows[split] = part[splits.balance(labels[part], self.split_seed)]
-        return rows
+        return rows, n_repeated
 
     def _encode(self) -> tuple[dict[str, SampleList], int]:
         """The samples of each split, and how many texts were cut."""

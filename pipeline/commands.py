@@ -217,10 +217,11 @@ def score(
     """Score a checkpoint's responses to held-out instructions, or the responses of any model.
 
     Args:
-        ckpt: checkpoint directory of the tuned model, or published weights (with --data).
+        ckpt: checkpoint directory of the tuned model, or published weights (--data.test_source).
         before: what to compare with, likewise; by default what ckpt was tuned from.
         responses: a responses.jsonl to score instead of a checkpoint's.
-        data: arguments of InstructionDataModule; those not given are what ckpt was tuned with.
+        data: arguments of InstructionDataModule; those not given are what ckpt was tuned with. All
+            of the file test_source is answered.
         split: which split is answered: train, val or test.
         max_new_tokens: length limit of each response.
         batch_size: responses at a time.

@@ -206,7 +206,8 @@ class LitStep(pl.LightningModule):
         Training goes on from them on such data, with a warning.
         """
         if self.trainer.state.fn == TrainerFn.FITTING:
-            found = split_otherwise(meta, self.data.config, self.data.fingerprint)
+            data = self.data
+            found = split_otherwise(meta, data.config, data.fingerprint, ("val", "test"))
             if found and self.trainer.is_global_zero:
                 print(
                     f"warning: what is held out here may have been trained on before, in "
@@ -223,7 +224,8 @@ class LitStep(pl.LightningModule):
                     f"{self.init_from} was trained with data.{key} {meta[key]!r}, here it is "
                     f"{value!r}; give that of the training."
                 )
-        check_held_out(meta, self.data.config, self.data.fingerprint)
+        split = "val" if self.trainer.state.fn == TrainerFn.VALIDATING else "test"
+        check_held_out(meta, self.data.config, self.data.fingerprint, [split])
 
     # The optimizer step
 

@@ -6,7 +6,7 @@ And whether what is held out here was held out from it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,10 @@ def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_held_out(
-    meta: Mapping[str, Any], config: Mapping[str, Any] | None, fingerprint: Mapping[str, Any]
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    fingerprint: Mapping[str, Any],
+    splits: Collection[str],
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
@@ -127,44 +130,74 @@ def check_held_out(
         meta: the checkpoint's meta.json.
         config: configuration of the data here, with `init_args`.
         fingerprint: fingerprint of the data here.
+        splits: those that are evaluated on.
 
     Raises:
         ValueError: naming what differs.
     """
-    if found := split_otherwise(meta, config, fingerprint):
+    if found := split_otherwise(meta, config, fingerprint, splits):
         raise ValueError(
             f"what is held out here may have been trained on: {found}. Restore that, or "
             "give data.source with files that the checkpoint has not seen."
         )
     *_, last = trained_on(meta)
-    theirs, ours = last["dataset"]["sources"], fingerprint["sources"]
-    if not _share_files(theirs, ours):
+    dataset, ours = last["dataset"], _files_of(fingerprint, splits)
+    if not _share_files(dataset["sources"], ours):
         print(
-            f"warning: the checkpoint was trained on {', '.join(theirs)}, and is evaluated on "
-            f"other data, {', '.join(ours)}; data.source says on which.",
+            f"warning: the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
+            f"evaluated on other data, {', '.join(ours)}; data.source says on which.",
+            file=sys.stderr,
+        )
+    n_repeated = fingerprint.get("counts", {}).get("n_repeated")
+    if n_repeated and _apart(dataset) != _apart(fingerprint):
+        print(
+            f"warning: {n_repeated} rows of data.source repeat what is held out here; the "
+            "checkpoint may have learned them.",
             file=sys.stderr,
         )
 
 
 def split_otherwise(
-    meta: Mapping[str, Any], config: Mapping[str, Any] | None, fingerprint: Mapping[str, Any]
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    fingerprint: Mapping[str, Any],
+    splits: Collection[str],
 ) -> str:
     """How data here is split otherwise than where a checkpoint, or one before it, trained on it.
 
     Takes what `check_held_out` takes; the text is empty where nothing is.
     """
-    ours, found = fingerprint["sources"], []
+    found: list[str] = []
     for earlier in trained_on(meta):
-        theirs = earlier["dataset"]["sources"]
-        if not _share_files(theirs, ours):
+        dataset = earlier["dataset"]
+        if not _share_files(_learned(dataset), _files_of(fingerprint, splits)):
             continue
         was, now = ((given or {}).get("init_args", {}) for given in (earlier["data"], config))
         both = [key for key in SPLIT if key in was and key in now]
         texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
         found += [f"data.{text}" for text in texts.values()]
+        theirs, ours = dataset["sources"], fingerprint["sources"]
         if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
             found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
+        elif _apart(dataset) != _apart(fingerprint):
+            found.append("data.val_source and data.test_source named other files")
     return "; ".join(dict.fromkeys(found))
+
+
+def _learned(dataset: Mapping[str, Any]) -> dict[str, str]:
+    """Files, by digest, that training has a share of, or all."""
+    apart = {path for files in dataset.get("apart", {}).values() for path in files}
+    return {path: digest for path, digest in dataset["sources"].items() if path not in apart}
+
+
+def _files_of(dataset: Mapping[str, Any], splits: Collection[str]) -> dict[str, str]:
+    apart, shared = dataset.get("apart", {}), _learned(dataset)
+    files = [apart.get(split, shared) for split in splits]
+    return {path: digest for of_split in files for path, digest in of_split.items()}
+
+
+def _apart(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {split: list(files.values()) for split, files in dataset.get("apart", {}).items()}
 
 
 def _share_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:

@@ -36,7 +36,8 @@ License: long.
 
 def clean(documents: list[str], near_duplicates: float | None = 0.8) -> tuple[list[str], Counter]:
     counts: Counter[str] = Counter()
-    return list(cleaned(documents, near_duplicates=near_duplicates, counts=counts)), counts
+    duplicates = Duplicates(near_duplicates)
+    return list(cleaned(documents, duplicates=duplicates, counts=counts)), counts
 
 
 def test_what_is_dropped_and_repaired_is_counted() -> None:

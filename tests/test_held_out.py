@@ -86,17 +86,19 @@ def fingerprint(**sources: str) -> dict[str, Any]:
 def test_files_decide_whether_data_was_seen() -> None:
     meta = {"dataset": fingerprint(a="1"), "data": {"init_args": {"split_seed": 1}}}
     other, same = ({"init_args": {"split_seed": seed}} for seed in (2, 1))
-    check_held_out(meta, other, fingerprint(b="2"))  # nothing of it was seen
-    check_held_out(meta, same, fingerprint(a="1"))
-    check_held_out(meta, same, fingerprint(moved="1"))
+    check_held_out(meta, other, fingerprint(b="2"), ["test"])  # nothing of it was seen
+    check_held_out(meta, same, fingerprint(a="1"), ["test"])
+    check_held_out(meta, same, fingerprint(moved="1"), ["test"])
     with pytest.raises(ValueError, match="a is not what it was"):
-        check_held_out(meta, same, fingerprint(a="2"))
+        check_held_out(meta, same, fingerprint(a="2"), ["test"])
     with pytest.raises(ValueError, match="split_seed was 1, is 2"):
-        check_held_out(meta, other, fingerprint(moved="1"))
+        check_held_out(meta, other, fingerprint(moved="1"), ["test"])
     two = {**meta, "dataset": fingerprint(a="1", b="2")}
-    check_held_out(two, same, fingerprint(c="1", d="2"))
+    check_held_out(two, same, fingerprint(c="1", d="2"), ["test"])
     with pytest.raises(ValueError, match="a is not what it was; c is not what it was"):
-        check_held_out(two, same, fingerprint(b="2", c="1"))  # its rows are counted otherwise
+        check_held_out(
+            two, same, fingerprint(b="2", c="1"), ["test"]
+        )  # its rows are counted otherwise
 
 
 def test_what_was_trained_on_earlier_was_seen_too() -> None:
@@ -106,15 +108,19 @@ def test_what_was_trained_on_earlier_was_seen_too() -> None:
     meta = {**second, "earlier": trained_on(first)}
     assert trained_on(meta) == [first, second]
     with pytest.raises(ValueError, match=r"trained on: data\.split_seed was 1, is 2\."):
-        check_held_out(meta, second["data"], fingerprint(a="1"))
+        check_held_out(meta, second["data"], fingerprint(a="1"), ["test"])
     elsewhere = {**first, "dataset": fingerprint(prose="9")}
-    check_held_out({**second, "earlier": trained_on(elsewhere)}, second["data"], fingerprint(a="1"))
+    check_held_out(
+        {**second, "earlier": trained_on(elsewhere)}, second["data"], fingerprint(a="1"), ["test"]
+    )
 
 
 def test_near_duplicates_decide_what_is_held_out() -> None:
     was, now = ({"init_args": {"near_duplicates": value}} for value in (0.8, None))
     with pytest.raises(ValueError, match=r"data\.near_duplicates was 0\.8, is None"):
-        check_held_out({"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"))
+        check_held_out(
+            {"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"), ["test"]
+        )
 
 
 def test_a_second_tuning_on_another_split_is_warned_of_and_never_tested(
@@ -155,7 +161,9 @@ def test_a_test_on_other_data_is_said_and_tracked(
 def test_another_column_is_another_split() -> None:
     was, now = ({"init_args": {"text_column": name}} for name in ("text", "clean"))
     with pytest.raises(ValueError, match=r"data\.text_column was text, is clean"):
-        check_held_out({"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"))
+        check_held_out(
+            {"dataset": fingerprint(a="1"), "data": was}, now, fingerprint(a="1"), ["test"]
+        )
 
 
 def test_a_finished_score_holds_while_its_inputs_do(tiny: Journey, tmp_path: Path) -> None:

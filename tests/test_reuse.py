@@ -68,3 +68,13 @@ def test_a_source_that_leads_elsewhere_now_is_a_change(
     assert still_holds(outcome, options)
     monkeypatch.setenv("WHERE", str(tmp_path / "b"))
     assert not still_holds(outcome, options)
+
+
+@pytest.mark.parametrize("option", ["data.source", "data.val_source", "data.test_source"])
+def test_a_file_that_joined_a_folder_is_a_change(option: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1]")
+    outcome = {"sources": source_digests([str(tmp_path)]), "outputs": {}}
+    options = {"data.source": None, option: str(tmp_path)}
+    assert still_holds(outcome, options)
+    (tmp_path / "b.json").write_text("[2]")
+    assert not still_holds(outcome, options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import cache_dir, digest, sha256
-from datamodules.sources import PYTHON_DOCS, resolve
+from datamodules.sources import PYTHON_DOCS, SOURCES, resolve
 from pipeline.checkpoint import path_digest
 from pipeline.runs.run_directory import read_outcome
 
@@ -46,14 +46,14 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
 
     Args:
         outcome: the run's outcome.
-        options: by dotted key; where `source` is a folder, a file that joined it is a change, and
+        options: by dotted key; where a source is a folder, a file that joined it is a change, and
             of data every file that was not read.
     """
     recorded = outcome["sources"]
     sources = [
         (source, key.startswith("data."))
         for key, value in options.items()
-        if key.rpartition(".")[2] == "source"
+        if key.rpartition(".")[2] in SOURCES and value is not None
         for source in (value if isinstance(value, list) else [value])
     ]
     return (

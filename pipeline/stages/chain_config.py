@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.sources import SOURCES
 from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
@@ -239,9 +240,11 @@ def _check_arguments(stage: Stage) -> None:
 
 def _check_source(stage: Stage) -> None:
     """Looks for the data of a command that reads some, before the hours of those before it."""
-    source = stage.options().get("source" if stage.command == "tokenizer train" else "data.source")
+    options, is_plain = stage.options(), stage.command == "tokenizer train"
+    keys = ["source"] if is_plain else [f"data.{key}" for key in SOURCES]
+    given = [options.get(key) for key in keys]
     try:
-        for name in source if isinstance(source, list) else [source]:
+        for name in (name for one in given for name in (one if isinstance(one, list) else [one])):
             if isinstance(name, str):  # anything else is the parser's to refuse
                 check_source(name)
     except (OSError, ValueError) as error:

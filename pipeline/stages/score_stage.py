@@ -41,6 +41,10 @@ from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 
 BOOTSTRAP_SEED = 0
+_ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split or trained on
+    **{"source": None, "train_fraction": 0.8, "val_fraction": 0.1, "shuffle_split": False},
+    **{"split_seed": 0, "batch_size": 1, "max_tokens": 1, "seed": 0, "num_workers": 0},
+}
 VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
 FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
 
@@ -182,7 +186,9 @@ def told(directory: Path) -> list[str]:
         row = summary["measures"][values["metric"]]
         apart, n_paired = row["difference"], row["n_paired"]
         if apart is None or None in apart.values():  # what is not finite is null there
-            lines.append(line)
+            found = row["after"]["estimate"]
+            is_known = found is not None and None not in found.values()
+            lines.append(line + (" [{low:.2f}, {high:.2f}]".format(**found) if is_known else ""))
             continue
         of = f" over {n_paired} pairs" if n_paired < n_items else ""
         interval = "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**apart)
@@ -218,7 +224,8 @@ def answer(
     held_out.max_length = min(held_out.max_length, context)
     held_out.setup("test")
     if tuned.meta.get("dataset"):
-        check_held_out(tuned.meta, {"init_args": vars(held_out)}, held_out.fingerprint)
+        own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
+        check_held_out(tuned.meta, own, facts, [answering.split])
     prompts = prompts_of(held_out, answering, context)
     after, *earlier = (respond(loaded, tuned, held_out, prompts, answering) for loaded in models)
     lineage = {
@@ -263,7 +270,12 @@ def held_out_of(tuned: Loaded, changes: dict[str, Any] | None) -> InstructionDat
     own = (tuned.meta.get("data") or {}).get("init_args", {})
     changes = (changes or {}).get("init_args", changes or {})
     if not own and not changes:
-        raise ValueError(f"{tuned.path} does not say what it was tuned on; give --data.")
+        raise ValueError(
+            f"{tuned.path} does not say what it was tuned on; give --data.test_source, a file all "
+            "of which is to be answered."
+        )
+    if not own and changes.get("test_source"):
+        own = {**_ANSWERED_WHOLE, "max_length": tuned.gpt.config.block_size}
     settled = {
         "tokenizer": tokenizer_of(tuned.path),
         "supervise": "response",

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.cleaning import cleaned
+from datamodules.cleaning import Duplicates, cleaned
 from datamodules.documents import documents
 from datamodules.files import digest, write_atomically
 from datamodules.sources import source_digests
@@ -68,7 +68,7 @@ def _train(
     min_frequency: int,
 ) -> None:
     counts: Counter[str] = Counter()
-    texts = cleaned(documents(source, text_column), near_duplicates=None, counts=counts)
+    texts = cleaned(documents(source, text_column), duplicates=Duplicates(None), counts=counts)
     tokenizer = train_tokenizer(texts, vocab_size=vocab_size, min_frequency=min_frequency)
     if counts["read"] == counts["empty"]:
         raise ValueError(f"source {', '.join(source)} holds no text; give some.")

@@ -345,6 +345,7 @@ class LitStep(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
+        sharding.share_out_again(self.model)
         checkpoint["state_dict"] = self._gathered(self._own_tensors())
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer

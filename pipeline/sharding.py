@@ -97,6 +97,15 @@ def gather_shared(model: nn.Module) -> None:
         model.unshard()
 
 
+def share_out_again(model: nn.Module) -> None:
+    """Ends `gather_shared`, and what a validation has gathered; plain tensors of it are void then.
+
+    Whoever keeps tensors of a model calls this before: PEFT's state dict, for one, does so midway.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def gathered(tree: Any, *, keep: bool) -> Any:
     """A tree with its shared-out tensors whole, on the CPU; all ranks must call it.
 

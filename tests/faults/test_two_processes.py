@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mlflow import MlflowClient
 
 from datamodules.prompts import IGNORE
-from pipeline.checkpoint import ADAPTER_WEIGHTS, read_tensors, verify_checkpoint
+from pipeline.checkpoint import ADAPTER_WEIGHTS, WEIGHTS, read_tensors, verify_checkpoint
 from pipeline.runs.journal import read_journal
 from pipeline.runs.tracking import sync_all
 from tests.faults.processes import PROCESSES, TORCHRUN, Started, at, finish, go_on, pauses, start
@@ -181,6 +181,23 @@ def one(words: list[str], new_home: NewHome) -> Path:
 @pytest.fixture(scope="module")
 def adapters_of_one(adapters: list[str], new_home: NewHome) -> Path:
     return of_one(adapters, new_home("adapters"))
+
+
+@pytest.fixture
+def classifying(tiny: Journey) -> list[str]:
+    """Adapters and a head, with validation."""
+    return [
+        "fit",
+        f"--config={CONFIGS}/spam.yaml",
+        f"--config={CONFIGS}/model/lora_classifier.yaml",
+        *SHORT,
+        *PLAIN,
+        f"--model.init_from={tiny.best('pretrain')}",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=2",
+        "--data.train_fraction=0.06",
+        *IDS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +381,18 @@ def test_two_learn_adapters_as_one_does(
     assert code == 0, errors
     assert names(home).count("created") == 1
     assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
+
+
+@pytest.mark.timeout(900)
+def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewHome) -> None:
+    """What is shared out is gathered by a validation, and not shared out again before the save."""
+    home, alone = new_home("classifier-two"), of_one(classifying, new_home("classifier"))
+    code, errors = Two(of_two(classifying, "fsdp2"), home).end()
+    assert code == 0, errors
+    assert_same_losses(home, alone)
+    verify_checkpoint(last_checkpoint(home))
+    for name in (ADAPTER_WEIGHTS, WEIGHTS):
+        assert_close(*(read_tensors(last_checkpoint(of), name) for of in (home, alone)))
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.total_tokens = 0  # of this rank, since the run began; n_tokens come on top
+        self.total_tokens = 0  # of all ranks, since the run began; n_tokens come on top
         self.n_tokens, self.since, self.ceiling = 0, time.perf_counter(), 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -50,15 +50,15 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
         """Counts; logs where Lightning logs."""
-        self.n_tokens += n_real_tokens(batch)
+        self.n_tokens += pl_module.over_ranks(n_real_tokens(batch))
         if not is_logged_step(trainer):
             return
         now = time.perf_counter()
-        rate = self.n_tokens * trainer.world_size / (now - self.since)
+        rate = self.n_tokens / (now - self.since)
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
         flops = pl_module.gpt.flops_per_token(n_context, training=True)
         self.total_tokens += self.n_tokens
-        pl_module.log("train/tokens", float(self.total_tokens * trainer.world_size))
+        pl_module.log("train/tokens", float(self.total_tokens))
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)
         pl_module.log(
             "perf/model_flops_utilisation", rate * flops / self.ceiling / trainer.world_size

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from datamodules.prompts import IGNORE
 from pipeline.checkpoint import ADAPTER_WEIGHTS, WEIGHTS, read_tensors, verify_checkpoint
-from pipeline.runs.journal import read_journal
+from pipeline.runs.journal import metric_history, read_journal
 from pipeline.runs.tracking import sync_all
 from tests.faults.processes import PROCESSES, TORCHRUN, Started, at, finish, go_on, pauses, start
 from tests.faults.test_exact_resume import assert_equal_checkpoints
@@ -223,18 +223,16 @@ def last_checkpoint(home: Path) -> Path:
     return max(only_run(home).glob("checkpoints/step-*"))
 
 
-def losses(home: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["values"]["train/loss"]
-        for line, _ in read_journal(only_run(home))
-        if line["kind"] == "metric" and "train/loss" in line["values"]
-    }
+def losses(home: Path, name: str = "train/loss") -> dict[int, float]:
+    """Of every step; or another metric."""
+    return metric_history(only_run(home))[name]
 
 
 def assert_same_losses(home: Path, other: Path) -> None:
     ours, theirs = losses(home), losses(other)
     assert list(ours) == list(theirs) == list(range(1, len(theirs) + 1))
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < SAME
+    assert losses(home, "train/tokens") == losses(other, "train/tokens")
 
 
 def assert_logged_once(home: Path) -> None:

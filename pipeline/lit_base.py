@@ -170,6 +170,13 @@ class LitStep(pl.LightningModule):
         if self.cuda_graphs is not False:
             training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))
 
+    def on_train_start(self) -> None:
+        """Takes the first step at this run's rate: that of a checkpoint is of its run's length."""
+        schedule: Any = self.lr_schedulers()
+        groups = schedule.optimizer.param_groups
+        for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(schedule.last_epoch)
+
     def teardown(self, stage: str) -> None:
         """Removes captured graphs: they hold for the weights' present addresses."""
         if self.model is not None:

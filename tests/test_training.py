@@ -286,6 +286,31 @@ def test_golden_losses(name: str, tiny: Journey, tmp_path: Path) -> None:
     assert losses.losses == pytest.approx(golden[name], rel=1e-3), self_help(name)
 
 
+class Rates(pl.Callback):
+    """Collects the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_longer_run_goes_on_by_its_own_schedule(tiny: Journey, tmp_path: Path) -> None:
+    """From its first step on: the rate in the checkpoint is of the end of the shorter one."""
+
+    def rates(folder: str, **options: Any) -> list[float]:
+        data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+        seen = Rates()
+        fit(language_model(), data, tmp_path / folder, callbacks=[seen], **options)
+        return seen.rates
+
+    rates("a", max_steps=2, limit_val_batches=0)
+    (path,) = tmp_path.glob("a/checkpoints/step-00000002")
+    longer = rates("b", max_steps=6, limit_val_batches=0, ckpt_path=path)
+    assert longer == rates("c", max_steps=6, limit_val_batches=0)[2:]
+
+
 def self_help(name: str) -> str:
     return f"losses of {name} changed; where that is meant, delete {GOLDEN.name} and run twice"
 

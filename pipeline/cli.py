@@ -56,7 +56,7 @@ from pipeline.runs.run_directory import (
 )
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
-from pipeline.trainer_options import check_trainer, stop_before_saving
+from pipeline.trainer_options import check_processes, check_trainer, stop_before_saving
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
@@ -186,6 +186,7 @@ class PipelineCLI(LightningCLI):
             use_distributed_sampler=False,
             **kwargs,
         )
+        check_processes(trainer)
         if logger:
             logger.trainer = trainer
         return trainer

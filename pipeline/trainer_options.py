@@ -7,6 +7,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from pipeline.launchers import n_started
 
 # an option, its values without effect, and what to use instead
 _NOT_HERE = (
@@ -44,6 +47,26 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
     if is_test and not is_all:
         raise ValueError(
             f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it out."
+        )
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Refuses processes that would train side by side, or that would share this one's open run.
+
+    Raises:
+        ValueError: naming the key, and what to use instead.
+    """
+    n_processes = n_started()
+    if n_processes > 1 and n_processes != trainer.world_size:
+        raise ValueError(
+            f"{n_processes} processes were started, but trainer.devices, num_nodes and strategy "
+            f"make {trainer.world_size} of them: add -c configs/trainer/ddp.yaml (or fsdp2.yaml) "
+            "with trainer.devices as many as there are on a node, or start one."
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "trainer.strategy forks or spawns its processes, which cannot share an open run; give "
+            "ddp, which starts the command again."
         )
 
 

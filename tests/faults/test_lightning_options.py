@@ -27,6 +27,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
     [
         "--trainer.gradient_clip_val=1",
         "--trainer.devices=0",
+        "--trainer.strategy=ddp_spawn",
         "--trainer.fast_dev_run=true",
         "--trainer.overfit_batches=1",
         "--trainer.reload_dataloaders_every_n_epochs=1",
@@ -44,6 +45,22 @@ def test_what_cannot_be_is_one_line(option: str, words: list[str]) -> None:
     assert code == 2, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.fixture
+def started_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells the first of two processes."""
+    for key, value in {"RUN_ID": "x", "USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+
+
+@pytest.mark.usefixtures("started_in_two")
+def test_processes_that_would_each_train_alone_are_refused(words: list[str]) -> None:
+    code, _, err = said(*words)
+    assert code == 2, err
+    assert "2 processes were started, but trainer.devices" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("limit", ["2", "0.5", "0"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline import safe
 from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE, end_with_parent
+from pipeline.launchers import n_started
 
 LIGHTNING = {
     "fit": "Train a model: pretraining, classification or instruction tuning.",
@@ -89,6 +90,8 @@ def _dispatch(words: list[str]) -> int | None:
 
         check_main(rest)
         return None
+    if (n_processes := n_started()) > 1:
+        raise ValueError(f"{name} needs one process, not {n_processes}; leave out what starts more.")
     return _call(name, rest)
 
 

@@ -63,6 +63,14 @@ def test_processes_that_would_each_train_alone_are_refused(words: list[str]) -> 
     assert "2 processes were started, but trainer.devices" in err.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("started_in_two")
+@pytest.mark.parametrize("command", ["score", "run", "tokenizer train"])
+def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
+    code, _, err = said(*command.split(), "--help")
+    assert code == 2
+    assert err == f"error: {command} needs one process, not 2; leave out what starts more.\n"
+
+
 @pytest.mark.parametrize("limit", ["2", "0.5", "0"])
 def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
     config, ckpt = f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"

@@ -91,7 +91,9 @@ def _dispatch(words: list[str]) -> int | None:
         check_main(rest)
         return None
     if (n_processes := n_started()) > 1:
-        raise ValueError(f"{name} needs one process, not {n_processes}; leave out what starts more.")
+        raise ValueError(
+            f"{name} needs one process, not {n_processes}; leave out what starts more."
+        )
     return _call(name, rest)
 
 

@@ -254,8 +254,7 @@ class Checkpoints(pl.Callback):
         self._is_due, step, start = False, trainer.global_step, time.perf_counter()
         path = self.path(trainer, step)
         self._background.wait()  # for the save before
-        trainer.strategy.barrier()  # the ranks see the same files
-        if self.last_step == step and path.exists():
+        if trainer.strategy.broadcast(self.last_step == step and path.exists()):
             return
         self.last_step, self.should_stop = step, trainer.should_stop
         background = self._background if self._is_beside(trainer) else None

@@ -254,6 +254,7 @@ class PipelineCLI(LightningCLI):
             if newest is None and given is None:
                 self._say_what_is_new(must=config.run.resume == "must")
             config.ckpt_path = str(newest) if newest else given
+        self.model.ckpt_path = config.ckpt_path
         if config.ckpt_path is not None and self.run:
             print(f"resuming from {config.ckpt_path}", file=sys.stderr)
 

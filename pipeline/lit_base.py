@@ -29,6 +29,7 @@ from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
 from pipeline.resume import (
+    check_alike,
     check_base,
     check_held_out,
     check_resumable,
@@ -63,6 +64,7 @@ class LitStep(pl.LightningModule):
     kind: str
     model: Any
     allow_changes = False  # go on from a checkpoint of another run
+    ckpt_path: str | None = None  # what is gone on from
 
     def __init__(
         self,
@@ -156,7 +158,15 @@ class LitStep(pl.LightningModule):
         return model
 
     def on_fit_start(self) -> None:
-        """Warns of too little memory; has it kept between steps, and passes captured on a GPU."""
+        """Warns of too little memory; has it kept between steps, and passes captured on a GPU.
+
+        Raises:
+            ValueError: processes differ, as where a node has other files.
+        """
+        own = {"ckpt_path": str(self.ckpt_path), **self.identity()}
+        first, *others = sharding.of_ranks(self.trainer, own)
+        for rank, other in enumerate(others, start=1):
+            check_alike(first, other, rank)
         if self.device.type == "cpu":
             keep_freed_memory()
         needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB

@@ -68,6 +68,24 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
     return text
 
 
+def check_alike(first: Mapping[str, str], other: Mapping[str, str], rank: int) -> None:
+    """Refuses a process that would train something else than the first.
+
+    Args:
+        first: what all must share, in the first process, by key.
+        other: the same in another.
+        rank: of that one.
+
+    Raises:
+        ValueError: naming every difference.
+    """
+    if found := differences(first, other):
+        raise ValueError(
+            f"process {rank} is not like the first: {'; '.join(found.values())} there. Give all of "
+            "them the same files, runs (GPT_PIPELINE_HOME) and settings."
+        )
+
+
 def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> None:
     """Refuses an adapter's checkpoint on another base; None where a run has no adapter.
 

@@ -53,16 +53,21 @@ def _rank(words: list[str], output: Path, environment: dict[str, str]) -> None:
 
 
 class Two:
-    """A command as torchrun's processes are started: each is told which of the two it is."""
+    """A command as torchrun's processes are started: each is told which of the two it is.
 
-    def __init__(self, words: list[str], home: Path) -> None:
+    Args:
+        of_second: environment variables that the second has otherwise.
+    """
+
+    def __init__(self, words: list[str], home: Path, **of_second: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         shared = {"GPT_PIPELINE_HOME": str(home), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "two"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.ranks = [
-            Rank(words, home / "said.txt", {**os.environ, **shared, "RANK": i, "LOCAL_RANK": i})
+            Rank(words, home / "said.txt", {**os.environ, **shared, **own})
             for i in "01"
+            for own in [{"RANK": i, "LOCAL_RANK": i, **(of_second if i == "1" else {})}]
         ]
 
     def is_running(self) -> bool:
@@ -391,6 +396,29 @@ def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewH
     verify_checkpoint(last_checkpoint(home))
     for name in (ADAPTER_WEIGHTS, WEIGHTS):
         assert_close(*(read_tensors(last_checkpoint(of), name) for of in (home, alone)))
+
+
+@pytest.mark.timeout(900)
+def test_two_that_do_not_see_the_same_are_refused(
+    classifying: list[str], new_home: NewHome, tmp_path: Path
+) -> None:
+    """Other files, as on another node, and another folder of runs when one is gone on with."""
+    home = new_home("unlike")
+    for name, text in {"first": "Win now", "second": "Win cash"}.items():
+        (tmp_path / name).mkdir()
+        rows = [f"ham\tWe meet {n} of us\nspam\t{text} {n}" for n in range(200)]
+        (tmp_path / name / "sms.tsv").write_text("\n".join(rows))
+    words = of_two([*classifying, "--data.source=~/sms.tsv"], "ddp")
+    code, errors = Two(words, home, HOME=str(tmp_path / "second")).end()
+    assert code == 2, errors
+    assert "process 1 is not like the first: data.samples was" in errors
+    classifying += [*at("Allocate", 3), "--checkpoints.every_n_steps=1"]
+    words = of_two([*classifying, f"--data.source={tmp_path / 'first/sms.tsv'}"], "ddp")
+    code, errors = Two(words, home).end()
+    assert code == 2, errors
+    code, errors = Two(words, home, GPT_PIPELINE_HOME=str(tmp_path)).end()
+    assert code == 2, errors
+    assert "process 1 is not like the first: ckpt_path was" in errors
 
 
 @pytest.mark.slow

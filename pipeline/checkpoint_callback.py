@@ -178,6 +178,7 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
         if number:
             self._background.wait()
+            trainer.strategy.barrier()  # launchers end all once one has ended
             print(
                 f"stopped after step {trainer.global_step}; the same command goes on (not with "
                 "--run.resume never)",

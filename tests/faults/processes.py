@@ -176,6 +176,19 @@ class HangInSave(At):
             files.write_files = write_one
 
 
+class SlowSave(At):
+    """Saves take two seconds from here on."""
+
+    def act(self, trainer: pl.Trainer, module: Any) -> None:
+        write = files.write_files
+
+        def write_slowly(draft: Path, writers: files.Writers) -> Any:
+            time.sleep(2)
+            return write(draft, writers)
+
+        files.write_files = write_slowly
+
+
 class HangInReport(At):
     """Stays for ever in what is made of a trained model, the first time that it is made."""
 

@@ -319,12 +319,18 @@ def test_two_that_were_stopped_equal_two_that_were_not_to_the_last_bit(
 ) -> None:
     """SIGTERM to one of them in a step after the first checkpoint; the same command goes on."""
     home, words = new_home("stopped"), [*of_two(words, overlay), *options, *at("Pause", 6)]
+    words += at("SlowSave", 6)
     running = begin(words, home)
     while not pauses(home, 6):
         assert running.is_running(), running.end()[1]
         time.sleep(0.05)
     running.stop()
     go_on(home, 6)
+    if isinstance(running, Two):
+        running.ranks[1].wait()
+        assert last_checkpoint(home).name.endswith("6"), (
+            "launchers end the first once one has ended"
+        )
     code, errors = running.end()
     assert code == 143, errors
     assert not list(home.glob("default/*/outcome.json"))

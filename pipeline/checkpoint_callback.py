@@ -142,9 +142,12 @@ class Checkpoints(pl.Callback):
         The best so far of another run, which this one goes on from, are not among its checkpoints.
         Lightning puts their handlers back when the trainer ends.
         """
-        if self._rng is not None:
-            set_random_state(self._rng[trainer.global_rank % len(self._rng)])
-            self._rng = None
+        saved, rank = self._rng or [], trainer.global_rank
+        if rank < len(saved):
+            set_random_state(saved[rank])
+        elif rank > 0:  # as begun, all would drop the same
+            torch.manual_seed(torch.initial_seed() + rank)
+        self._rng = None
         self.best = {n: best for n, best in self.best.items() if self.path(trainer, n).exists()}
         self._stop.listen()
         trainer.should_stop = trainer.should_stop or self.should_stop

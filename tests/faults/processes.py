@@ -280,13 +280,14 @@ class Infinite(At):
 
 
 class Ids(pl.Callback):
-    """Writes which samples each process trained on in each step."""
+    """Writes which samples each process trained on in each step, and what it drew by."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, i: int
     ) -> None:
         ids = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]
-        line = json.dumps({"step": trainer.global_step, "ids": ids})
+        seed = torch.initial_seed()
+        line = json.dumps({"step": trainer.global_step, "ids": ids, "seed": seed})
         path = Path(trainer.default_root_dir) / f"ids-{trainer.global_rank}.jsonl"
         with path.open("a") as file:
             file.write(line + "\n")

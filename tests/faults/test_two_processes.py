@@ -266,9 +266,9 @@ def skipped(home: Path) -> list[int]:
     return sorted(event["sample_ids"])
 
 
-def ids(home: Path, rank: int) -> dict[int, list[int]]:
+def ids(home: Path, rank: int, key: str = "ids") -> dict[int, Any]:
     lines = map(json.loads, (only_run(home) / f"ids-{rank}.jsonl").read_text().splitlines())
-    return {line["step"]: line["ids"] for line in lines}
+    return {line["step"]: line[key] for line in lines}
 
 
 def assert_shared_out(home: Path, alone: Path) -> None:
@@ -294,6 +294,7 @@ def test_two_equal_one(overlay: str, two: Callable[[str], Path], one: Path) -> N
     assert_logged_once(home)
     assert_shared_out(home, one)
     assert any(not ids(home, 1)[step] for step in whole), "every process had samples in every step"
+    assert ids(home, 0, "seed")[1] != ids(home, 1, "seed")[1], "both would drop the same"
     assert skipped(home) == skipped(one) == sorted(whole[7]), "the samples of both processes"
     assert_close(*(read_tensors(last_checkpoint(of)) for of in (home, one)))
 

@@ -144,7 +144,7 @@ class Trial(pl.Callback):
         """Counts the operations of a step of median size."""
         if self._n_steps == 1:
             self._counting.enter_context(left_out(pl_module.gpt))
-            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
+            self._counter = self._counting.enter_context(operation_counter())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
@@ -184,6 +184,19 @@ class Trial(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reads the peak."""
         self.peak_bytes = peak_memory_bytes(pl_module.device)
+
+
+def operation_counter() -> FlopCounterMode:
+    """Counts floating-point operations of matrix products, those too that torch's table lacks."""
+    counter, attention = FlopCounterMode(display=False), "_scaled_dot_product_flash_attention"
+    for lacking, alike in (
+        ("addmm_", "addmm"),  # of adapters
+        (f"{attention}_for_cpu", attention),
+        (f"{attention}_for_cpu_backward", f"{attention}_backward"),
+    ):
+        known = counter.flop_registry[getattr(torch.ops.aten, alike)]
+        counter.flop_registry[getattr(torch.ops.aten, lacking)] = known
+    return counter
 
 
 def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:

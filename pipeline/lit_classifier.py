@@ -67,7 +67,7 @@ class LitClassifier(LitStep):
         else:
             model = GPTClassifier(gpt, n_labels=len(names))
         self.metrics = make_metrics(len(names))
-        self.loss_mean = MeanMetric()
+        self.loss_mean = MeanMetric(nan_strategy="disable")  # else it leaves NaN out
         freeze(model, self.trainable)
         return model
 

@@ -74,6 +74,30 @@ def test_max_tokens_changes_no_gradient(kind: str, tiny: Journey, tmp_path: Path
             assert torch.allclose(gradient, other[name], atol=1e-6, rtol=0), name
 
 
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+def test_a_validation_with_a_loss_that_is_no_number_says_so(
+    kind: str, tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of the others would make such a model the best so far."""
+    if kind == "classifier":
+        module: Any = classifier()
+        data: Any = spam_data(tiny.tokenizer)
+    else:
+        module, data = language_model(), instruction_data(tiny.tokenizer)
+    forward, n_passes = torch.nn.RMSNorm.forward, []
+
+    def overflowing(norm: Any, x: torch.Tensor) -> torch.Tensor:
+        n_passes.append(1)
+        return forward(norm, x) * (math.nan if len(n_passes) == 1 else 1.0)
+
+    trainer, _ = fit(module, data, tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.limit_val_batches = 1.0
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", overflowing)
+    (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    assert len(n_passes) > 10
+    assert math.isnan(found["val/loss"])
+
+
 def test_training_learns(tiny: Journey, tmp_path: Path) -> None:
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
     module = language_model(optimizer=OptimizerConfig(**{**ADAMW.__dict__, "lr": 5e-3}))

@@ -392,18 +392,29 @@ class GPT(nn.Module):
         """Floating-point operations a token: two per weight of every product, and attention's own.
 
         Attention counts the causal half of its scores (n_context / 2 keys a token on average). The
-        backward pass costs as much as the forward pass for gradients of inputs, and as much again
-        for those of trained weights; recomputation is not counted.
+        backward pass costs as much as the forward pass for gradients of inputs, down to the lowest
+        block that is trained, and as much again for those of trained weights; recomputation is not
+        counted.
 
         Args:
             n_context: tokens a row.
             training: forward and backward, else forward alone.
         """
-        weights = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
-        linear = sum(w.numel() for w in weights)
-        trained = sum(w.numel() for w in weights if w.requires_grad)
+        linear, trained = _linear_weights(self), _linear_weights(self, trained_only=True)
         keys = n_context / 2 if self.config.causal else n_context
-        attention = 2 * self.config.n_layer * self.config.n_embd * keys
+        attention = 2 * self.config.n_embd * keys  # of a block
+        forward = linear + attention * len(self.blocks)
         if not training:
-            return int(2 * (linear + attention))
-        return int(2 * (2 * linear + trained + 3 * attention))
+            return int(2 * forward)
+        embeddings = [p for name, p in self.named_parameters() if "embedding" in name]
+        parts = (embeddings, *(block.parameters() for block in self.blocks))
+        learns = [any(p.requires_grad for p in part) for part in parts]
+        lowest = max([*learns, True].index(True) - 1, 0)  # block that gradients go down to
+        passed = linear - sum(map(_linear_weights, self.blocks[:lowest]))
+        attention *= len(self.blocks) - lowest
+        return int(2 * (forward + passed + trained + 2 * attention))
+
+
+def _linear_weights(module: nn.Module, *, trained_only: bool = False) -> int:
+    weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(w.numel() for w in weights if w.requires_grad or not trained_only)

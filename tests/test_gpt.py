@@ -233,6 +233,25 @@ def test_flops_per_token(tiny_gpt: MakeGPT, family: str, training: bool, frozen:
     assert causal == counted - attention / 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("n_trained", [0, 1])
+def test_flops_end_where_nothing_below_is_trained(
+    tiny_gpt: MakeGPT, family: str, n_trained: int
+) -> None:
+    """Of a classifier that trains its last block, or its head alone."""
+    n_tokens = 48
+    model = tiny_gpt(family, causal=False)
+    model.requires_grad_(False)
+    model.blocks[len(model.blocks) - n_trained :].requires_grad_(True)
+    model.final_norm.requires_grad_(True)
+    unfused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    del model.head
+    with unfused, FlopCounterMode(display=False) as counter:
+        model(tokens(2, n_tokens)).sum().backward()
+    counted = counter.get_total_flops() / (2 * n_tokens)
+    assert model.flops_per_token(n_tokens, training=True) == counted
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -104,17 +104,19 @@ def report_test(
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
     scores = compare(labels, ours, theirs, data.keys("test"))
+    is_binary = len(data.label_names) == 2
+    f1 = f"f1 of {data.label_names[1]}" if is_binary else "f1, mean of the labels'"
+    called = {"accuracy": "accuracy", "f1": f1}
     rows = [
         {
-            "metric": f"test {name} (before: TF-IDF + logistic regression)",
+            "metric": f"test {words} (before: TF-IDF + logistic regression)",
             "before": scores[f"baseline/tfidf_{name}"],
             "after": scores[f"test/{name}"],
         }
-        for name in ("accuracy", "f1")
+        for name, words in called.items()
     ]
-    lines = [beside_tfidf(scores, name) for name in ("accuracy", "f1")]
-    if len(data.label_names) > 2:
-        lines[1] = lines[1].replace("f1", "f1, mean of the labels'", 1)
+    lines = [beside_tfidf(scores, name, words) for name, words in called.items()]
+    if not is_binary:
         for name, values in by_label(labels, ours.argmax(1), data.label_names).items():
             shown = [f"{key} {value:.3f}" for key, value in values.items() if key != "texts"]
             lines.append(f"  {name}: {', '.join(shown)}, of {values['texts']} texts")
@@ -142,15 +144,15 @@ def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[st
     }
 
 
-def beside_tfidf(scores: Mapping[str, float], name: str) -> str:
-    """A score, the baseline's, and their paired difference, each with its 95 % interval."""
+def beside_tfidf(scores: Mapping[str, float], name: str, words: str) -> str:
+    """A score, called `words`, the baseline's, and the paired difference, with 95 % intervals."""
 
     def shown(key: str, form: str = ".3f") -> str:
         low, high = scores[f"{key}_low"], scores[f"{key}_high"]
         return f"{scores[key]:{form}} [{low:{form}}, {high:{form}}]"
 
     return (
-        f"test {name}: {shown(f'test/{name}')}; TF-IDF + logistic regression "
+        f"test {words}: {shown(f'test/{name}')}; TF-IDF + logistic regression "
         f"{shown(f'baseline/tfidf_{name}')}; difference "
         f"{shown(f'test/{name}_minus_tfidf', '+.3f')}"
     )

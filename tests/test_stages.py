@@ -123,6 +123,8 @@ def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
             assert metrics[f"{key}_low"] <= metrics[key] <= metrics[f"{key}_high"]
     difference = metrics["test/accuracy"] - metrics["baseline/tfidf_accuracy"]
     assert metrics["test/accuracy_minus_tfidf"] == pytest.approx(difference)
+    shown = [row["metric"].partition(" (")[0] for row in tiny.outcomes["spam-test"]["headline"]]
+    assert shown == ["test accuracy", "test f1 of spam"]
 
 
 def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:

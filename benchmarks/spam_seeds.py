@@ -19,18 +19,23 @@ import yaml
 from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ROOT / "configs" / "run" / "smollm2.yaml"
+CHAIN, RUNS = ROOT / "configs" / "run" / "smollm2.yaml", ROOT / "mlruns"
 MEASURES = ("test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfidf")
 
 
-def spam_chain(folder: Path) -> Path:
-    """The chain without its instruction stages."""
+def experiment(seed: int) -> str:
+    """Where the runs of a seed lie: one that is done writes nothing that would tell it."""
+    return f"smollm2-seed-{seed}"
+
+
+def spam_chain(folder: Path, seed: int) -> Path:
+    """The chain without its instruction stages, in the experiment of a seed."""
     chain = yaml.safe_load(CHAIN.read_text())
     stages = [stage for stage in chain["stages"] if stage["name"].startswith("spam")]
     for stage in stages:
         stage["config"] = str(ROOT / "configs" / Path(stage["config"]).name)
     path = folder / "smollm2-spam.yaml"
-    path.write_text(yaml.safe_dump({"experiment": chain["experiment"], "stages": stages}))
+    path.write_text(yaml.safe_dump({"experiment": experiment(seed), "stages": stages}))
     return path
 
 
@@ -41,11 +46,12 @@ def overrides(chain: Path, seed: int) -> Iterator[str]:
             yield f"--set={stage['name']}.{key}={seed}"
 
 
-def scores(chain: Path, seed: int) -> dict[str, dict[str, float]]:
+def scores(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Metrics of each test stage, by its name."""
+    chain = spam_chain(folder, seed)
     words = ["run", "-c", str(chain), *overrides(chain, seed)]
     subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, cwd=ROOT)
-    journals = sorted((ROOT / "mlruns" / "smollm2").glob("smollm2-spam-*/outcome.json"))
+    journals = sorted((RUNS / experiment(seed)).glob("smollm2-spam-*/outcome.json"))
     newest = json.loads(max(journals, key=lambda path: path.stat().st_mtime).read_text())
     runs = {name: Path(path) for name, path in newest["outputs"].items() if "test" in name}
     return {n: json.loads((p / "outcome.json").read_text())["metrics"] for n, p in runs.items()}
@@ -53,8 +59,7 @@ def scores(chain: Path, seed: int) -> dict[str, dict[str, float]]:
 
 def main(n_seeds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        chain = spam_chain(Path(folder))
-        by_seed = {seed: scores(chain, seed) for seed in range(1, n_seeds + 1)}
+        by_seed = {seed: scores(Path(folder), seed) for seed in range(1, n_seeds + 1)}
     for stage in by_seed[1]:
         for measure in MEASURES:
             values = [100 * by_seed[seed][stage][measure] for seed in by_seed]

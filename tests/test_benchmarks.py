@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from benchmarks import prepare, workloads
+from benchmarks import prepare, spam_seeds, workloads
 from benchmarks.harness import (
     Contestant,
     Precision,
@@ -193,3 +194,25 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert "| 50% | 2.00 GB |" in text
     plot([kept], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_a_seed_that_is_done_already_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chain of a seed that is done writes nothing: the newest run is of another seed."""
+
+    def run(words: list[str], **_: object) -> None:
+        chain = yaml.safe_load(Path(words[words.index("-c") + 1]).read_text())
+        (seed,) = {word.partition("=")[2].rpartition("=")[2] for word in words if "seed=" in word}
+        folder = tmp_path / "mlruns" / chain["experiment"]
+        for name in (f"spam-test-{seed}", f"smollm2-spam-{seed}"):
+            path = folder / name / "outcome.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                outputs = {"spam-test": str(folder / f"spam-test-{seed}")}
+                path.write_text(json.dumps({"metrics": {"a": int(seed)}, "outputs": outputs}))
+
+    monkeypatch.setattr(spam_seeds, "RUNS", tmp_path / "mlruns")
+    monkeypatch.setattr(subprocess, "run", run)
+    for seed in (1, 2, 1):
+        assert spam_seeds.scores(tmp_path, seed) == {"spam-test": {"a": seed}}

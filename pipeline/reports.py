@@ -15,7 +15,7 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics
-from pipeline.evaluation.metrics import Array, bootstrap, difference
+from pipeline.evaluation.metrics import Array, bootstrap_all
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
 from pipeline.runs.journal import metric_history
@@ -172,16 +172,18 @@ def compare(
     positive = 1 if ours.shape[1] == 2 else None
     mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
     base = classification_statistics(labels, theirs.argmax(1), theirs, positive=positive)
+    keys_of = ("test/{}", "baseline/tfidf_{}", "test/{}_minus_tfidf")
+
+    def both_and_difference(weights: Array) -> Array:
+        values = [(mine[name](weights), base[name](weights)) for name in mine]
+        return np.concatenate([(own, other, own - other) for own, other in values])
+
+    estimates = bootstrap_all(both_and_difference, len(labels), seed=BOOTSTRAP_SEED, keys=keys)
+    named = (key.format(name) for name in mine for key in keys_of)
     scores: dict[str, float] = {}
-    for name in mine:
-        for key, statistic in (
-            (f"test/{name}", mine[name]),
-            (f"baseline/tfidf_{name}", base[name]),
-            (f"test/{name}_minus_tfidf", difference(base[name], mine[name])),
-        ):
-            estimate = bootstrap(statistic, len(labels), seed=BOOTSTRAP_SEED, keys=keys)
-            scores[key] = estimate.value
-            scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
+    for key, estimate in zip(named, estimates, strict=True):
+        scores[key] = estimate.value
+        scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
     return scores
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
-from pipeline.evaluation import metrics
+from pipeline import reports
+from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
 from pipeline.evaluation.metrics import bootstrap, difference, mean_of
 
@@ -257,6 +261,27 @@ def test_auroc_under_weights_equals_sklearn() -> None:
     ours = classification_statistics(labels, labels, columns, positive=1)["auroc"](weights)
     expected = roc_auc_score(labels, scores, sample_weight=weights[0])
     assert ours[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_both_classifiers_are_scored_once_on_the_same_replicates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drawn anew for each of 15 intervals, a test set of 50 labels took an hour."""
+    calls = Counter[str]()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(classification, "_auroc", counted("auroc", classification._auroc))
+    monkeypatch.setattr(np.random, "default_rng", counted("draw", np.random.default_rng))
+    labels, columns = np.arange(60) % 3, np.linspace(0, 1, 180).reshape(60, 3)
+    scores = reports.compare(labels, columns, columns[::-1])
+    assert len(scores) == 45
+    assert calls == {"draw": 1, "auroc": 2 * 2 * 3}  # models, replicates and estimate, labels
 
 
 def test_what_a_resample_leaves_undefined() -> None:

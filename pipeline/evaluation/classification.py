@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from pipeline.evaluation.metrics import Array, Statistic, mean_of
 
@@ -26,11 +27,13 @@ def classification_statistics(
             classes that occur (macro).
     """
     n_classes = probabilities.shape[1]
-    classes = range(n_classes) if positive is None else (positive,)
+    classes = list(range(n_classes)) if positive is None else [positive]
+
+    correct = np.where(labels == predictions, labels, -1)
+    counted = [_one_hot(chosen, n_classes)[classes] for chosen in (labels, predictions, correct)]
 
     def rates(weights: Array) -> Array:
-        per_class = np.array([_rates(weights, labels == c, predictions == c) for c in classes])
-        return _mean_of_known(per_class)
+        return _mean_of_known(_rates(*(chosen @ weights.T for chosen in counted)))
 
     def auroc(weights: Array) -> Array:
         per_class = [_auroc(weights, labels == c, probabilities[:, c]) for c in classes]
@@ -51,23 +54,39 @@ def _mean_of_known(per_class: Array) -> Array:
         return np.nansum(per_class, axis=0) / np.isfinite(per_class).sum(axis=0)
 
 
-def _rates(weights: Array, actual: NDArray[np.bool_], predicted: NDArray[np.bool_]) -> Array:
-    """(3, R) precision, recall and F1 of one class; 0 if undefined, NaN if it never occurs."""
-    n_actual, n_predicted = weights @ actual, weights @ predicted
-    n_hit = weights @ (actual & predicted)
-    denominators = np.stack([n_predicted, n_actual, (n_actual + n_predicted) / 2])
-    rates = n_hit / np.maximum(denominators, 1e-9)
-    return np.where(n_actual + n_predicted > 0, rates, np.nan)
+def _one_hot(chosen: Labels, n_classes: int) -> csr_array:
+    """(C, N), 1 at the class chosen: one product counts all classes. Of class -1 there is none."""
+    items = np.flatnonzero(chosen >= 0)
+    places = (chosen[items], items)
+    return csr_array((np.ones(len(items)), places), shape=(n_classes, len(chosen)))
+
+
+def _rates(n_actual: Array, n_predicted: Array, n_hit: Array) -> Array:
+    """(C, 3, R) precision, recall and F1 from (C, R) counts; 0 if undefined, NaN if none occurs."""
+    n_both = n_actual + n_predicted
+    denominators = np.stack([n_predicted, n_actual, n_both / 2], axis=1)
+    rates = n_hit[:, None] / np.maximum(denominators, 1e-9)
+    return np.where(n_both[:, None] > 0, rates, np.nan)
 
 
 def _auroc(weights: Array, actual: NDArray[np.bool_], scores: Array) -> Array:
     """(R,) probability that a positive item outranks a negative one, ties counting half."""
     order = np.argsort(scores, kind="stable")
-    ranked = weights[:, order]
-    # NaN != 0: the first is one
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    positives = np.add.reduceat(ranked * actual[order], starts, axis=1)
-    negatives = np.add.reduceat(ranked * ~actual[order], starts, axis=1)
-    outranked = np.cumsum(negatives, axis=1) - negatives / 2
-    pairs = positives.sum(1) * negatives.sum(1)
-    return np.where(pairs > 0, (positives * outranked).sum(1) / np.maximum(pairs, 1), np.nan)
+    positive = order[actual[order]]
+    drawn = weights[:, positive]
+    outranked = sum(  # once those of lower scores, once those of equal ones too
+        _before(weights[:, order], np.searchsorted(scores[order], scores[positive], side))
+        - _before(drawn, np.searchsorted(scores[positive], scores[positive], side))
+        for side in ("left", "right")
+    )
+    n_positive = drawn.sum(1)
+    pairs = n_positive * (weights.sum(1) - n_positive)
+    wins = (drawn * outranked).sum(1) / 2
+    return np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
+
+
+def _before(weights: Array, ends: NDArray[np.int64]) -> Array:
+    """(R, M) sums of the weights before each of M ends."""
+    sums = np.zeros((len(weights), weights.shape[1] + 1))
+    np.cumsum(weights, axis=1, out=sums[:, 1:])
+    return sums[:, ends]

@@ -58,20 +58,35 @@ def bootstrap(
     Raises:
         ValueError: if there are no items.
     """
+    return bootstrap_all(lambda w: statistic(w)[None], n_items, seed=seed, keys=keys)[0]
+
+
+def bootstrap_all(
+    statistics: Statistic, n_items: int, *, seed: int, keys: Sequence[str] | None = None
+) -> list[Estimate]:
+    """`bootstrap` of (S, R) values at once: they are of the same replicates, drawn once."""
     if n_items == 0:
         raise ValueError("an interval needs at least one item, and there is none.")
     generator, numbers = np.random.default_rng(seed), dict[str, int]()
     units = [numbers.setdefault(key, len(numbers)) for key in keys or map(str, range(n_items))]
-    n_units, values = len(numbers), list[float]()
-    while len(values) < RESAMPLES:
-        n_rows = min(RESAMPLES - len(values), max(1, MAX_WEIGHTS // n_items))
+    n_units, values = len(numbers), list[Array]()
+    while (n_left := RESAMPLES - sum(len(rows) for rows in values)) > 0:
+        n_rows = min(n_left, max(1, MAX_WEIGHTS // n_items))
         drawn = generator.integers(n_units, size=(n_rows, n_units))
         drawn += n_units * np.arange(n_rows)[:, None]
         times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        values.extend(statistic(times[:, units].astype(np.float64)))
-    defined = np.array(values)[~np.isnan(values)]
+        values.append(statistics(times[:, units].astype(np.float64)).T)
+    estimates = statistics(np.ones((1, n_items)))[:, 0]
+    return [
+        Estimate(float(value), *_interval(replicates))
+        for value, replicates in zip(estimates, np.concatenate(values).T, strict=True)
+    ]
+
+
+def _interval(replicates: Array) -> tuple[float, float]:
+    defined = replicates[~np.isnan(replicates)]
     low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (np.nan, np.nan)
-    return Estimate(float(statistic(np.ones((1, n_items)))[0]), float(low), float(high))
+    return float(low), float(high)
 
 
 def of_sums(counts: Array, value: Callable[[Array], Array]) -> Statistic:

@@ -166,6 +166,16 @@ def test_names_of_labels_do_not_run_into_one_another() -> None:
     assert confusion_figure([[1, 2], [3, 4]], ["ham", "spam"]).get_size_inches()[0] < 5
 
 
+def test_a_figure_of_many_labels_stays_one_that_can_be_drawn() -> None:
+    """With a count in each cell, 500 labels would take 275 inches and 250,000 texts."""
+    names = [f"intent-{i}" for i in range(500)]
+    figure = confusion_figure(np.eye(500, dtype=int).tolist(), names)
+    axes, _ = figure.axes  # and that of the colours
+    assert figure.get_size_inches()[0] < 30
+    assert not axes.texts
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[::10]
+
+
 def test_the_test_stage_scores_what_the_fit_stage_saved(tiny: Journey) -> None:
     """Predictions of the test stage equal those of the loaded checkpoint, text by text."""
     folder = next((tiny.folder / "mlruns/spam-test").glob("*/predictions.jsonl"))

@@ -107,13 +107,8 @@ def score_histogram(summary: Summary) -> Figure:
 
 
 def before_and_after(summary: Summary) -> Figure:
-    """Each item's headline score before and after; above the diagonal it has improved.
-
-    Raises:
-        ValueError: if there is nothing to compare with.
-    """
-    if summary.before is None:
-        raise ValueError("a plot of before and after needs both.")
+    """Each item's headline score before and after; above the diagonal it has improved."""
+    assert summary.before is not None, "there is nothing to compare with"
     figure, axes = _axes()
     before = _column(summary.before, summary.headline)
     after = _column(summary.after, summary.headline)

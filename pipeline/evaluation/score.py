@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def evaluate(
 
     Args:
         after: responses of the model in question.
-        before: responses to the same items to compare with.
+        before: responses to the same items, in their order, to compare with.
         judge: an LLM judge to ask as well.
         directory: where the files go.
         verdicts: JSONL file of what judges have said already; see `judge_responses`.
@@ -42,8 +41,7 @@ def evaluate(
         seed: random seed of the bootstrap.
 
     Raises:
-        ValueError: if ids repeat, if the two sets differ in their items, or if there is no judge at
-            `judge.base_url`.
+        ValueError: if there is no judge at `judge.base_url`.
     """
     from pipeline.evaluation.report import render_report
 
@@ -81,9 +79,8 @@ def score_responses(
         Scores on 0-100, scorer by scorer, in the order of the responses.
 
     Raises:
-        ValueError: if there is nothing to score, if an id repeats, or if there is no judge.
+        ValueError: if there is no judge.
     """
-    _check_ids(responses)
     scores = []
     if judge:
         judgements = judge_responses(responses, judge, cache=cache)
@@ -104,11 +101,3 @@ def _judged(response: Response, judgement: Judgement) -> Score:
     if verdict is None:
         return Score(response.id, "judge", None, judgement.problem, judgement.raw)
     return Score(response.id, "judge", float(verdict.score), verdict.rationale, judgement.raw)
-
-
-def _check_ids(responses: Sequence[Response]) -> None:
-    if not responses:
-        raise ValueError("there are no responses to score.")
-    (most_common, n_times), *_ = Counter(response.id for response in responses).most_common(1)
-    if n_times > 1:
-        raise ValueError(f"id {most_common!r} occurs {n_times} times; every item needs its own.")

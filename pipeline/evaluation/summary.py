@@ -31,18 +31,9 @@ class Score:
     rationale: str = ""
     raw: str = ""
 
-    @property
-    def status(self) -> str:
-        """`scored` or `unscored`."""
-        return "unscored" if self.score is None else "scored"
-
     def as_row(self) -> dict[str, Any]:
         """The object that `scores.jsonl` holds."""
-        return {"id": self.id, "scorer": self.scorer, "score": self.score} | {
-            "status": self.status,
-            "rationale": self.rationale,
-            "raw": self.raw,
-        }
+        return asdict(self) | {"status": "unscored" if self.score is None else "scored"}
 
 
 @dataclass(frozen=True)
@@ -93,11 +84,11 @@ class Row:
         One pair has no interval that would tell. `equal` where no item differs.
         """
         difference = self.difference
-        if difference and self.n_paired > 1 and difference.low == difference.high == 0:
-            return "equal"
-        if difference is None or not (difference.low > 0 or difference.high < 0):
+        if difference is None or self.n_paired < 2:
             return "unclear"
-        if self.n_paired < 2:
+        if difference.low == difference.high == 0:
+            return "equal"
+        if not (difference.low > 0 or difference.high < 0):
             return "unclear"
         is_better = (difference.value < 0) == (self.measure in LOWER_IS_BETTER)
         return "better" if is_better else "worse"
@@ -157,13 +148,9 @@ def summarize(after: Scored, *, before: Scored | None, seed: int) -> Summary:
 
     Args:
         after: the model in question.
-        before: another model's responses to the same items, in any order.
+        before: another model's responses to the same items, in the same order.
         seed: random seed of the bootstrap.
-
-    Raises:
-        ValueError: if the two sets do not hold the same items.
     """
-    before = _in_order_of(after, before) if before else None
     tables = _tables(after)
     others = _tables(before) if before else {}
     asked = [f"{response.instruction}\n{response.input}" for response in after.responses]
@@ -226,29 +213,3 @@ def _cell(measure: str, table: Array, keys: Keys, seed: int) -> Cell:
 
 def _is_known(table: Array) -> NDArray[np.bool_]:
     return np.isnan(table).sum(axis=1) == 0
-
-
-def _in_order_of(after: Scored, before: Scored) -> Scored:
-    """`before` in the order of `after`, once it is sure that they hold the same items."""
-    others = {response.id: response for response in before.responses}
-    for response in after.responses:
-        other = others.get(response.id)
-        if other is None or _item(other) != _item(response):
-            raise ValueError(
-                f"item {response.id!r} is not the same before and after; "
-                "a comparison needs both models' responses to the same items."
-            )
-    if len(others) != len(after.responses):
-        raise ValueError(
-            f"{len(others)} items before and {len(after.responses)} after; "
-            "a comparison needs both models' responses to the same items."
-        )
-    scores = {(score.scorer, score.id): score for score in before.scores}
-    return Scored(
-        [others[response.id] for response in after.responses],
-        [scores[scorer, r.id] for scorer in before.scorers for r in after.responses],
-    )
-
-
-def _item(response: Response) -> tuple[str, str, str]:
-    return response.instruction, response.input, response.reference

@@ -23,7 +23,6 @@ from pipeline.runs.run_directory import Run
 
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"
-BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def compare(
         values = [(mine[name](weights), base[name](weights)) for name in mine]
         return np.concatenate([(own, other, own - other) for own, other in values])
 
-    estimates = bootstrap_all(both_and_difference, len(labels), seed=BOOTSTRAP_SEED, keys=keys)
+    estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
     named = (key.format(name) for name in mine for key in keys_of)
     scores: dict[str, float] = {}
     for key, estimate in zip(named, estimates, strict=True):

@@ -154,7 +154,7 @@ def judged(items: list[Response], scores: list[float | None]) -> Scored:
 def test_unscored_items_are_counted_and_in_no_mean() -> None:
     before = judged(responses("a", "b", "", "d"), [10, None, 0, 30])
     after = judged(responses("a", "b", "c", "d"), [40, 50, None, 60])
-    summary = summarize(after, before=before, seed=0)
+    summary = summarize(after, before=before)
     row = summary.rows[0]
     assert row.measure == "judge"
     assert row.before
@@ -174,17 +174,17 @@ def test_a_judge_that_scored_nothing() -> None:
     items = responses("a", "b")
     chrf = [Score(item.id, "chrf", 10.0) for item in items]
     scored = judged(items, [None, None])
-    summary = summarize(Scored(items, [*scored.scores, *chrf]), before=scored, seed=0)
+    summary = summarize(Scored(items, [*scored.scores, *chrf]), before=scored)
     row = summary.rows[0]
     assert (row.after.estimate, row.difference, row.verdict) == (None, None, "unclear")
     assert summary.headline == "chrf"
-    assert "2 unscored" in render_report(summarize(scored, before=None, seed=0), lineage={})
+    assert "2 unscored" in render_report(summarize(scored, before=None), lineage={})
 
 
 def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
     before = responses("a", "b", "c", reference_nats=8.0, reference_tokens=2)
     after = [replace(r, reference_nats=float(1 + r.id), reference_tokens=2) for r in before]
-    summary = summarize(Scored(after, []), before=Scored(before, []), seed=0)
+    summary = summarize(Scored(after, []), before=Scored(before, []))
     row = next(row for row in summary.rows if row.measure == "perplexity")
     assert row.before
     assert row.before.estimate
@@ -199,7 +199,7 @@ def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
 def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
     """Two infinite perplexities: their difference is NaN, and so is its interval."""
     texts = [replace(r, reference_nats=1e6, reference_tokens=1) for r in responses("a", "b")]
-    rows = summarize(Scored(texts, []), before=Scored(texts, []), seed=0).rows
+    rows = summarize(Scored(texts, []), before=Scored(texts, [])).rows
     (row,) = (row for row in rows if row.measure == "perplexity")
     assert row.difference
     assert math.isnan(row.difference.low)
@@ -208,12 +208,12 @@ def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
 
 def test_one_pair_tells_nothing() -> None:
     before, after = (Scored(responses(text), []) for text in ("no", "answer 0"))
-    assert {row.verdict for row in summarize(after, before=before, seed=0).rows} == {"unclear"}
+    assert {row.verdict for row in summarize(after, before=before).rows} == {"unclear"}
 
 
 def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
     before, after = (Scored(responses(*texts), []) for texts in (("no", "yes"), ("no", "yes")))
-    rows = summarize(after, before=before, seed=0).rows
+    rows = summarize(after, before=before).rows
     assert {row.verdict for row in rows if row.difference} == {"equal"}
 
 
@@ -223,9 +223,7 @@ def test_equal_questions_are_one_observation() -> None:
     apart = [replace(r, instruction=f"Do {r.id}.") for r in alike]
     lows = []
     for items in (alike, apart):
-        (row,) = (
-            r for r in summarize(Scored(items, []), before=None, seed=0).rows if "chrf" in r.measure
-        )
+        (row,) = (r for r in summarize(Scored(items, []), before=None).rows if "chrf" in r.measure)
         assert row.after.estimate
         lows.append(row.after.estimate.value - row.after.estimate.low)
     assert lows[0] == 0.0, "drawn together"
@@ -263,7 +261,6 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
         directory=tmp_path,
         verdicts=tmp_path / "verdicts.jsonl",
         lineage={"checkpoint": "runs/a & b (sha256 1234)", "data": "<none>"},
-        seed=0,
     )
     files = {path.name for path in tmp_path.iterdir()}
     sides = {f"{kind}{side}.jsonl" for kind in ("responses", "scores") for side in ("", "-before")}
@@ -298,7 +295,6 @@ def evaluated(items: list[Response], folder: Path, judge: JudgeConfig | None = N
         directory=folder,
         verdicts=folder / "verdicts.jsonl",
         lineage={},
-        seed=0,
     )
 
 
@@ -324,7 +320,7 @@ def test_the_responses_survive_a_missing_judge(tmp_path: Path) -> None:
 def test_figures_hold_every_scored_item() -> None:
     before = judged(responses("a", "b", "c", "d"), [0, 10, None, 100])
     after = judged(responses("a", "b", "c", "d"), [100, 10, 50, 0])
-    summary = summarize(after, before=before, seed=0)
+    summary = summarize(after, before=before)
     (axes,) = before_and_after(summary).axes
     assert axes.get_title() == "1 better, 1 worse, 1 equal"
     heights = [patch.get_height() for patch in score_histogram(summary).axes[0].patches]

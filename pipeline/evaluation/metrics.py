@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # (R, N) weights of the items -> (R,) values
 
+SEED = 0  # of all intervals
 RESAMPLES = 2_000  # the ends of a 95 % interval then rest on 50 replicates each
 MAX_WEIGHTS = 4_000_000  # R x N held at once: 32 MB
 CHAR_ORDER, WORD_ORDER = 6, 4  # of chrF (Popović 2015) and BLEU (Papineni 2002)
@@ -41,7 +42,7 @@ class Estimate:
 
 
 def bootstrap(
-    statistic: Statistic, n_items: int, *, seed: int, keys: Sequence[str] | None = None
+    statistic: Statistic, n_items: int, *, seed: int = SEED, keys: Sequence[str] | None = None
 ) -> Estimate:
     """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
@@ -62,7 +63,7 @@ def bootstrap(
 
 
 def bootstrap_all(
-    statistics: Statistic, n_items: int, *, seed: int, keys: Sequence[str] | None = None
+    statistics: Statistic, n_items: int, *, seed: int = SEED, keys: Sequence[str] | None = None
 ) -> list[Estimate]:
     """`bootstrap` of (S, R) values at once: they are of the same replicates, drawn once."""
     if n_items == 0:

@@ -23,7 +23,6 @@ def evaluate(
     directory: Path,
     verdicts: Path,
     lineage: Mapping[str, str],
-    seed: int,
 ) -> Summary:
     """Scores one model's responses, or two models' to the same items, and writes what came of it.
 
@@ -38,7 +37,6 @@ def evaluate(
         directory: where the files go.
         verdicts: JSONL file of what judges have said already; see `judge_responses`.
         lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
-        seed: random seed of the bootstrap.
 
     Raises:
         ValueError: if there is no judge at `judge.base_url`.
@@ -54,7 +52,7 @@ def evaluate(
     }
     for side, result in scored.items():
         write_lines(directory / f"scores{side}.jsonl", [score.as_row() for score in result.scores])
-    summary = summarize(scored[""], before=scored.get("-before"), seed=seed)
+    summary = summarize(scored[""], before=scored.get("-before"))
     text = json.dumps(summary.as_dict(), indent=2) + "\n"
     write_atomically(directory / "summary.json", text.encode())
     if judge:

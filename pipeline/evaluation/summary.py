@@ -143,19 +143,18 @@ class Summary:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def summarize(after: Scored, *, before: Scored | None, seed: int) -> Summary:
+def summarize(after: Scored, *, before: Scored | None) -> Summary:
     """Every measure with its interval; with `before`, also the paired differences.
 
     Args:
         after: the model in question.
         before: another model's responses to the same items, in the same order.
-        seed: random seed of the bootstrap.
     """
     tables = _tables(after)
     others = _tables(before) if before else {}
     asked = [f"{response.instruction}\n{response.input}" for response in after.responses]
     keys = np.array([canonical_key(text, mask_digits=False) for text in asked], dtype=object)
-    rows = [_row(measure, others.get(measure), tables[measure], keys, seed) for measure in tables]
+    rows = [_row(measure, others.get(measure), tables[measure], keys) for measure in tables]
     return Summary(rows, before, after)
 
 
@@ -184,9 +183,9 @@ def _value(measure: str) -> Callable[[Array], Array]:
     return corpus.get(measure, metrics.mean)
 
 
-def _row(measure: str, before: Array | None, after: Array, keys: Keys, seed: int) -> Row:
+def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
     """One measure from its (N, K) counts; both tables hold the same items in the same order."""
-    cell = _cell(measure, after, keys, seed)
+    cell = _cell(measure, after, keys)
     if before is None:
         return Row(measure, None, cell, None, 0)
     is_paired = _is_known(before) & _is_known(after)
@@ -197,17 +196,17 @@ def _row(measure: str, before: Array | None, after: Array, keys: Keys, seed: int
             metrics.of_sums(after[is_paired], _value(measure)),
         )
         paired = keys[is_paired].tolist()
-        difference = metrics.bootstrap(statistic, n_paired, seed=seed, keys=paired)
-    return Row(measure, _cell(measure, before, keys, seed), cell, difference, n_paired)
+        difference = metrics.bootstrap(statistic, n_paired, keys=paired)
+    return Row(measure, _cell(measure, before, keys), cell, difference, n_paired)
 
 
-def _cell(measure: str, table: Array, keys: Keys, seed: int) -> Cell:
+def _cell(measure: str, table: Array, keys: Keys) -> Cell:
     is_known = _is_known(table)
     known, estimate = table[is_known], None
     if len(known):
         statistic = metrics.of_sums(known, _value(measure))
         scored = keys[is_known].tolist()
-        estimate = metrics.bootstrap(statistic, len(known), seed=seed, keys=scored)
+        estimate = metrics.bootstrap(statistic, len(known), keys=scored)
     return Cell(estimate, len(known), len(table) - len(known))
 
 

@@ -40,7 +40,6 @@ from pipeline.runs.stage_run import mlruns_root, run_once
 from pipeline.weights.fetch import locate
 from pipeline.weights.reading import tokenizer_of
 
-BOOTSTRAP_SEED = 0
 _ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split or trained on
     **{"source": None, "train_fraction": 0.8, "val_fraction": 0.1, "shuffle_split": False},
     **{"split_seed": 0, "batch_size": 1, "max_tokens": 1, "seed": 0, "num_workers": 0},
@@ -135,7 +134,6 @@ def _score(
         directory=run.path,
         verdicts=mlruns_root() / VERDICTS,
         lineage=lineage,
-        seed=BOOTSTRAP_SEED,
     )
     _record(run, summary, after, lineage, sources)
 

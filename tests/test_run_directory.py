@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from pipeline.runs import run_directory
 from pipeline.runs.journal import JOURNAL, metric_history, read_journal
@@ -257,30 +258,17 @@ def test_a_config_that_changed_is_kept_beside(path: Path) -> None:
 
 
 def test_files_of_a_run(path: Path) -> None:
-    from matplotlib import pyplot
-
-    run = Run.open(path)
-    figure, axes = pyplot.subplots()
-    axes.plot([1, 2])
-    picture = run.log_figure(figure, "figures/loss.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert not pyplot.get_fignums()
-    table = run.log_table([{"a": 1}, {"b": math.nan, "a": 2}], "samples/x.json")
-    assert json.loads(table.read_text()) == {"columns": ["a", "b"], "data": [[1, None], [2, "nan"]]}
+    run, figure = Run.open(path), Figure()
+    figure.subplots().plot([1, 2])
+    run.log_figure(figure, "figures/loss.png")
+    assert (path / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run.log_table([{"a": 1}, {"b": math.nan, "a": 2}], "samples/x.json")
+    table = json.loads((path / "samples" / "x.json").read_text())
+    assert table == {"columns": ["a", "b"], "data": [[1, None], [2, "nan"]]}
     run.log_text("text", "samples/x.txt")
     recorded = {line["path"]: line["table"] for line in lines(path, "artifact")}
     assert recorded == {"figures/loss.png": False, "samples/x.json": True, "samples/x.txt": False}
     assert not list(path.rglob("*.tmp"))
-
-
-def test_files_that_cannot_be_recorded(path: Path) -> None:
-    run = Run.open(path)
-    with pytest.raises(FileNotFoundError, match="write it before log_artifact"):
-        run.log_artifact("figures/none.png")
-    with pytest.raises(ValueError, match="outside the run directory"):
-        run.log_text("", "../other/x.txt")
-    with pytest.raises(ValueError, match=r"must end in \.json"):
-        run.log_table([], "x.csv")
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

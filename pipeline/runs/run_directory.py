@@ -134,54 +134,34 @@ class Run:
             "dataset", name=name, digest=digest, counts=counts, source=redact(source)
         )
 
-    def log_artifact(self, name: str, *, table: bool = False) -> Path:
-        """Records a file of the run directory, to be shown with the run.
+    def log_artifact(self, name: str, *, table: bool = False) -> None:
+        """Records a file, to be shown with the run, by its path relative to the run directory."""
+        self._journal.append("artifact", path=name, table=table)
 
-        Args:
-            name: its path, relative to the run directory.
-            table: it has the form that `log_table` writes.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: it lies outside the run directory.
-        """
-        path = self._inside(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; write it before log_artifact.")
-        self._journal.append("artifact", path=path.relative_to(self.path).as_posix(), table=table)
-        return path
-
-    def log_text(self, text: str, name: str) -> Path:
+    def log_text(self, text: str, name: str) -> None:
         """Writes a text file into the run directory and records it."""
-        write_atomically(self._inside(name), text.encode())
-        return self.log_artifact(name)
+        self._log_file(name, text.encode())
 
-    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> Path:
-        """Writes rows as a table of the form that MLflow's UI shows; replaces one."""
-        if not name.endswith(".json"):
-            raise ValueError(f"table {name!r} must end in .json, the form that MLflow shows.")
+    def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+        """Writes rows as a table (.json) of the form that MLflow's UI shows; replaces one."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
-        write_atomically(self._inside(name), dumps(table).encode())
-        return self.log_artifact(name, table=True)
+        self._log_file(name, dumps(table).encode(), table=True)
 
-    def log_figure(self, figure: Figure, name: str) -> Path:
-        """Writes a figure as PNG, records it and closes it."""
+    def log_figure(self, figure: Figure, name: str) -> None:
+        """Writes a figure as PNG and records it."""
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
-        if pyplot := sys.modules.get("matplotlib.pyplot"):
-            pyplot.close(figure)
-        write_atomically(self._inside(name), png.getvalue())
-        return self.log_artifact(name)
+        self._log_file(name, png.getvalue())
 
-    def config(self, config: Mapping[str, Any]) -> Path:
+    def config(self, config: Mapping[str, Any]) -> None:
         """Writes config.yaml, secrets masked; one that differs from it is kept under a number."""
         path = self.path / CONFIG
         text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
         if path.exists() and path.read_bytes() != text.encode():
             number = len(list(self.path.glob("config-*.yaml"))) + 1
             self.log_artifact(path.replace(self.path / f"config-{number}.yaml").name)
-        return self.log_text(text, CONFIG)
+        self.log_text(text, CONFIG)
 
     def event(self, name: str, **facts: Any) -> None:
         """Records something that happened."""
@@ -233,11 +213,9 @@ class Run:
         except OSError as error:  # a full disk; the reason goes on its way all the same
             print(f"warning: {error}", file=sys.stderr)
 
-    def _inside(self, name: str) -> Path:
-        path = (self.path / name).resolve()
-        if not path.is_relative_to(self.path):
-            raise ValueError(f"{name!r} lies outside the run directory {self.path}.")
-        return path
+    def _log_file(self, name: str, content: bytes, *, table: bool = False) -> None:
+        write_atomically(self.path / name, content)
+        self.log_artifact(name, table=table)
 
     def _close(self, **facts: Any) -> None:
         self._journal.append("status", **facts)

@@ -24,12 +24,12 @@ from pipeline.serving.engine import Busy, EngineError
 from pipeline.serving.protocol import (
     Answer,
     ChatRequest,
-    Choice,
     ClassifyRequest,
     CompletionRequest,
+    Delta,
     label_form,
 )
-from pipeline.serving.writer import Delta, Writer
+from pipeline.serving.writer import Writer
 
 MAX_BODY_BYTES = 4 * 2**20
 JSON = "application/json"
@@ -137,20 +137,16 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
         return JSONResponse(label_form(name, labels.names, probabilities))
 
 
-async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Choice]:
+async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Delta]:
     """Whole texts."""
-    choices: dict[int, Choice] = {}
+    choices: dict[int, Delta] = {}
     async for delta in deltas:
-        so_far = choices.get(delta.number, Choice(delta.number, "", None, []))
-        text, tokens = so_far.text + delta.text, so_far.tokens + delta.tokens
-        choices[delta.number] = Choice(delta.number, text, delta.ended, tokens)
-        _count(answer, delta)
+        answer.count(delta)
+        if so_far := choices.get(delta.number):
+            text, tokens = so_far.text + delta.text, so_far.tokens + delta.tokens
+            delta = delta._replace(text=text, tokens=tokens)
+        choices[delta.number] = delta
     return [choices[number] for number in sorted(choices)]
-
-
-def _count(answer: Answer, delta: Delta) -> None:
-    answer.n_completion += delta.n_tokens
-    answer.n_cached += delta.n_cached
 
 
 async def _events(
@@ -164,11 +160,10 @@ async def _events(
     no_usage = {"usage": None} if include_usage else {}  # as OpenAI has it
 
     def events_of(delta: Delta) -> str:
-        _count(answer, delta)
+        answer.count(delta)
         if not (delta.text or delta.ended or delta.tokens):  # half a character
             return ""
-        choice = Choice(delta.number, delta.text, delta.ended, delta.tokens)
-        return _event({**answer.event(choice), **no_usage})
+        return _event({**answer.event(delta), **no_usage})
 
     try:
         async with contextlib.aclosing(deltas):

@@ -177,12 +177,22 @@ class ClassifyRequest(Strict):
     input: OneOrMore[str] = Field(min_length=1, max_length=MAX_INPUTS)
 
 
-class Choice(NamedTuple):
-    """A text, or as much of it as came at a time; its tokens where they are to be told."""
+class Delta(NamedTuple):
+    """What came of one of the texts asked for, or all of it.
+
+    Attributes:
+        ended: why there will be no more of it; None while it goes on.
+        n_tokens: tokens that were written for it.
+        n_cached: tokens of its prompt that were computed for another text; once for all choices.
+        tokens: where they are to be told: those written, the one that ended the text and those of a
+            stop text too; with `echo` the prompt's before them.
+    """
 
     number: int
     text: str
-    finish_reason: str | None
+    ended: str | None
+    n_tokens: int
+    n_cached: int
     tokens: list[Told]
 
 
@@ -203,12 +213,17 @@ class Answer:
         self._model = model
         self._begun: set[int] = set()  # choices of which an event has said whose they are
 
-    def whole(self, choices: Iterable[Choice]) -> dict[str, Any]:
+    def count(self, delta: Delta) -> None:
+        """Adds to what `usage` says."""
+        self.n_completion += delta.n_tokens
+        self.n_cached += delta.n_cached
+
+    def whole(self, choices: Iterable[Delta]) -> dict[str, Any]:
         """The answer, when all of it is there."""
         kind = "chat.completion" if self.is_chat else "text_completion"
         return self._form(kind, "message", choices) | {"usage": self.usage()}
 
-    def event(self, *choices: Choice) -> dict[str, Any]:
+    def event(self, *choices: Delta) -> dict[str, Any]:
         """What came of some choices."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return self._form(kind, "delta", choices)
@@ -222,14 +237,14 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.n_cached},
         }
 
-    def _form(self, kind: str, key: str, choices: Iterable[Choice]) -> dict[str, Any]:
+    def _form(self, kind: str, key: str, choices: Iterable[Delta]) -> dict[str, Any]:
         said = [self._choice(key, choice) for choice in choices]
         return {**self._head, "object": kind, "model": self._model, "choices": said}
 
-    def _choice(self, key: str, choice: Choice) -> Any:
+    def _choice(self, key: str, choice: Delta) -> Any:
         form = chat_form if self.is_chat else text_form
         logprobs = form(choice.tokens) if choice.tokens else None
-        place = {"index": choice.number, "finish_reason": choice.finish_reason}
+        place = {"index": choice.number, "finish_reason": choice.ended}
         if self.is_chat:
             role = {} if choice.number in self._begun else {"role": "assistant"}
             said: dict[str, Any] = {key: {**role, "content": choice.text}}

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 from datamodules.prompts import Message, encode_prompt, encode_start
 from datamodules.tokenizer import Tokenizer
@@ -17,27 +16,8 @@ from pipeline.decoding.text_stream import TextStream
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
-from pipeline.serving.protocol import ChatRequest, CompletionRequest
-from pipeline.serving.telling import Teller, Told
-
-
-class Delta(NamedTuple):
-    """What came of one of the texts asked for.
-
-    Attributes:
-        ended: why there will be no more of it; None while it goes on.
-        n_tokens: tokens that were written for it.
-        n_cached: tokens of its prompt that were computed for another text; once for all choices.
-        tokens: where they are to be told: those written, the one that ended the text and those of a
-            stop text too; with `echo` the prompt's before them.
-    """
-
-    number: int
-    text: str
-    ended: str | None
-    n_tokens: int
-    n_cached: int
-    tokens: list[Told]
+from pipeline.serving.protocol import ChatRequest, CompletionRequest, Delta
+from pipeline.serving.telling import Teller
 
 
 @dataclass(frozen=True)

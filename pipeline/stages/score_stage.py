@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ _ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split
     **{"split_seed": 0, "batch_size": 1, "max_tokens": 1, "seed": 0, "num_workers": 0},
 }
 VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
-FILES = ("responses.jsonl", "responses-before.jsonl", "scores.jsonl", "scores-before.jsonl")
 
 
 @dataclass(frozen=True)
@@ -90,85 +88,58 @@ def score_stage(
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
     stem = f"{stem_of(source)}-score"
-    make = partial(
-        _score,
-        source=source,
-        content=content,
-        ckpt=ckpt,
-        before=before,
-        data=data,
-        answering=answering,
-        judge=judge,
-    )
+
+    def make(run: Run) -> None:
+        if ckpt is None:
+            after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
+            sources = {source: content}
+        else:
+            if judge is not None and (problem := connection_problem(judge)):
+                print(
+                    f"warning: {problem} Only what it has judged before needs it no more.",
+                    file=sys.stderr,
+                )
+            after, earlier, lineage, sources = answer(ckpt, before, data, answering)
+        lineage["digest"] = content
+        summary = evaluate(
+            after,
+            before=earlier,
+            judge=judge,
+            directory=run.path,
+            verdicts=mlruns_root() / VERDICTS,
+            lineage=lineage,
+        )
+        _record(run, summary, lineage, sources)
+
     report = run_once("score", stem, deciding, options, make, "report")
     print(*told(report.parent), sep="\n")
     print(f"report: {report}", file=sys.stderr)
 
 
-def _score(
-    run: Run,
-    *,
-    source: str,
-    content: str,
-    ckpt: str | None,
-    before: str | None,
-    data: dict[str, Any] | None,
-    answering: Answering,
-    judge: JudgeConfig | None,
-) -> None:
-    if ckpt is None:
-        after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
-        sources = {source: content}
-    else:
-        if judge is not None and (problem := connection_problem(judge)):
-            print(
-                f"warning: {problem} Only what it has judged before needs it no more.",
-                file=sys.stderr,
-            )
-        after, earlier, lineage, sources = answer(ckpt, before, data, answering)
-    lineage = {**lineage, "digest": content}
-    summary = evaluate(
-        after,
-        before=earlier,
-        judge=judge,
-        directory=run.path,
-        verdicts=mlruns_root() / VERDICTS,
-        lineage=lineage,
-    )
-    _record(run, summary, after, lineage, sources)
-
-
-def _record(
-    run: Run,
-    summary: Summary,
-    after: list[Response],
-    lineage: dict[str, str],
-    sources: dict[str, str],
-) -> None:
+def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[str, str]) -> None:
     """Metrics, files, figures and the outcome; what `evaluate` wrote lies in the run already."""
     metrics = summary.metrics()
     run.log_metrics(metrics, step=0)
     run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
-    for name in (*FILES, "summary.json", "report.html"):
-        if (run.path / name).exists():
-            run.log_artifact(name)
+    names = {"responses": "responses.jsonl", "scores": "scores.jsonl", "report": "report.html"}
+    before = ("responses-before.jsonl", "scores-before.jsonl") if summary.before else ()
+    for name in (*names.values(), *before, "summary.json"):
+        run.log_artifact(name)
     run.log_figure(score_histogram(summary), "figures/scores.png")
-    if (run.path / FILES[1]).exists():
+    if summary.before:
         run.log_figure(before_and_after(summary), "figures/before-and-after.png")
-    run.log_table([vars(r) for r in after[:50]], "samples/responses.json")
-    names = {"responses": FILES[0], "scores": FILES[2], "report": "report.html"}
+    run.log_table([vars(r) for r in summary.after.responses[:50]], "samples/responses.json")
     outputs = {key: str(run.path / name) for key, name in names.items()}
-    unscored = int(sum(v for name, v in metrics.items() if name.endswith("judge_unscored")))
-    if unscored:
-        asked = [scored for scored in (summary.after, summary.before) if scored]
-        verdicts = [score for scored in asked for score in scored.by("judge")]
-        why = next(verdict.rationale for verdict in verdicts if verdict.score is None)
+    asked = [scored for scored in (summary.after, summary.before) if scored]
+    verdicts = [score for scored in asked for score in scored.by("judge")]
+    missing = [verdict for verdict in verdicts if verdict.score is None]
+    if missing:
         print(
-            f"warning: {unscored} of {len(verdicts)} verdicts of the judge are missing (see the "
-            f"report, such as: {why}); the same command asks for them again.",
+            f"warning: {len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
+            f"the report, such as: {missing[0].rationale}); the same command asks for them again.",
             file=sys.stderr,
         )
-    run.finish(outputs, metrics, sources, headline(metrics), complete=not unscored)
+    run.finish(outputs, metrics, sources, headline(metrics), complete=not missing)
 
 
 def told(directory: Path) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import decode
-from datamodules.sources import JSONL, PYTHON_DOCS, read_jsonl, read_rows, resolve
+from datamodules.sources import PYTHON_DOCS, ROWS, read_rows, resolve
 
 _DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
 _NO_TEXT = {".json", ".gz", ".zip", ".zst"}
@@ -32,41 +32,17 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
                 raise ValueError(
                     f"{path} is no plain text; give text, .jsonl, .parquet, .csv or .tsv files."
                 )
-            read = _READERS.get(suffix)
-            yield from read(path, column) if read else _text_documents(path)
+            if suffix in ROWS:
+                yield from (_text(row, column, at) for at, row in read_rows(path, column))
+            else:
+                yield from _text_documents(path)
 
 
-def _parquet_documents(path: Path, column: str) -> Iterator[str]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
-    with table:
-        if column not in table.schema_arrow.names:
-            raise ValueError(_no_column(str(path), column, table.schema_arrow.names))
-        number = 0
-        for batch in table.iter_batches(columns=[column], batch_size=1024):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _string(value, f"{path}, row {number}", column)
-
-
-def _row_documents(path: Path, column: str) -> Iterator[str]:
-    is_jsonl = path.suffix.lower() in JSONL
-    for number, row in read_jsonl(path) if is_jsonl else enumerate(read_rows(path), start=1):
-        place = f"{path}:{number}" if is_jsonl else f"{path}, row {number}"
-        if column not in row:
-            raise ValueError(_no_column(place, column, row))
-        yield _string(row[column], place, column)
-
-
-def _no_column(place: str, column: str, names: Iterable[str]) -> str:
-    return f"{place} has no {column!r}, but {', '.join(names)}; correct text_column."
-
-
-def _string(value: Any, place: str, column: str) -> str:
+def _text(row: Mapping[str, Any], column: str, place: str) -> str:
+    if column not in row:
+        names = ", ".join(row)
+        raise ValueError(f"{place} has no {column!r}, but {names}; correct text_column.")
+    value = row[column]
     if value is None:
         raise ValueError(f"{place}: {column!r} is null; give it a text, or drop the row.")
     if not isinstance(value, str):
@@ -84,11 +60,3 @@ def _text_documents(path: Path) -> Iterator[str]:
                 block += file.read(1)
             yield decode(block, path, offset)
             offset += len(block)
-
-
-_READERS = {
-    **dict.fromkeys(JSONL, _row_documents),
-    ".csv": _row_documents,
-    ".tsv": _row_documents,
-    ".parquet": _parquet_documents,
-}

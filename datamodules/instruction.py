@@ -26,7 +26,7 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import JSONL, parse_json, read_jsonl, read_rows, refused_together
+from datamodules.sources import ROWS, parse_json, read_rows, refused_together
 from datamodules.step_data_module import StepDataModule, described, report
 
 # what others have in such an entry, and what would change what is learned
@@ -239,11 +239,9 @@ class InstructionDataModule(StepDataModule):
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """The entries of a file, each with its place for error messages."""
-    suffix = path.suffix.lower()
-    if suffix in JSONL:
-        entries = [(f"{path}:{line}", entry) for line, entry in read_jsonl(path)]
-    elif suffix in (".parquet", ".csv", ".tsv"):
-        entries = [(f"{path}: row {i}", row) for i, row in enumerate(read_rows(path), start=1)]
+    entries: list[tuple[str, Any]]
+    if path.suffix.lower() in ROWS:
+        entries = list(read_rows(path))
     else:
         entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
     if not entries:

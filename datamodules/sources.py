@@ -28,6 +28,7 @@ PYTHON_DOCS = "bundled:python-docs"
 SOURCES = ("source", "val_source", "test_source")  # the arguments of data that name some
 
 JSONL = (".jsonl", ".ndjson")
+ROWS = (*JSONL, ".parquet", ".csv", ".tsv")  # what `read_rows` reads
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
@@ -268,23 +269,38 @@ def _separator(text: str) -> str:
     return ";" if header.count(";") > header.count(",") else ","
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .csv, .tsv or .parquet file by column, in primitives; null is None.
+def read_rows(path: Path, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places, for messages, and rows by column, in primitives; JSONL and Parquet are streamed.
+
+    Args:
+        path: a file with a suffix of `ROWS`.
+        column: the only one that is wanted; of Parquet no other is read then, if it is there.
 
     Raises:
         ValueError: naming the file, if it cannot be read as what its suffix says.
     """
-    rows: list[dict[str, Any]]
-    if path.suffix.lower() != ".parquet":
-        rows = read_table(path).to_dict("records") if path.stat().st_size else []  # type: ignore[assignment]
-        return rows
+    suffix = path.suffix.lower()
+    if suffix in JSONL:
+        yield from ((f"{path}:{line}", row) for line, row in read_jsonl(path))
+        return
+    rows = _parquet_rows(path, column) if suffix == ".parquet" else _table_rows(path)
+    yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
+
+
+def _table_rows(path: Path) -> Iterable[Any]:
+    return read_table(path).to_dict("records") if path.stat().st_size else ()
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as table:
+            wanted = [column] if column in table.schema_arrow.names else None
+            for batch in table.iter_batches(columns=wanted, batch_size=1024):
+                yield from batch.to_pylist()
     except ArrowInvalid as error:
         raise ValueError(f"{path} is no Parquet file: {error}") from error
-    return rows
 
 
 def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:

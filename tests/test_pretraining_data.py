@@ -133,7 +133,7 @@ def test_a_long_line_is_cut_between_characters(
         ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*text_column"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*text_column"),
         ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file"),
-        ("a.csv", b"body\na\n", r"a\.csv, row 1 has no 'text', but body; correct text_column"),
+        ("a.csv", b"body\na\n", r"a\.csv: row 1 has no 'text', but body; correct text_column"),
         ("a.json", b"[]", r"a\.json is no plain text; give text, \.jsonl, \.parquet, \.csv or"),
     ],
 )
@@ -148,8 +148,8 @@ def test_a_source_that_is_no_text(
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["a"]}, r"a\.parquet has no 'text', but body; correct text_column"),
-        ({"text": ["a", None]}, r"a\.parquet, row 2: 'text' is null; give it a text"),
+        ({"body": ["a"]}, r"a\.parquet: row 1 has no 'text', but body; correct text_column"),
+        ({"text": ["a", None]}, r"a\.parquet: row 2: 'text' is null; give it a text"),
     ],
 )
 def test_a_parquet_file_without_text(table: dict, message: str, tmp_path: Path) -> None:

@@ -118,7 +118,6 @@ class TextClassificationDataModule(StepDataModule):
             "counts": counts,
             **self._files.facts(),
         }
-        del self._keys
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
             f"its {len(test)} test texts would be in training too, here none is."
@@ -145,7 +144,7 @@ class TextClassificationDataModule(StepDataModule):
 
     def keys(self, split: str) -> list[str]:
         """What decides whether two texts count as equal, of each that belongs to `texts`."""
-        return [splits.canonical_key(text, mask_digits=True) for text in self.texts(split)]
+        return [self._keys[row] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to classify: names of the classes, tokens kept of a text."""

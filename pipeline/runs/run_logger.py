@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.runs.run_directory import Run
@@ -26,12 +26,6 @@ class RunLogger(Logger):
         self.run = run
         # whose optimizer steps count; Lightning counts from 0
         self.trainer: pl.Trainer | None = None
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Run:
-        """The run itself: figures, tables and texts go through it."""
-        return self.run
 
     @property
     def name(self) -> str:

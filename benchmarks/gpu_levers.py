@@ -115,7 +115,7 @@ def training(case: Case, *, compiled: bool, captured: bool, optimizer: str = "ad
 
     seconds, tokens = timed(step)
     median, rate = statistics.median(seconds), sum(tokens) / sum(seconds)
-    flops = model.flops_per_token(case.n_tokens, training=True) * rate
+    flops = model.flops_per_token(case.n_tokens) * rate
     return {
         "ms": 1e3 * median,
         "tokens_per_s": rate,

@@ -56,7 +56,7 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         rate = self.n_tokens / (now - self.since)
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
-        flops = pl_module.gpt.flops_per_token(n_context, training=True)
+        flops = pl_module.gpt.flops_per_token(n_context)
         self.total_tokens += self.n_tokens
         pl_module.log("train/tokens", float(self.total_tokens))
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)

@@ -388,24 +388,18 @@ class GPT(nn.Module):
         """Parameters, a tied one counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
-    def flops_per_token(self, n_context: int, *, training: bool) -> int:
-        """Floating-point operations a token: two per weight of every product, and attention's own.
+    def flops_per_token(self, n_context: int) -> int:
+        """Floating-point operations of training on a token, in rows of `n_context` of them.
 
-        Attention counts the causal half of its scores (n_context / 2 keys a token on average). The
-        backward pass costs as much as the forward pass for gradients of inputs, down to the lowest
-        block that is trained, and as much again for those of trained weights; recomputation is not
-        counted.
-
-        Args:
-            n_context: tokens a row.
-            training: forward and backward, else forward alone.
+        Two per weight of every product, and attention's own, of which the causal half is counted
+        (n_context / 2 keys a token on average). The backward pass costs as much as the forward pass
+        for gradients of inputs, down to the lowest block that is trained, and as much again for
+        those of trained weights; recomputation is not counted.
         """
         linear, trained = _linear_weights(self), _linear_weights(self, trained_only=True)
         keys = n_context / 2 if self.config.causal else n_context
         attention = 2 * self.config.n_embd * keys  # of a block
         forward = linear + attention * len(self.blocks)
-        if not training:
-            return int(2 * forward)
         embeddings = [p for name, p in self.named_parameters() if "embedding" in name]
         parts = (embeddings, *(block.parameters() for block in self.blocks))
         learns = [any(p.requires_grad for p in part) for part in parts]

@@ -35,19 +35,7 @@ def print_continuation(
     system: str = "",
     **sampling: Any,
 ) -> None:
-    """Writes the continuation of a prompt to stdout as it is made, and nothing else.
-
-    Args:
-        source: a checkpoint, or what `weights.fetch.locate` takes.
-        prompt: the text, as it stands.
-        precision: arithmetic of the model.
-        is_message: wrap it in the checkpoint's template as what a user says.
-        system: what the model is told before that; empty for nothing.
-        **sampling: fields of `Sampling`.
-
-    Raises:
-        ValueError: for a checkpoint without the template, or a prompt that does not fit.
-    """
+    """Writes the continuation of a prompt to stdout as it is made; see `commands.generate`."""
     loaded = load_language_model(source, precision)
     if is_message:
         said = [*_told(system), Message(role="user", content=prompt)]
@@ -60,10 +48,7 @@ def print_continuation(
 
 
 def converse(source: str, *, precision: Precision, system: str, **sampling: Any) -> None:
-    """A conversation on stdin and stdout; an empty line or the end of stdin ends it.
-
-    Ctrl-C ends an answer. What no longer fits into the context is forgotten, the oldest first.
-    """
+    """A conversation on stdin and stdout; see `commands.chat`."""
     loaded = load_language_model(source, precision)
     settings = settings_for(loaded, **sampling)
     told = _told(system)

@@ -67,6 +67,7 @@ class PretrainingDataModule(StepDataModule):
     """
 
     context_key = "block_size"
+    corpus: Corpus
 
     def __init__(
         self,
@@ -100,7 +101,6 @@ class PretrainingDataModule(StepDataModule):
         self.val_sources = [val_source] if isinstance(val_source, str) else val_source or []
         self.text_column, self.block_size = text_column, block_size
         self.val_fraction, self.near_duplicates = val_fraction, near_duplicates
-        self.corpus: Corpus | None = None
 
     def setup(self, stage: str) -> None:
         """Tokenises the corpus, or finds it in the cache.
@@ -109,7 +109,7 @@ class PretrainingDataModule(StepDataModule):
             FileNotFoundError: for a source that is not there.
             ValueError: for a source that is no text, or a corpus too short for the block size.
         """
-        if self.corpus is not None:
+        if hasattr(self, "fingerprint"):
             return
         corpus = prepare(
             self.sources,
@@ -165,7 +165,7 @@ class PretrainingDataModule(StepDataModule):
 
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> first tokens of disjoint blocks, shuffled; every epoch cuts at other places."""
-        n_tokens = self._corpus.facts["tokens"]["train"]
+        n_tokens = self.corpus.facts["tokens"]["train"]
         block_size, seed = self.block_size, self.seed
         n_blocks = (n_tokens - (block_size - 1)) // block_size  # as many for every offset
 
@@ -183,18 +183,13 @@ class PretrainingDataModule(StepDataModule):
     @property
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of the held-out text a token: bits a byte are nats a token / ln 2 / this."""
-        facts = self._corpus.facts
+        facts = self.corpus.facts
         return float(facts["bytes"]["val"] / facts["tokens"]["val"])
 
     def train_bytes(self, limit: int) -> bytes:
         """UTF-8 of the last `limit` bytes of the training text, a zero byte between documents."""
-        return self._corpus.text("train", self.tokenizer, limit)
+        return self.corpus.text("train", self.tokenizer, limit)
 
     def heldout_bytes(self) -> bytes:
         """UTF-8 of the held-out text, a zero byte between documents."""
-        return self._corpus.text("val", self.tokenizer)
-
-    @property
-    def _corpus(self) -> Corpus:
-        assert self.corpus is not None, "setup() comes first"
-        return self.corpus
+        return self.corpus.text("val", self.tokenizer)

@@ -79,7 +79,6 @@ def stories(write: Write) -> Path:
 
 
 def all_tokens(module: PretrainingDataModule, split: str) -> list[int]:
-    assert module.corpus is not None
     return module.corpus.tokens(split).tolist()
 
 
@@ -357,7 +356,6 @@ def test_a_file_that_is_cut_in_use_gives_no_short_sample(
 ) -> None:
     module = make(stories)
     module.setup("fit")
-    assert module.corpus
     path = module.corpus.path("train")
     os.truncate(path, 2 * 50)  # two bytes a token
     assert len(module.train_set[34]["input_ids"]) == 16
@@ -404,7 +402,6 @@ def test_blocks_are_pickled_without_their_tokens(
 
 
 def files_of(module: PretrainingDataModule) -> dict[str, int]:
-    assert module.corpus is not None
     return {path.name: path.stat().st_mtime_ns for path in module.corpus.folder.iterdir()}
 
 
@@ -486,7 +483,6 @@ def test_a_damaged_cache_is_made_again(
 ) -> None:
     first = make(stories)
     first.setup("fit")
-    assert first.corpus is not None
     heldout = first.heldout_bytes()
     path = first.corpus.folder / name
     path.write_bytes(damage(path.read_bytes()))
@@ -501,12 +497,10 @@ def test_what_a_kill_left_is_cleared_away(
 ) -> None:
     first = make(stories)
     first.setup("fit")
-    assert first.corpus is not None
     folder = first.corpus.folder
     folder.rename(folder.with_suffix(".tmp"))  # killed just before the end
     second = make(stories)
     second.setup("fit")
-    assert second.corpus is not None
     assert sorted(path.suffix for path in folder.parent.iterdir()) == ["", ".lock"]
     assert second.corpus.facts == first.corpus.facts
 
@@ -516,7 +510,6 @@ def test_the_facts_hold_the_files_digests(
 ) -> None:
     module = make(stories)
     module.setup("fit")
-    assert module.corpus is not None
     for split, digest in module.corpus.facts["sha256"].items():
         assert hashlib.sha256(module.corpus.path(split).read_bytes()).hexdigest() == digest
 

@@ -19,11 +19,10 @@ LIGHTNING = {
     "validate": "Measure a checkpoint on the validation set.",
     "test": "Measure a checkpoint on the test set.",
     "predict": "Write a checkpoint's predictions for the test set.",
+    "check": "Say what fit would do, cost and quietly lose, before it starts.",
 }
-CHECK = {"check": "Say what fit would do, cost and quietly lose, before it starts."}
 COMMANDS = {
     **LIGHTNING,
-    **CHECK,
     **{name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()},
 }
 GLOBAL_OPTIONS = {
@@ -73,38 +72,32 @@ def _dispatch(words: list[str]) -> int | None:
     name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
     if name is None:
         return _explain(words)
-    from pipeline.arguments import check_configs, guard_yaml
+    from pipeline.arguments import check_configs, guard_yaml, parse
 
     guard_yaml()
     rest = words[len(name.split()) :]
     check_configs(rest)
     if name != "run" and not {"-h", "--help"} & set(rest):  # a chain's stages choose for themselves
         choose_waiting()
-    if name in LIGHTNING:
-        from pipeline.cli import main as lightning_main
-
-        lightning_main([name, *rest])
-        return None
-    if name in CHECK:
+    if name in FUNCTIONS:
+        if (n_processes := n_started()) > 1:
+            raise ValueError(
+                f"{name} needs one process, not {n_processes}; leave out what starts more."
+            )
+        try:
+            options = parse(FUNCTIONS[name], rest, f"{_prog()} {name}")
+        except SystemExit as after_help:
+            return int(after_help.code or 0)
+        return FUNCTIONS[name](**options)
+    if name == "check":
         from pipeline.check import main as check_main
 
         check_main(rest)
-        return None
-    if (n_processes := n_started()) > 1:
-        raise ValueError(
-            f"{name} needs one process, not {n_processes}; leave out what starts more."
-        )
-    return _call(name, rest)
+    else:
+        from pipeline.cli import main as lightning_main
 
-
-def _call(name: str, words: list[str]) -> int | None:
-    from pipeline.arguments import parse
-
-    try:
-        options = parse(FUNCTIONS[name], words, f"{_prog()} {name}")
-    except SystemExit as after_help:
-        return int(after_help.code or 0)
-    return FUNCTIONS[name](**options)
+        lightning_main([name, *rest])
+    return None
 
 
 def choose_waiting() -> None:

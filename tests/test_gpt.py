@@ -247,7 +247,7 @@ def test_flops_end_where_nothing_below_is_trained(
     with unfused, FlopCounterMode(display=False) as counter:
         model(tokens(2, n_tokens)).sum().backward()
     counted = counter.get_total_flops() / (2 * n_tokens)
-    assert model.flops_per_token(n_tokens, training=True) == counted
+    assert model.flops_per_token(n_tokens) == counted
 
 
 @pytest.mark.parametrize(

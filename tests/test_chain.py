@@ -373,6 +373,13 @@ def test_misspelt_overrides(text: str, chain: Path, home: Path) -> None:
     assert not home.exists()
 
 
+def test_a_key_that_is_left_empty(write: Write) -> None:
+    source = {"source": "bundled:python-docs", "vocab_size": 270, "min_frequency": 2}
+    stage = {"name": "a", "command": "tokenizer train", "config": None, "inputs": None}
+    chain = {"experiment": "x", "stages": [{**stage, "set": source}]}
+    assert load_chain(write("a.yaml", yaml.safe_dump(chain))).stages[0].configs == ()
+
+
 def test_variables_and_references(
     chain: Path, monkeypatch: pytest.MonkeyPatch, write: Write
 ) -> None:

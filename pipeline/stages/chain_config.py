@@ -180,7 +180,7 @@ def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) 
             f"{key}.command: {raw.command!r} is no command of a chain; "
             f"give one of {', '.join(STAGE_COMMANDS)}."
         )
-    names = [raw.config] if isinstance(raw.config, str) else raw.config
+    names = [raw.config] if isinstance(raw.config, str) else raw.config or []
     configs = [Path(os.path.normpath(path.parent / Path(name).expanduser())) for name in names]
     for config in configs:
         if not config.is_file():

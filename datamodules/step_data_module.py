@@ -155,9 +155,7 @@ class StepDataModule(pl.LightningDataModule):
         """Test, in order."""
         return self._in_order(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test set again: predictions for it, in order."""
-        return self._in_order(self.test_set)
+    predict_dataloader = test_dataloader  # predictions are of the test set
 
     def _in_order(self, dataset: Dataset[Sample]) -> DataLoader[Any]:
         return self._loader(dataset, batch_size=self.batch_size)

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.arguments import load_yaml
-from pipeline.checkpoint import CHECKPOINTS
+from pipeline.checkpoint import CHECKPOINTS, stem_of
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import CONFIG, OUTCOME
 
@@ -223,18 +223,16 @@ def _share_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
 
 
 def interrupted_like(run: Path) -> str:
-    """The last run of the same name that was interrupted, and how it differs; else empty.
-
-    Args:
-        run: a run directory; its name is that of the run, and a digest.
-    """
-    prefix = run.name.rpartition("-")[0]
+    """The last run of the same name that was interrupted, and how it differs; else empty."""
     others = [
-        folder.parents[1]
-        for folder in run.parent.glob(f"{prefix}-*/{CHECKPOINTS}/step-*")
-        if folder.parents[1] != run and not (folder.parents[1] / OUTCOME).exists()
+        other
+        for other in run.parent.glob("*")
+        if other != run
+        and stem_of(other) == stem_of(run)
+        and any(other.glob(f"{CHECKPOINTS}/step-*"))
+        and (other / CONFIG).is_file()
+        and not (other / OUTCOME).exists()
     ]
-    others = [other for other in others if (other / CONFIG).is_file()]
     if not others:
         return ""
     other = max(others, key=lambda path: (path / CONFIG).stat().st_mtime)

@@ -59,13 +59,14 @@ def test_an_outcome(home: Path, tiny: Journey) -> None:
 
 @damages
 def test_the_config_of_an_interrupted_run(damage: Damage, tmp_path: Path) -> None:
-    paths = [tmp_path / "demo" / f"pretrain-{i}" for i in range(2)]
+    names = ("pretrain-00000000", "pretrain-00000001-2")  # the second one was started anew
+    paths = [tmp_path / "demo" / name for name in names]
     for i, path in enumerate(paths):
         run = Run.open(path)
         run.config({"data": {"seed": i}})
         run.fail("killed")
     (paths[0] / CHECKPOINTS / "step-00000001").mkdir(parents=True)
-    assert interrupted_like(paths[1]).endswith("pretrain-0 is another: data.seed was 0, is 1")
+    assert interrupted_like(paths[1]).endswith(f"{names[0]} is another: data.seed was 0, is 1")
     damage(paths[0] / CONFIG)
     text = interrupted_like(paths[1])
     assert str(paths[0]) in text

@@ -300,7 +300,7 @@ def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None =
     """
     from pipeline.stages.merge_stage import merge_stage
 
-    merge_stage(Path(ckpt), data=data, output=Path(output) if output else None)
+    merge_stage(ckpt, data=data, output=Path(output) if output else None)
 
 
 def serve(

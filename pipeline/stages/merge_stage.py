@@ -38,6 +38,7 @@ from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_checkpoint
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
+from pipeline.weights.fetch import locate
 
 CERTIFICATE = "certificate.json"
 # Float32 rounds W x + B A x and (W + B A) x apart by some 1e-5 of logits of size 10; a merge in
@@ -65,13 +66,14 @@ class Behaviour:
     n_scored: int
 
 
-def merge_stage(ckpt: Path, *, data: dict[str, Any] | None, output: Path | None) -> None:
+def merge_stage(ckpt: str, *, data: dict[str, Any] | None, output: Path | None) -> None:
     """Merges in a run directory; see `pipeline.commands.merge`."""
     if output is not None:
         check_output(output, is_own=(output / CERTIFICATE).is_file())
-    options = {"ckpt": str(ckpt), "data": data, "output": output and str(output)}
-    stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(ckpt)]
-    make = partial(_merge, ckpt=ckpt, data=data, output=output)
+    path = locate(ckpt)
+    options = {"ckpt": ckpt, "data": data, "output": output and str(output)}
+    stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(path)]
+    make = partial(_merge, ckpt=path, data=data, output=output)
     print(run_once("merge", stem, deciding, options, make, "best"))
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.prompts import IGNORE
 
@@ -40,25 +39,20 @@ class MicroBatch(TypedDict, total=False):
     label: Tensor  # (B,) int64
 
 
-class SampleList(Dataset[Sample]):
-    """Samples that fit in memory."""
+class SampleSet(Protocol):
+    """What a loader draws from: a list of samples, or what reads them when they are asked for."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int) -> Sample:
-        return self.samples[key]
+    def __getitem__(self, key: int, /) -> Sample: ...
 
 
-def digest_of(sample_sets: Iterable[SampleList]) -> str:
+def digest_of(sample_sets: Iterable[Sequence[Sample]]) -> str:
     """SHA-256 of all samples in their order: equal digests train equally."""
     digest = hashlib.sha256()
     for samples in sample_sets:
         digest.update(f"{len(samples)} samples".encode())
-        for sample in samples.samples:
+        for sample in samples:
             labels = sample["labels"].tolist() if "labels" in sample else sample["label"]
             content = (sample["sample_id"], sample["input_ids"].tolist(), labels)
             digest.update(repr(content).encode())

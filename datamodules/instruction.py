@@ -11,7 +11,7 @@ from typing import Any, TypedDict, get_args
 import torch
 
 from datamodules import apart, chat_template, splits
-from datamodules.batching import Sample, SampleList, digest_of
+from datamodules.batching import Sample, digest_of
 from datamodules.files import decode
 from datamodules.prompts import (
     IGNORE,
@@ -141,7 +141,7 @@ class InstructionDataModule(StepDataModule):
         self.check()
         self.read()
         samples, n_cut = self._encode()
-        sets = [SampleList([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
+        sets = [[samples[i] for i in self._rows[split]] for split in splits.SPLITS]
         self.train_set, self.val_set, self.test_set = sets
         counts = {
             "items": len(samples),

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.batching import Sample, epoch_generator
 from datamodules.corpus import Corpus, prepare
@@ -19,7 +18,7 @@ from datamodules.step_data_module import StepDataModule, report
 
 
 @dataclass(frozen=True)
-class Blocks(Dataset[Sample]):
+class Blocks:
     """Blocks of a token file, one every `stride` tokens; the last ones may be shorter.
 
     A block is read when it is asked for: nothing of the file stays in this process's memory.

@@ -17,9 +17,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datamodules.batching import Collate, Sample, StepSampler, shuffled
+from datamodules.batching import Collate, SampleSet, StepSampler, shuffled
 from datamodules.tokenizer import Tokenizer
 
 
@@ -38,9 +38,9 @@ class StepDataModule(pl.LightningDataModule):
     """
 
     context_key = "max_length"  # the argument that bounds the length of a row, in tokens
-    train_set: Dataset[Sample]
-    val_set: Dataset[Sample]
-    test_set: Dataset[Sample]
+    train_set: SampleSet
+    val_set: SampleSet
+    test_set: SampleSet
     fingerprint: dict[str, Any]  # primitives: digest, counts, and what decides the samples
     config: dict[str, Any] | None = None  # the YAML that it was made from, where there was one
 
@@ -96,7 +96,7 @@ class StepDataModule(pl.LightningDataModule):
 
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> keys of `train_set`."""
-        return shuffled(len(self.train_set), self.seed)  # type: ignore[arg-type]
+        return shuffled(len(self.train_set), self.seed)
 
     def train_lengths(self, keys: Tensor) -> Tensor:
         """Tokens of the rows of `train_set` with these keys (N,), int64."""
@@ -157,10 +157,10 @@ class StepDataModule(pl.LightningDataModule):
 
     predict_dataloader = test_dataloader  # predictions are of the test set
 
-    def _in_order(self, dataset: Dataset[Sample]) -> DataLoader[Any]:
+    def _in_order(self, dataset: SampleSet) -> DataLoader[Any]:
         return self._loader(dataset, batch_size=self.batch_size)
 
-    def _loader(self, dataset: Dataset[Sample], **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             collate_fn=Collate(self.max_tokens, self.tokenizer.eos_id),

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from datamodules import apart, splits
-from datamodules.batching import Sample, SampleList, digest_of
+from datamodules.batching import Sample, digest_of
 from datamodules.prompts import encode_text
 from datamodules.sources import read_table, refused_together, some
 from datamodules.step_data_module import StepDataModule, described, report
@@ -220,11 +220,11 @@ class TextClassificationDataModule(StepDataModule):
                 rows[split] = part[splits.balance(labels[part], self.split_seed)]
         return rows, n_repeated
 
-    def _encode(self) -> tuple[dict[str, SampleList], int]:
+    def _encode(self) -> tuple[dict[str, list[Sample]], int]:
         """The samples of each split, and how many texts were cut."""
-        sets, n_cut = {}, 0
+        sets: dict[str, list[Sample]] = {split: [] for split in self._rows}
+        n_cut = 0
         for split, rows in self._rows.items():
-            samples = []
             for row in rows.tolist():
                 try:
                     ids, is_cut = encode_text(
@@ -233,10 +233,9 @@ class TextClassificationDataModule(StepDataModule):
                 except ValueError as error:
                     raise ValueError(f"{self.source}: text {row}: {error}") from error
                 n_cut += is_cut
-                samples.append(
+                sets[split].append(
                     Sample(sample_id=row, input_ids=torch.tensor(ids), label=self._labels[row])
                 )
-            sets[split] = SampleList(samples)
         return sets, n_cut
 
     def _class_counts(self) -> dict[str, int]:

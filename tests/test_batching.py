@@ -12,7 +12,6 @@ from datamodules.batching import (
     Collate,
     MicroBatch,
     Sample,
-    SampleList,
     StepSampler,
     digest_of,
     epoch_generator,
@@ -48,8 +47,8 @@ class Module(StepDataModule):
         own = {"max_tokens": 24, "seed": 1, "num_workers": 0, **options}
         super().__init__(tokenizer=None, **own)
         self.tokenizer = tokenizer
-        self.train_set = self.val_set = self.test_set = SampleList(samples)
-        self.fingerprint = {"digest": digest_of([SampleList(samples)])}
+        self.train_set = self.val_set = self.test_set = samples
+        self.fingerprint = {"digest": digest_of([samples])}
 
     def setup(self, stage: str) -> None: ...
 
@@ -196,12 +195,12 @@ def test_gradients_do_not_depend_on_the_cut(samples: list[Sample], max_tokens: i
 
 
 def test_equal_digests_mean_equal_samples(samples: list[Sample]) -> None:
-    digest = digest_of([SampleList(samples)])
-    assert digest == digest_of([SampleList(list(samples))])
-    assert digest != digest_of([SampleList(samples[::-1])])
-    assert digest != digest_of([SampleList(samples[:4]), SampleList(samples[4:])])
+    digest = digest_of([samples])
+    assert digest == digest_of([list(samples)])
+    assert digest != digest_of([samples[::-1]])
+    assert digest != digest_of([samples[:4], samples[4:]])
     relabelled = [sample(i, s["input_ids"].tolist()) for i, s in enumerate(samples)]
-    assert digest != digest_of([SampleList(relabelled)])
+    assert digest != digest_of([relabelled])
 
 
 def members(loader: Iterable[list[MicroBatch]]) -> list[list[int]]:

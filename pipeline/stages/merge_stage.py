@@ -145,7 +145,7 @@ def behaviour(loaded: Loaded, data: StepDataModule) -> Behaviour:
     batches = [micro_batch for batch in data.test_dataloader() for micro_batch in batch]
     if isinstance(loaded.model, GPTClassifier):
         return _labels(loaded.model, batches)
-    samples = [data.test_set[i] for i in range(min(N_TEXTS, len(data.test_set)))]  # type: ignore[arg-type]
+    samples = [data.test_set[i] for i in range(min(N_TEXTS, len(data.test_set)))]
     n_items, nats = 0, []
     for micro_batch in batches:
         hidden = loaded.gpt(micro_batch["input_ids"], micro_batch.get("attention_mask"))

@@ -334,10 +334,9 @@ def reference_nats(
 
     Answers before it in a conversation belong to the prompt.
     """
-    samples = getattr(data, f"{split}_set")
     loaded.model.eval()
     sums = []
-    for sample in (samples[i] for i in range(len(samples))):
+    for sample in getattr(data, f"{split}_set"):
         input_ids = sample["input_ids"][None].to(loaded.device)
         labels = of_last_response(sample["labels"])[None].to(loaded.device)
         losses = next_token_losses(loaded.gpt(input_ids), loaded.gpt.head.weight, labels)

@@ -354,7 +354,7 @@ def assert_adapters_are_those_of_one(home: Path, alone: Path, tokenizer: Path) -
     data.setup("fit")
     n_targets = {
         sample["sample_id"]: int((sample["labels"][1:] != IGNORE).sum())
-        for sample in data.train_set.samples
+        for sample in data.train_set
     }
     counts = [
         [sum(n_targets[i] for i in members) for members in ids(home, rank).values()]

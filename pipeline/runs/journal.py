@@ -40,11 +40,6 @@ class Journal:
         self.is_new = end == 0
         self._file = path.open("ab")  # buffered writers lock themselves
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._file.closed
-
     def append(self, kind: str, **facts: Any) -> None:
         """Appends one line and flushes it; a status is on disk before this returns.
 

@@ -206,7 +206,7 @@ class Run:
         """Ends the run as FAILED, or as KILLED where it was interrupted, unless it has ended."""
         interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # so is SIGTERMException
         text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
-        if self._journal.closed:
+        if not self._lock.is_locked:
             return
         try:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))

@@ -144,10 +144,8 @@ class SampleTexts(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Generates and logs a table."""
-        run = run_of(trainer)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.prompts:
-            return
-        if run is None and trainer.world_size == 1:
+        run, is_fit = run_of(trainer), trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not is_fit or not self.prompts or (run is None and trainer.world_size == 1):
             return
         gather_shared(pl_module.model)  # so every rank generates, where each has a share
         tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
@@ -160,15 +158,13 @@ class SampleTexts(pl.Callback):
         plain = uncompiled(pl_module.is_compiled)
         with trainer.precision_plugin.forward_context(), plain:  # adapters' base may be bf16
             new = generate(pl_module.model, ids, settings)
-        texts = [
-            text_of(tokenizer, answer, prompt) for answer, prompt in zip(new, ids, strict=True)
-        ]
         pl_module.train()
         if run is None:
             return
         step = trainer.global_step
         rows = [
-            {"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)
+            {"step": step, "prompt": prompt, "text": text_of(tokenizer, answer, before)}
+            for prompt, before, answer in zip(self.prompts, ids, new, strict=True)
         ]
         run.log_table(rows, f"samples/step-{step:08d}.json")
 

@@ -86,6 +86,15 @@ def remembered_sha256(path: Path) -> str:
     return digest
 
 
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """What is wrong within it is said to be so at a place."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def decode(data: bytes, path: Path, offset: int = 0) -> str:
     """Text of UTF-8 bytes, without a byte-order mark at the start of the file.
 

@@ -12,7 +12,7 @@ import torch
 
 from datamodules import apart, chat_template, splits
 from datamodules.batching import Sample, digest_of
-from datamodules.files import decode
+from datamodules.files import at, decode
 from datamodules.prompts import (
     IGNORE,
     Message,
@@ -128,7 +128,7 @@ class InstructionDataModule(StepDataModule):
         with refused_together() as row:
             for place, entry in entries:
                 with row(place):
-                    items.append(_item(len(items), entry, place))
+                    items.append(_item(len(items), entry))
         self._items, self._places = items, [place for place, _ in entries]
         self._split(items)
 
@@ -202,22 +202,19 @@ class InstructionDataModule(StepDataModule):
         with refused_together() as row, chat_template.on(LEARNED_ON):
             for item, place in zip(self._items, self._places, strict=True):
                 with row(place):
-                    sample, is_cut = self._sample(item, place)
+                    sample, is_cut = self._sample(item)
                     samples.append(sample)
                     n_cut += is_cut
         return samples, n_cut
 
-    def _sample(self, item: Item, place: str) -> tuple[Sample, bool]:
+    def _sample(self, item: Item) -> tuple[Sample, bool]:
         said = [*item["messages"], Message(role="assistant", content=item["reference"])]
-        try:
-            ids, labels = encode_conversation(
-                self.tokenizer, self.prompt_style, said, supervise=self.supervise
-            )
-            is_cut = len(ids) > self.max_length
-            if is_cut:
-                self._cut(ids, labels, item)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+        ids, labels = encode_conversation(
+            self.tokenizer, self.prompt_style, said, supervise=self.supervise
+        )
+        is_cut = len(ids) > self.max_length
+        if is_cut:
+            self._cut(ids, labels, item)
         input_ids, learned = torch.tensor(ids), torch.tensor(labels)
         return Sample(sample_id=item["id"], input_ids=input_ids, labels=learned), is_cut
 
@@ -267,24 +264,22 @@ def _json_list(path: Path) -> list[Any]:
     return entries
 
 
-def _item(index: int, entry: Any, place: str) -> Item:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{place} is a {type(entry).__name__}, not an object; correct it.")
-    entry = _as_here(entry, place)
+def _item(index: int, entry: Any) -> Item:
+    entry = _as_here(_object(entry))
     is_chat = entry.get("messages") is not None
-    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD, place)
+    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD)
     if is_chat:
-        messages = _chat(entry["messages"], place)
+        messages = _chat(entry["messages"])
         instruction, given = _transcript(messages[:-1]), ""
     else:
-        instruction, output = (_text(entry, field, place) for field in ("instruction", "output"))
-        given = "" if entry.get("input") is None else _text(entry, "input", place)
+        instruction, output = (_text(entry, field) for field in ("instruction", "output"))
+        given = "" if entry.get("input") is None else _text(entry, "input")
         reply = Message(role="assistant", content=output)
         messages = [*alpaca_messages(instruction, given), reply]
     for message in messages:
         if message["role"] != "system" and not message["content"].strip():
             raise ValueError(
-                f"{place} has an empty {message['role']} text, there is nothing to learn from it; "
+                f"it has an empty {message['role']} text, there is nothing to learn from it; "
                 "complete the entry, or drop it."
             )
     *prompt, reply = messages
@@ -297,7 +292,13 @@ def _item(index: int, entry: Any, place: str) -> Item:
     )
 
 
-def _as_here(entry: dict[str, Any], place: str) -> dict[str, Any]:
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object; correct it.")
+    return value
+
+
+def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry in a form of others, in one of those here."""
     given = {key for key, value in entry.items() if value is not None}
     is_ours = bool({"instruction", "messages"} & given)
@@ -313,7 +314,7 @@ def _as_here(entry: dict[str, Any], place: str) -> dict[str, Any]:
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"{place}: conversations[{i}] has no 'from' and 'value'; correct it.")
+            raise ValueError(f"conversations[{i}] has no 'from' and 'value'; correct it.")
         role = _SHAREGPT.get(str(turn["from"]), turn["from"])
         messages.append({"role": role, "content": turn["value"]})
     others = {k: v for k, v in entry.items() if k != "conversations"}
@@ -327,53 +328,49 @@ def _transcript(prompt: list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str], place: str) -> None:
+def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str]) -> None:
     """ValueError for what would change what is learned, and is not read; null says nothing."""
     for field in fields:
         if entry.get(field):
             raise ValueError(
-                f"{place} has {field!r}, which is not read beside the others; write the whole "
+                f"it has {field!r}, which is not read beside the others; write the whole "
                 "conversation as 'messages' of roles and contents, or take it out."
             )
 
 
-def _chat(messages: Any, place: str) -> list[Message]:
+def _chat(messages: Any) -> list[Message]:
     """Messages of the right form: the last one is an assistant's answer to a user."""
     if not isinstance(messages, list):
-        raise ValueError(f"{place}: 'messages' is a {type(messages).__name__}, not a list.")
-    chat = [_message(value, f"{place}: message {i}") for i, value in enumerate(messages)]
-    try:
-        check_messages(chat)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"'messages' is a {type(messages).__name__}, not a list.")
+    chat = []
+    for i, value in enumerate(messages):
+        with at(f"message {i}"):
+            chat.append(_message(_object(value)))
+    check_messages(chat)
     if [message["role"] for message in chat[-2:]] != ["user", "assistant"]:
         raise ValueError(
-            f"{place}: its messages do not end with a user's and the assistant's answer to it; "
+            "its messages do not end with a user's and the assistant's answer to it; "
             "complete the entry, or drop it."
         )
     return chat
 
 
-def _message(value: Any, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} is a {type(value).__name__}, not an object; correct it.")
-    _refuse_unread(value, ("tool_calls", "function_call"), place)
+def _message(value: dict[str, Any]) -> Message:
+    _refuse_unread(value, ("tool_calls", "function_call"))
     if value.get("weight") not in (None, 1):
         raise ValueError(
-            f"{place} has weight {value['weight']}, but every answer is learned; take the entry "
+            f"it has weight {value['weight']}, but every answer is learned; take the entry "
             "out, or the weight."
         )
-    return Message(role=_text(value, "role", place), content=_text(value, "content", place))
+    return Message(role=_text(value, "role"), content=_text(value, "content"))
 
 
-def _text(entry: dict[str, Any], field: str, place: str) -> str:
+def _text(entry: dict[str, Any], field: str) -> str:
     if field not in entry:
-        raise ValueError(
-            f"{place} has no {field!r}, only {list(entry)}; add it, or drop the entry."
-        )
+        raise ValueError(f"it has no {field!r}, only {list(entry)}; add it, or drop the entry.")
     if not isinstance(entry[field], str):
         kind = type(entry[field]).__name__
-        raise ValueError(f"{place}: {field!r} is a {kind}, not a text; correct or drop the entry.")
+        raise ValueError(f"{field!r} is a {kind}, not a text; correct or drop the entry.")
     return entry[field]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.downloads import DOWNLOADS, download
-from datamodules.files import cache_dir, decode, file_digests, replacing
+from datamodules.files import at, cache_dir, decode, file_digests, replacing
 from datamodules.python_docs import python_docs
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def some(values: Sequence[Any], n: int = 10) -> str:
 
 
 @contextmanager
-def refused_together() -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
-    """Gives a context for each row by its name; what is wrong with rows is said of all at the end.
+def refused_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
+    """Gives a context for each row by its place; what is wrong with rows is said of all at the end.
 
     Raises:
         ValueError: the first that a row's context was left with, and which other rows had one.
@@ -169,11 +169,12 @@ def refused_together() -> Iterator[Callable[[Any], AbstractContextManager[None]]
     unusable: dict[Any, ValueError] = {}
 
     @contextmanager
-    def row(name: Any) -> Iterator[None]:
+    def row(place: str, name: Any = None) -> Iterator[None]:
         try:
-            yield
+            with at(place):
+                yield
         except ValueError as error:
-            unusable[name] = error
+            unusable[name or place] = error
 
     yield row
     if unusable:

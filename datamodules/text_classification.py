@@ -13,6 +13,7 @@ import torch
 
 from datamodules import apart, splits
 from datamodules.batching import Sample, digest_of
+from datamodules.files import at
 from datamodules.prompts import encode_text
 from datamodules.sources import read_table, refused_together, some
 from datamodules.step_data_module import StepDataModule, described, report
@@ -174,9 +175,8 @@ class TextClassificationDataModule(StepDataModule):
         columns = zip(frame[self.text_column], frame[self.label_column], strict=True)
         with refused_together() as row:
             for number, (text, label) in enumerate(columns, start=1):
-                place = f"{path}: row {number}"
-                with row(number):
-                    yield _text(text, self.text_column, place), self._class_index(label, place)
+                with row(f"{path}: row {number}", number):
+                    yield _text(text, self.text_column), self._class_index(label)
 
     def _contradictions(self) -> list[str]:
         """Texts that have one label in a row and another in another."""
@@ -185,14 +185,14 @@ class TextClassificationDataModule(StepDataModule):
             labels.setdefault(text.strip(), set()).add(label)
         return [repr(text[:40]) for text, found in labels.items() if len(found) > 1]
 
-    def _class_index(self, label: Any, place: str) -> int:
+    def _class_index(self, label: Any) -> int:
         if _missing(label) or str(label) == "":
-            raise ValueError(f"{place} has no {self.label_column!r}; give it a label, or drop it.")
+            raise ValueError(f"it has no {self.label_column!r}; give it a label, or drop it.")
         if isinstance(label, float) and label.is_integer():  # integers of a column with gaps
             label = int(label)
         if str(label) not in self.label_names:
             raise ValueError(
-                f"{place} has label {str(label)!r}, data.label_names is {self.label_names}; "
+                f"it has label {str(label)!r}, data.label_names is {self.label_names}; "
                 "add it there, or correct the row."
             )
         return self.label_names.index(str(label))
@@ -226,12 +226,10 @@ class TextClassificationDataModule(StepDataModule):
         n_cut = 0
         for split, rows in self._rows.items():
             for row in rows.tolist():
-                try:
+                with at(f"{self.source}: text {row}"):
                     ids, is_cut = encode_text(
                         self.tokenizer, self._texts[row], self.suffix, self.max_length
                     )
-                except ValueError as error:
-                    raise ValueError(f"{self.source}: text {row}: {error}") from error
                 n_cut += is_cut
                 sets[split].append(
                     Sample(sample_id=row, input_ids=torch.tensor(ids), label=self._labels[row])
@@ -254,13 +252,13 @@ def _missing(value: Any) -> bool:
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def _text(value: Any, column: str, place: str) -> str:
+def _text(value: Any, column: str) -> str:
     if _missing(value):
-        raise ValueError(f"{place} has no {column!r}; give it a text, or drop it.")
+        raise ValueError(f"it has no {column!r}; give it a text, or drop it.")
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {column!r} is {value!r}, not a text; correct or drop the row.")
+        raise ValueError(f"{column!r} is {value!r}, not a text; correct or drop the row.")
     if not value.strip():
-        raise ValueError(f"{place}: {column!r} is empty; correct or drop the row.")
+        raise ValueError(f"{column!r} is empty; correct or drop the row.")
     return value
 
 

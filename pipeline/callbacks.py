@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from datamodules.batching import MicroBatch
+from datamodules.files import at
 from datamodules.prompts import encode_start, stop_ids
 from datamodules.step_data_module import StepDataModule
 from pipeline.compiling import uncompiled
@@ -137,10 +138,8 @@ class SampleTexts(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuses prompts that the model could not go on from."""
         for prompt, ids in zip(self.prompts, self._ids(pl_module.data), strict=True):
-            try:
+            with at(f"SampleTexts.prompts, {prompt[:60]!r}"):
                 check_prompt(len(ids), pl_module.model.config.block_size)
-            except ValueError as error:
-                raise ValueError(f"SampleTexts.prompts, {prompt[:60]!r}: {error}") from None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Generates and logs a table."""

@@ -362,7 +362,7 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     assert run_chain(chain) == 2
     said, error = capfd.readouterr().err.splitlines()
     assert said == "reading the options and rows of later stages ..."
-    assert error.startswith(f"error: stage 'moods': {moods}: row 3 has no 'label'")
+    assert error.startswith(f"error: stage 'moods': {moods}: row 3: it has no 'label'")
     assert not home.exists()
 
 

@@ -213,9 +213,9 @@ def test_forms_of_others_are_read(make: Make) -> None:
 
 def test_a_bad_row_is_refused_by_its_number(make: Make) -> None:
     lines = ["instruction,output", "Say a.,a", "Say b.,"]
-    with pytest.raises(ValueError, match=r"data.csv: row 2 has an empty assistant text"):
+    with pytest.raises(ValueError, match=r"data.csv: row 2: it has an empty assistant text"):
         ready(make("\n".join(lines), "data.csv"))
-    with pytest.raises(ValueError, match=r"data.csv: row 1 has no 'output', only \['instruct"):
+    with pytest.raises(ValueError, match=r"data.csv: row 1: it has no 'output', only \['instruct"):
         ready(make("instruction\nSay a.\n", "data.csv"))
     with pytest.raises(ValueError, match=r"data.parquet is no Parquet file"):
         ready(make(b"PAR1", "data.parquet"))
@@ -389,21 +389,21 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     ),
     "empty": ("", r"data.json holds no entries; take it out of data.source, or fill it"),
     "empty list": ("[]", r"data.json holds no entries"),
-    "no object": ([GOOD, "text"], r"data.json: entry 1 is a str, not an object"),
-    "no output": ([GOOD, {"instruction": "x"}], r"entry 1 has no 'output', only \['instruction'\]"),
+    "no object": ([GOOD, "text"], r"data.json: entry 1: it is a str, not an object"),
+    "no output": ([GOOD, {"instruction": "x"}], r"entry 1: it has no 'output', only \['instructio"),
     "three": (
         [GOOD, {"instruction": "x"}, GOOD, "x", {"output": "x"}],
-        r"entry 1 has no 'output'.* So with 2 rows more: .*: entry 3, .*data.json: entry 4\.$",
+        r"entry 1: it has no 'output'.* So with 2 rows more: .*: entry 3, .*data.json: entry 4\.$",
     ),
-    "no instruction": ([{"output": "x"}], r"data.json: entry 0 has no 'instruction', only"),
+    "no instruction": ([{"output": "x"}], r"data.json: entry 0: it has no 'instruction', only"),
     "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is a int, not a text; correct or drop"),
     "input": ([{**GOOD, "input": ["x"]}], r"data.json: entry 0: 'input' is a list, not a text"),
-    "nothing": ([GOOD, {**GOOD, "output": " \n"}], r"entry 1 has an empty assistant text, there"),
-    "no prompt": ([{"instruction": "", "output": "x"}], r"entry 0 has an empty user text, there"),
+    "nothing": ([GOOD, {**GOOD, "output": " \n"}], r"entry 1: it has an empty assistant text, the"),
+    "no prompt": ([{"instruction": "", "output": "x"}], r"entry 0: it has an empty user text, the"),
     "chat no list": ([{"messages": "hello"}], r"data.json: entry 0: 'messages' is a str, not a li"),
-    "message": (chat("hi"), r"data.json: entry 0: message 0 is a str, not an object"),
+    "message": (chat("hi"), r"data.json: entry 0: message 0: it is a str, not an object"),
     "role": (chat(turn("bot", "x")), r"entry 0: message 0 has role 'bot'; use one of system, user"),
-    "no role": (chat({"content": "x"}), r"entry 0: message 0 has no 'role', only \['content'\]"),
+    "no role": (chat({"content": "x"}), r"entry 0: message 0: it has no 'role', only \['content'"),
     "content": (
         chat({"role": "user", "content": None}),
         r"message 0: 'content' is a NoneType, not",
@@ -411,15 +411,15 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no messages": (chat(), r"data.json: entry 0: a conversation is empty"),
     "no answer": (chat(turn("user", "x")), r"entry 0: its messages do not end with a user's and"),
     "no question": (chat(turn("assistant", "x")), r"entry 0: its messages do not end with a user"),
-    "history": ([{**GOOD, "history": [["a", "b"]]}], r"entry 0 has 'history', which is not read"),
-    "both": ([{**GOOD, **chat(*PAIR)[0]}], r"entry 0 has 'instruction', which is not read beside"),
+    "history": ([{**GOOD, "history": [["a", "b"]]}], r"entry 0: it has 'history', which is not re"),
+    "both": ([{**GOOD, **chat(*PAIR)[0]}], r"entry 0: it has 'instruction', which is not read bes"),
     "tools": (
         chat(PAIR[0], {**PAIR[1], "tool_calls": [{"id": "a"}]}),
-        r"entry 0: message 1 has 'tool_calls', which is not read",
+        r"entry 0: message 1: it has 'tool_calls', which is not read",
     ),
     "mute": (
         chat(turn("user", "x"), turn("assistant", "")),
-        r"entry 0 has an empty assistant text",
+        r"entry 0: it has an empty assistant text",
     ),
     "few": (
         entries(2),
@@ -444,7 +444,7 @@ def test_a_bad_line_is_refused_by_its_number(make: Make) -> None:
         ready(make("\n".join([lines[0], "{oops", lines[1]]), "data.jsonl"))
     with pytest.raises(ValueError, match=r"data.jsonl:2: \\ud83d is half .* at column 49; fix"):
         ready(make("\n".join([lines[0], json.dumps({**GOOD, "input": "\ud83d"})]), "data.jsonl"))
-    with pytest.raises(ValueError, match=r"data.jsonl:3 has no 'output'"):
+    with pytest.raises(ValueError, match=r"data.jsonl:3: it has no 'output'"):
         ready(make("\n".join([lines[0], "", '{"instruction": "x"}']), "data.jsonl"))
 
 
@@ -493,7 +493,7 @@ def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
     chats[3]["messages"][2]["weight"] = 1
     ready(make(chats))
     chats[3]["messages"][2]["weight"] = 0
-    with pytest.raises(ValueError, match="entry 3: message 2 has weight 0, but every answer"):
+    with pytest.raises(ValueError, match="entry 3: message 2: it has weight 0, but every answer"):
         ready(make(chats))
 
 

@@ -253,17 +253,17 @@ BAD_DATA = {
     "unknown": (
         "t.tsv",
         GOOD + "art\tpaint\n",
-        r"row 41 has label 'art', data.label_names is \['s",
+        r"row 41: it has label 'art', data.label_names is \['s",
     ),
-    "no label": ("t.tsv", GOOD + "\tpaint\n", r"t.tsv: row 41 has no 'topic'; give it a label"),
+    "no label": ("t.tsv", GOOD + "\tpaint\n", r"t.tsv: row 41: it has no 'topic'; give it a label"),
     "several": (
         "t.tsv",
         GOOD + "\tpaint\n" * 2 + "law\t\nart\tx\n",
-        r"t.tsv: row 41 has no 'topic'; .*, or drop it\. So with 3 rows more: 42, 43, 44\.$",
+        r"t.tsv: row 41: it has no 'topic'; .*, or drop it\. So with 3 rows more: 42, 43, 44\.$",
     ),
-    "null label": ("t.jsonl", '{"topic": null, "text": "x"}', r"t.jsonl: row 1 has no 'topic'"),
-    "null text": ("t.jsonl", '{"topic": "law", "text": null}', r"row 1 has no 'text'; give it a t"),
-    "no key": ("t.jsonl", '{"topic": "law", "text": "x"}\n{"text": "y"}', r"row 2 has no 'topic'"),
+    "null label": ("t.jsonl", '{"topic": null, "text": "x"}', r"t.jsonl: row 1: it has no 'topic'"),
+    "null text": ("t.jsonl", '{"topic": "law", "text": null}', r"row 1: it has no 'text'; give it"),
+    "no key": ("t.jsonl", '{"topic": "law", "text": "x"}\n{"text": "y"}', r"row 2: it has no 'top"),
     "blank": ("t.tsv", GOOD + "law\t  \n", r"t.tsv: row 41: 'text' is empty; correct or drop"),
     "number": ("t.jsonl", '{"topic": "law", "text": 3}', r"row 1: 'text' is 3, not a text; corr"),
     "one class": ("t.tsv", table([("law", w) for w in WORDS]), r"no row of label 'sport'; add"),
@@ -302,11 +302,11 @@ def test_bad_data_is_refused_by_file_and_row(write: Write, make: Any, name: str)
 @pytest.mark.parametrize(
     ("topics", "texts", "message"),
     [
-        (pd.array(["law", None], "string"), ["x", "y"], r"row 2 has no 'topic'; give it a label"),
-        (pd.array([1, None], "Int64"), ["x", "y"], r"row 2 has no 'topic'; give it a label"),
-        (["law", "1"], pd.array(["x", None], "string"), r"row 2 has no 'text'; give it a text"),
+        (pd.array(["law", None], "string"), ["x", "y"], r"row 2: it has no 'topic'; give it a lab"),
+        (pd.array([1, None], "Int64"), ["x", "y"], r"row 2: it has no 'topic'; give it a label"),
+        (["law", "1"], pd.array(["x", None], "string"), r"row 2: it has no 'text'; give it a text"),
         (["law", "1"], [["x", "y"], ["z"]], r"row 1: 'text' is .*'x', 'y'.*, not a text; correct"),
-        ([["law", "1"], ["1"]], ["x", "y"], r"row 1 has label .*'law' '1'.*, data.label_names is"),
+        ([["law", "1"], ["1"]], ["x", "y"], r"row 1: it has label .*'law' '1'.*, data.label_names"),
     ],
 )
 def test_a_cell_of_parquet_that_is_no_text_or_label(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import write_atomically
+from datamodules.files import at, write_atomically
 from datamodules.sources import read_jsonl
 
 Primitive = str | int | float | bool | None
@@ -76,10 +76,8 @@ def read_responses(path: Path) -> list[Response]:
     lines_of_ids: dict[int | str, int] = {}
     responses = []
     for number, row in read_jsonl(path):
-        try:
+        with at(f"{path}:{number}"):
             response = _response(row)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
         if response.id in lines_of_ids:
             raise ValueError(
                 f"{path}:{number}: id {response.id!r} was already on line "

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import digest, write_atomically
+from datamodules.files import at, digest, write_atomically
 from pipeline.checkpoint import path_digest
 from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE, Child
@@ -122,12 +122,9 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
     for stage in (stage for stage in stages if stage.command == "classify"):
         from pipeline.stages.classify_stage import check_new
 
-        output = stage.options().get("output")
-        try:
-            if output is not None:
+        if (output := stage.options().get("output")) is not None:
+            with at(f"stage {stage.name!r}"):
                 check_new(Path(str(output)), folder)
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from error
 
 
 def _foresee(stages: Sequence[Stage]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.files import at
 from datamodules.sources import SOURCES
 from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
@@ -164,8 +165,9 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
         for text in overrides:
             _override(stages, text)
         for stage in stages.values():
-            _check_arguments(stage)
-            _check_source(stage)
+            with at(f"stage {stage.name!r}"):
+                _check_arguments(stage)
+                _check_source(stage)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Chain(path, chain.experiment, tuple(stages.values()))
@@ -232,10 +234,7 @@ def _check_arguments(stage: Stage) -> None:
     """Parses what the command will parse; Lightning's commands, slow to load, do it themselves."""
     if stage.command in FUNCTIONS:
         words = stage.arguments(dict.fromkeys(stage.inputs, "to come"))
-        try:
-            parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from error
+        parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
 
 
 def _check_source(stage: Stage) -> None:
@@ -243,12 +242,9 @@ def _check_source(stage: Stage) -> None:
     options, is_plain = stage.options(), stage.command == "tokenizer train"
     keys = ["source"] if is_plain else [f"data.{key}" for key in SOURCES]
     given = [options.get(key) for key in keys]
-    try:
-        for name in (name for one in given for name in (one if isinstance(one, list) else [one])):
-            if isinstance(name, str):  # anything else is the parser's to refuse
-                check_source(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"stage {stage.name!r}: {error}") from error
+    for name in (name for one in given for name in (one if isinstance(one, list) else [one])):
+        if isinstance(name, str):  # anything else is the parser's to refuse
+            check_source(name)
 
 
 def _read(path: Path) -> str:

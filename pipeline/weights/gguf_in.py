@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.files import at
 from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
@@ -39,10 +40,8 @@ def open_gguf(path: Path) -> Foreign:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(name: str, rows: slice) -> Tensor:
-        try:
+        with at(f"its tensor {name}"):
             return tensors[name].read(path, rows)
-        except ValueError as error:
-            raise ValueError(f"its tensor {name}: {error}") from error
 
     metadata = _Metadata(fields)
     factors = read(ROPE_FACTORS, slice(None)) if ROPE_FACTORS in tensors else None

@@ -204,11 +204,20 @@ def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def in_order(predictions: Sequence[Prediction]) -> tuple[Labels, Array]:
-    """Labels (N,) and probabilities (N, K) by sample id; micro-batches are sorted by length."""
+    """Labels (N,) and probabilities (N, K) by sample id; micro-batches are sorted by length.
+
+    Raises:
+        ValueError: where the model overflowed, and a text has no label.
+    """
     ids, labels, probabilities = (
         torch.cat([prediction[key] for prediction in predictions]).cpu().numpy()
         for key in ("sample_ids", "label", "probabilities")
     )
+    if len(odd := ids[np.isnan(probabilities).any(axis=1)]):
+        raise ValueError(
+            f"{len(odd)} of {len(ids)} texts, such as sample {odd.min()}, have NaN for "
+            "probabilities: the model overflows on them; give trainer.precision 32-true."
+        )
     order = ids.argsort()
     return labels[order], probabilities[order].astype(np.float64)
 

@@ -26,7 +26,7 @@ from pipeline.decoding.packed import PackedLinear
 from pipeline.figures import confusion_figure
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
-from pipeline.reports import by_label
+from pipeline.reports import by_label, in_order
 from pipeline.runs.journal import read_journal
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.machine import takes_f16_weights
@@ -125,6 +125,17 @@ def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
     assert metrics["test/accuracy_minus_tfidf"] == pytest.approx(difference)
     shown = [row["metric"].partition(" (")[0] for row in tiny.outcomes["spam-test"]["headline"]]
     assert shown == ["test accuracy", "test f1 of spam"]
+
+
+def test_texts_without_probabilities_are_no_ham() -> None:
+    """The likeliest of labels that are all NaN would be the first one."""
+    probabilities = torch.tensor([[0.9, 0.1], [math.nan, math.nan], [0.2, 0.8]])
+    made = {"sample_ids": torch.tensor([7, 3, 5]), "label": torch.tensor([0, 0, 1])}
+    with pytest.raises(ValueError, match="1 of 3 texts, such as sample 3, have NaN"):
+        in_order([{**made, "probabilities": probabilities}])
+    labels, ordered = in_order([{**made, "probabilities": probabilities.nan_to_num(0.5)}])
+    assert labels.tolist() == [0, 1, 0]
+    assert ordered[:, 1].tolist() == pytest.approx([0.5, 0.8, 0.1])
 
 
 def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:

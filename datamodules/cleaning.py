@@ -29,6 +29,7 @@ _END = re.compile(
 _SHINGLE_BYTES = 8  # one uint64
 _MAX_SHINGLES = 1024  # the smallest hashes stand for a long document (bottom-k sketch, Broder 1997)
 _PERMUTATIONS = 64
+_MAX_COMPARED = 128  # candidates; pages of one template are candidates of each other, all of them
 _MAX_INDEXED = 0.98  # similarity that so many permutations can be indexed by
 _ALL = np.uint32(2**32 - 1)
 Sketch = NDArray[np.uint32]  # hashes in their order
@@ -113,7 +114,10 @@ class Duplicates:
 
 
 class _NearDuplicates:
-    """MinHash (Broder 1997) finds candidates by locality-sensitive hashing, then compares them."""
+    """MinHash (Broder 1997) finds candidates by locality-sensitive hashing, then compares them.
+
+    Of more than _MAX_COMPARED candidates those are compared whose signatures agree most.
+    """
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH  # 2 seconds: it imports SciPy
@@ -126,16 +130,26 @@ class _NearDuplicates:
         )
         self._empty = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=int)
         self._sketches: list[Sketch] = []
+        self._signatures: list[Sketch] = []
 
     def seen(self, text: str) -> bool:
         sketch, signature = _shingles(text), self._empty.copy()
         signature.update_batch(sketch.tolist())
-        for key in self._index.query(signature):
+        hashes = signature.hashvalues.astype(np.uint32)
+        for key in self._likeliest(self._index.query(signature), hashes):
             if _similarity(self._sketches[key], sketch) >= self._threshold:
                 return True
         self._index.insert(len(self._sketches), signature, check_duplication=False)
         self._sketches.append(sketch)
+        self._signatures.append(hashes)
         return False
+
+    def _likeliest(self, candidates: list[int], hashes: Sketch) -> list[int]:
+        if len(candidates) <= _MAX_COMPARED:
+            return candidates
+        theirs = np.stack([self._signatures[key] for key in candidates])
+        ranked = (theirs == hashes).sum(axis=1).argpartition(-_MAX_COMPARED)
+        return [candidates[i] for i in ranked[-_MAX_COMPARED:]]
 
 
 def _similarity(a: Sketch, b: Sketch) -> float:

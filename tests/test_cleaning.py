@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from datamodules import cleaning
 from datamodules.cleaning import Duplicates, cleaned, repair_mojibake, strip_gutenberg
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "wizards", "mix", "jovial", "potions"]
@@ -171,6 +172,27 @@ def test_a_common_beginning_does_not_make_duplicates() -> None:
     duplicates, beginning = Duplicates(0.8), prose(0, 3000)
     assert duplicates.kind(beginning + prose(1, 9000)) is None
     assert duplicates.kind(beginning + prose(2, 9000)) is None
+
+
+def test_a_page_is_compared_with_some_of_many_of_its_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With all of those before it, time grew with the square of their number."""
+    n_compared, similarity = Counter[int](), cleaning._similarity
+
+    def counted(a: cleaning.Sketch, b: cleaning.Sketch) -> float:
+        n_compared[page] += 1
+        return similarity(a, b)
+
+    monkeypatch.setattr(cleaning, "_similarity", counted)
+    duplicates, template = Duplicates(0.8), prose(0, 400)
+    for page in range(300):
+        assert duplicates.kind(template + prose(page + 1, 100)) is None
+    assert 100 < max(n_compared.values()) <= cleaning._MAX_COMPARED
+    page = 300
+    for seen in (0, 150, 299):
+        text = template + prose(seen + 1, 100) + " more"
+        assert duplicates.kind(text) == "near_duplicates"
 
 
 def test_scripts_without_spaces_are_compared_too() -> None:

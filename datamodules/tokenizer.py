@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TRAINED_AT_ONCE = 1 << 16  # characters, and what is left of the line
+_LINE_END = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -271,10 +274,21 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((part for text in texts for part in _lines(text)), trainer)
     ids = bpe.get_vocab()
     by_id = sorted(ids, key=ids.__getitem__)
     return _trained([token_bytes(token) for token in by_id if len(token) > 1])
+
+
+def _lines(text: str) -> Iterator[str]:
+    """A text in parts, cut where PATTERN ends a piece anyway, before a line that begins with no
+    blank: the trainer holds 256 of what it is given, at twenty times its size.
+    """
+    start = 0
+    while end := _LINE_END.search(text, start + _TRAINED_AT_ONCE):
+        yield text[start : end.end()]
+        start = end.end()
+    yield text[start:]
 
 
 def _trained(merged: list[bytes]) -> Tokenizer:

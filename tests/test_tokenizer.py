@@ -10,6 +10,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datamodules import tokenizer as trained
 from datamodules.tokenizer import (
     CHAT_MARKERS,
     ENDOFTEXT,
@@ -204,3 +205,18 @@ def test_gpt2_equals_tiktoken(
         assert len(tokenizer.encode(verdict)) == 5145  # as in the book, chapter 2
         for text in [verdict, *HARD_TEXTS]:
             assert tokenizer.encode(text) == reference.encode(text, disallowed_special=())
+
+
+def test_a_long_text_is_learned_from_in_parts_as_from_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trainer holds hundreds of what it is given, at twenty times its size."""
+    line = "def f(x):\r\n    return 'a  b'\n\n \n\tdon't, 2026!\nÜber 我爱\u2003\n...\n"
+    text = "".join(line.replace("f", word) for word in ["alpha", "beta", "gamma", "delta"]) * 50
+    monkeypatch.setattr(trained, "_TRAINED_AT_ONCE", 40)
+    parts = list(trained._lines(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) < 120
+    small = train_tokenizer([text], vocab_size=400, min_frequency=1)
+    monkeypatch.setattr(trained, "_TRAINED_AT_ONCE", len(text))
+    assert small.digest == train_tokenizer([text], vocab_size=400, min_frequency=1).digest

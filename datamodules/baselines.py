@@ -17,6 +17,7 @@ from sklearn.metrics import log_loss
 
 MAX_TRAIN_BYTES = 8 << 20  # of a longer training text the end is taken, of held-out text the start
 MAX_HELDOUT_BYTES = 2 << 20
+MAX_COEFFICIENTS = 4_000_000  # of a bag of words: its solver holds some ten vectors of them
 INVERSE_REGULARISATION = (1.0, 10.0, 100.0)
 
 _ORDER = 5
@@ -136,13 +137,18 @@ def tfidf_baseline(
 
     The regularisation is the one of least log loss on the validation texts. Labels are class
     indices 0..n_classes-1, every one of them in training. Nothing is random. Where no training
-    text has a word, as of emoji alone, characters and their pairs stand for words.
+    text has a word, as of emoji alone, characters and their pairs stand for words. Of more than
+    two classes the most frequent words and pairs count, up to MAX_COEFFICIENTS over all classes.
 
     Returns:
         (n_test, n_classes) probabilities; column i is class i.
     """
+    n_classes = len(set(train_labels))
     vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=r"(?u)\b\w+\b",
+        max_features=MAX_COEFFICIENTS // n_classes if n_classes > 2 else None,
     )
     if not any(map(vectorizer.build_analyzer(), train_texts)):
         vectorizer.set_params(analyzer="char_wb", token_pattern=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,12 @@ def report_test(
         row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
         return Report(metrics, [row])
     labels, ours = in_order(predictions)
+    predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
+    log_predictions(run, [{**row, "label": data.label_names[label]} for row, label in predicted])
+    counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
+    np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
+    run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
+    print("comparing with TF-IDF + logistic regression ...", file=sys.stderr)
     theirs = tfidf_baseline(
         data.texts("train"),
         data.labels("train"),
@@ -97,11 +104,6 @@ def report_test(
         data.labels("val"),
         data.texts("test"),
     )
-    predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
-    log_predictions(run, [{**row, "label": data.label_names[label]} for row, label in predicted])
-    counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
-    np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
-    run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
     scores = compare(labels, ours, theirs, data.keys("test"))
     is_binary = len(data.label_names) == 2
     f1 = f"f1 of {data.label_names[1]}" if is_binary else "f1, mean of the labels'"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from datamodules import splits
+from datamodules import baselines, splits
 from datamodules.baselines import tfidf_baseline
 from datamodules.text_classification import SpamDataModule, TextClassificationDataModule
 from datamodules.tokenizer import Tokenizer, train_tokenizer
@@ -425,3 +425,21 @@ def test_the_baseline_on_real_messages(real_data: Path, tokenizer_file: Path) ->
     # 0.990 and 0.962 when written; the bounds leave room for other versions of scikit-learn
     assert (predicted == truth).mean() > 0.98
     assert f1_score(truth, predicted) > 0.94
+
+
+def test_tfidf_of_many_labels_keeps_its_coefficients_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as many as words and labels multiplied: of 500 labels, more than memory holds."""
+    shapes, fit = [], baselines.LogisticRegression.fit
+
+    def noted(model: Any, texts: Any, labels: Any) -> Any:
+        shapes.append(texts.shape[1])
+        return fit(model, texts, labels)
+
+    monkeypatch.setattr(baselines.LogisticRegression, "fit", noted)
+    monkeypatch.setattr(baselines, "MAX_COEFFICIENTS", 60)
+    names = ["red", "green", "blue"]
+    texts = [f"it is {names[i % 3]} {i} of {i * i}" for i in range(60)]
+    labels = [i % 3 for i in range(60)]
+    probabilities = tfidf_baseline(texts, labels, texts, labels, texts)
+    assert set(shapes) == {20}
+    assert probabilities.argmax(1).tolist() == labels

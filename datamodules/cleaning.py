@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +20,10 @@ COUNTS = (
     "mojibake_repaired",
     "gutenberg_stripped",
 )
+
+_TELL_S = 20.0  # between lines that say how far it is
+
+_log = logging.getLogger(__name__)
 
 _START = re.compile(
     r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*{3}", re.IGNORECASE | re.DOTALL
@@ -48,8 +54,12 @@ def cleaned(
             are kept but `gutenberg_stripped`, of which a document may hold many.
     """
     counts.update(dict.fromkeys(COUNTS, 0))
+    due = time.monotonic() + _TELL_S
     for document in documents:
         counts["read"] += 1
+        if time.monotonic() >= due:
+            _log.info("%s documents read so far", f"{counts['read']:,}")
+            due = time.monotonic() + _TELL_S
         text = document.replace("\r\n", "\n").replace("\r", "\n")
         repaired = repair_mojibake(text)
         stripped, n_books = strip_gutenberg(repaired)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
@@ -224,7 +226,7 @@ def classify_table(
     if taken := [name for name in made if name in frame]:
         raise ValueError(f"{file} has columns {taken}, which would be written over; rename them.")
     check_writable(output, {**frame, "predicted": names})
-    probabilities = label_probabilities(loaded, texts, batch_size)
+    probabilities = label_probabilities(loaded, texts, batch_size, title="labelling")
     frame["predicted"] = [names[decide(p, threshold)] for p in probabilities]
     for i, name in enumerate(made[1:]):
         frame[name] = [round(p[i], 6) for p in probabilities]
@@ -250,9 +252,16 @@ def load_classifier(source: str) -> Loaded:
 
 @torch.inference_mode()
 def label_probabilities(
-    loaded: Loaded, texts: Sequence[str], batch_size: int = 32
+    loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
 ) -> list[list[float]]:
-    """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with."""
+    """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with.
+
+    Args:
+        loaded: a classifier.
+        texts: none of them empty.
+        batch_size: texts at a time.
+        title: of a bar on stderr; empty for none.
+    """
     assert isinstance(loaded.model, GPTClassifier)
     samples: list[Sample] = []
     meta, n_cut = loaded.meta, 0
@@ -271,7 +280,8 @@ def label_probabilities(
         )
     samples.sort(key=lambda sample: len(sample["input_ids"]))
     rows: dict[int, list[float]] = {}
-    for start in range(0, len(samples), batch_size):
+    starts, console = range(0, len(samples), batch_size), Console(stderr=True)
+    for start in track(starts, title, console=console, disable=not title):
         batch = pad(samples[start : start + batch_size], loaded.tokenizer.eos_id)
         mask = batch.get("attention_mask")
         logits = loaded.model(

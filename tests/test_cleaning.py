@@ -56,6 +56,17 @@ def test_what_is_dropped_and_repaired_is_counted() -> None:
     }
 
 
+def test_it_is_said_how_far_a_long_corpus_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clean([prose(1)])
+    assert not caplog.messages  # a short one is read in silence
+    monkeypatch.setattr(cleaning, "_TELL_S", -1.0)
+    with caplog.at_level("INFO", "datamodules"):
+        clean([prose(1), prose(2)], near_duplicates=None)
+    assert caplog.messages == ["1 documents read so far", "2 documents read so far"]
+
+
 def test_near_duplicates_are_kept_where_that_is_asked() -> None:
     original = prose(0)
     texts, counts = clean([original, edited(original, 0.01), original], near_duplicates=None)

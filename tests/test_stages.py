@@ -322,7 +322,9 @@ def test_classify_labels_a_column(tiny: Journey, tmp_path: Path) -> None:
     table.write_text('id,text\n1,"Win, now"\n2,See you at eight\n')
     out = tmp_path / "labelled.csv"
     words = [f"--ckpt={tiny.best('spam')}", f"--file={table}", f"--output={out}"]
-    assert said("classify", *words)[0] == 0
+    code, _, err = said("classify", *words)
+    assert code == 0
+    assert "labelling" in err  # a table may take hours
     header, *rows = out.read_text().splitlines()
     assert header == "id,text,predicted,probability_ham,probability_spam"
     assert len(rows) == 2

@@ -336,7 +336,8 @@ def reference_nats(
     """
     loaded.model.eval()
     sums = []
-    for sample in getattr(data, f"{split}_set"):
+    title, console = f"references, {loaded.path.name}", Console(stderr=True)
+    for sample in track(getattr(data, f"{split}_set"), title, console=console):
         input_ids = sample["input_ids"][None].to(loaded.device)
         labels = of_last_response(sample["labels"])[None].to(loaded.device)
         losses = next_token_losses(loaded.gpt(input_ids), loaded.gpt.head.weight, labels)

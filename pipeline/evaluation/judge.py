@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from rich.progress import track
 from datamodules.files import digest
 from pipeline.evaluation.endpoint import Endpoint, EndpointError
 from pipeline.evaluation.judge_config import JudgeConfig
+from pipeline.evaluation.kept import Kept
 from pipeline.evaluation.responses import Response
 from pipeline.evaluation.rubric import (
     RUBRIC_DIGEST,
@@ -24,8 +23,6 @@ from pipeline.evaluation.rubric import (
     conversation,
     parse_verdict,
 )
-
-log = logging.getLogger(__name__)
 
 BETWEEN_REPLIES = "\n\n[asked again]\n\n"
 
@@ -76,36 +73,21 @@ def judge_responses(
 
 
 class VerdictCache:
-    """Verdicts on disk, one JSON line each; a line that a crash cut short is passed over."""
+    """Judgements by key, on disk."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._kept = Kept(path)
         self.judgements: dict[str, Judgement] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        for line in content.splitlines():
+        for key, row in self._kept.rows.items():
             try:
-                row = json.loads(line)
                 replies = tuple(row["replies"])
-                self.judgements[row["key"]] = Judgement(replies, parse_verdict(replies[-1]))
+                self.judgements[key] = Judgement(replies, parse_verdict(replies[-1]))
             except (ValueError, LookupError, TypeError, RecursionError):
-                log.warning("%s: passing over a damaged line; its item is judged again.", path)
-        if content and not content.endswith(b"\n"):
-            self._write(b"\n")
+                self._kept.pass_over()
 
     def append(self, key: str, judgement: Judgement) -> None:
-        """Adds one verdict; a single write, so that lines of two processes do not mix."""
-        row = {"key": key, "replies": judgement.replies}
-        self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-    def _write(self, line: bytes) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            n_bytes = file.write(line)
-        if n_bytes != len(line):
-            raise OSError(
-                f"{self.path} could not be written ({n_bytes} of {len(line)} bytes); make room, "
-                "and the same command goes on."
-            )
+        """Adds one."""
+        self._kept.append(key, replies=judgement.replies)
 
 
 def _ask_all(

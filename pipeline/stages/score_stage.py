@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from datamodules import chat_template
-from datamodules.files import sha256
+from datamodules.files import digest, sha256
 from datamodules.instruction import LEARNED_ON, InstructionDataModule
 from datamodules.prompts import IGNORE, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
@@ -24,6 +24,7 @@ from pipeline.decoding.generate import generate_each
 from pipeline.decoding.text_stream import text_of
 from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
+from pipeline.evaluation.kept import Kept
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
@@ -43,6 +44,7 @@ _ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split
     **{"source": None, "train_fraction": 0.8, "val_fraction": 0.1, "shuffle_split": False},
     **{"split_seed": 0, "batch_size": 1, "max_tokens": 1, "seed": 0, "num_workers": 0},
 }
+ANSWERS = "answers.jsonl"  # of a run that goes on
 VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
 
 
@@ -99,7 +101,8 @@ def score_stage(
                     f"warning: {problem} Only what it has judged before needs it no more.",
                     file=sys.stderr,
                 )
-            after, earlier, lineage, sources = answer(ckpt, before, data, answering)
+            kept = Kept(run.path / ANSWERS)
+            after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
         lineage["digest"] = content
         summary = evaluate(
             after,
@@ -109,6 +112,7 @@ def score_stage(
             verdicts=mlruns_root() / VERDICTS,
             lineage=lineage,
         )
+        (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
         _record(run, summary, lineage, sources)
 
     report = run_once("score", stem, deciding, options, make, "report")
@@ -179,7 +183,11 @@ def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def answer(
-    ckpt: str, before: str | None, data: dict[str, Any] | None, answering: Answering
+    ckpt: str,
+    before: str | None,
+    data: dict[str, Any] | None,
+    answering: Answering,
+    kept: Kept,
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
     tuned = load_language_model(ckpt, answering.precision)
@@ -196,7 +204,9 @@ def answer(
         own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
         check_held_out(tuned.meta, own, facts, [answering.split])
     prompts = prompts_of(held_out, answering, context)
-    after, *earlier = (respond(loaded, tuned, held_out, prompts, answering) for loaded in models)
+    after, *earlier = (
+        respond(loaded, tuned, held_out, prompts, answering, kept) for loaded in models
+    )
     lineage = {
         "checkpoint": ckpt,
         "data": held_out.fingerprint["digest"],
@@ -260,6 +270,7 @@ def respond(
     data: InstructionDataModule,
     prompts: Sequence[list[int]],
     answering: Answering,
+    kept: Kept,
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 
@@ -269,15 +280,22 @@ def respond(
         data: set up.
         prompts: ids of every item's prompt.
         answering: how.
+        kept: answers of this run, as they were made before it was stopped and as they are made now.
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
+    keys = [digest([str(loaded.path), ids]) for ids in prompts]
+    answers = {key: row["text"] for key, row in kept.rows.items()}
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
-    ordered, n_rows = [prompts[i] for i in by_length], answering.batch_size
-    written = generate_each(loaded.gpt, ordered, settings, max_rows=n_rows)
+    left = [i for i in by_length if keys[i] not in answers]
+    written = generate_each(
+        loaded.gpt, [prompts[i] for i in left], settings, max_rows=answering.batch_size
+    )
     title, console = f"answering with {loaded.path.name}", Console(stderr=True)
-    shown = track(written, title, total=len(items), console=console)
-    answers = {by_length[i]: text_of(loaded.tokenizer, ids).strip() for i, ids in shown}
+    for i, ids in track(written, title, total=len(left), console=console):
+        key = keys[left[i]]
+        answers[key] = text_of(loaded.tokenizer, ids).strip()
+        kept.append(key, text=answers[key])
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(
@@ -285,7 +303,7 @@ def respond(
             instruction=item["instruction"],
             input=item["input"],
             reference=item["reference"],
-            response=answers[i],
+            response=answers[keys[i]],
             settings={"max_new_tokens": max_new_tokens, "temperature": 0.0},
             reference_nats=nats[i][0],
             reference_tokens=nats[i][1],

@@ -1,0 +1,50 @@
+"""What takes long to come by, kept on disk as it comes: a command that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Kept:
+    """Rows by key in JSON Lines; a line that a crash cut short is passed over.
+
+    Attributes:
+        rows: of `key` and facts, by key; the last of a key holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        for line in content.splitlines():
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (ValueError, LookupError, TypeError, RecursionError):
+                self.pass_over()
+        if content and not content.endswith(b"\n"):
+            self._write(b"\n")
+
+    def append(self, key: str, **facts: Any) -> None:
+        """Adds a row; a single write, so that lines of two processes do not mix."""
+        row = {"key": key, **facts}
+        self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def pass_over(self) -> None:
+        """Says that a line cannot be used."""
+        log.warning("%s: passing over a damaged line; its item is asked for again.", self.path)
+
+    def _write(self, line: bytes) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            n_bytes = file.write(line)
+        if n_bytes != len(line):
+            raise OSError(
+                f"{self.path} could not be written ({n_bytes} of {len(line)} bytes); make room, "
+                "and the same command goes on."
+            )

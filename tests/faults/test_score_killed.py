@@ -1,0 +1,44 @@
+"""`score` is killed while a model answers: what was answered is not asked for again."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.faults.processes import Started
+from tests.journey import CONFIGS, Journey, said
+
+
+def test_a_killed_score_goes_on(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
+    words = ["score", f"--config={CONFIGS}/score.yaml", f"--ckpt={tiny.best('instruct')}"]
+    words += ["--max_new_tokens=100", "--batch_size=1", "--precision=32-true"]
+
+    def answered() -> list[Path]:
+        found = list(tmp_path.glob("score/*/answers.jsonl"))
+        return [path for path in found if path.read_bytes().count(b"\n") >= 3]
+
+    command = Started(words, tmp_path / "said.txt")
+    command.until(lambda: bool(answered()))
+    command.send(signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
+
+    (path,) = answered()
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
+    rows[0]["text"] = "as it was kept"
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([*lines[:2], lines[2][:20]]))  # the third is cut short
+    code, out, err = said(*words)
+    assert code == 0, err
+    assert f"{path}: passing over a damaged line" in caplog.text
+    responses = [json.loads(line) for line in (path.parent / "responses.jsonl").open()]
+    assert out.startswith(f"{len(responses)} answers")
+    texts = [response["response"] for response in responses]
+    assert texts.count("as it was kept") == 1
+    assert rows[2]["text"] in texts, "answered anew, the same"
+    assert not path.exists()

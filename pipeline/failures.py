@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import torch
+from torch.distributed import DistBackendError, DistNetworkError
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")
+_OF_GLOO = "gloo/transport"  # it has no class of its own
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
@@ -32,6 +34,16 @@ def explain(
         return (
             f"a data worker was killed ({_first_line(error)}), often for too little memory: lower "
             "data.num_workers; the same command goes on from the last checkpoint."
+        )
+    if isinstance(error, DistNetworkError):
+        return (
+            f"the processes did not meet ({_first_line(error)}): MASTER_ADDR has to be the first "
+            "one's machine, and MASTER_PORT free there."
+        )
+    if isinstance(error, DistBackendError) or _OF_GLOO in str(error):
+        return (
+            "another process of this run has ended; what it said, or the system's log, says why. "
+            "The same command goes on from the last checkpoint."
         )
     return None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from pipeline.failures import explain
 from pipeline.memory import GIB, estimate_gib
@@ -25,6 +27,17 @@ def test_the_cheapest_remedy_comes_first(error: BaseException) -> None:
 
 def test_other_errors_are_not_explained() -> None:
     assert explain(RuntimeError("no"), max_tokens=1, needed_gib=0, free_gib=0) is None
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(RuntimeError) as raised:
+            TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    text = explain(raised.value, max_tokens=1, needed_gib=0, free_gib=0)
+    assert text is not None
+    assert f"port: {port}" in text
+    assert "MASTER_PORT" in text
 
 
 def test_the_estimate_by_hand(tiny_gpt: Callable[..., Any]) -> None:

@@ -406,6 +406,17 @@ def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewH
 
 
 @pytest.mark.timeout(900)
+def test_one_of_two_is_killed(classifying: list[str], new_home: NewHome) -> None:
+    home = new_home("killed")
+    first, second = Two(of_two([*classifying, *at("Pause", 2)], "ddp"), home).ranks
+    first.until(lambda: pauses(home, 2))
+    second.send(signal.SIGKILL)
+    go_on(home, 2)
+    assert first.wait() == 2
+    assert "error: another process of this run has ended" in first.said().splitlines()[-1]
+
+
+@pytest.mark.timeout(900)
 def test_two_that_do_not_see_the_same_are_refused(
     classifying: list[str], new_home: NewHome, tmp_path: Path
 ) -> None:

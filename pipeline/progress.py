@@ -141,6 +141,7 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*is not resumable.*",
         ".*logging interval.*",
+        ".*sync_dist=True.*",  # validation's means are of all data in every process
         r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -419,23 +420,25 @@ def test_one_of_two_is_killed(classifying: list[str], new_home: NewHome) -> None
 
 @pytest.mark.timeout(900)
 def test_two_that_do_not_see_the_same_are_refused(
-    classifying: list[str], new_home: NewHome, tmp_path: Path
+    classifying: list[str], new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other files, as on another node, and another folder of runs when one is gone on with."""
-    home = new_home("unlike")
-    for name, text in {"first": "Win now", "second": "Win cash"}.items():
-        (tmp_path / name).mkdir()
-        rows = [f"ham\tWe meet {n} of us\nspam\t{text} {n}" for n in range(200)]
-        (tmp_path / name / "sms.tsv").write_text("\n".join(rows))
-    words = of_two([*classifying, "--data.source=~/sms.tsv"], "ddp")
-    code, errors = Two(words, home, HOME=str(tmp_path / "second")).end()
+    home, other = new_home("unlike"), str(tmp_path / "b")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        names = [folder + x + y for x in ascii_lowercase for y in ascii_lowercase[:8]]
+        rows = [f"ham\tWe meet at {name}\nspam\tWin {name} now" for name in names]
+        (tmp_path / folder / "sms.tsv").write_text("\n".join(rows))
+    monkeypatch.setenv("HOME", str(tmp_path / "a"))
+    classifying += ["--data.source=~/sms.tsv", "--checkpoints.every_n_steps=1"]
+    words = of_two([*classifying, *at("Allocate", 3)], "ddp")
+    code, errors = Two(words, home, HOME=other).end()
     assert code == 2, errors
     assert "process 1 is not like the first: data.samples was" in errors
-    classifying += [*at("Allocate", 3), "--checkpoints.every_n_steps=1"]
-    words = of_two([*classifying, f"--data.source={tmp_path / 'first/sms.tsv'}"], "ddp")
     code, errors = Two(words, home).end()
     assert code == 2, errors
-    code, errors = Two(words, home, GPT_PIPELINE_HOME=str(tmp_path)).end()
+    assert "out of memory" in errors
+    code, errors = Two(words, home, GPT_PIPELINE_HOME=other).end()
     assert code == 2, errors
     assert "process 1 is not like the first: ckpt_path was" in errors
 

@@ -56,7 +56,7 @@ from pipeline.runs.run_directory import (
 )
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
-from pipeline.trainer_options import check_processes, check_trainer, stop_before_saving
+from pipeline.trainer_options import check_callbacks, check_processes, check_trainer
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
@@ -137,6 +137,10 @@ class PipelineCLI(LightningCLI):
         model, data = stage.model.init_args, stage.data.init_args
         if self.subcommand != "fit" and stage.ckpt_path is not None:
             model.init_from, model.gpt, stage.ckpt_path = stage.ckpt_path, None, None
+        elif stage.ckpt_path is not None and not Path(stage.ckpt_path).is_dir():
+            raise ValueError(
+                f"ckpt_path is {stage.ckpt_path}; give a checkpoint directory that is there."
+            )
         if data.tokenizer is None:
             if model.init_from is None:
                 raise ValueError(
@@ -167,13 +171,13 @@ class PipelineCLI(LightningCLI):
             check_context(self.datamodule, self.model.gpt_config.block_size)
         if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
             check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
+        options = self._get(self.config_init, "trainer")
+        check_callbacks(as_list(options.callbacks))
         self._dump_config()
         self._open_on_first_rank()
         self.datamodule.config = self.config_dump["data"]
         logger = RunLogger(self.run) if self.run else None
-        options = self._get(self.config_init, "trainer")
         callbacks = [*as_list(options.callbacks), LossSpikes()]
-        stop_before_saving(callbacks)
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
@@ -246,8 +250,6 @@ class PipelineCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         self.model.allow_changes = config.run.allow_changes
         given = config.ckpt_path
-        if given is not None and not Path(given).is_dir():
-            raise ValueError(f"ckpt_path is {given}; give a checkpoint directory that is there.")
         if config.run.resume != "never":
             folder = self.run_path / CHECKPOINTS
             newest = newest_valid(folder, set_aside=self.run is not None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from pipeline.launchers import n_started
@@ -21,6 +21,9 @@ _NOT_HERE = (
     ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
     ("overfit_batches", (0,), "steps are drawn anew every epoch: give a data.source of few rows."),
     ("reload_dataloaders_every_n_epochs", (0,), "data stay as they are; leave it out."),
+    ("gradient_clip_val", (None, 0), "set model.optimizer.max_grad_norm."),
+    ("enable_checkpointing", (None, True), "a run goes on from its own; see checkpoints."),
+    ("default_root_dir", (None,), "runs lie below GPT_PIPELINE_HOME, or else mlruns: set that."),
 )
 
 
@@ -37,6 +40,8 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
     for key, usual, remedy in _NOT_HERE:
         if options[key] not in usual:
             raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
+    if options.logger is False:
+        raise ValueError("trainer.logger is False; a run always keeps a journal: leave it out.")
     if options.val_check_interval == 0:
         raise ValueError(
             "trainer.val_check_interval is 0; give the steps between validations, or to have "
@@ -70,9 +75,18 @@ def check_processes(trainer: pl.Trainer) -> None:
         )
 
 
-def stop_before_saving(callbacks: Sequence[pl.Callback]) -> None:
-    """Has early stopping judge a validation before its checkpoint is written, which keeps that."""
+def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """Has early stopping judge a validation before its checkpoint is written, which keeps that.
+
+    Raises:
+        ValueError: for a callback that cannot be meant here.
+    """
     for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            raise ValueError(
+                f"trainer.callbacks has a {type(callback).__name__}; a run writes its checkpoints "
+                "anyway: set checkpoints.monitor, mode, every_n_steps, keep_best and keep_last."
+            )
         if isinstance(callback, EarlyStopping):
             if callback._check_on_train_epoch_end:
                 raise ValueError(

@@ -71,6 +71,26 @@ def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
     assert err == f"error: {command} needs one process, not 2; leave out what starts more.\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("--trainer.gradient_clip_val=1", "model.optimizer.max_grad_norm"),
+        ("--trainer.enable_checkpointing=false", "checkpoints"),
+        ("--trainer.default_root_dir=elsewhere", "GPT_PIPELINE_HOME"),
+        ("--trainer.logger=false", "journal"),
+        ("--trainer.callbacks+=ModelCheckpoint", "checkpoints.monitor"),
+        ("--ckpt_path=nowhere", "give a checkpoint directory"),
+    ],
+)
+def test_what_is_meant_otherwise_is_named_and_leaves_no_run(
+    option: str, remedy: str, words: list[str], tmp_path: Path
+) -> None:
+    code, _, err = said(*words, option)
+    assert code == 2, err
+    assert remedy in err.splitlines()[-1]
+    assert not (tmp_path / "mlruns" / "default").exists()
+
+
 @pytest.mark.parametrize("limit", ["2", "0.5", "0"])
 def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
     config, ckpt = f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"

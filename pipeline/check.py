@@ -43,6 +43,11 @@ class CheckCLI(PipelineCLI):
             finally:
                 run.fail("only a check")
 
+    def before_instantiate_classes(self) -> None:
+        """No loggers of the user's, to which the steps of a check say nothing."""
+        super().before_instantiate_classes()
+        self.stage.trainer.logger = None
+
     def before_fit(self) -> None:
         """Nothing: there is no checkpoint to go on from."""
 

@@ -181,8 +181,10 @@ class PipelineCLI(LightningCLI):
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
+        others = [] if options.logger is True else as_list(options.logger)
+        loggers = [logger, *others] if logger else others
         trainer = super().instantiate_trainer(
-            logger=logger or False,
+            logger=loggers or False,
             default_root_dir=str(self.run_path),
             callbacks=callbacks,
             plugins=[*as_list(options.plugins), DirectoryCheckpointIO()],

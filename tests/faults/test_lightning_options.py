@@ -91,6 +91,19 @@ def test_what_is_meant_otherwise_is_named_and_leaves_no_run(
     assert not (tmp_path / "mlruns" / "default").exists()
 
 
+def test_loggers_of_the_users_are_kept_beside_the_journal(words: list[str], tmp_path: Path) -> None:
+    csv = f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}, name: csv, version: one}}}}"
+    code, _, err = said("check", *words[1:], f"--trainer.logger={csv}")
+    assert code == 0, err
+    assert not (tmp_path / "csv").exists(), "a check writes to none"
+    code, _, err = said(*words, f"--trainer.logger={csv}")
+    assert code == 0, err
+    header, *rows = (tmp_path / "csv" / "one" / "metrics.csv").read_text().splitlines()
+    assert {"train/loss", "val/loss"} <= set(header.split(","))
+    assert len(rows) >= 3
+    assert "val/loss" in outcome_of(tmp_path / "mlruns" / "default")["metrics"]
+
+
 @pytest.mark.parametrize("limit", ["2", "0.5", "0"])
 def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
     config, ckpt = f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"

@@ -137,6 +137,7 @@ class ProgressDisplay(ProgressBar):
 def quiet_libraries() -> None:
     """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report asked for
     for message in (
         ".*does not have many workers.*",
         ".*is not resumable.*",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_in_a_file_it_is_lines(
     again, err = pretrain(tiny)
     assert "already finished" in err
     assert again == out
+
+
+def test_the_report_of_a_profiler_is_shown(tiny: Journey) -> None:
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = shown.append  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.profilers")
+    logger.addHandler(handler)
+    try:
+        pretrain(tiny, "--trainer.profiler=simple")
+    finally:
+        logger.removeHandler(handler)
+    assert any("Profiler Report" in record.getMessage() for record in shown)
+
+
+def test_metrics_that_are_of_all_ranks_raise_no_advice_to_gather_them(
+    tiny: Journey, recwarn: pytest.WarningsRecorder
+) -> None:
+    pretrain(tiny, "--trainer.strategy=ddp")
+    assert not [w for w in recwarn if "sync_dist" in str(w.message)]
 
 
 def test_in_a_terminal_it_moves(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,5 +405,10 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
     except AlreadyFinished as finished:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             again = "--run.resume never starts anew"
+            outcome = read_outcome(finished.path)
+            if outcome and "last" in outcome["outputs"]:
+                again += (
+                    f", a longer run goes on from it with --ckpt_path {outcome['outputs']['last']}"
+                )
             print(f"already finished: {finished.path}; {again}", file=sys.stderr)
             hand_over(finished.path)

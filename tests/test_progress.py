@@ -59,6 +59,11 @@ def test_in_a_file_it_is_lines(
     again, err = pretrain(tiny)
     assert "already finished" in err
     assert again == out
+    longer = re.search(r"a longer run goes on from it with (--ckpt_path) (\S+)$", err, re.MULTILINE)
+    assert longer, err
+    _, err = pretrain(tiny, "--trainer.max_steps=10", "=".join(longer.groups()))
+    assert f"resuming from {longer[2]}" in err
+    assert re.search(r"^train +━+ 10/10 ", err, re.MULTILINE), err
 
 
 def test_the_report_of_a_profiler_is_shown(tiny: Journey) -> None:

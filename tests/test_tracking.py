@@ -513,3 +513,21 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_what_ended_by_a_mistake_at_once_is_not_shown(root: Path) -> None:
+    for name in ("mistaken", "measured", "crashed"):
+        run = Run.open(root / "spam" / name)
+        if name == "measured":
+            run.log_metrics({"loss": 1.0}, 0)
+        run.fail(RuntimeError("no") if name == "crashed" else ValueError("data.source is wrong"))
+    sync_all(root, ask=True)
+    assert runs_in(root).keys() == {"measured", "crashed"}
+    run = Run.open(root / "spam" / "mistaken")  # the file is there now
+    sync_all(root, patience_s=60)
+    assert "mistaken" not in runs_in(root), "it may be wrong again"
+    sync_all(root)
+    assert runs_in(root)["mistaken"].info.status == "RUNNING"
+    run.finish({}, {}, {})
+    sync_all(root)
+    assert runs_in(root)["mistaken"].info.status == "FINISHED"

@@ -43,7 +43,7 @@ def database_uri(path: Path) -> str:
     return f"sqlite:///{text if is_plain else quote(text, safe='')}"
 
 
-def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
+def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0) -> int:
     """Sends what the store lacks of a run's journal, its parent's first.
 
     A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
@@ -53,6 +53,8 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
         run: `<root>/<experiment>/<run>`.
         uri: address of the store; by default `tracking_uri` of the root.
         ask: ask the store for the run, which it may have lost, whatever was sent.
+        patience_s: leave out an open run that is younger and has measured nothing: it may yet end
+            by a mistake, and not be worth a place there.
 
     Returns:
         The number of lines sent.
@@ -68,7 +70,7 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
     root = run.parent.parent
     uri = uri or tracking_uri(root)
     with _one_error(root, uri):
-        return send_missing(run, uri, ask=ask)
+        return send_missing(run, uri, ask=ask, patience_s=patience_s)
 
 
 class Replica:
@@ -80,6 +82,7 @@ class Replica:
         run: the run directory, in which the run is open.
         uri: address of the store; by default `tracking_uri` of the root.
         interval_s: between looks at the journal.
+        patience_s: as in `sync`.
         whole_root: follow all runs of the root, as a chain does whose stages are other processes.
     """
 
@@ -89,12 +92,13 @@ class Replica:
         uri: str | None = None,
         interval_s: float = 5.0,
         *,
+        patience_s: float = 10.0,
         whole_root: bool = False,
     ) -> None:
         self.run = run.resolve()
         self.root = self.run.parent.parent
         self.uri = uri or tracking_uri(self.root)
-        self.interval_s = interval_s
+        self.interval_s, self.patience_s = interval_s, patience_s
         self._stop, self._warned = threading.Event(), False
         followed = (sync_all, self.root) if whole_root else (sync, self.run)
         self._follower = threading.Thread(target=self._follow, args=followed, daemon=True)
@@ -114,15 +118,15 @@ class Replica:
         if self._follower.is_alive():
             self._warn(_unreachable(self.root, self.uri, f"not done within {timeout_s:g} s"))
 
-    def _follow(self, send: Callable[[Path, str], Any], path: Path) -> None:
+    def _follow(self, send: Callable[..., Any], path: Path) -> None:
         while not self._stop.is_set():
             self._try(send, path)
             self._stop.wait(self.interval_s)
         self._try(send, path)
 
-    def _try(self, send: Callable[[Path, str], Any], path: Path) -> None:
+    def _try(self, send: Callable[..., Any], path: Path) -> None:
         try:
-            send(path, self.uri)
+            send(path, self.uri, patience_s=self.patience_s)
         except Exception as error:  # whatever it is, the run goes on
             self._warn(str(error))
 
@@ -132,13 +136,16 @@ class Replica:
             _log.warning("%s", message)
 
 
-def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[str, int]:
+def sync_all(
+    root: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0
+) -> dict[str, int]:
     """Sends what the store lacks of any run below a root.
 
     Args:
         root: folder of all runs.
         uri: address of the store; by default `tracking_uri` of the root.
         ask: as in `sync`.
+        patience_s: likewise.
 
     Returns:
         How many `runs` there are, the `lines` sent, and how many journals are `damaged`,
@@ -158,7 +165,7 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
         counts["runs"] += 1
         try:
-            counts["lines"] += sync(journal.parent, uri, ask=ask)
+            counts["lines"] += sync(journal.parent, uri, ask=ask, patience_s=patience_s)
         except ValueError as error:
             counts["damaged"] += 1
             _log.warning("%s", error)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.files import at
 from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
@@ -40,8 +39,10 @@ def open_gguf(path: Path) -> Foreign:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(name: str, rows: slice) -> Tensor:
-        with at(f"its tensor {name}"):
+        try:
             return tensors[name].read(path, rows)
+        except ValueError as error:  # an OSError says that the file cannot be read
+            raise ValueError(f"its tensor {name}: {error}") from error
 
     metadata = _Metadata(fields)
     factors = read(ROPE_FACTORS, slice(None)) if ROPE_FACTORS in tensors else None

@@ -27,7 +27,7 @@ from datamodules.prompts import (
     surplus,
 )
 from datamodules.sources import ROWS, parse_json, read_rows, refused_together
-from datamodules.step_data_module import StepDataModule, described, report
+from datamodules.step_data_module import StepDataModule, check_seed, described, report
 
 # what others have in such an entry, and what would change what is learned
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
@@ -99,6 +99,7 @@ class InstructionDataModule(StepDataModule):
         super().__init__(**options)
         check_style(prompt_style)
         splits.check_fractions(train_fraction, val_fraction)
+        check_seed("split_seed", split_seed)
         if supervise not in get_args(Supervise):
             raise ValueError(f"data.supervise is {supervise!r}; choose response or all.")
         if max_length < 2:

@@ -58,6 +58,7 @@ class StepDataModule(pl.LightningDataModule):
             raise ValueError(f"data.batch_size is {batch_size}; give at least 1.")
         if max_tokens < 1:
             raise ValueError(f"data.max_tokens is {max_tokens}; give at least 1.")
+        check_seed("seed", seed)
         self._tokenizer = tokenizer
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
@@ -172,6 +173,12 @@ class StepDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # otherwise every iter() draws from the global generator
             **options,
         )
+
+
+def check_seed(key: str, seed: int) -> None:
+    """ValueError for a seed that some generator does not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"data.{key} is {seed}; give a whole number from 0 to 2^32 - 1.")
 
 
 def let_server_end(worker_id: int) -> None:

@@ -16,7 +16,7 @@ from datamodules.batching import Sample, digest_of
 from datamodules.files import at
 from datamodules.prompts import encode_text
 from datamodules.sources import read_table, refused_together, some
-from datamodules.step_data_module import StepDataModule, described, report
+from datamodules.step_data_module import StepDataModule, check_seed, described, report
 
 
 class TextClassificationDataModule(StepDataModule):
@@ -67,6 +67,7 @@ class TextClassificationDataModule(StepDataModule):
     ) -> None:
         super().__init__(**options)
         splits.check_fractions(train_fraction, val_fraction)
+        check_seed("split_seed", split_seed)
         if max_length < 1:
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
         if len(label_names) < 2 or len(set(map(str, label_names))) < len(label_names):

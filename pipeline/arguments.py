@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -100,7 +101,8 @@ def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict
     try:
         options = vars(parser.instantiate(parser.parse_args(list(words))))
     except ArgumentError as error:
-        raise ValueError(one_line(str(error))) from error
+        known = [action.dest for action in parser._actions]
+        raise ValueError(one_line(str(error), known)) from error
     return {name: options[name] for name in inspect.signature(function).parameters}
 
 
@@ -135,8 +137,13 @@ def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
     return made
 
 
-def one_line(message: str) -> str:
-    """The nested message of jsonargparse as `key: what is wrong`, without the types it tried."""
+def one_line(message: str, known: Sequence[str] = ()) -> str:
+    """The nested message of jsonargparse as `key: what is wrong`, without the types it tried.
+
+    Args:
+        message: of one of its errors.
+        known: names of options, of which the nearest is told for one that is unknown.
+    """
     if refused := refusal(message):
         return refused
     keys, facts = [], []
@@ -155,7 +162,10 @@ def one_line(message: str) -> str:
     if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
         return text
     of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(text.split(":")[0])
-    return f"{text}; {of_class or '--help'} lists the options."
+    unknown = re.search(r"(?:--|Option ')(?:\w+\.)*(\w+)", text)
+    near = get_close_matches(unknown[1], known, n=1, cutoff=0.7) if unknown else []
+    hint = f"did you mean {near[0]}? " if near and unknown and near[0] != unknown[1] else ""
+    return f"{text}; {hint}{of_class or '--help'} lists the options."
 
 
 def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from datamodules import instruction, pretraining, text_classification  # noqa: F401, known by name
 from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
-from pipeline import lit_classifier, lit_language_model  # noqa: F401, known by name
 from pipeline.arguments import one_line
-from pipeline.callbacks import LossSpikes, Throughput
+from pipeline.callbacks import Lineage, LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
 from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.failures import explain
@@ -34,6 +30,14 @@ from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.lit_base import LitStep, check_context
 from pipeline.memory import GIB
 from pipeline.optim import check_warmup
+from pipeline.options import (
+    RunConfig,
+    check_callbacks,
+    check_processes,
+    check_trainer,
+    option_names,
+    with_options_of_fit,
+)
 from pipeline.progress import ProgressDisplay, listen_to_data, quiet_libraries
 from pipeline.reports import (
     PREDICTIONS,
@@ -46,45 +50,15 @@ from pipeline.reports import (
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import find_run, still_holds
-from pipeline.runs.run_directory import (
-    CONFIG,
-    AlreadyFinished,
-    Run,
-    check_name,
-    lines_of,
-    read_outcome,
-)
+from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
 from pipeline.runs.run_logger import RunLogger
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
-from pipeline.trainer_options import check_callbacks, check_processes, check_trainer
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run is kept.
-
-    Args:
-        experiment: folder below the root, and the experiment in MLflow.
-        name: name of the run; a digest of its configuration is added.
-        resume: auto goes on from the newest whole checkpoint of the same configuration, must
-            insists on one, never starts anew.
-        allow_changes: resume even where data, model or number of processes have changed.
-    """
-
-    experiment: str
-    name: str
-    resume: Literal["auto", "must", "never"] = "auto"
-    allow_changes: bool = False
-
-    def __post_init__(self) -> None:
-        check_name(self.experiment, "run.experiment")  # folders: none may lead out of the root
-        check_name(self.name, "run.name")
 
 
 def as_list(value: Any) -> list[Any]:
@@ -177,7 +151,7 @@ class PipelineCLI(LightningCLI):
         self._open_on_first_rank()
         self.datamodule.config = self.config_dump["data"]
         logger = RunLogger(self.run) if self.run else None
-        callbacks = [*as_list(options.callbacks), LossSpikes()]
+        callbacks = [*as_list(options.callbacks), LossSpikes(), Lineage()]
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
@@ -303,21 +277,14 @@ class PipelineCLI(LightningCLI):
         log_predictions(self.run, prediction_rows(datamodule, outputs))
         self._finish(self.run, Report({}), {"predictions": str(self.run.path / PREDICTIONS)})
 
-    def _log_lineage(self, run: Run) -> None:
-        """Which data and which weights the run stands on, by digest."""
-        facts = self.datamodule.fingerprint
-        name, source = type(self.datamodule).__name__, ", ".join(facts["sources"])
-        run.log_dataset(name, facts["digest"], facts["counts"], source)
-        if self.model.parent is not None:
-            run.log_tags({"parent": self.model.parent})
-
     def _metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def _finish(self, run: Run, report: Report, outputs: dict[str, str] | None = None) -> None:
-        self._log_lineage(run)
         known = self._metrics()  # and those of a validation belong to its step
         news = {k: v for k, v in report.metrics.items() if k not in known and k[:4] != "val/"}
+        if self.subcommand == "fit":  # of the checkpoint that is handed over, to sort runs by
+            news |= {f"best/{k[4:]}": v for k, v in report.metrics.items() if k[:4] == "val/"}
         if news:
             run.log_metrics(news, self.trainer.global_step)
         tokenizer = Path(self.config_dump["data"]["init_args"]["tokenizer"])
@@ -335,29 +302,6 @@ class PipelineCLI(LightningCLI):
             print(line, file=stream)
         print(f"finished: {run.path}", file=sys.stderr)
         hand_over(run.path)
-
-
-def with_options_of_fit(words: Sequence[str]) -> list[str]:
-    """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
-
-    Raises:
-        ValueError: it does not lie with such a run.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--ckpt_path", type=Path)
-    given = parser.parse_known_args(words)[0]
-    if given.config or not given.ckpt_path:
-        return list(words)
-    is_inside = given.ckpt_path.parent.name == CHECKPOINTS
-    config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
-    if not config.is_file():
-        raise ValueError(
-            f"ckpt_path {given.ckpt_path} is in no run, whose {CONFIG} would say the options; give "
-            "them: -c configs/spam.yaml, say."
-        )
-    print(f"options: {config}", file=sys.stderr)
-    return [words[0], f"--config={config}", *words[1:]]
 
 
 def hand_over(path: Path) -> None:
@@ -395,7 +339,7 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
                 args=list(args),
             )
     except (ArgumentError, MisconfigurationException) as error:
-        raise ValueError(one_line(str(error))) from error
+        raise ValueError(one_line(str(error), option_names())) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error
     except SystemExit as error:

@@ -192,7 +192,7 @@ def _new_tokens(
 
 def print_label(source: str, text: str, threshold: float | None) -> None:
     """Writes label and probabilities of a text to stdout, as JSON."""
-    loaded = load_classifier(source)
+    loaded = load_classifier(source, threshold)
     probabilities = label_probabilities(loaded, [text])[0]
     names = loaded.meta["label_names"]
     row = {
@@ -220,7 +220,7 @@ def classify_table(
             f"{file}: {column!r} has no text in {len(odd)} rows ({some(odd)}); complete them, or "
             "drop them."
         )
-    loaded = load_classifier(source)
+    loaded = load_classifier(source, threshold)
     names = loaded.meta["label_names"]
     made = ["predicted", *(f"probability_{name}" for name in names)]
     if taken := [name for name in made if name in frame]:
@@ -238,15 +238,18 @@ def _is_text(cell: Any) -> bool:
     return isinstance(cell, str) and bool(cell.strip())
 
 
-def load_classifier(source: str) -> Loaded:
+def load_classifier(source: str, threshold: float | None = None) -> Loaded:
     """A checkpoint that labels texts, ready for use.
 
     Raises:
-        ValueError: for a language model.
+        ValueError: for a language model; for a threshold where there are more than two labels.
     """
     loaded = load_for_use(source, "32-true")
     if not isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
+    n_labels = len(loaded.meta["label_names"])
+    if threshold is not None and n_labels != 2:
+        raise ValueError(f"threshold is for two labels; this checkpoint has {n_labels}.")
     return loaded
 
 
@@ -293,13 +296,7 @@ def label_probabilities(
 
 
 def decide(probabilities: Sequence[float], threshold: float | None) -> int:
-    """The likeliest class; with a threshold the second of two classes from that probability on.
-
-    Raises:
-        ValueError: for a threshold on more than two classes.
-    """
+    """The likeliest class; with a threshold the second of two classes from that probability on."""
     if threshold is None:
         return max(range(len(probabilities)), key=probabilities.__getitem__)
-    if len(probabilities) != 2:
-        raise ValueError(f"threshold is for two classes; this checkpoint has {len(probabilities)}.")
     return int(probabilities[1] >= threshold)

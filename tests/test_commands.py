@@ -159,6 +159,14 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line("unrecognized arguments: --x") == unknown
     given = "Option 'x' is not accepted Given value: {'init_args': {'x': 1}}"
     assert one_line(given) == "Option 'x' is not accepted; --help lists the options."
+    known = ["lr", "batch_size", "max_epochs"]
+    for asked, hint in {
+        "--trainer.max_epoch=3": "did you mean max_epochs? ",
+        "--modle.lr=3": "",
+        "--colour": "",
+    }.items():
+        text = one_line(f"unrecognized arguments: {asked}", known)
+        assert text == f"unrecognized arguments: {asked}; {hint}--help lists the options."
     of_class = one_line("data: Option 'batchsize' is not accepted")
     assert (
         of_class == "data: Option 'batchsize' is not accepted; --data.help CLASS lists the options."

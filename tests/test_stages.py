@@ -57,6 +57,7 @@ def test_metrics_are_logged_at_optimizer_steps(tiny: Journey) -> None:
     assert steps["train/loss"] == [5]
     assert steps["val/loss"] == [4, 8]
     assert {"perf/tokens_per_s", "perf/model_flops_utilisation", "train/lr"} <= steps.keys()
+    assert steps["best/loss"] == [8], "of the checkpoint that is handed over"
 
 
 def test_samples_and_curves_are_kept(tiny: Journey) -> None:
@@ -155,6 +156,8 @@ def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:
     words += ["--run.experiment=moods", f"--model.init_from={tiny.best('pretrain')}"]
     code, out, err = said("fit", *words)
     assert code == 0, err
+    label = ["--text=abcd is a", "--threshold=0.5"]
+    assert "this checkpoint has 3" in said("classify", f"--ckpt={out.strip()}", *label)[2]
     code, out, err = said("test", *words, f"--ckpt_path={out.strip()}")
     assert code == 0, err
     shown = out.splitlines()

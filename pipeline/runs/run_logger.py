@@ -18,7 +18,7 @@ class RunLogger(Logger):
     """Writes to a run directory; never to a server, so it never waits and never fails with one.
 
     Args:
-        run: on the first rank the open run; on others nothing is written.
+        run: the open run, of the first rank.
     """
 
     def __init__(self, run: Run) -> None:

@@ -39,6 +39,7 @@ def test_an_allocator_that_refuses_is_one_line(words: list[str], home: Path) -> 
     assert re.search(r"needs about \d+\.\d GiB, \d+\.\d GiB are free: lower", line)
     (ended,) = (e for e in read_events(home, "status") if e["status"] == "FAILED")
     assert "out of memory" in ended["reason"]
+    assert read_events(home, "dataset"), "what it stands on is known of a failed run, too"
 
 
 def read_events(home: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,0 +1,167 @@
+"""Options of Lightning's commands: where they come from, their names, and what cannot be meant."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from datamodules.instruction import InstructionDataModule
+from datamodules.pretraining import PretrainingDataModule
+from datamodules.step_data_module import StepDataModule
+from datamodules.text_classification import TextClassificationDataModule
+from pipeline.checkpoint import CHECKPOINTS
+from pipeline.checkpoint_callback import Checkpoints
+from pipeline.gpt import GPTConfig
+from pipeline.launchers import n_started
+from pipeline.lit_base import LitStep
+from pipeline.lit_classifier import LitClassifier
+from pipeline.lit_language_model import LitLanguageModel
+from pipeline.lora import LoRAConfig
+from pipeline.optim import OptimizerConfig
+from pipeline.runs.run_directory import CONFIG, check_name
+
+# an option, its values without effect, and what to use instead
+_NOT_HERE = (
+    (
+        "accumulate_grad_batches",
+        (1,),
+        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
+    ),
+    ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
+    ("overfit_batches", (0,), "steps are drawn anew every epoch: give a data.source of few rows."),
+    ("reload_dataloaders_every_n_epochs", (0,), "data stay as they are; leave it out."),
+    ("gradient_clip_val", (None, 0), "set model.optimizer.max_grad_norm."),
+    ("enable_checkpointing", (None, True), "a run goes on from its own; see checkpoints."),
+    ("default_root_dir", (None,), "runs lie below GPT_PIPELINE_HOME, or else mlruns: set that."),
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept.
+
+    Args:
+        experiment: folder below the root, and the experiment in MLflow.
+        name: name of the run; a digest of its configuration is added.
+        resume: auto goes on from the newest whole checkpoint of the same configuration, must
+            insists on one, never starts anew.
+        allow_changes: resume even where data, model or number of processes have changed.
+    """
+
+    experiment: str
+    name: str
+    resume: Literal["auto", "must", "never"] = "auto"
+    allow_changes: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.experiment, "run.experiment")  # folders: none may lead out of the root
+        check_name(self.name, "run.name")
+
+
+def with_options_of_fit(words: Sequence[str]) -> list[str]:
+    """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
+
+    Raises:
+        ValueError: it does not lie with such a run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path", type=Path)
+    given = parser.parse_known_args(words)[0]
+    if given.config or not given.ckpt_path:
+        return list(words)
+    is_inside = given.ckpt_path.parent.name == CHECKPOINTS
+    config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
+    if not config.is_file():
+        raise ValueError(
+            f"ckpt_path {given.ckpt_path} is in no run, whose {CONFIG} would say the options; give "
+            "them: -c configs/spam.yaml, say."
+        )
+    print(f"options: {config}", file=sys.stderr)
+    return [words[0], f"--config={config}", *words[1:]]
+
+
+def option_names() -> list[str]:
+    """Names of options, without those of the groups that they stand in."""
+    data = (StepDataModule, InstructionDataModule, PretrainingDataModule)
+    models = (LitStep, LitClassifier, LitLanguageModel, GPTConfig, LoRAConfig, OptimizerConfig)
+    kinds = (pl.Trainer, RunConfig, Checkpoints, *models, *data, TextClassificationDataModule)
+    return [name for kind in kinds for name in inspect.signature(kind).parameters]
+
+
+def check_trainer(options: Any, *, is_test: bool) -> None:
+    """Refuses what cannot be meant here.
+
+    Args:
+        options: those of the trainer, parsed.
+        is_test: they are for `test`.
+
+    Raises:
+        ValueError: naming the key, and what to use instead.
+    """
+    for key, usual, remedy in _NOT_HERE:
+        if options[key] not in usual:
+            raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
+    if options.logger is False:
+        raise ValueError("trainer.logger is False; a run always keeps a journal: leave it out.")
+    if options.val_check_interval == 0:
+        raise ValueError(
+            "trainer.val_check_interval is 0; give the steps between validations, or to have "
+            "none trainer.limit_val_batches: 0."
+        )
+    limit = options.limit_test_batches  # 1 is a batch, 1.0 is all
+    is_all = limit is None or (limit == 1 and not isinstance(limit, int))
+    if is_test and not is_all:
+        raise ValueError(
+            f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it out."
+        )
+
+
+def check_processes(trainer: pl.Trainer) -> None:
+    """Refuses processes that would train side by side, or that would share this one's open run.
+
+    Raises:
+        ValueError: naming the key, and what to use instead.
+    """
+    n_processes = n_started()
+    if n_processes > 1 and n_processes != trainer.world_size:
+        raise ValueError(
+            f"{n_processes} processes were started, but trainer.devices, num_nodes and strategy "
+            f"make {trainer.world_size} of them: add -c configs/trainer/ddp.yaml (or fsdp2.yaml) "
+            "with trainer.devices as many as there are on a node, or start one."
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "trainer.strategy forks or spawns its processes, which cannot share an open run; give "
+            "ddp, which starts the command again."
+        )
+
+
+def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """Has early stopping judge a validation before its checkpoint is written, which keeps that.
+
+    Raises:
+        ValueError: for a callback that cannot be meant here.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            raise ValueError(
+                f"trainer.callbacks has a {type(callback).__name__}; a run writes its checkpoints "
+                "anyway: set checkpoints.monitor, mode, every_n_steps, keep_best and keep_last."
+            )
+        if isinstance(callback, EarlyStopping):
+            if callback._check_on_train_epoch_end:
+                raise ValueError(
+                    "EarlyStopping.check_on_train_epoch_end is true; a resumed run would not know "
+                    "what was seen there: leave it out."
+                )
+            callback._check_on_train_epoch_end = False

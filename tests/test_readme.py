@@ -101,6 +101,12 @@ def test_a_command_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         verify_checkpoint(Path(out.strip()))
 
 
+def test_it_can_be_used_from_python(tiny: Journey, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    exec(block, {"TUNED": str(tiny.best("instruct"))})
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("line", SERVERS)
 def test_a_server_answers(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served = Served(tmp_path, *typed(line, monkeypatch)[1:])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import safe
@@ -54,7 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if safe.VARIABLE in os.environ:
         safe.refuse_strangers()
     try:
-        return _dispatch([word for word in words if word not in GLOBAL_OPTIONS]) or 0
+        with _listening_to_data():
+            return _dispatch([word for word in words if word not in GLOBAL_OPTIONS]) or 0
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -66,6 +69,18 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _listening_to_data() -> Iterator[None]:
+    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
+    logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -38,7 +38,7 @@ from pipeline.options import (
     option_names,
     with_options_of_fit,
 )
-from pipeline.progress import ProgressDisplay, listen_to_data, quiet_libraries
+from pipeline.progress import ProgressDisplay, quiet_libraries
 from pipeline.reports import (
     PREDICTIONS,
     Report,
@@ -327,7 +327,6 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
     torch.set_flush_denormal(True)
     try:
         with ExitStack() as stack:
-            listen_to_data(stack)
             cli(
                 stack,
                 model_class=LitStep,

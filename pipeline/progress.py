@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -146,11 +144,3 @@ def quiet_libraries() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def listen_to_data(stack: ExitStack) -> None:
-    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
-    logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    stack.callback(logger.removeHandler, handler)

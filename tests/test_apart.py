@@ -212,6 +212,7 @@ def test_a_file_is_answered_whole(tiny: Journey, tmp_path: Path, home: Path) -> 
     assert code == 0, err
     assert out.startswith("3 answers")
     assert "and is evaluated on other data" in err
+    assert "bundled:instructions: items " in err, "what the data have to say is shown here, too"
     code, out, err = said("score", f"--ckpt={published}", *words)
     assert "already finished" in err
     questions(tmp_path, "questions.json", NAMES[:4])

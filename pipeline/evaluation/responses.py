@@ -98,7 +98,7 @@ def write_responses(path: Path, responses: Sequence[Response]) -> None:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON Lines (UTF-8) in one move."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, "".join(lines).encode())
+    write_atomically(path, (line.encode() for line in lines))
 
 
 def _response(row: Mapping[str, Any]) -> Response:

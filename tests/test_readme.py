@@ -104,7 +104,7 @@ def test_a_command_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_can_be_used_from_python(tiny: Journey, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
     exec(block, {"TUNED": str(tiny.best("instruct"))})
-    assert capsys.readouterr().out.strip()
+    assert len(capsys.readouterr().out) > 1
 
 
 @pytest.mark.parametrize("line", SERVERS)

@@ -188,8 +188,12 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
         print(redact(uri))
         return
     listen(host, port).close()
-    print(f"http://{host}:{port}", flush=True)
-    print("runs are under 'Model training', at the top left", file=sys.stderr, flush=True)
+    address = f"http://{host}:{port}"
+    print(address, flush=True)
+    runs = (
+        f"{address}/#/experiments?workflowType=machine_learning"  # MLflow opens on its GenAI side
+    )
+    print(f"runs: {runs}", file=sys.stderr, flush=True)
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_BACKEND_STORE_URI": uri,

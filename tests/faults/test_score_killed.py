@@ -17,13 +17,13 @@ def test_a_killed_score_goes_on(
 ) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
     words = ["score", f"--config={CONFIGS}/score.yaml", f"--ckpt={tiny.best('instruct')}"]
-    words += ["--max_new_tokens=100", "--batch_size=1", "--precision=32-true"]
+    words += ["--max_new_tokens=30", "--precision=32-true"]
 
     def answered() -> list[Path]:
         found = list(tmp_path.glob("score/*/answers.jsonl"))
         return [path for path in found if path.read_bytes().count(b"\n") >= 3]
 
-    command = Started(words, tmp_path / "said.txt")
+    command = Started([*words, "--batch_size=1"], tmp_path / "said.txt")
     command.until(lambda: bool(answered()))
     command.send(signal.SIGKILL)
     assert command.wait() == -signal.SIGKILL

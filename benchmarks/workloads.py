@@ -22,6 +22,7 @@ from benchmarks.peers import (
     Environment,
     python_with,
 )
+from pipeline.flops import flops_per_token
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import default_device, multiplies_bf16, multiplies_f16_weights
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
@@ -62,7 +63,7 @@ def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: i
         for precision in PRECISIONS:
             yield _peer(TRANSFORMERS, precision, "transformers_pretrain", *peer_words, precision)
 
-    flops = GPT.skeleton(config).flops_per_token(config.block_size)
+    flops = flops_per_token(GPT.skeleton(config), config.block_size)
     n_warmup = 10 if ON_GPU else 2  # what is compiled and captured there is once for all
     title = f"{title}, {n_rows} x {config.block_size} tokens a step"
     return Workload(key, title, list(contestants()), n_warmup, flops, loss_tolerance=0.02)
@@ -94,7 +95,7 @@ def small_steps() -> Workload:
             yield _pretraining_fit(config, weights, n_rows, n_steps, precision)
             yield _with_our_python("a bare loop", precision, "bare_loop", *words, precision)
 
-    flops = GPT.skeleton(config).flops_per_token(config.block_size)
+    flops = flops_per_token(GPT.skeleton(config), config.block_size)
     title = f"small steps (2 layers x 256, {n_rows} x 128 tokens)"
     return Workload("P6", title, list(contestants()), 40, flops, loss_tolerance=0.02)
 

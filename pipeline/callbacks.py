@@ -20,6 +20,7 @@ from pipeline.decoding.generate import generate
 from pipeline.decoding.passes import check_prompt
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.text_stream import text_of
+from pipeline.flops import flops_per_token
 from pipeline.hardware import matrix_product_ceiling
 from pipeline.sharding import gather_shared
 from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
@@ -57,7 +58,7 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         rate = self.n_tokens / (now - self.since)
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
-        flops = pl_module.gpt.flops_per_token(n_context)
+        flops = flops_per_token(pl_module.gpt, n_context)
         self.total_tokens += self.n_tokens
         pl_module.log("train/tokens", float(self.total_tokens))
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)

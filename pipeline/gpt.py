@@ -387,28 +387,3 @@ class GPT(nn.Module):
     def n_parameters(self, *, trainable_only: bool = False) -> int:
         """Parameters, a tied one counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
-
-    def flops_per_token(self, n_context: int) -> int:
-        """Floating-point operations of training on a token, in rows of `n_context` of them.
-
-        Two per weight of every product, and attention's own, of which the causal half is counted
-        (n_context / 2 keys a token on average). The backward pass costs as much as the forward pass
-        for gradients of inputs, down to the lowest block that is trained, and as much again for
-        those of trained weights; recomputation is not counted.
-        """
-        linear, trained = _linear_weights(self), _linear_weights(self, trained_only=True)
-        keys = n_context / 2 if self.config.causal else n_context
-        attention = 2 * self.config.n_embd * keys  # of a block
-        forward = linear + attention * len(self.blocks)
-        embeddings = [p for name, p in self.named_parameters() if "embedding" in name]
-        parts = (embeddings, *(block.parameters() for block in self.blocks))
-        learns = [any(p.requires_grad for p in part) for part in parts]
-        lowest = max([*learns, True].index(True) - 1, 0)  # block that gradients go down to
-        passed = linear - sum(map(_linear_weights, self.blocks[:lowest]))
-        attention *= len(self.blocks) - lowest
-        return int(2 * (forward + passed + trained + 2 * attention))
-
-
-def _linear_weights(module: nn.Module, *, trained_only: bool = False) -> int:
-    weights = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(w.numel() for w in weights if w.requires_grad or not trained_only)

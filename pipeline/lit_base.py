@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
-from pipeline import lora, sharding, training_graph
+from pipeline import held_out, lora, sharding, training_graph
 from pipeline.checkpoint import CHECKPOINTS, path_digest
 from pipeline.compiling import compile_blocks
 from pipeline.gpt import GPT, GPTConfig
@@ -31,11 +31,8 @@ from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, 
 from pipeline.resume import (
     check_alike,
     check_base,
-    check_held_out,
     check_resumable,
     check_tensors,
-    split_otherwise,
-    trained_on,
 )
 from pipeline.runs.run_directory import flat
 from pipeline.steps import is_logged_step, run_of
@@ -147,7 +144,7 @@ class LitStep(pl.LightningModule):
         gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
             self._check_held_out(loaded.meta)
-            self.earlier = trained_on(loaded.meta)
+            self.earlier = held_out.trained_on(loaded.meta)
             self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
         if loaded is not None and self.lora_config is not None:
             folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
@@ -222,27 +219,15 @@ class LitStep(pl.LightningModule):
 
         Training goes on from them on such data, with a warning.
         """
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            data = self.data
-            found = split_otherwise(meta, data.config, data.fingerprint, ("val", "test"))
-            if found and self.trainer.is_global_zero:
-                print(
-                    f"warning: what is held out here may have been trained on before, in "
-                    f"{self.init_from}: {found}. test and score will refuse it; restore that, or "
-                    "give data.source with other files.",
-                    file=sys.stderr,
-                )
-            return
-        if meta.get("dataset") is None:
-            return
-        for key, value in self.data.meta().items():
-            if key in meta and meta[key] != value:
-                raise ValueError(
-                    f"{self.init_from} was trained with data.{key} {meta[key]!r}, here it is "
-                    f"{value!r}; give that of the training."
-                )
-        split = "val" if self.trainer.state.fn == TrainerFn.VALIDATING else "test"
-        check_held_out(meta, self.data.config, self.data.fingerprint, [split])
+        assert self.init_from is not None
+        data, fn = self.data, self.trainer.state.fn
+        if fn == TrainerFn.FITTING:
+            if self.trainer.is_global_zero:
+                held_out.warn_of_split(self.init_from, meta, data.config, data.fingerprint)
+        elif meta.get("dataset") is not None:
+            split = "val" if fn == TrainerFn.VALIDATING else "test"
+            held_out.check_form(self.init_from, meta, data.meta())
+            held_out.check_held_out(meta, data.config, data.fingerprint, [split])
 
     # The optimizer step
 

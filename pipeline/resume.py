@@ -1,12 +1,8 @@
-"""Whether a checkpoint may be resumed here: the same data, model, precision and processes.
-
-And whether what is held out here was held out from it.
-"""
+"""Whether a checkpoint may be resumed here: the same data, model, precision and processes."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +15,6 @@ from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import CONFIG, OUTCOME
 
 FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
-SPLIT = (  # arguments of data that decide what is held out
-    *("split_seed", "train_fraction", "val_fraction", "shuffle_split", "near_duplicates"),
-    *("text_column", "label_column"),
-)
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
@@ -122,104 +114,6 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
                 f"{what} does not fit the model: {name} has shape {tuple(theirs[name].shape)}, "
                 f"the model's is {tuple(tensor.shape)}; give one of a model like this."
             )
-
-
-def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`data` and `dataset` of every training behind a checkpoint, the first one first.
-
-    Args:
-        meta: the checkpoint's meta.json.
-    """
-    own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
-    return [*meta.get("earlier", []), *own]
-
-
-def check_held_out(
-    meta: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    fingerprint: Mapping[str, Any],
-    splits: Collection[str],
-) -> None:
-    """Refuses to evaluate a checkpoint on another split of data that it was trained on.
-
-    Data that shares no file with what it was trained on last is all held out; that is said.
-
-    Args:
-        meta: the checkpoint's meta.json.
-        config: configuration of the data here, with `init_args`.
-        fingerprint: fingerprint of the data here.
-        splits: those that are evaluated on.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if found := split_otherwise(meta, config, fingerprint, splits):
-        raise ValueError(
-            f"what is held out here may have been trained on: {found}. Restore that, or "
-            "give data.source with files that the checkpoint has not seen."
-        )
-    *_, last = trained_on(meta)
-    dataset, ours = last["dataset"], _files_of(fingerprint, splits)
-    if not _share_files(dataset["sources"], ours):
-        print(
-            f"warning: the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
-            f"evaluated on other data, {', '.join(ours)}; data.source says on which.",
-            file=sys.stderr,
-        )
-    n_repeated = fingerprint.get("counts", {}).get("n_repeated")
-    if n_repeated and _apart(dataset) != _apart(fingerprint):
-        print(
-            f"warning: {n_repeated} rows of data.source repeat what is held out here; the "
-            "checkpoint may have learned them.",
-            file=sys.stderr,
-        )
-
-
-def split_otherwise(
-    meta: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    fingerprint: Mapping[str, Any],
-    splits: Collection[str],
-) -> str:
-    """How data here is split otherwise than where a checkpoint, or one before it, trained on it.
-
-    Takes what `check_held_out` takes; the text is empty where nothing is.
-    """
-    found: list[str] = []
-    for earlier in trained_on(meta):
-        dataset = earlier["dataset"]
-        if not _share_files(_learned(dataset), _files_of(fingerprint, splits)):
-            continue
-        was, now = ((given or {}).get("init_args", {}) for given in (earlier["data"], config))
-        both = [key for key in SPLIT if key in was and key in now]
-        texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
-        found += [f"data.{text}" for text in texts.values()]
-        theirs, ours = dataset["sources"], fingerprint["sources"]
-        if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
-            found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
-        elif _apart(dataset) != _apart(fingerprint):
-            found.append("data.val_source and data.test_source named other files")
-    return "; ".join(dict.fromkeys(found))
-
-
-def _learned(dataset: Mapping[str, Any]) -> dict[str, str]:
-    """Files, by digest, that training has a share of, or all."""
-    apart = {path for files in dataset.get("apart", {}).values() for path in files}
-    return {path: digest for path, digest in dataset["sources"].items() if path not in apart}
-
-
-def _files_of(dataset: Mapping[str, Any], splits: Collection[str]) -> dict[str, str]:
-    apart, shared = dataset.get("apart", {}), _learned(dataset)
-    files = [apart.get(split, shared) for split in splits]
-    return {path: digest for of_split in files for path, digest in of_split.items()}
-
-
-def _apart(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
-    return {split: list(files.values()) for split, files in dataset.get("apart", {}).items()}
-
-
-def _share_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
-    return bool(theirs.keys() & ours.keys() or set(theirs.values()) & set(ours.values()))
 
 
 def interrupted_like(run: Path) -> str:

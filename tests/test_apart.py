@@ -13,7 +13,7 @@ from datamodules import apart
 from datamodules.splits import SPLITS
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.checkpoint import read_meta
-from pipeline.resume import check_held_out
+from pipeline.held_out import check_held_out
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, run, said
 from tests.training import instruction_data, pretraining_data, spam_data
 
@@ -167,6 +167,16 @@ def test_only_what_was_learned_is_refused(
     else:
         with pytest.raises(ValueError, match=refused):
             check_held_out(meta, {"init_args": {}}, here, ["test"])
+
+
+@pytest.mark.parametrize(("source", "n_said"), [("a", 1), ("c", 0)])
+def test_rows_that_a_checkpoint_may_have_learned_are_told(
+    source: str, n_said: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = {"dataset": facts("a", test="b"), "data": {"init_args": {}}}
+    here = {**facts(source, test="d"), "counts": {"n_repeated": 2}}
+    check_held_out(meta, {"init_args": {}}, here, ["test"])
+    assert capsys.readouterr().err.count("2 rows of data.source repeat what is held out") == n_said
 
 
 def test_fit_and_test(tiny: Journey, tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ MAY_IMPORT_THEM = {"cli", "options", "checkpoint_callback"} | {
     module.rpartition(".")[2] for module in LIGHTNING_MODULES
 }
 TORCH_ONLY = {  # and each other
-    *("attention_products", "classifier", "gpt", "loss", "rms_norm", "rotary", "unpadding"),
+    *(
+        "attention_products",
+        "classifier",
+        "flops",
+        "gpt",
+        "loss",
+        "rms_norm",
+        "rotary",
+        "unpadding",
+    ),
     *(
         f"decoding.{path.stem}"
         for path in (ROOT / "pipeline" / "decoding").glob("*.py")

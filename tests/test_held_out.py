@@ -15,8 +15,8 @@ import torch
 from datamodules.instruction import LEARNED_ON
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta
+from pipeline.held_out import check_held_out, trained_on
 from pipeline.models import load
-from pipeline.resume import check_held_out, trained_on
 from pipeline.runs.journal import read_journal
 from pipeline.stages.score_stage import (
     Answering,

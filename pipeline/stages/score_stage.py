@@ -29,11 +29,11 @@ from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
 from pipeline.evaluation.summary import Summary
+from pipeline.held_out import check_held_out
 from pipeline.inference import load_language_model, prompt_style, settings_for
 from pipeline.loss import next_token_losses
 from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
-from pipeline.resume import check_held_out
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import Run, lines_of, read_outcome
 from pipeline.runs.stage_run import mlruns_root, run_once

@@ -243,7 +243,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
     if not entries:
-        raise ValueError(f"{path} holds no entries; take it out of data.source, or fill it.")
+        raise ValueError(f"{path} holds no entries; fill it, or leave it out.")
     yield from entries
 
 

@@ -164,7 +164,7 @@ class TextClassificationDataModule(StepDataModule):
         """Text and class index of every row of a file."""
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
-            raise ValueError(f"{path} holds no rows; take it out of data.source, or fill it.")
+            raise ValueError(f"{path} holds no rows; fill it, or leave it out.")
         for key, column in (
             ("text_column", self.text_column),
             ("label_column", self.label_column),

@@ -114,7 +114,7 @@ def split_otherwise(
         theirs, ours = dataset["sources"], fingerprint["sources"]
         if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
             found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
-        elif _apart(dataset) != _apart(fingerprint):
+        if _apart(dataset) != _apart(fingerprint):
             found.append("data.val_source and data.test_source named other files")
     return "; ".join(dict.fromkeys(found))
 

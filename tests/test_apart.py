@@ -155,6 +155,7 @@ def facts(source: str, **own: str) -> dict[str, Any]:
         (facts("a"), facts("c", test="a"), "c is not what it was"),
         (facts("a", test="b"), facts("a"), "b is not what it was"),
         (facts("a", test="b"), facts("b"), None),  # it was held out
+        (facts("a", test="b"), facts("b", test="a"), "data.val_source and data.test_source named"),
         (facts("a", val="b"), facts("a"), "b is not what it was"),
     ],
 )

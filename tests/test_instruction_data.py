@@ -387,7 +387,7 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
         json.dumps([GOOD, {**GOOD, "output": "\ud83d"}], indent=1),
         r"data.json:10: \\ud83d is half a character .* at column 14; correct the JSON",
     ),
-    "empty": ("", r"data.json holds no entries; take it out of data.source, or fill it"),
+    "empty": ("", r"data.json holds no entries; fill it, or leave it out"),
     "empty list": ("[]", r"data.json holds no entries"),
     "no object": ([GOOD, "text"], r"data.json: entry 1: it is a str, not an object"),
     "no output": ([GOOD, {"instruction": "x"}], r"entry 1: it has no 'output', only \['instructio"),

@@ -273,7 +273,7 @@ BAD_DATA = {
         r"t.tsv: byte \d+ \(0xe9\) is not UTF-8",
     ),
     "json": ("t.jsonl", '{"topic": "law", "text": "x"}\n{oops', r"t.jsonl:2: .*; fix the line"),
-    "empty": ("t.tsv", "", r"t.tsv holds no rows; take it out of data.source, or fill it"),
+    "empty": ("t.tsv", "", r"t.tsv holds no rows; fill it, or leave it out"),
     "header only": ("t.tsv", "topic\ttext\n", r"t.tsv holds no rows"),
     "few": ("t.tsv", table(rows(4)), r"the test split of 4 items is empty; give more data"),
 }

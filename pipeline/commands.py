@@ -331,7 +331,7 @@ def serve(
         temperature: of requests that name none; 0 takes the likeliest token.
         precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
             where the hardware multiplies it, else f16-weights where that is fast. A classifier
-            takes float32 instead of f16-weights.
+            answers in float32.
         max_rows: texts that are written at the same time.
         max_tokens: tokens that they may hold, the longest one's room for each, and texts that have
             ended: decides the memory.

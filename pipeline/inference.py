@@ -20,6 +20,7 @@ from datamodules.sources import check_writable, read_table, some, write_table
 from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import Batch, generate
 from pipeline.decoding.packed import pack
+from pipeline.decoding.passes import check_finite
 from pipeline.decoding.prefix_cache import PrefixCache
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.text_stream import TextStream
@@ -123,7 +124,7 @@ def _recent(
 def load_for_use(source: str | Path, precision: Precision) -> Loaded:
     """A checkpoint on the GPU if there is one; what continues text is laid out for decoding.
 
-    A classifier, which reads many tokens at a time, holds float32 where others hold f16-weights.
+    A classifier is in float32, so that all commands give a text the same probabilities.
     """
     precision = inference_precision(precision)
     loaded = load(source, torch.bfloat16 if precision == "bf16-true" else torch.float32)
@@ -264,6 +265,9 @@ def label_probabilities(
         texts: none of them empty.
         batch_size: texts at a time.
         title: of a bar on stderr; empty for none.
+
+    Raises:
+        ValueError: for a text that is empty, and for damaged weights.
     """
     assert isinstance(loaded.model, GPTClassifier)
     samples: list[Sample] = []
@@ -290,6 +294,7 @@ def label_probabilities(
         logits = loaded.model(
             batch["input_ids"].to(loaded.device), None if mask is None else mask.to(loaded.device)
         )
+        check_finite(logits)
         probabilities = logits.float().softmax(-1).tolist()
         rows |= zip(batch["sample_ids"].tolist(), probabilities, strict=True)
     return [rows[i] for i in range(len(texts))]

@@ -72,7 +72,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
     Args:
         source: a checkpoint directory, verified; or what `weights.fetch.locate` takes.
-        dtype: type of the weights.
+        dtype: type of the weights of a language model; a classifier's are float32.
 
     Raises:
         ValueError: where it is no whole model, or an adapter's base is gone or another one.
@@ -113,7 +113,9 @@ def load_checkpoint(
         model = _adapted(path, meta, tensors) if meta["lora"] else _whole(meta, tensors)
         if meta["lora"] and merge:
             lora.merge(model)
-        return Loaded(model.to(dtype).eval(), Tokenizer.load(path), meta, path)
+        if isinstance(model, GPT):
+            model.to(dtype)
+        return Loaded(model.eval(), Tokenizer.load(path), meta, path)
 
 
 @contextmanager

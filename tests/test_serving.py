@@ -23,6 +23,7 @@ from fastapi.testclient import TestClient
 
 from datamodules.prompts import Message, encode_prompt
 from pipeline.decoding.generate import generate
+from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.inference import (
     label_probabilities,
@@ -470,12 +471,28 @@ def test_a_client_that_hung_up_is_worked_for_no_more() -> None:
     assert asked[0].cancelled()
 
 
-def test_probabilities_are_not_rounded_to_half_precision(tiny: Journey) -> None:
-    """What the server answers where the hardware multiplies bf16."""
-    texts = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
-    for row in label_probabilities(load(tiny.best("spam"), torch.bfloat16), texts):
-        assert sum(row) == pytest.approx(1, abs=1e-6)
-        assert any(p != float(torch.tensor(p).bfloat16()) for p in row)
+def test_a_classifier_answers_in_float32(tiny: Journey) -> None:
+    """Whatever a language model would be in, so that `serve` and `classify` agree."""
+    spam = tiny.best("spam")
+    assert load(spam, torch.bfloat16).gpt.token_embedding.weight.dtype == torch.float32
+    assert (
+        load(tiny.best("pretrain"), torch.bfloat16).gpt.token_embedding.weight.dtype
+        == torch.bfloat16
+    )
+    code, _, err = said("serve", f"--ckpt={spam}", "--port=0", "--precision=bf16-true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a classifier answers in 32-true alone" in err
+
+
+def test_weights_that_are_no_numbers_decide_nothing(tiny: Journey) -> None:
+    classifier, writer = load_classifier(str(tiny.best("spam"))), load(tiny.best("pretrain"))
+    for model in (classifier, writer):
+        with torch.no_grad():
+            model.gpt.token_embedding.weight[5:] = torch.nan
+    with pytest.raises(ValueError, match="not made of numbers"):
+        label_probabilities(classifier, ["see you at lunch, then?"])
+    with pytest.raises(ValueError, match="not made of numbers"):
+        generate(writer.gpt, [[5, 6]], Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame", "Bearer s\u00e9same"])

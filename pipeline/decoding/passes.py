@@ -33,6 +33,19 @@ def check_prompt(n_tokens: int, block_size: int) -> None:
         )
 
 
+def check_finite(logits: Tensor) -> None:
+    """Refuses to choose by what is no number.
+
+    Raises:
+        ValueError: what it comes of.
+    """
+    if not logits.isfinite().all():
+        raise ValueError(
+            "the model's answer is not made of numbers: some of its weights are not, or are too "
+            "large for this precision; take other weights."
+        )
+
+
 class Prefilled(NamedTuple):
     """What became of prompts.
 
@@ -62,7 +75,7 @@ def prefill(
         known: of some of them, keys and values (L, 2, G, N, D) of the first N tokens, not of all.
 
     Raises:
-        ValueError: for a prompt that is empty or fills the context.
+        ValueError: for a prompt that is empty or fills the context, and for damaged weights.
     """
     model.eval()
     for prompt in prompts:
@@ -87,7 +100,9 @@ def prefill(
     hidden = model(input_ids, is_real, positions=positions, cache=cache)
     last = is_real.sum(dim=1) - 1
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
-    return Prefilled(cache, _logits(model, ends, n_vocab), hidden)
+    logits = _logits(model, ends, n_vocab)
+    check_finite(logits)
+    return Prefilled(cache, logits, hidden)
 
 
 def decode(

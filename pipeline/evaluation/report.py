@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.metrics import RESAMPLES
 from pipeline.evaluation.responses import Response
-from pipeline.evaluation.summary import LOWER_IS_BETTER, Score, Scored, Summary
+from pipeline.evaluation.summary import LOWER_IS_BETTER, MIN_QUESTIONS, Score, Scored, Summary
 
 TITLES = {
     "judge": "LLM judge",
@@ -84,6 +84,7 @@ def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
         titles=TITLES,
         lower_is_better=LOWER_IS_BETTER,
         n_resamples=RESAMPLES,
+        min_questions=MIN_QUESTIONS,
     )
 
 

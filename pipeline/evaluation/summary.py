@@ -19,6 +19,7 @@ from pipeline.evaluation.responses import Response
 Keys = NDArray[np.object_]  # of the items: equal where they ask the same
 
 LOWER_IS_BETTER = ("perplexity",)
+MIN_QUESTIONS = 6  # of fewer that all point one way, a sign test says p > 0.05 (2 / 2^5)
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure; `difference` is after - before over the items that are scored in both."""
+    """One measure; `difference` is after - before over the items that are scored in both.
+
+    Attributes:
+        n_paired: those items.
+        n_questions: how many different ones they ask.
+    """
 
     measure: str
     before: Cell | None
     after: Cell
     difference: Estimate | None
     n_paired: int
+    n_questions: int
 
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN.
 
-        One pair has no interval that would tell. `equal` where no item differs.
+        Fewer questions than `MIN_QUESTIONS` tell nothing. `equal` where no item differs.
         """
         difference = self.difference
-        if difference is None or self.n_paired < 2:
+        if difference is None or self.n_questions < MIN_QUESTIONS:
             return "unclear"
         if difference.low == difference.high == 0:
             return "equal"
@@ -187,17 +194,17 @@ def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
     """One measure from its (N, K) counts; both tables hold the same items in the same order."""
     cell = _cell(measure, after, keys)
     if before is None:
-        return Row(measure, None, cell, None, 0)
+        return Row(measure, None, cell, None, 0, 0)
     is_paired = _is_known(before) & _is_known(after)
-    n_paired, difference = int(is_paired.sum()), None
-    if n_paired:
+    paired, difference = keys[is_paired].tolist(), None
+    if paired:
         statistic = metrics.difference(
             metrics.of_sums(before[is_paired], _value(measure)),
             metrics.of_sums(after[is_paired], _value(measure)),
         )
-        paired = keys[is_paired].tolist()
-        difference = metrics.bootstrap(statistic, n_paired, keys=paired)
-    return Row(measure, _cell(measure, before, keys), cell, difference, n_paired)
+        difference = metrics.bootstrap(statistic, len(paired), keys=paired)
+    of_before = _cell(measure, before, keys)
+    return Row(measure, of_before, cell, difference, len(paired), len(set(paired)))
 
 
 def _cell(measure: str, table: Array, keys: Keys) -> Cell:

@@ -43,7 +43,8 @@ def serve(
     """Answers until SIGINT or SIGTERM, which let what is being written come to its end.
 
     Raises:
-        ValueError: the port is taken, there is no key, or ckpt holds no model.
+        ValueError: the port is taken, there is no key, ckpt holds no model, or a classifier in
+            another precision.
     """
     key = key_from_environment(api_key_env, "api_key_env")
     listener = listen(*address)
@@ -54,6 +55,8 @@ def serve(
     loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
+        if precision not in ("auto", "32-true"):
+            raise ValueError(f"precision is {precision}; a classifier answers in 32-true alone.")
         of = partial(worker.submit, label_probabilities, loaded)
         server = _server(make_app(name, Labels(loaded.meta["label_names"], of), key))
         _greet(loaded, name, listener)

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from datamodules.instruction import InstructionDataModule
@@ -42,6 +52,24 @@ _NOT_HERE = (
     ("gradient_clip_val", (None, 0), "set model.optimizer.max_grad_norm."),
     ("enable_checkpointing", (None, True), "a run goes on from its own; see checkpoints."),
     ("default_root_dir", (None,), "runs lie below GPT_PIPELINE_HOME, or else mlruns: set that."),
+)
+# callbacks, and what to use instead
+_NO_CALLBACKS = (
+    (
+        (ModelCheckpoint, OnExceptionCheckpoint),
+        "a run writes its checkpoints anyway: set checkpoints.monitor, mode, every_n_steps, "
+        "keep_best and keep_last.",
+    ),
+    (
+        (StochasticWeightAveraging, WeightAveraging),
+        "a checkpoint holds the weights that were trained, so the average would be lost.",
+    ),
+    (
+        (BatchSizeFinder, GradientAccumulationScheduler),
+        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
+    ),
+    (LearningRateFinder, "it trains outside of the run: give model.optimizer.lr."),
+    (ModelPruning, "a checkpoint has no place for masks."),
 )
 
 
@@ -153,11 +181,9 @@ def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
         ValueError: for a callback that cannot be meant here.
     """
     for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            raise ValueError(
-                f"trainer.callbacks has a {type(callback).__name__}; a run writes its checkpoints "
-                "anyway: set checkpoints.monitor, mode, every_n_steps, keep_best and keep_last."
-            )
+        for kinds, remedy in _NO_CALLBACKS:
+            if isinstance(callback, kinds):
+                raise ValueError(f"trainer.callbacks has {type(callback).__name__}; {remedy}")
         if isinstance(callback, EarlyStopping):
             if callback._check_on_train_epoch_end:
                 raise ValueError(

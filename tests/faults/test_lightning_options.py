@@ -19,6 +19,8 @@ def words(words: list[str], home: Path) -> list[str]:
     return [*words, *shorter, "--data.num_workers=0", "--checkpoints.every_n_steps=100"]
 
 
+AVERAGE = "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.01}}"
+
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -79,6 +81,10 @@ def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
         ("--trainer.default_root_dir=elsewhere", "GPT_PIPELINE_HOME"),
         ("--trainer.logger=false", "journal"),
         ("--trainer.callbacks+=ModelCheckpoint", "checkpoints.monitor"),
+        (f"--trainer.callbacks+={AVERAGE}", "the average would be lost"),
+        ("--trainer.callbacks+=EMAWeightAveraging", "the average would be lost"),
+        ("--trainer.callbacks+=LearningRateFinder", "give model.optimizer.lr"),
+        ("--trainer.callbacks+=BatchSizeFinder", "set data.batch_size"),
         ("--ckpt_path=nowhere", "give a checkpoint directory"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ class ByteLevel:
 
     def encode(self, text: str, before: Sequence[int]) -> list[int]:
         """See `Tokenizer.encode`."""
+        if self._vocabulary.nfc:
+            text = unicodedata.normalize("NFC", text)
         ids = [i for part in _cut_blanks(text) for i in self._encoding.encode_ordinary(part)]
         spells_all = max(ids, default=0) < self._vocabulary.size
         return ids if spells_all else self._encode_spelled(text)

@@ -1,8 +1,9 @@
 """One tokenizer for everything, be it named, trained here or of a checkpoint.
 
 Byte-level BPE, or SentencePiece's where a checkpoint of others has that: every text has an
-encoding, and decoding gives it back. Special tokens are never made from text: `<|endoftext|>` typed
-by a user is encoded as the characters that it is.
+encoding, and decoding gives it back (composed, where its makers compose characters first). Special
+tokens are never made from text: `<|endoftext|>` typed by a user is encoded as the characters that
+it is.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Vocabulary:
         chat_template: Jinja source of its makers' conversations, if any.
         template_bos: the special token that the template calls `bos_token`, where it is not `bos`.
         sentencepiece: what else decides ids where characters are merged; None at byte level.
+        shown: special tokens that are part of what is written, as `<think>` is, not marks of it.
+        nfc: characters are composed (Unicode's NFC) before all else, at byte level.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Vocabulary:
     template_bos: str | None = None
     more_ends: tuple[str, ...] = ()
     sentencepiece: SentencePiece | None = None
+    shown: tuple[str, ...] = ()
+    nfc: bool = False
 
     @property
     def bos_token(self) -> str | None:
@@ -98,6 +103,8 @@ class Vocabulary:
             "template_bos": self.template_bos,
             "more_ends": list(self.more_ends) or None,
             "sentencepiece": vars(self.sentencepiece) if self.sentencepiece else None,
+            "shown": list(self.shown) or None,
+            "nfc": self.nfc or None,
         }
         defaults = {"eos": ENDOFTEXT}
         return {
@@ -329,7 +336,8 @@ def _read(path: Path) -> Tokenizer:
         raise ValueError(damaged)
     del content["format"]
     content["tokens"] = [base64.b64decode(token) for token in content["tokens"]]
-    content["more_ends"] = tuple(content.get("more_ends", ()))
+    for key in ("more_ends", "shown"):
+        content[key] = tuple(content.get(key, ()))
     if form := content.pop("sentencepiece", None):
         merges = [(left, right) for left, right in form.pop("merges")]
         content["sentencepiece"] = SentencePiece(merges, **form)

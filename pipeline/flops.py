@@ -17,7 +17,8 @@ def flops_per_token(model: GPT, n_context: int) -> int:
     """
     linear, trained = _linear_weights(model), _linear_weights(model, trained_only=True)
     keys = n_context / 2 if model.config.causal else n_context
-    attention = 2 * model.config.n_embd * keys  # of a block
+    config = model.config
+    attention = 2 * config.n_head * config.head_size * keys  # of a block
     forward = linear + attention * len(model.blocks)
     embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     parts = (embeddings, *(block.parameters() for block in model.blocks))

@@ -1,7 +1,8 @@
-"""The model: one decoder-only transformer that is GPT-2 or Llama, as its configuration says.
+"""The model: one decoder-only transformer: GPT-2, Llama or Qwen, as its configuration says.
 
 Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019),
-SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023). Parity with transformers is
+SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), norms of queries and keys
+(Henry et al. 2020). Parity with transformers is
 shown in tests/test_gpt_parity.py.
 
 Shapes: B rows, T tokens, S keys seen so far, C n_embd, H query heads, G key/value heads,
@@ -11,7 +12,7 @@ D head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
@@ -55,6 +56,9 @@ class GPTConfig:
         dropout: probability, on embeddings, attention weights and both residual branches.
         causal: a token sees only itself and what is before it.
         rope_scaling: how rotary frequencies are stretched; null where they are not.
+        head_dim: width of a head; null for n_embd / n_head.
+        qkv_bias: biases of queries, keys and values, where others have none (Qwen2).
+        qk_norm: queries and keys of every head are RMS-normalised (Qwen3).
     """
 
     n_layer: int
@@ -74,11 +78,15 @@ class GPTConfig:
     dropout: float
     causal: bool
     rope_scaling: RopeScaling | None = None
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         counts = ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "mlp_hidden")
         checks = {key: (getattr(self, key) >= 1, "at least 1") for key in counts}
         checks["vocab_size"] = (self.vocab_size is None or self.vocab_size >= 1, "at least 1")
+        checks["head_dim"] = (self.head_dim is None or self.head_dim >= 1, "at least 1, or null")
         checks["norm_eps"] = (self.norm_eps > 0, "a positive number")
         checks["rope_theta"] = (self.rope_theta > 0, "a positive number")
         checks["dropout"] = (0 <= self.dropout < 1, "a probability in [0, 1)")
@@ -88,7 +96,8 @@ class GPTConfig:
         for key, (ok, wanted) in checks.items():
             if not ok:
                 raise ValueError(f"model.gpt.{key} is {getattr(self, key)}; give {wanted}.")
-        for whole, part in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+        pairs = [("n_head", "n_kv_head"), ("n_embd", "n_head")]
+        for whole, part in pairs[: 1 if self.head_dim else 2]:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"model.gpt.{whole} is {getattr(self, whole)}, which model.gpt.{part} "
@@ -96,20 +105,25 @@ class GPTConfig:
                 )
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(
-                "rotary positions need an even head size, but model.gpt.n_embd / model.gpt.n_head "
-                f"is {self.head_size}; change one of them."
+                "rotary positions need an even head size, but model.gpt.head_dim (if null, "
+                f"model.gpt.n_embd / model.gpt.n_head) is {self.head_size}; change one of them."
             )
+
+    def primitives(self) -> dict[str, Any]:
+        """What a checkpoint keeps; without what it had no word for once, where that is not used."""
+        unused = {"head_dim": None, "qkv_bias": False, "qk_norm": False}
+        return {k: v for k, v in asdict(self).items() if k not in unused or v != unused[k]}
 
     @classmethod
     def from_primitives(cls, values: dict[str, Any]) -> GPTConfig:
-        """Undoes `dataclasses.asdict`, as a checkpoint keeps it."""
+        """Undoes `primitives`."""
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
     @property
     def head_size(self) -> int:
         """D."""
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
@@ -137,16 +151,20 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        width, kv_width = config.n_embd, config.n_kv_head * config.head_size
-        self.q = nn.Linear(width, width, bias=config.bias)
-        self.k = nn.Linear(width, kv_width, bias=config.bias)
-        self.v = nn.Linear(width, kv_width, bias=config.bias)
-        self.o = nn.Linear(width, width, bias=config.bias)
+        size, bias = config.head_size, config.bias or config.qkv_bias
+        self.q = nn.Linear(config.n_embd, config.n_head * size, bias=bias)
+        self.k = nn.Linear(config.n_embd, config.n_kv_head * size, bias=bias)
+        self.v = nn.Linear(config.n_embd, config.n_kv_head * size, bias=bias)
+        self.o = nn.Linear(config.n_head * size, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         size = self.config.head_size
         q, k, v = (split_heads(layer(x), size, context) for layer in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
@@ -169,7 +187,7 @@ def attend(
     is_causal: bool,
     dropout: float = 0.0,
 ) -> Tensor:
-    """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, C), or unpadded (1, N, C)."""
+    """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, H D), or (1, N, H D)."""
     if context.bias is not None:
         y = attention_products(q, k, v, context.bias, dropout)
     else:
@@ -177,7 +195,7 @@ def attend(
         y = F.scaled_dot_product_attention(
             q, k, v, context.mask, dropout, is_causal, enable_gqa=is_grouped
         )  # (B, H, T, D)
-    y = y.transpose(1, 2).flatten(2)  # (B, T, C)
+    y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
     return y if context.unpadding is None else context.unpadding.drop(y)
 
 

@@ -314,7 +314,7 @@ class LitStep(pl.LightningModule):
         return {
             "kind": self.kind,
             "step": self.global_step,
-            "gpt": asdict(self.gpt.config),
+            "gpt": self.gpt.config.primitives(),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "base": self.base,
             "parent": self.parent,
@@ -333,7 +333,7 @@ class LitStep(pl.LightningModule):
         """
         model = {
             "kind": self.kind,
-            "gpt": asdict(self.gpt.config),
+            "gpt": self.gpt.config.primitives(),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "optimizer": asdict(self.optimizer_config) | self._rule(),
             "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),

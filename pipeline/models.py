@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def foreign_meta(foreign: Foreign) -> dict[str, Any]:
     """What a checkpoint would say of weights of others."""
     meta = {
         "kind": "language_model",
-        "gpt": asdict(foreign.config),
+        "gpt": foreign.config.primitives(),
         "lora": None,
         "base": None,
         "parent": None,

@@ -96,14 +96,15 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., Any]:
-    """Makes a small GPTConfig of a family, gpt2 or llama (grouped-query), with fields changed."""
+    """Makes a small GPTConfig of a family, but for gpt2 of grouped queries, fields changed."""
     from pipeline.gpt import GPTConfig
 
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 64, "vocab_size": 96}
     shape |= {"mlp_hidden": 64, "norm_eps": 1e-5, "rope_theta": 10000.0, "dropout": 0.0}
     gpt2 = {"n_kv_head": 4, "norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
     llama = {"n_kv_head": 2, "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False}
-    families = {"gpt2": gpt2, "llama": llama}
+    qwen2, qwen3 = {**llama, "qkv_bias": True}, {**llama, "qk_norm": True, "head_dim": 16}
+    families = {"gpt2": gpt2, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 
     def make(family: str = "gpt2", **changes: Any) -> Any:
         common = {**shape, "tie_embeddings": family == "gpt2", "causal": True}

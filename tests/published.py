@@ -17,13 +17,25 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from datamodules.chat_template import render
 from datamodules.prompts import TEMPLATE, Message, encode_conversation, encode_prompt
 from pipeline.models import load
 
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 EOS, START = "<|im_end|>", "<|im_start|>"
 CHATML = (  # SmolLM2's
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -135,7 +147,7 @@ def save_tokenizer(
 
 
 def random_model(family: str, vocab_size: int, **changes: Any) -> Any:
-    """transformers' GPT-2 or (grouped-query) Llama, every parameter random but fixed."""
+    """transformers' GPT-2, or another with grouped queries, every parameter random but fixed."""
     shared: dict[str, Any] = {
         "vocab_size": vocab_size,
         "bos_token_id": None,
@@ -148,7 +160,8 @@ def random_model(family: str, vocab_size: int, **changes: Any) -> Any:
     else:
         small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         small |= {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-        model = LlamaForCausalLM(LlamaConfig(**{**shared, **small, **changes}))
+        config_class, model_class = CLASSES[family]
+        model = model_class(config_class(**{**shared, **small, **changes}))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.named_parameters():
         tensor.data.normal_(float("norm" in name or "ln_" in name), 0.15, generator=generator)
@@ -176,18 +189,22 @@ def write_gguf(
         change: called with the writer before the file is written.
         chat_template: Jinja source, if any.
     """
-    config, is_llama = model.config, model.config.model_type == "llama"
+    config, is_gpt2 = model.config, model.config.model_type == "gpt2"
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if is_llama:
+    if not is_gpt2:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        if config.model_type == "llama":
+            writer.add_rope_dimension_count(config.head_dim)
+        if config.model_type == "qwen3":
+            writer.add_key_length(config.head_dim)
+            writer.add_value_length(config.head_dim)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
@@ -236,7 +253,7 @@ def _as_llama_cpp(name: str, values: Any, config: Any) -> tuple[Any, Any]:
     heads = {"q_proj": config.num_attention_heads}
     heads["k_proj"] = getattr(config, "num_key_value_heads", 0)
     part = name.split(".")[-2]
-    if part in heads:
+    if part in heads and config.model_type == "llama":
         halves, pairs = (heads[part], 2, -1), (heads[part], -1, 2)
         rows, width = values.shape
 
@@ -250,7 +267,7 @@ def _as_llama_cpp(name: str, values: Any, config: Any) -> tuple[Any, Any]:
 
 
 def gguf_name(name: str) -> str:
-    kind = {"model.": gguf.MODEL_ARCH.LLAMA}.get(name[:6], gguf.MODEL_ARCH.GPT2)
+    kind = {"model.": gguf.MODEL_ARCH.QWEN3}.get(name[:6], gguf.MODEL_ARCH.GPT2)
     found = _gguf_names(kind).get_name(name, try_suffixes=(".weight", ".bias"))
     assert found, name
     return found

@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_embeddings": True, "n_kv_head": 1}),
     "llama, linear": ("llama", {"rope_scaling": RopeScaling("linear", 4.0)}),
     "llama, llama3": ("llama", {"rope_scaling": RopeScaling("llama3", 8.0)}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
 }
 # float16 has 11 bits; a block of Q8_0 is rounded to its largest value / 127, itself a float16
 BOUNDS = {"f32": 0.0, "f16": 2.0**-11, "q8_0": 0.5 / 127 + 2.0**-11}
@@ -95,6 +98,18 @@ def test_all_that_ends_a_text(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     assert again.vocabulary.more_ends == known.more_ends
     assert stop_ids(again, None) == stop_ids(exported.tokenizer, None)
     assert len(stop_ids(again, None)) == 3
+
+
+def test_composed_characters_and_shown_marks(
+    tiny_gpt: MakeGPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp composes none, which is said."""
+    known = replace(vocabulary().vocabulary, nfc=True, shown=("<|user|>",))
+    exported = loaded(tiny_gpt("qwen2", vocab_size=N_ROWS), Tokenizer.of(known))
+    path = write(gguf_writers(exported, "f32", name="tiny", license=None), tmp_path / "out")
+    assert "which llama.cpp does not" in capsys.readouterr().err
+    again = open_foreign(path / "model.gguf").tokenizer.vocabulary
+    assert again == replace(known, name=again.name, nfc=False)
 
 
 def test_tokens_that_no_merge_makes(tiny_gpt: MakeGPT, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {"tie_embeddings": True, "n_kv_head": 1}),
     "llama, linear": ("llama", {"rope_scaling": RopeScaling("linear", 4.0)}),
     "llama, llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500.0}),
+    "llama, wide heads": ("llama", {"head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3, tied": ("qwen3", {"tie_embeddings": True}),
 }
 
 
@@ -74,7 +77,7 @@ def test_bfloat16(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
         assert torch.equal(again[name], tensor.bfloat16().float())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("bos", [None, "<|system|>"])
 @pytest.mark.parametrize("suffix", ["", "\n", "\n\nIs it odd?\n"])
 @torch.inference_mode()
@@ -118,7 +121,7 @@ def test_a_bias_that_nothing_can_hold_is_refused(tiny_gpt: MakeGPT) -> None:
 
 def test_a_mixture_that_nobody_knows_is_refused(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt("llama", norm="layernorm", vocab_size=N_ROWS)
-    with pytest.raises(ValueError, match="only two architectures"):
+    with pytest.raises(ValueError, match="only some architectures"):
         huggingface_writers(loaded(model, vocabulary()), torch.float32)
 
 

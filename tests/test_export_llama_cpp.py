@@ -64,6 +64,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_embeddings": True, "rope_scaling": RopeScaling("linear", 4.0)},
     ),
     "llama, llama3": ("llama", {"rope_scaling": RopeScaling("llama3", 8.0, original_context=16)}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3, tied": ("qwen3", {"tie_embeddings": True}),
 }
 
 
@@ -122,7 +125,7 @@ def test_tiny(
     found, logits = ask(python, path, prompts=prompts, rows=prompts, texts=texts)
     difference = float((logits - ours(model, prompts)).abs().max())
     print(f"{family} {kind}: logits differ by up to {difference:.2g}")
-    assert difference < BOUNDS[family][kind]
+    assert difference < BOUNDS["gpt2" if family == "gpt2" else "llama"][kind]
     assert found["ids"] == [tokenizer.encode(text) for text in texts]
     if kind == "f32":
         assert found["greedy"] == greedy(model, prompts)

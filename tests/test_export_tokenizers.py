@@ -75,6 +75,19 @@ def test_special_tokens_anywhere(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     assert theirs.convert_tokens_to_ids("<|im_end|>") == specials["<|im_end|>"]
 
 
+def test_composed_characters_and_shown_marks(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    """As Qwen has them."""
+    known = replace(vocabulary().vocabulary, nfc=True, shown=("<|user|>",))
+    tokenizer = Tokenizer.of(known)
+    theirs = export(tiny_gpt, tokenizer, tmp_path / "out")
+    texts = [*TEXTS[:200], "cafe\u0301", "A\u030a a\u0323\u0302"]
+    assert theirs(texts).input_ids == [tokenizer.encode(text) for text in texts]
+    ids = [known.special_tokens[name] for name in ("<|im_end|>", "<|user|>")]
+    assert theirs.decode(ids, skip_special_tokens=True) == "<|user|>"
+    again = open_huggingface(tmp_path / "out").tokenizer.vocabulary
+    assert again == replace(known, name=again.name)
+
+
 def test_gpt2_by_name(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tiktoken writes GPT-2's pattern in its own way; the ids of `tokenizers` are the same."""
     from tokenizers import Tokenizer as Theirs

@@ -50,6 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_embeddings": False, "n_kv_head": 2}),
     "llama, tied, linear": ("llama", {"rope_scaling": RopeScaling("linear", 4.0)}),
     "llama, llama3": ("llama", {"rope_scaling": RopeScaling("llama3", 8.0, original_context=16)}),
+    "qwen2": ("qwen2", {}),
+    "qwen3, tied": ("qwen3", {"tie_embeddings": True, "head_dim": 64}),
 }
 
 

@@ -23,7 +23,7 @@ GREEDY = Sampling(max_new_tokens=12)
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95, seed=3)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "qwen3"])
 def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
     return tiny_gpt(request.param)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from pipeline.rms_norm import RMSNorm
 
 MakeGPT = Callable[..., GPT]
 MakeConfig = Callable[..., GPTConfig]
-FAMILIES = ["gpt2", "llama"]
+FAMILIES = ["gpt2", "llama", "qwen3"]
 ROUNDING = (
     1e-5  # float32: another shape of a product is another order of its sums; values of size 1
 )
@@ -228,8 +229,19 @@ def test_flops_per_token(tiny_gpt: MakeGPT, family: str, frozen: bool) -> None:
     other = tiny_gpt(family, causal=True)
     other.blocks.requires_grad_(not frozen)
     causal = flops_per_token(other, n_tokens)
-    attention = 3 * 2 * 2 * 2 * 32 * n_tokens  # 3 passes, 2 products, 2 layers
+    width = 64 if family == "qwen3" else 32  # of all heads
+    attention = 3 * 2 * 2 * 2 * width * n_tokens  # 3 passes, 2 products, 2 layers
     assert causal == counted - attention / 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_configuration_in_primitives(tiny_config: MakeConfig, family: str) -> None:
+    """Checkpoints from before some fields say what those of today say that do not use them."""
+    config = tiny_config(family)
+    values = json.loads(json.dumps(config.primitives()))
+    assert GPTConfig.from_primitives(values) == config
+    assert ("qk_norm" in values) == (family == "qwen3")
+    assert "qkv_bias" not in values
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,9 +279,10 @@ def test_flops_end_where_nothing_below_is_trained(
         ({"norm": "batchnorm"}, r"model\.gpt\.norm is batchnorm; give layernorm or rmsnorm"),
         ({"position": "rotary"}, r"model\.gpt\.position is rotary; give learned or rope"),
         ({"mlp": "relu"}, r"model\.gpt\.mlp is relu; give gelu or swiglu"),
+        ({"head_dim": 0}, r"model\.gpt\.head_dim is 0; give at least 1, or null"),
         ({"n_embd": 34}, r"n_embd is 34, which model\.gpt\.n_head \(4\) does not divide"),
         ({"n_kv_head": 3}, r"n_head is 4, which model\.gpt\.n_kv_head \(3\) does not divide"),
-        ({"n_embd": 36, "position": "rope"}, r"even head size, but model\.gpt\.n_embd .* is 9"),
+        ({"n_embd": 36, "position": "rope"}, r"even head size, but model\.gpt\.head_dim .* is 9"),
     ],
 )
 def test_refused_configurations(

@@ -1,4 +1,4 @@
-"""The model is GPT-2 and Llama: logits, loss, gradients and greedy tokens equal transformers'."""
+"""The model is GPT-2, Llama, Qwen: logits, loss, gradients, greedy tokens equal transformers'."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.loss import IGNORE, next_token_loss
+from tests.published import CLASSES
 
 LOGITS_TOLERANCE = 1e-5  # float32: logits are of size 1, and 32-term sums round at some 1e-6
 N_NEW = 20
@@ -23,6 +24,9 @@ CASES = {
     "llama, multi-head": ("llama", {"n_kv_head": 4}),
     "llama, grouped": ("llama", {}),
     "llama, multi-query, tied": ("llama", {"n_kv_head": 1, "tie_embeddings": True}),
+    "llama, wide heads": ("llama", {"head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3, tied": ("qwen3", {"tie_embeddings": True}),
     "llama, grouped, tied": ("llama", {"tie_embeddings": True, "rope_theta": 500.0}),
 }
 GPT2_NAMES = {
@@ -45,13 +49,14 @@ LLAMA_NAMES = {
     "final_norm": "model.norm",
     "head": "lm_head",
     **{f"attention.{name}": f"self_attn.{name}_proj" for name in "qkvo"},
+    **{f"attention.{name}_norm": f"self_attn.{name}_norm" for name in "qk"},
     **{f"mlp.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 
 
 def as_theirs(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     """Our parameters, or their gradients, by transformers' names and in its layout."""
-    if family == "llama":
+    if family != "gpt2":
         return {rename(name, LLAMA_NAMES): tensor for name, tensor in tensors.items()}
     fused: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():  # q, k and v follow one another
@@ -92,18 +97,20 @@ def reference(model: GPT, family: str) -> Any:
         )
         theirs: Any = GPT2LMHeadModel(gpt2)
     else:
-        llama = LlamaConfig(
+        config_class, model_class = CLASSES[family]
+        llama = config_class(
             num_hidden_layers=c.n_layer,
             num_attention_heads=c.n_head,
             num_key_value_heads=c.n_kv_head,
             hidden_size=c.n_embd,
+            head_dim=c.head_size,
             intermediate_size=c.mlp_hidden,
             max_position_embeddings=c.block_size,
             rms_norm_eps=c.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             **common,
         )
-        theirs = LlamaForCausalLM(llama)
+        theirs = model_class(llama)
     state = {
         name: tensor.contiguous() for name, tensor in as_theirs(model.tensors(), family).items()
     }

@@ -51,7 +51,7 @@ def train(model: nn.Module, n_steps: int = 3) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_life_of_an_adapter(tiny_gpt: MakeGPT, config: LoRAConfig, family: str) -> None:
     model = tiny_gpt(family)
     base, before = {n: t.clone() for n, t in model.tensors().items()}, logits(model)
@@ -74,7 +74,7 @@ def test_life_of_an_adapter(tiny_gpt: MakeGPT, config: LoRAConfig, family: str) 
     assert model.tensors().keys() == base.keys()
     assert all(p.requires_grad for p in model.parameters())
     changed = {n.split(".")[-2] for n, t in model.tensors().items() if not torch.equal(t, base[n])}
-    everything = {"q", "k", "v", "o", "up", "down"} | ({"gate"} if family == "llama" else set())
+    everything = {"q", "k", "v", "o", "up", "down"} | ({"gate"} if family != "gpt2" else set())
     assert changed == (everything if config.targets == ["all-linear"] else {"q", "v"})
 
 
@@ -219,7 +219,7 @@ def test_refused_configurations(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_a_fused_layer_is_pefts(tiny_gpt: MakeGPT, family: str, rslora: bool) -> None:
     """Outputs and all gradients, also where a layer's input needs none; gpt2 has biases."""
     config = replace(VARIANTS["all-linear"], rslora=rslora)

@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7], [11], list(range(20, 33)), [50, 3]]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_same_logits(tiny_gpt: MakeGPT, family: str, tied: bool, dtype: torch.dtype) -> None:
     plain, packed = (tiny_gpt(family, tie_embeddings=tied).to(dtype) for _ in range(2))
@@ -35,7 +35,7 @@ def test_the_same_logits(tiny_gpt: MakeGPT, family: str, tied: bool, dtype: torc
 
 @needs_f16_products
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_in_f16_the_weights_alone_are_rounded(tiny_gpt: MakeGPT, family: str, tied: bool) -> None:
     packed, plain = (tiny_gpt(family, tie_embeddings=tied) for _ in range(2))
     assert pack(packed, in_f16=True) is packed
@@ -64,7 +64,7 @@ def test_what_f16_has_no_room_for_is_refused(weight: float, said: str) -> None:
     assert PackedLinear(layer)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_the_same_text(tiny_gpt: MakeGPT, family: str) -> None:
     """Of unequal lengths, over more tokens than the cache grows by at once."""
     plain = tiny_gpt(family, block_size=160)

@@ -68,6 +68,17 @@ def test_llama_multi_head_and_tied(changes: dict[str, Any], tmp_path: Path, bpe:
     assert load(tmp_path / "a.gguf").gpt.config.tie_embeddings == ("tie_word_embeddings" in changes)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen2", {}), ("qwen2", {"tie_word_embeddings": True}), ("qwen3", {"head_dim": 16})],
+)
+def test_qwen(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    bpe = train("qwen2")
+    model = random_model(family, n_tokens(bpe), **changes)
+    theirs = write_gguf(tmp_path / "a.gguf", model, bpe, pre="qwen2")
+    assert logits_differ(tmp_path / "a.gguf", theirs) < LOGITS_TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_gpt2(kind: str, tmp_path: Path) -> None:
     bpe = train("gpt-2", special_first=False)
@@ -197,17 +208,17 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
-        ("general.architecture", "qwen2", "architecture is qwen2"),
+        ("general.architecture", "gemma", "architecture is gemma"),
         ("general.architecture", None, "lacks general.architecture"),
         ("llama.block_count", None, "lacks llama.block_count"),
         ("llama.block_count", 2, "missing"),
         ("llama.block_count", 2**31, "2147483648 layers"),
         ("llama.context_length", 2**31, "context"),
-        ("llama.embedding_length", 2**31, "heads are not"),
+        ("llama.embedding_length", 2**31, "heads are 536870912 wide"),
         ("llama.feed_forward_length", 2**31, "mlp_hidden"),
         ("llama.feed_forward_length", 32, "ffn_gate.weight has the shape (64, 32)"),
         ("llama.attention.head_count", 0, "damaged"),
-        ("llama.attention.head_count", 2, "heads are not"),
+        ("llama.attention.head_count", 2, "its rope.dimension_count is 8"),
         ("llama.attention.head_count_kv", 4, "attn_k.weight"),
         ("llama.expert_count", 8, "mixture of experts"),
         ("llama.attention.causal", 0, "sees later tokens"),
@@ -216,7 +227,8 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("tokenizer.ggml.pre", None, "tokenizer.ggml.pre"),
         ("tokenizer.ggml.merges", ["t h"], "parts without an id"),
         ("tokenizer.ggml.tokens", ["a", "b"], "2 tokens, but kinds of 500"),
-        ("tokenizer.ggml.token_type", [4] * 500, "of a kind"),
+        ("tokenizer.ggml.token_type", [7] * 500, "of a kind"),
+        ("tokenizer.ggml.token_type", [4] * 500, "'!', added but neither special nor <a mark>"),
         ("tokenizer.ggml.eos_token_id", 10**6, "damaged"),
         ("tokenizer.ggml.eos_token_id", 50, "not among its special tokens"),
         ("tokenizer.ggml.eos_token_id", None, "eos_token"),

@@ -42,6 +42,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "llama, llama3": ("llama", {"rope_parameters": SCALED}),
+    "llama, wide heads": ("llama", {"head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
 }
 
 # ids of the tokenizer, which the models above do not name; what only training looks at
@@ -120,6 +124,30 @@ def test_there_and_back_through_the_exporter(
         before["n_ctx"] = before["n_positions"]  # is read by llama.cpp's converter
     assert {key for key in before if before[key] != after[key]} <= OF_THE_EXPORT
     assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize("window", [None, 48])
+def test_mistral_as_far_as_its_window(window: int | None, tmp_path: Path) -> None:
+    """Up to there it is a Llama, and so it is exported."""
+    theirs = published(tmp_path / "theirs", "mistral", sliding_window=window, head_dim=12)
+    ours = load(tmp_path / "theirs")
+    assert ours.gpt.config.block_size == (window or 64)
+    input_ids = torch.randint(
+        N_VOCAB, (2, window or 64), generator=torch.Generator().manual_seed(1)
+    )
+    again = write(huggingface_writers(ours, torch.float32), tmp_path / "again")
+    with torch.inference_mode():
+        logits = ours.gpt.head(ours.gpt(input_ids))
+        for other in (theirs, AutoModelForCausalLM.from_pretrained(again)):
+            assert (logits - other(input_ids).logits).abs().max() < LOGITS_TOLERANCE
+
+
+def test_a_window_that_is_not_used(tmp_path: Path) -> None:
+    for uses, expected in ((False, 64), (True, 32)):
+        folder = tmp_path / str(uses)
+        published(folder, "qwen2", sliding_window=32, use_sliding_window=uses, max_window_layers=1)
+        edit(folder / CONFIG, lambda settings: settings.update(sliding_window=32))
+        assert load(folder).gpt.config.block_size == expected
 
 
 def test_a_scaling_that_was_added_to_a_newer_configuration(tmp_path: Path) -> None:
@@ -233,9 +261,12 @@ def test_any_path(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "named"),
     [
-        ("llama", {"model_type": "mistral"}, "mistral"),
+        ("llama", {"model_type": "gemma"}, "gemma"),
         ("llama", {"model_type": None}, "None"),
-        ("llama", {"head_dim": 16}, "head_dim 16"),
+        ("llama", {"head_dim": 16}, "q_proj.weight has the shape"),
+        ("llama", {"head_dim": 5}, "even head size"),
+        ("llama", {"model_type": "qwen2"}, "missing, such as model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", {"model_type": "llama"}, "_norm.weight"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
@@ -246,7 +277,7 @@ def test_any_path(llama: Path, tmp_path: Path) -> None:
         ("llama", {"hidden_size": 36, "head_dim": None}, "even head size"),
         ("llama", {"hidden_size": 24, "head_dim": None}, "embed_tokens.weight has the shape"),
         ("llama", {"hidden_size": "32"}, "damaged"),
-        ("llama", {"num_attention_heads": 0}, "damaged"),
+        ("llama", {"num_attention_heads": 0}, "n_head is 0"),
         ("llama", {"num_hidden_layers": 10**9}, "1000000000 layers"),
         ("llama", {"num_hidden_layers": 1}, "not known"),
         ("llama", {"num_hidden_layers": 3}, "missing"),

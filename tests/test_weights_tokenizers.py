@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import category, normalize
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Theirs
-from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from datamodules.chat_template import render
@@ -154,6 +154,26 @@ def test_a_list_of_every_pair_as_llama_3_has_it(tmp_path: Path) -> None:
         of_others(tmp_path)
 
 
+def test_composed_characters_and_shown_marks_as_qwen_has_them(tmp_path: Path) -> None:
+    theirs = train("qwen2")
+    theirs.normalizer = normalizers.NFC()
+    theirs.add_tokens([AddedToken("<think>", normalized=False)])
+    save_tokenizer(theirs, tmp_path)
+    theirs.encode_special_tokens = True
+    ours = of_others(tmp_path)
+    texts = fuzz(2000)
+    assert any(normalize("NFC", text) != text for text in texts)
+    assert_same(ours, theirs, texts)
+    assert ours.vocabulary.shown == ("<think>",)
+    think = ours.special_ids["<think>"]
+    assert ours.decode([think]) == "<think>"
+    assert think not in ours.encode("<think>"), "typed it is ordinary text"
+    ours.save(tmp_path / "kept.json")
+    again = Tokenizer.load(tmp_path / "kept.json")
+    assert again.vocabulary == ours.vocabulary
+    assert again.encode("e\u0301") == ours.encode("\u00e9")
+
+
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
     """What is said of a tokenizer.json after a change."""
     save_tokenizer(train("gpt-2"), folder)
@@ -183,7 +203,7 @@ def as_json(step: Any) -> dict[str, Any]:
         ("pre_tokenizer", as_json(pre_tokenizers.ByteLevel(add_prefix_space=True)), "ByteLevel"),
         ("pre_tokenizer", as_json(pre_tokenizers.Metaspace()), "Metaspace"),
         ("pre_tokenizer", None, "none"),
-        ("normalizer", as_json(normalizers.NFC()), "NFC"),
+        ("normalizer", as_json(normalizers.NFKC()), "NFKC"),
         ("post_processor", {"type": "BertProcessing", "sep": ["a", 1]}, "BertProcessing"),
         ("model", {"type": "Unigram", "vocab": []}, "Unigram"),
         ("model", {"type": "BPE", "byte_fallback": True}, "lacks 'vocab'"),
@@ -207,8 +227,10 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
         "no byte-level BPE token": lambda c: c["model"]["vocab"].update({"中": 600}),
         "to two tokens": lambda c: c["model"]["vocab"].update({"中": 9}),
         "to 1000000000": lambda c: c["model"]["vocab"].update({"a": 10**9}),
-        "not special": lambda c: c["added_tokens"][1].update(special=False),
-        "stripping blanks": lambda c: c["added_tokens"][1].update(rstrip=True),
+        "added but neither special": lambda c: c["added_tokens"].append(
+            {"id": 600, "content": "mark", "special": False}
+        ),
+        "strips blanks": lambda c: c["added_tokens"][1].update(rstrip=True),
         EOS: lambda c: c["added_tokens"].pop(),
     }
     for i, (message, change) in enumerate(refused.items()):

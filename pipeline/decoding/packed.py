@@ -91,6 +91,7 @@ class PackedBlock(nn.Module):
         attention, mlp = cast(Any, block.attention), cast(Any, block.mlp)
         self.config, self.layer = attention.config, attention.layer
         self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.is_gated = mlp.gate is not None
         ups = (mlp.gate, mlp.up) if self.is_gated else (mlp.up,)
         self.qkv = PackedLinear(attention.q, attention.k, attention.v, in_f16=in_f16)
@@ -106,8 +107,12 @@ class PackedBlock(nn.Module):
     def _attend(self, qkv: Tensor, context: AttentionContext) -> Tensor:
         n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
         heads = split_heads(qkv, self.config.head_size, context)  # (B, H + 2 G, T, D)
+        qk = heads.narrow(1, 0, n_head + n_kv_head)
+        if self.q_norm is not None:
+            q, k = qk.split((n_head, n_kv_head), dim=1)
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
         if context.rotation is not None:
-            qk = heads.narrow(1, 0, n_head + n_kv_head)
             rotate(qk, *context.rotation, out=qk)
         q, kv = heads.split_with_sizes((n_head, 2 * n_kv_head), dim=1)
         k, v = kv.chunk(2, dim=1) if context.cache is None else context.cache.update(self.layer, kv)

@@ -1,4 +1,4 @@
-"""GGUF files: hyperparameters, tokenizer and (dequantised) tensors of llama and gpt2 models."""
+"""GGUF files: hyperparameters, tokenizer and (dequantised) tensors of what `names` knows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pipeline.gpt import GPTConfig
 from pipeline.rotary import RopeScaling, stretch_factors
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
-from pipeline.weights.names import TRAITS
+from pipeline.weights.names import TRAITS, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
-from pipeline.weights.vocabulary import Special, make_tokenizer
+from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
 ENDS = ("eot", "eom")  # of a turn, of a message: what ends a text beside EOS
-_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # kinds of tokens
-_KINDS: dict[str, tuple[int, ...]] = {"gpt2": (_NORMAL, _CONTROL, _UNUSED)}
-_KINDS["llama"] = (*_KINDS["gpt2"], _UNKNOWN, _BYTE)  # SentencePiece's
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of tokens
+_KINDS = {
+    "gpt2": (_NORMAL, _CONTROL, _USER, _UNUSED),
+    "llama": (_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE),  # SentencePiece's
+}
 _LLAMA3_SCALINGS = [
     RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     for factor in (8.0, 32.0)  # Llama 3.1; 3.2
@@ -81,15 +83,17 @@ class _Metadata:
 def _config(
     metadata: _Metadata, vocab_size: int, is_tied: bool, factors: Tensor | None
 ) -> GPTConfig:
-    if metadata.architecture not in ("llama", "gpt2"):
-        raise ValueError(f"its architecture is {metadata.architecture}; there are llama and gpt2.")
-    is_llama = metadata.architecture == "llama"
+    if metadata.architecture not in TRAITS:
+        known = ", ".join(TRAITS)
+        raise ValueError(f"its architecture is {metadata.architecture}; there are {known}.")
     n_head = metadata.of_model("attention.head_count")
     n_embd = metadata.of_model("embedding_length")
-    eps = "layer_norm_rms_epsilon" if is_llama else "layer_norm_epsilon"
+    eps = "layer_norm_epsilon" if metadata.architecture == "gpt2" else "layer_norm_rms_epsilon"
     rope_theta = float(metadata.of_model("rope.freq_base", 10000.0))
-    if is_llama and metadata.of_model("rope.dimension_count", n_embd // n_head) * n_head != n_embd:
-        raise ValueError("its heads are not embedding_length / head_count wide.")
+    size = metadata.of_model("attention.key_length", n_embd // n_head)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := metadata.of_model(key, size)) != size:
+            raise ValueError(f"its heads are {size} wide, but its {key} is {other}.")
     if metadata.of_model("expert_count", 0):
         raise ValueError("it is a mixture of experts, which is not supported.")
     if not metadata.of_model("attention.causal", True):
@@ -106,7 +110,8 @@ def _config(
         mlp_hidden=metadata.of_model("feed_forward_length"),
         tie_embeddings=is_tied,
         dropout=0.0,
-        rope_scaling=_rope_scaling(metadata, rope_theta, n_embd // n_head, factors),
+        rope_scaling=_rope_scaling(metadata, rope_theta, size, factors),
+        head_dim=head_dim(size, n_embd, n_head),
         **TRAITS[metadata.architecture],
     )
 
@@ -157,13 +162,16 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     more_ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
     bos_token = None if bos is None else names[bos]
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", is_llama3 or model == "llama")
+    shown = tuple(names[i] for i in used if kinds[i] == _USER)
+    check_markers(shown)
     special = Special(
-        {names[i]: i for i in used if kinds[i] in (_CONTROL, _UNKNOWN)},
+        {names[i]: i for i in used if kinds[i] in (_CONTROL, _UNKNOWN, _USER)},
         eos=None if eos is None else names[eos],
         ends=tuple(names[i] for i in more_ends if i is not None),
         bos=bos_token if adds_bos else None,
         bos_token=bos_token,
         chat_template=fields.get("tokenizer.chat_template"),
+        shown=shown,
     )
     if model == "llama":
         normal = {name: i for name, i in tokens.items() if kinds[i] == _NORMAL}

@@ -111,6 +111,9 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_size)
+    if config.head_dim is not None:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
@@ -142,6 +145,13 @@ def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
             "for which llama.cpp would give other ids; export it with --format huggingface."
         )
 
+    if vocabulary.nfc:
+        print(
+            f"the tokenizer {vocabulary.name} first composes characters (NFC), which llama.cpp "
+            "does not: texts with combining marks may get other ids there",
+            file=sys.stderr,
+        )
+
     def by_merges(writer: GGUFWriter, names: list[str]) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
@@ -160,8 +170,10 @@ def _add_tokenizer(
     tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding that no text has
     kinds = [TokenType.UNUSED] * n_rows
     for name, i in spelled(tokenizer.vocabulary).items():
-        is_special = name in tokenizer.special_ids
-        tokens[i], kinds[i] = name, TokenType.CONTROL if is_special else TokenType.NORMAL
+        tokens[i], kinds[i] = name, TokenType.NORMAL
+        if name in tokenizer.special_ids:
+            is_shown = name in tokenizer.vocabulary.shown
+            kinds[i] = TokenType.USER_DEFINED if is_shown else TokenType.CONTROL
     if form := tokenizer.vocabulary.sentencepiece:
         for i in form.byte_ids:
             kinds[i] = TokenType.BYTE

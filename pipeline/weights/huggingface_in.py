@@ -16,9 +16,9 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
 from pipeline.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
-from pipeline.weights.names import TRAITS
+from pipeline.weights.names import TRAITS, Family, entries, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of
-from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
+from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -27,7 +27,7 @@ GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
 OPTIONAL_FILES = (CARD, GENERATION_CONFIG)  # a cache of the hub without them is whole
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
+_KINDS: dict[str, Family] = {**{family: family for family in TRAITS}, "mistral": "llama"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
@@ -66,7 +66,7 @@ def open_huggingface(path: Path) -> Foreign:
         return tensor
 
     def check() -> None:
-        embedding = _EMBEDDINGS[settings["model_type"]]
+        embedding = entries(config, "huggingface")[0].theirs
         if is_tied and not _are_equal(_HEAD, embedding, shapes, read):
             raise ValueError(
                 f"its {files[_HEAD].file.name} has a {_HEAD} other than {embedding}, but its "
@@ -101,14 +101,14 @@ def _with_prefix(name: str, prefix: str) -> str:
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
     _expect(settings, "is_causal", True)
-    kind = settings.get("model_type")
+    kind = str(settings.get("model_type"))
+    if kind not in _KINDS:
+        raise ValueError(
+            f"its architecture is {kind} ({CONFIG}: model_type); there are {', '.join(_KINDS)}."
+        )
     if kind == "gpt2":
         return _gpt2_config(settings)
-    if kind == "llama":
-        return _llama_config(settings)
-    raise ValueError(
-        f"its architecture is {kind} ({CONFIG}: model_type); there are llama and gpt2."
-    )
+    return _llama_config(settings, _KINDS[kind])
 
 
 def _gpt2_config(settings: dict[str, Any]) -> GPTConfig:
@@ -132,12 +132,15 @@ def _gpt2_config(settings: dict[str, Any]) -> GPTConfig:
     )
 
 
-def _llama_config(settings: dict[str, Any]) -> GPTConfig:
+def _llama_config(settings: dict[str, Any], family: Family) -> GPTConfig:
     _expect(settings, "hidden_act", "silu")
     _expect(settings, "attention_bias", False)
     _expect(settings, "mlp_bias", False)
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
-    _expect(settings, "head_dim", width // n_head)
+    context = settings["max_position_embeddings"]
+    if settings.get("use_sliding_window", settings["model_type"] == "mistral"):
+        # in a context that is no longer than the window every token is seen
+        context = min(context, settings.get("sliding_window") or context)
     # the older name is what somebody added, where both are there: transformers goes by it too
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     return GPTConfig(
@@ -145,7 +148,7 @@ def _llama_config(settings: dict[str, Any]) -> GPTConfig:
         n_head=n_head,
         n_kv_head=settings.get("num_key_value_heads") or n_head,
         n_embd=width,
-        block_size=settings["max_position_embeddings"],
+        block_size=context,
         vocab_size=settings["vocab_size"],
         norm_eps=settings["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or settings.get("rope_theta", 10000.0)),
@@ -153,7 +156,8 @@ def _llama_config(settings: dict[str, Any]) -> GPTConfig:
         tie_embeddings=settings.get("tie_word_embeddings", False),
         dropout=0.0,
         rope_scaling=_rope_scaling(rope),
-        **TRAITS["llama"],
+        head_dim=head_dim(settings.get("head_dim"), width, n_head),
+        **TRAITS[family],
     )
 
 
@@ -240,6 +244,8 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     is_sentencepiece = model.get("byte_fallback", False)
     _check_algorithm(model, is_sentencepiece)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
+    shown = tuple(name for name, token in added.items() if not token["special"])
+    check_markers(shown)
     _check_added(added)
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
@@ -251,6 +257,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
+        shown=shown,
     )
     parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
     if is_sentencepiece:
@@ -258,18 +265,19 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         _expect(options, "add_prefix_space", prefix != "never", TOKENIZER_CONFIG)
         return make_sentencepiece(**parts, prefix=prefix)
     _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
-    if content.get("normalizer"):
-        raise ValueError(f"its tokenizer normalises text ({content['normalizer']['type']}).")
+    normalizer = (content.get("normalizer") or {"type": None})["type"]
+    if normalizer not in (None, "NFC"):
+        raise ValueError(f"its tokenizer normalises text ({normalizer}); there is NFC alone.")
     pre, whole_pieces = name_of_steps(content.get("pre_tokenizer")), model.get("ignore_merges")
-    return make_tokenizer(**parts, pre=pre, whole_pieces=bool(whole_pieces))
+    return make_tokenizer(
+        **parts, pre=pre, whole_pieces=bool(whole_pieces), nfc=normalizer == "NFC"
+    )
 
 
 def _check_added(added: Mapping[str, Any]) -> None:
     for name, token in added.items():
-        if not token["special"] or token.get("lstrip") or token.get("rstrip"):
-            raise ValueError(
-                f"its tokenizer has {name!r}, added but not special, or stripping blanks."
-            )
+        if token.get("lstrip") or token.get("rstrip"):
+            raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
 
 
 def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:

@@ -27,13 +27,18 @@ from pipeline.weights.huggingface_in import (
     TOKENIZER_CONFIG,
     WEIGHTS,
 )
-from pipeline.weights.names import entries, family_of
+from pipeline.weights.names import Family, entries, family_of
 from pipeline.weights.sentencepiece import tokenizer_json_parts
 from pipeline.weights.templates import jinja, stop_words
 from pipeline.weights.vocabulary import PRE_TOKENIZERS, merges_of, pre_tokenizer_of, spelled
 
-_CLASSES = {"llama": ("LlamaForCausalLM", "LlamaForSequenceClassification")}
-_CLASSES["gpt2"] = ("GPT2LMHeadModel", "GPT2ForSequenceClassification")
+_CLASSES = {
+    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+}
+_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
 _NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts no text
 
 
@@ -131,7 +136,7 @@ def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[s
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": name, **flags, "special": True}
+            {"id": i, "content": name, **flags, "special": name not in vocabulary.shown}
             for name, i in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
         ],
         "normalizer": parts["normalizer"],
@@ -160,7 +165,7 @@ def _byte_level_parts(vocabulary: Vocabulary) -> dict[str, Any]:
     ]
     merges = merges_of(vocabulary)
     return {
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if vocabulary.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if steps[1:] else steps[0],
         "decoder": {
             "type": "ByteLevel",
@@ -241,7 +246,7 @@ def _config(loaded: Loaded, dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         **_token_ids(loaded),
-        **(_llama_config(config) if family == "llama" else _gpt2_config(config)),
+        **(_gpt2_config(config) if family == "gpt2" else _llama_config(config, family)),
     }
     if is_classifier:
         names: list[str] = loaded.meta["label_names"]
@@ -265,12 +270,15 @@ def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _llama_config(config: GPTConfig) -> dict[str, Any]:
+def _llama_config(config: GPTConfig, family: Family) -> dict[str, Any]:
+    # Qwen2's has no such field, though its model heeds one
+    heads = {"head_dim": config.head_size} if config.head_dim or family != "qwen2" else {}
     return {
+        **heads,
+        **dict.fromkeys(_BIASES.get(family, ()), False),
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.mlp_hidden,
         "max_position_embeddings": config.block_size,
@@ -278,8 +286,6 @@ def _llama_config(config: GPTConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(config),
-        "attention_bias": False,
-        "mlp_bias": False,
         "attention_dropout": 0.0,
     }
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from pipeline.gpt import GPTConfig
 
 Format = Literal["huggingface", "gguf"]
-Family = Literal["llama", "gpt2"]
-_KEYS = ("norm", "position", "mlp", "bias", "causal")
+Family = Literal["llama", "qwen2", "qwen3", "gpt2"]
+_LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "bias": False, "causal": True}
+_GPT2 = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "causal": True}
 TRAITS: dict[Family, dict[str, Any]] = {
-    "llama": dict(zip(_KEYS, ("rmsnorm", "rope", "swiglu", False, True), strict=True)),
-    "gpt2": dict(zip(_KEYS, ("layernorm", "learned", "gelu", True, True), strict=True)),
+    "llama": {**_LLAMA, "qkv_bias": False, "qk_norm": False},
+    "qwen2": {**_LLAMA, "qkv_bias": True, "qk_norm": False},
+    "qwen3": {**_LLAMA, "qkv_bias": False, "qk_norm": True},
+    "gpt2": {**_GPT2, "qkv_bias": False, "qk_norm": False},
 }
 
 
@@ -76,16 +79,25 @@ def family_of(config: GPTConfig) -> Family:
     Raises:
         ValueError: where it is a mixture that no other tool knows.
     """
+    is_plain = (
+        config.n_kv_head == config.n_head and config.n_head * config.head_size == config.n_embd
+    )
     for family, traits in TRAITS.items():
         has_all = all(getattr(config, key) == value for key, value in traits.items())
-        if has_all and (family == "llama" or config.n_kv_head == config.n_head):
+        if has_all and (family != "gpt2" or is_plain):
             return family
     raise ValueError(
-        "only two architectures are known elsewhere: llama (rmsnorm, rope, swiglu, no bias) and "
-        "gpt2 (layernorm, learned, gelu, bias, as many key/value heads as heads), both causal; "
-        f"model.gpt here is norm {config.norm}, position {config.position}, mlp {config.mlp}, "
-        f"bias {config.bias}."
+        "only some architectures are known elsewhere: llama (rmsnorm, rope, swiglu, no bias), the "
+        "same with qkv_bias (qwen2) or with qk_norm (qwen3), and gpt2 (layernorm, learned, gelu, "
+        "bias, as many key/value heads as heads, no head_dim), all causal; model.gpt here is norm "
+        f"{config.norm}, position {config.position}, mlp {config.mlp}, bias {config.bias}, "
+        f"qkv_bias {config.qkv_bias}, qk_norm {config.qk_norm}."
     )
+
+
+def head_dim(given: int | None, n_embd: int, n_head: int) -> int | None:
+    """A head's width for a configuration: null where it is what it would be anyway."""
+    return None if given is None or given * n_head == n_embd else given
 
 
 def entries(config: GPTConfig, form: Format) -> list[Entry]:
@@ -102,6 +114,11 @@ def _huggingface_llama(config: GPTConfig) -> Iterator[Entry]:
             yield Entry(
                 f"{theirs}.self_attn.{part}_proj.weight", (f"{ours}.attention.{part}.weight",)
             )
+        for part in "qkv" if config.qkv_bias else "":
+            yield Entry(f"{theirs}.self_attn.{part}_proj.bias", (f"{ours}.attention.{part}.bias",))
+        for part in "qk" if config.qk_norm else "":
+            name = f"{part}_norm.weight"
+            yield Entry(f"{theirs}.self_attn.{name}", (f"{ours}.attention.{name}",))
         yield Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",))
         for part in ("gate", "up", "down"):
             yield Entry(f"{theirs}.mlp.{part}_proj.weight", (f"{ours}.mlp.{part}.weight",))
@@ -136,11 +153,12 @@ def _gguf(config: GPTConfig) -> Iterator[Entry]:
 
     family = family_of(config)
     names = get_tensor_name_map(MODEL_ARCH[family.upper()], config.n_layer)
-    heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head}
+    interleaved = {"q_proj": config.n_head, "k_proj": config.n_kv_head}
+    heads = interleaved if family == "llama" else {}
     for entry in _TABLES[family](config):
         theirs = names.get_name(entry.theirs, (".weight", ".bias"))
         assert theirs is not None, f"llama.cpp has no name for {entry.theirs}"
         yield Entry(theirs, entry.ours, rotary_heads=heads.get(entry.theirs.split(".")[-2]))
 
 
-_TABLES = {"llama": _huggingface_llama, "gpt2": _huggingface_gpt2}
+_TABLES = {**dict.fromkeys(TRAITS, _huggingface_llama), "gpt2": _huggingface_gpt2}

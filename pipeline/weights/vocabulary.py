@@ -8,7 +8,8 @@ from the ranks, in tests/test_export_tokenizers.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -173,6 +174,7 @@ class Special:
         bos: the one that stands before every text, if any.
         bos_token: what a chat template calls so, whether or not it stands there.
         chat_template: Jinja source.
+        shown: those that are part of what is written, as `<think>` is, not marks around it.
     """
 
     ids: Mapping[str, int]
@@ -181,6 +183,7 @@ class Special:
     bos: str | None
     bos_token: str | None
     chat_template: str | None
+    shown: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """Keyword arguments of `Vocabulary`.
@@ -203,7 +206,21 @@ class Special:
             "bos": self.bos,
             "chat_template": self.chat_template,
             "template_bos": template_bos,
+            "shown": tuple(sorted(self.shown)),
         }
+
+
+def check_markers(added: Iterable[str]) -> None:
+    """Refuses tokens that stand for text wherever it has them, but are made by no merge.
+
+    One in angle brackets is taken for a mark, as special ones are: never made from text here.
+
+    Raises:
+        ValueError: naming one that text may well have.
+    """
+    for name in added:
+        if not re.fullmatch(r"<\S+>", name):
+            raise ValueError(f"its tokenizer has {name!r}, added but neither special nor <a mark>.")
 
 
 def make_tokenizer(
@@ -213,6 +230,7 @@ def make_tokenizer(
     special: Special,
     pre: str,
     whole_pieces: bool = False,
+    nfc: bool = False,
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json and GGUF both have.
 
@@ -222,6 +240,7 @@ def make_tokenizer(
         special: the special tokens.
         pre: llama.cpp's name of the pre-tokenizer.
         whole_pieces: a piece that is a token is not merged; tokens may be made by no merge.
+        nfc: characters are composed first.
 
     Raises:
         ValueError: for a vocabulary that tiktoken cannot run with the same ids.
@@ -237,6 +256,7 @@ def make_tokenizer(
             name=f"{pre}-{1 + max(tokens.values(), default=-1)}",
             pattern=PRE_TOKENIZERS[pre].pattern,
             tokens=by_id(ordinary, _spelled_bytes),
+            nfc=nfc,
             **fields,
         )
     )

@@ -56,6 +56,9 @@ class TemplateParts:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) -> str:
     """The conversation as one text, as transformers' `apply_chat_template` gives it.
 
+    A template that can have its model think first (Qwen3's) is told not to: what is learned from,
+    and asked for, are answers.
+
     Args:
         tokenizer: with a chat template.
         messages: the conversation.
@@ -73,6 +76,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
             add_generation_prompt=opening,
             bos_token=vocabulary.bos_token or "",
             eos_token=vocabulary.eos,
+            enable_thinking=False,
             tools=None,
             documents=None,
         )

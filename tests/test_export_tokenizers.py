@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from datamodules.chat_template import render
 from datamodules.prompts import ROLES, STYLES, Message, encode_prompt
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.weights.huggingface_in import open_huggingface
@@ -86,6 +87,21 @@ def test_composed_characters_and_shown_marks(tiny_gpt: MakeGPT, tmp_path: Path) 
     assert theirs.decode(ids, skip_special_tokens=True) == "<|user|>"
     again = open_huggingface(tmp_path / "out").tokenizer.vocabulary
     assert again == replace(known, name=again.name)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_was_tuned_without_thinking_does_not(
+    tiny_gpt: MakeGPT, tmp_path: Path, tuned: bool
+) -> None:
+    """What its makers published is handed on as it is."""
+    template = "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}"
+    template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    known = replace(vocabulary().vocabulary, chat_template=template)
+    meta = {"prompt_style": "template"} | ({"dataset": {"digest": "0"}} if tuned else {})
+    theirs = export(tiny_gpt, Tokenizer.of(known), tmp_path / "out", **meta)
+    text = theirs.apply_chat_template(chat("Hi"), tokenize=False)
+    assert text == ("no Hi" if tuned else "Hi")
+    assert render(open_huggingface(tmp_path / "out").tokenizer, chat("Hi"), opening=True) == "no Hi"
 
 
 def test_gpt2_by_name(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

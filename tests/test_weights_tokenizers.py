@@ -20,7 +20,13 @@ from tokenizers import Tokenizer as Theirs
 from transformers import AutoTokenizer
 
 from datamodules.chat_template import render
-from datamodules.prompts import TEMPLATE, Message, encode_prompt, stop_ids
+from datamodules.prompts import (
+    TEMPLATE,
+    Message,
+    encode_conversation,
+    encode_prompt,
+    stop_ids,
+)
 from datamodules.tokenizer import Tokenizer, Vocabulary
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.huggingface_in import CONFIG, GENERATION_CONFIG
@@ -39,6 +45,14 @@ from tests.published import (
     with_leading,
 )
 
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
 UNASSIGNED = ("Cn", "Cs", "Co")
 N_STRINGS = 10_000
 CASES = {
@@ -277,6 +291,21 @@ def test_conversations_have_the_ids_of_transformers(
     end = ours.special_ids[ours.vocabulary.eos]
     assert [i for i in labels if i >= 0][-1] == end
     assert end in stop_ids(ours, TEMPLATE)
+
+
+def test_a_template_that_can_think_is_told_not_to(tmp_path: Path) -> None:
+    """As Qwen3's has it: the last answer follows an empty thought, and so does a prompt."""
+    theirs = save_tokenizer(train("qwen2"), tmp_path, template=THINKING)
+    ours = of_others(tmp_path)
+    asked, answer = CONVERSATIONS[0], Message(role="assistant", content="7")
+    prompt = encode_prompt(ours, TEMPLATE, asked)
+    wanted = theirs.apply_chat_template(asked, add_generation_prompt=True, enable_thinking=False)
+    assert prompt == wanted["input_ids"]
+    assert ours.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    ids, labels = encode_conversation(ours, TEMPLATE, [*asked, answer], supervise="response")
+    assert ids[: len(prompt)] == prompt
+    end = ours.special_ids[EOS]
+    assert [i for i in labels if i >= 0] == [*ours.encode("7", prompt), end]
 
 
 def test_plain_text_starts_as_transformers_starts_it(chatting: tuple[Tokenizer, Any]) -> None:

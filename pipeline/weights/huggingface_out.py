@@ -230,9 +230,14 @@ def _token_ids(loaded: Loaded) -> dict[str, Any]:
 
 
 def chat_template(loaded: Loaded) -> str | None:
-    """Jinja source of the style that it was tuned with, or that its makers published."""
-    style = loaded.meta.get("prompt_style")
-    return jinja(loaded.tokenizer, style) if style else loaded.tokenizer.vocabulary.chat_template
+    """Jinja source of the style that it was tuned with, or that its makers published.
+
+    What was tuned answers without thinking first, as it was tuned, though a template could ask it.
+    """
+    style, published = loaded.meta.get("prompt_style"), loaded.tokenizer.vocabulary.chat_template
+    source = jinja(loaded.tokenizer, style) if style else published
+    thinks = source is not None and "enable_thinking" in source and loaded.meta.get("dataset")
+    return f"{{%- set enable_thinking = false %}}{source}" if thinks else source
 
 
 def _config(loaded: Loaded, dtype: torch.dtype) -> dict[str, Any]:

@@ -395,9 +395,6 @@ stages:
   - name: labels
     command: classify
     set: {{ckpt: {tiny.best("spam")}, file: {texts}, output: {output}, threshold: 0.999999}}
-  - name: one  # which keeps no run of its own
-    command: classify
-    set: {{ckpt: {tiny.best("spam")}, text: so glad}}
 """,
     )
     output.write_text("somebody's")
@@ -418,3 +415,13 @@ stages:
     assert outcome["outputs"] == {"labels": str(output)}
     assert outcome["sources"].keys() == {str(texts)}
     assert outcome["elapsed_s"] > 0.01
+
+
+def test_a_stage_that_keeps_no_run(
+    tiny: Journey, write: Callable[[str, str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = f"{{name: one, command: classify, set: {{ckpt: {tiny.best('spam')}, text: so glad}}}}"
+    chain = write("chain.yaml", f"experiment: labels\nstages: [{stage}]\n")
+    code, _, err = said("run", f"--config={chain}")
+    assert code == 0, err
+    assert json.loads(capfd.readouterr().out)["label"] in {"ham", "spam"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from datamodules.step_data_module import StepDataModule, described
 from pipeline.checkpoint import CHECKPOINTS, newest_valid
@@ -28,6 +28,11 @@ from pipeline.trial import N_VAL_BATCHES, Epoch, Trial
 
 class CheckCLI(PipelineCLI):
     """`fit` for a few steps, and a report instead of a result."""
+
+    help: ClassVar[dict[str, str]] = {
+        "usage": "python -m pipeline check [options of fit]",
+        "description": "Says what fit would do, cost and quietly lose, before it starts.",
+    }
 
     @contextmanager
     def make_run(self) -> Iterator[Run]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -69,11 +69,14 @@ def as_list(value: Any) -> list[Any]:
 class PipelineCLI(LightningCLI):
     """LightningCLI with a run directory, runs that resume by themselves, and one-line errors."""
 
+    help: ClassVar[dict[str, str]] = {}  # usage and description, where they are not Lightning's
+
     def __init__(self, stack: ExitStack, **options: Any) -> None:
         self.stack = stack  # ends the run, well or not
         self.name = options["args"][0]
         own = {**RAISE, "prog": "python -m pipeline"}
-        super().__init__(parser_kwargs={**own, self.name: RAISE}, **options)
+        parsers = {**own, self.name: {**RAISE, **self.help}}
+        super().__init__(parser_kwargs=parsers, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that is asked for: to make parsers of all four takes longer than to parse."""

@@ -66,6 +66,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert summary.endswith("."), f"{name} needs a sentence"
 
 
+def test_check_does_not_call_itself_fit() -> None:
+    out = python("-m", "pipeline", "check", "--help").stdout
+    assert out.startswith("usage: python -m pipeline check ")
+    assert COMMANDS["check"].removeprefix("Say ") in out
+    assert "--data CONFIG" in out
+
+
 def test_half_a_command_lists_its_continuations(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokenizer", "--help"]) == 0
     out = capsys.readouterr().out

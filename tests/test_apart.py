@@ -201,6 +201,7 @@ def test_fit_and_test(tiny: Journey, tmp_path: Path) -> None:
     code, _, err = said("test", f"--ckpt_path={best}", f"--data.test_source={other}")
     assert code == 0, err
     assert f"warning: the checkpoint was trained on {source}, and is evaluated on" in err
+    assert f"other data, {other}; data.test_source says on which" in err
     assert "warning: 1 rows of data.source repeat what is held out here" in err
 
     code, _, err = said("test", f"--ckpt_path={best}", "--data.test_source=null")

@@ -231,6 +231,13 @@ def test_what_follows_every_text_is_in_the_card(tiny: Journey) -> None:
         assert said_of_it in card(meant, steps, name="it", form="huggingface")
 
 
+def test_ollama_is_told_a_name_that_it_takes(tiny: Journey) -> None:
+    model, steps = load(tiny.best("instruct")), [{"name": "it", "digest": "0"}]
+    for name, taken in (("my model", "my-model"), ("gpt2-v1.0", "gpt2-v1.0"), ("模型", "model")):
+        said_there = card(model, steps, name=name, form="gguf")
+        assert f"ollama create {taken} -f Modelfile && ollama run {taken} " in said_there
+
+
 def test_a_license_goes_along(tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     source = loaded(tiny_gpt("gpt2", vocab_size=N_ROWS), vocabulary())
     path = write_all(huggingface_writers(source, torch.float32), tmp_path / "published")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
     return environment.get_template("card.md.j2").render(
         facts=facts.to_yaml(),
         name=name,
+        ollama_name=re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model",
         form=form,
         is_classifier=is_classifier,
         auto_class=f"AutoModelFor{'SequenceClassification' if is_classifier else 'CausalLM'}",

@@ -189,6 +189,8 @@ def verify_checkpoint(path: Path) -> None:
         version, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         state = f"its {MANIFEST} is missing or damaged" if path.exists() else "it does not exist"
+        if (path / ADAPTER_CONFIG).is_file():
+            state += " (an adapter in PEFT's form alone is not read: peft merges it into its base)"
         raise CheckpointError(
             f"{path} is no whole checkpoint: {state}; take another checkpoint."
         ) from error

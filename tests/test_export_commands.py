@@ -238,6 +238,21 @@ def test_ollama_is_told_a_name_that_it_takes(tiny: Journey) -> None:
         assert f"ollama create {taken} -f Modelfile && ollama run {taken} " in said_there
 
 
+@pytest.mark.parametrize(
+    ("stage", "form", "told"),
+    [
+        ("spam", "huggingface", "it is a classifier (config.json: architectures, "),
+        ("instruct", "peft", "an adapter in PEFT's form alone is not read"),
+    ],
+)
+def test_exports_that_are_not_read_back_are_named(
+    stage: str, form: str, told: str, tiny: Journey
+) -> None:
+    path = export(tiny.best(stage), f"--format={form}")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        load(path)
+
+
 def test_a_license_goes_along(tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     source = loaded(tiny_gpt("gpt2", vocab_size=N_ROWS), vocabulary())
     path = write_all(huggingface_writers(source, torch.float32), tmp_path / "published")

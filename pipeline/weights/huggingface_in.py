@@ -43,6 +43,7 @@ def open_huggingface(path: Path) -> Foreign:
             supported.
     """
     settings = _read_json(path / CONFIG)
+    _refuse_classifier(settings)
     config = _config(settings)
     own_prefix = "transformer." if settings["model_type"] == "gpt2" else ""
     files = _tensor_files(path)
@@ -97,6 +98,15 @@ def _are_equal(
 
 def _with_prefix(name: str, prefix: str) -> str:
     return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+def _refuse_classifier(settings: dict[str, Any]) -> None:
+    for name in settings.get("architectures") or ():
+        if str(name).endswith("Classification"):
+            raise ValueError(
+                f"it is a classifier ({CONFIG}: architectures, {name}); only language models are "
+                "read. One that was exported from a checkpoint is used by that checkpoint."
+            )
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:

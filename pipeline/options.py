@@ -28,6 +28,7 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
+from pipeline.arguments import load_yaml
 from pipeline.checkpoint import CHECKPOINTS
 from pipeline.checkpoint_callback import Checkpoints
 from pipeline.gpt import GPTConfig
@@ -109,10 +110,10 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
         return list(words)
     is_inside = given.ckpt_path.parent.name == CHECKPOINTS
     config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
-    if not config.is_file():
+    if not config.is_file() or "trainer" not in load_yaml(config.read_text(encoding="utf-8")):
         raise ValueError(
-            f"ckpt_path {given.ckpt_path} is in no run, whose {CONFIG} would say the options; give "
-            "them: -c configs/spam.yaml, say."
+            f"ckpt_path {given.ckpt_path} is in no run of fit, whose {CONFIG} would say the "
+            "options; give them: -c configs/spam.yaml, say."
         )
     print(f"options: {config}", file=sys.stderr)
     return [words[0], f"--config={config}", *words[1:]]

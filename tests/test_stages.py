@@ -509,6 +509,8 @@ def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.Mo
     assert said("validate", f"--ckpt_path={best.parents[1]}")[2].count("options: ") == 1
     shutil.copytree(best, tiny.folder / "elsewhere")
     assert "is in no run" in said("test", f"--ckpt_path={tiny.folder / 'elsewhere'}")[2]
+    scored = Path(tiny.outcomes["score"]["outputs"]["report"]).parent
+    assert "is in no run of fit, whose" in said("test", f"--ckpt_path={scored}")[2]
 
 
 def test_base_bits_are_unchanged_by_adapters(tiny: Journey) -> None:

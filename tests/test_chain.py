@@ -346,6 +346,22 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     assert not home.exists()
 
 
+def test_a_test_without_a_config_is_read_with_the_options_of_its_fit(
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(chain.read_text())
+    spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
+    spam |= {"inputs": {"tokenizer": "big"}}
+    tested = {"name": "tested", "command": "test", "inputs": {"ckpt": "spam"}}
+    wrong = {**tested, "name": "wrong", "set": {"data.batchsize": 3}}
+    document["stages"] += [spam, tested, wrong]
+    chain.write_text(yaml.safe_dump(document))
+    assert run_chain(chain) == 2
+    _, error = capfd.readouterr().err.splitlines()
+    assert error.startswith("error: stage 'wrong': data: Option 'batchsize' is not accepted")
+    assert not home.exists()
+
+
 def test_rows_of_later_stages_are_read_before_the_first_runs(
     chain: Path, home: Path, write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,7 +102,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         print("every stage is done already", file=sys.stderr)
     else:
         _check_outputs(chain.stages[len(done) :], folder)
-        if exit_code := _foresee(chain.stages[len(done) :]):
+        if exit_code := _foresee(chain, len(done)):
             return exit_code
         try:
             parent = Run.open(parent_path, command=shlex.join(sys.argv[1:]))
@@ -127,11 +127,11 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
                 check_new(Path(str(output)), folder)
 
 
-def _foresee(stages: Sequence[Stage]) -> int:
+def _foresee(chain: Chain, n_done: int) -> int:
     """Has the options and rows of Lightning's later stages read; the exit code."""
     words = {
-        stage.name: stage.arguments(dict.fromkeys(stage.inputs, "to come"))
-        for stage in stages[1:]
+        stage.name: _words_to_come(chain, stage)
+        for stage in chain.stages[n_done + 1 :]
         if stage.command not in FUNCTIONS
     }
     if not words:
@@ -140,6 +140,16 @@ def _foresee(stages: Sequence[Stage]) -> int:
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
         return child.run(command, os.environ)
+
+
+def _words_to_come(chain: Chain, stage: Stage) -> list[str]:
+    """What a stage will be given; without a config it has the options of its checkpoint's fit."""
+    name, *words = stage.arguments(dict.fromkeys(stage.inputs, "to come"))
+    if not stage.configs and (source := stage.inputs.get("ckpt")):
+        (fit,) = (made for made in chain.stages if made.name == source.stage)
+        if fit.command == "fit":
+            words = [*fit.arguments(dict.fromkeys(fit.inputs, "to come"))[1:], *words]
+    return [name, *words]
 
 
 def _resolved(chain: Chain) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -353,8 +354,7 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
             again = "--run.resume never starts anew"
             outcome = read_outcome(finished.path)
             if outcome and "last" in outcome["outputs"]:
-                again += (
-                    f", a longer run goes on from it with --ckpt_path {outcome['outputs']['last']}"
-                )
+                last = shlex.quote(outcome["outputs"]["last"])
+                again += f", a longer run goes on from it with --ckpt_path {last}"
             print(f"already finished: {finished.path}; {again}", file=sys.stderr)
             hand_over(finished.path)

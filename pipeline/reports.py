@@ -138,10 +138,9 @@ def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[st
     found = precision_recall_fscore_support(
         labels, predicted, labels=range(len(names)), zero_division=np.nan
     )
-    keys = ("precision", "recall", "f1", "texts")
-    return {
-        name: dict(zip(keys, of_one, strict=True))
-        for name, *of_one in zip(names, *found, strict=True)
+    return {  # where nothing is right the counts come as floats
+        name: {"precision": precision, "recall": recall, "f1": f1, "texts": int(n)}
+        for name, precision, recall, f1, n in zip(names, *found, strict=True)
     }
 
 

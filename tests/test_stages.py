@@ -146,6 +146,8 @@ def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:
     assert found["b"]["recall"] == pytest.approx(2 / 3)
     assert found["c"]["texts"] == 0
     assert math.isnan(found["c"]["f1"])
+    all_wrong = by_label(np.array([1, 1]), np.array([0, 0]), ["a", "b"])
+    assert [repr(found["texts"]) for found in all_wrong.values()] == ["0", "2"]
 
     table = tmp_path / "moods.csv"
     words = [a + b for a in "abcdefgh" for b in "abcdefgh"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class LitClassifier(LitStep):
         else:
             model = GPTClassifier(gpt, n_labels=len(names))
         self.metrics = make_metrics(len(names))
-        self.loss_mean = MeanMetric(nan_strategy="disable")  # else it leaves NaN out
+        self.loss_mean = MeanMetric(nan_strategy=math.nan)  # "disable" drops weights, others NaN
         freeze(model, self.trainable)
         return model
 

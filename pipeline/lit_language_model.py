@@ -34,7 +34,7 @@ class LitLanguageModel(LitStep):
                 "give true."
             )
         self._cross_entropies = cross_entropies
-        self.loss_mean = MeanMetric(nan_strategy="disable")  # else it leaves NaN out
+        self.loss_mean = MeanMetric(nan_strategy=math.nan)  # "disable" drops weights, others NaN
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
         """The transformer itself."""

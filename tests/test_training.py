@@ -11,7 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from pipeline.callbacks import SampleTexts
@@ -98,6 +100,44 @@ def test_a_validation_with_a_loss_that_is_no_number_says_so(
     assert math.isnan(found["val/loss"])
 
 
+@pytest.mark.parametrize("kind", ["pretraining", "instructions", "texts"])
+def test_a_validation_is_the_mean_over_all_that_is_predicted(
+    kind: str, tiny: Journey, tmp_path: Path
+) -> None:
+    """Every token or text weighs the same, whatever it goes through the model with, each time."""
+    module: Any = classifier() if kind == "texts" else language_model()
+    data: Any = {
+        "pretraining": lambda: pretraining_data(tiny.tokenizer, tiny.folder / "prose"),
+        "instructions": lambda: instruction_data(tiny.tokenizer),
+        "texts": lambda: spam_data(tiny.tokenizer),
+    }[kind]()
+    trainer, _ = fit(module, data, tmp_path, max_steps=1, limit_val_batches=0)
+    for limit in (1, 1.0):  # one batch, of which the next validation knows nothing, then all
+        trainer.limit_val_batches = limit
+        (found,) = trainer.validate(module, datamodule=data, verbose=False)
+    model, samples = module.model.eval(), [data.val_set[i] for i in range(len(data.val_set))]
+    with torch.inference_mode():
+        hidden = [model(sample["input_ids"][None]) for sample in samples]
+        if kind == "texts":
+            logits, labels = torch.cat(hidden), torch.tensor([s["label"] for s in samples])
+        else:
+            logits = torch.cat([model.head(states)[0, :-1] for states in hidden])
+            labels = torch.cat([sample["labels"][1:] for sample in samples])
+        loss = float(F.cross_entropy(logits, labels))
+    wanted = {"val/loss": loss}
+    if kind == "texts":
+        spam, positive = labels == 1, logits.argmax(dim=-1) == 1
+        wanted["val/accuracy"] = float((spam == positive).float().mean())
+        wanted["val/recall"] = float(positive[spam].float().mean())
+        wanted["val/auroc"] = float(roc_auc_score(labels, logits.softmax(dim=-1)[:, 1]))
+    else:
+        wanted["val/perplexity"] = math.exp(loss)
+    if kind == "pretraining":
+        n_bytes = len(data.heldout_bytes()) / data.corpus.facts["tokens"]["val"]
+        wanted["val/bits_per_byte"] = loss / math.log(2) / n_bytes
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)  # float32
+
+
 def test_training_learns(tiny: Journey, tmp_path: Path) -> None:
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
     module = language_model(optimizer=OptimizerConfig(**{**ADAMW.__dict__, "lr": 5e-3}))
@@ -119,6 +159,7 @@ def test_only_what_is_named_is_trained(trainable: str, tiny: Journey, tmp_path: 
     class Remember(pl.Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
             before.update({n: p.detach().clone() for n, p in module.model.named_parameters()})
+            assert all(part.training for part in module.modules()), "nothing would be dropped out"
 
     fit(module, data, tmp_path, max_steps=3, limit_val_batches=0, callbacks=[Remember()])
     moved = {n for n, p in module.model.named_parameters() if not torch.equal(p, before[n])}

@@ -170,12 +170,14 @@ def test_only_what_was_learned_is_refused(
             check_held_out(meta, {"init_args": {}}, here, ["test"])
 
 
-@pytest.mark.parametrize(("source", "n_said"), [("a", 1), ("c", 0)])
+@pytest.mark.parametrize(
+    ("source", "test", "n_said"), [("a", "d", 1), ("c", "d", 0), ("a", "b", 0)]
+)
 def test_rows_that_a_checkpoint_may_have_learned_are_told(
-    source: str, n_said: int, capsys: pytest.CaptureFixture[str]
+    source: str, test: str, n_said: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meta = {"dataset": facts("a", test="b"), "data": {"init_args": {}}}
-    here = {**facts(source, test="d"), "counts": {"n_repeated": 2}}
+    here = {**facts(source, test=test), "counts": {"n_repeated": 2}}
     check_held_out(meta, {"init_args": {}}, here, ["test"])
     assert capsys.readouterr().err.count("2 rows of data.source repeat what is held out") == n_said
 

@@ -218,6 +218,10 @@ def test_a_target_that_matches_nothing_is_refused(tiny: Journey) -> None:
     assert "'q'" in line
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tiny: Journey) -> None:
+    assert "model.gpt.vocab_size is 300 but" in pretrain(tiny, "--model.gpt.vocab_size=300")
+
+
 def test_lora_has_to_be_said_twice(tiny: Journey) -> None:
     assert "model.trainable" in tune(tiny, "spam", "--model.trainable=lora")
 

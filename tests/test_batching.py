@@ -136,6 +136,8 @@ def test_a_resumed_sampler_goes_on_where_the_first_one_was() -> None:
     assert len(resumed) == 3  # that of a full epoch, whatever is left of this one
     assert list(resumed) == epochs[1][2:]
     assert list(resumed) == epochs[2]  # the offset counts once
+    shrunk = StepSampler(shuffled(10, seed=0), batch_size=4, epoch=1, start=5)
+    assert list(shrunk) == epochs[1][2:], "of less data than before the last step is taken"
 
 
 @pytest.mark.parametrize("n_samples", [10, 9])  # 9: the second rank has nothing in the last step

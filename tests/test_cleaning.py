@@ -80,7 +80,9 @@ def test_a_clean_text_is_left_as_it_is() -> None:
 
 
 def test_line_endings_become_newlines() -> None:
-    assert clean(["a\r\nb\rc\n"])[0] == ["a\nb\nc\n"]
+    texts, counts = clean(["a\r\nb\rc\n"])
+    assert texts == ["a\nb\nc\n"]
+    assert counts["mojibake_repaired"] == 0
 
 
 def test_mojibake_is_repaired_in_its_line_alone() -> None:

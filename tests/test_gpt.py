@@ -78,13 +78,20 @@ def test_padding_and_neighbours_do_not_matter(tiny_gpt: MakeGPT, family: str, ca
 
 
 def rows_that_begin_alike() -> tuple[Tensor, Tensor]:
-    """Four rows of 7, 30, 6 and 12 tokens, the first 5 of which are the same; ids and mask."""
-    input_ids, mask = tokens(4, 30), torch.arange(30) < torch.tensor([7, 30, 6, 12])[:, None]
-    input_ids[:, :5] = input_ids[0, :5]
+    """Four rows of 7, 30, 7 and 12 tokens: the same first 5, others, the same again; and mask."""
+    input_ids, mask = tokens(4, 30), torch.arange(30) < torch.tensor([7, 30, 7, 12])[:, None]
+    input_ids[:, [*range(5), 6]] = input_ids[0, [*range(5), 6]]
     return input_ids, mask
 
 
-@pytest.mark.parametrize(("causal", "n_tokens"), [(True, 55 - 3 * 5), (False, 55)])
+def rows_that_go_on_with_a_pad() -> tuple[Tensor, Tensor]:
+    """Rows of 5, 30, 6 and 12 tokens; what comes after the first 5 is the first row's pad."""
+    input_ids, mask = tokens(4, 30), torch.arange(30) < torch.tensor([5, 30, 6, 12])[:, None]
+    input_ids[:, :6] = input_ids[0, :6]
+    return input_ids, mask
+
+
+@pytest.mark.parametrize(("causal", "n_tokens"), [(True, 56 - 3 * 5), (False, 56)])
 def test_linear_layers_see_no_pad_and_a_common_start_once(
     tiny_gpt: MakeGPT, causal: bool, n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,11 +104,12 @@ def test_linear_layers_see_no_pad_and_a_common_start_once(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rows", [rows_that_begin_alike, rows_that_go_on_with_a_pad])
 def test_a_common_start_taken_once_changes_nothing(
-    tiny_gpt: MakeGPT, family: str, causal: bool
+    tiny_gpt: MakeGPT, family: str, causal: bool, rows: Callable[[], tuple[Tensor, Tensor]]
 ) -> None:
     """States and gradients are those of every row by itself, where every token is supervised."""
-    model, (input_ids, mask) = tiny_gpt(family, causal=causal).double(), rows_that_begin_alike()
+    model, (input_ids, mask) = tiny_gpt(family, causal=causal).double(), rows()
     weights = torch.randn(*mask.shape, model.config.n_embd, dtype=torch.float64)
 
     def gradients(total: Tensor) -> list[Tensor]:

@@ -236,6 +236,7 @@ def test_a_fused_layer_is_pefts(tiny_gpt: MakeGPT, family: str, rslora: bool) ->
         output.square().sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         results.append((output.detach(), gradients))
+        assert torch.equal(model.train()(INPUT_IDS), output) == (dropout == 0)
     (ours, our_gradients), (theirs, their_gradients) = results
     assert (ours - theirs).abs().max() < 1e-10  # float64: the same sums in another order
     assert our_gradients.keys() == their_gradients.keys()

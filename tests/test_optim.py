@@ -77,6 +77,7 @@ def test_matrices_decay_and_vectors_do_not(tiny_gpt: MakeGPT) -> None:
     optimizer = make_optimizer(model, ADAMW)
     decayed, others = names_of(model, optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {ADAMW.betas}
     assert {"token_embedding.weight", "blocks.0.attention.q.weight"} <= decayed
     assert all(name.endswith("bias") or "norm" in name for name in others)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -86,12 +87,13 @@ def test_matrices_decay_and_vectors_do_not(tiny_gpt: MakeGPT) -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt("gpt2")
-    optimizer = make_optimizer(model, MUON)
+    optimizer = make_optimizer(model, replace(MUON, weight_decay=0.2))
     assert isinstance(optimizer, Chained)
     adamw, muon = optimizer.optimizers
     assert isinstance(muon, Muon)
     by_head, others = names_of(model, muon.param_groups)
     assert {group["head_size"] for group in muon.param_groups} == {model.config.head_size, None}
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.2}
     assert {name.split(".", 2)[2] for name in by_head} == {
         "attention.q.weight",
         "attention.k.weight",
@@ -226,14 +228,14 @@ def test_float32_muon_is_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     shapes = [(12, 20), (20, 12), (16, 16), (8, 32), (32, 8)]
     start = [torch.randn(shape) for shape in shapes]
-    target = [torch.randn_like(matrix) for matrix in start]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(10)]
     ended = []
     for kind in (torch.optim.Muon, Muon):
         matrices = [matrix.clone().requires_grad_() for matrix in start]
         optimizer = kind(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        for _ in range(10):
-            optimizer.zero_grad()
-            sum(((m - t) ** 2).sum() for m, t in zip(matrices, target, strict=True)).backward()
+        for of_step in gradients:  # of which momentum must tell the last from those before
+            for matrix, gradient in zip(matrices, of_step, strict=True):
+                matrix.grad = gradient.clone()
             optimizer.step()
         ended.append([m.detach() - s for m, s in zip(matrices, start, strict=True)])
     for theirs, ours in zip(*ended, strict=True):
@@ -261,9 +263,11 @@ def test_matrices_of_a_shape_are_orthogonalised_together_as_alone(shape: tuple[i
     torch.manual_seed(0)
     coefficients = (3.4445, -4.775, 2.0315)
     matrices = torch.stack([torch.randn(shape) * 10.0**i for i in range(4)])
+    matrices[0] = 0  # as the gradient of an adapter's A at its first step
     alone = [orthogonalize(matrix[None], coefficients, 5)[0] for matrix in matrices]
     together = orthogonalize(matrices, coefficients, 5)
     torch.testing.assert_close(torch.stack(alone), together, rtol=0, atol=1e-5)
+    assert not together[0].any()
 
 
 def test_a_head_is_a_matrix_of_its_own() -> None:

@@ -84,6 +84,8 @@ def test_in_order_repeats_join_the_first_one() -> None:
     keys = ["a", "b", "c", "d", "e", "f", "a", "g", "f", "h"]
     parts = splits.split_in_order(keys, (0.6, 0.2, 0.2))
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3, 4, 5, 6, 8], [7], [9]]
+    parts = splits.split_in_order([str(i) for i in range(100)], (0.58, 0.29, 0.13))
+    assert [len(part) for part in parts] == [58, 29, 13], "100 * 0.29 is 28.999999999999996"
 
 
 def test_the_naive_split_leaks_and_is_counted() -> None:

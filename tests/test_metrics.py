@@ -242,10 +242,11 @@ def test_classification_equals_torchmetrics(n_classes: int) -> None:
     assert bootstrap(ours["accuracy"], 200, seed=0).value == (labels == predictions).mean()
 
 
-def test_auroc_is_of_the_classes_that_occur() -> None:
+def test_means_are_of_the_classes_that_occur() -> None:
     labels, probabilities = np.array([0, 1, 0, 1]), np.eye(3)[[0, 1, 0, 1]]
     ours = classification_statistics(labels, labels, probabilities, positive=None)
-    assert bootstrap(ours["auroc"], 4, seed=0).value == 1.0
+    for name in ("precision", "recall", "f1", "auroc"):
+        assert bootstrap(ours[name], 4, seed=0).value == 1.0, name
     alike = classification_statistics(0 * labels, 0 * labels, probabilities, positive=None)
     assert np.isnan(bootstrap(alike["auroc"], 4, seed=0).value)
 

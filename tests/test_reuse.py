@@ -49,11 +49,12 @@ def test_of_finished_ones_the_last_is_used(base: Path) -> None:
 
 
 def test_an_interrupted_one_is_gone_on_with_unless_a_later_one_is_finished(base: Path) -> None:
-    attempt(base, finished=True)
+    first = attempt(base, finished=True)
     interrupted = attempt(base, finished=False)
     assert found(base) == interrupted
     later = attempt(base, finished=True)
     assert found(base) == later
+    assert found(base, stale=(later,)) == first
 
 
 def test_a_source_that_leads_elsewhere_now_is_a_change(
@@ -70,11 +71,14 @@ def test_a_source_that_leads_elsewhere_now_is_a_change(
     assert not still_holds(outcome, options)
 
 
-@pytest.mark.parametrize("option", ["data.source", "data.val_source", "data.test_source"])
-def test_a_file_that_joined_a_folder_is_a_change(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["data.source", "data.val_source", "data.test_source", "source"])
+def test_a_file_that_changed_or_joined_a_folder_is_a_change(option: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1]")
     outcome = {"sources": source_digests([str(tmp_path)]), "outputs": {}}
     options = {"data.source": None, option: str(tmp_path)}
     assert still_holds(outcome, options)
+    (tmp_path / "a.json").write_text("[3]")
+    assert not still_holds(outcome, options)
+    (tmp_path / "a.json").write_text("[1]")
     (tmp_path / "b.json").write_text("[2]")
     assert not still_holds(outcome, options)

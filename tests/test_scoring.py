@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation.judge_config import JudgeConfig
-from pipeline.evaluation.report import before_and_after, render_report, score_histogram
+from pipeline.evaluation.report import (
+    _best_and_worst,
+    before_and_after,
+    render_report,
+    score_histogram,
+)
 from pipeline.evaluation.responses import Response, read_responses, write_responses
 from pipeline.evaluation.score import evaluate, score_responses
 from pipeline.evaluation.summary import Score, Scored, Summary, summarize
@@ -229,14 +234,18 @@ def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
 def test_equal_questions_are_one_observation() -> None:
     texts = ["answer 0", "no"] * 10
     alike = [replace(r, instruction="Do it.", reference="answer 0") for r in responses(*texts)]
-    apart = [replace(r, instruction=f"Do {r.id}.") for r in alike]
-    lows = []
-    for items in (alike, apart):
-        (row,) = (r for r in summarize(Scored(items, []), before=None).rows if "chrf" in r.measure)
-        assert row.after.estimate
-        lows.append(row.after.estimate.value - row.after.estimate.low)
-    assert lows[0] == 0.0, "drawn together"
-    assert lows[1] > 1.0
+    for items, is_one in (
+        (alike, True),
+        ([replace(r, instruction=f"Do {r.id}.") for r in alike], False),
+        ([replace(r, input=f"{r.id}") for r in alike], False),
+    ):
+        before = Scored([replace(r, response="no") for r in items], [])
+        rows = summarize(Scored(items, []), before=before).rows
+        (row,) = (r for r in rows if r.measure == "corpus_chrf")
+        for estimate in (row.after.estimate, row.difference):
+            assert estimate
+            assert (estimate.value - estimate.low > 1.0) != is_one
+            assert (estimate.value == estimate.low) == is_one, "drawn together"
 
 
 class Page(HTMLParser):
@@ -327,13 +336,23 @@ def test_the_responses_survive_a_missing_judge(tmp_path: Path) -> None:
 
 
 def test_figures_hold_every_scored_item() -> None:
-    before = judged(responses("a", "b", "c", "d"), [0, 10, None, 100])
-    after = judged(responses("a", "b", "c", "d"), [100, 10, 50, 0])
+    before = judged(responses(*"abcde"), [0, 10, None, 100, 40])
+    after = judged(responses(*"abcde"), [100, 10, 50, 0, 60])
     summary = summarize(after, before=before)
     (axes,) = before_and_after(summary).axes
-    assert axes.get_title() == "1 better, 1 worse, 1 equal"
+    assert axes.get_title() == "2 better, 1 worse, 1 equal"
     heights = [patch.get_height() for patch in score_histogram(summary).axes[0].patches]
-    assert sum(heights) == 3 + 4
+    assert sum(heights) == 4 + 5
+
+
+def test_the_best_and_the_worst_are_shown() -> None:
+    """By the judge, of equals by chrF; what it did not score is neither."""
+    items = responses("one", "two", "three", "four")
+    chrf = [Score(r.id, "chrf", s) for r, s in zip(items, (2.0, 0.0, 1.0, 99.0), strict=True)]
+    scored = Scored(items, [*judged(items, [50, 90, 50, None]).scores, *chrf])
+    best, worst = _best_and_worst(summarize(scored, before=None))
+    assert [example.response.response for example in best] == ["two"]
+    assert [example.response.response for example in worst] == ["three", "one"]
 
 
 def test_real_responses(real_data: Path, tmp_path: Path) -> None:

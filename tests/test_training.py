@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,14 @@ def test_only_what_is_named_is_trained(trainable: str, tiny: Journey, tmp_path: 
         "lora": {n for n in before if ".lora_" in n},
     }[trainable]
     assert moved == expected | {"classifier.weight"}
+
+
+def test_a_classifier_keeps_the_order_of_its_labels(tiny: Journey, tmp_path: Path) -> None:
+    module = classifier(gpt=None, init_from=str(tiny.best("spam")), trainable="head")
+    data = spam_data(tiny.tokenizer)
+    data.label_names.reverse()
+    with pytest.raises(ValueError, match=r"\['spam', 'ham'\].*\['ham', 'spam'\].*same order"):
+        fit(module, data, tmp_path, max_steps=1, limit_val_batches=0)
 
 
 class Spoil(pl.Callback):
@@ -367,13 +376,16 @@ def test_a_longer_run_goes_on_by_its_own_schedule(tiny: Journey, tmp_path: Path)
     def rates(folder: str, **options: Any) -> list[float]:
         data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
         seen = Rates()
-        fit(language_model(), data, tmp_path / folder, callbacks=[seen], **options)
+        module = language_model(optimizer=replace(ADAMW, warmup_steps=2))
+        fit(module, data, tmp_path / folder, callbacks=[seen], **options)
         return seen.rates
 
-    rates("a", max_steps=2, limit_val_batches=0)
-    (path,) = tmp_path.glob("a/checkpoints/step-00000002")
+    rates("a", max_steps=3, limit_val_batches=0)
+    (path,) = tmp_path.glob("a/checkpoints/step-00000003")
     longer = rates("b", max_steps=6, limit_val_batches=0, ckpt_path=path)
-    assert longer == rates("c", max_steps=6, limit_val_batches=0)[2:]
+    whole = rates("c", max_steps=6, limit_val_batches=0)
+    assert whole[:3] == [ADAMW.lr / 2, ADAMW.lr, ADAMW.lr]
+    assert longer == whole[3:]
 
 
 def self_help(name: str) -> str:

@@ -96,8 +96,8 @@ class GPTConfig:
         for key, (ok, wanted) in checks.items():
             if not ok:
                 raise ValueError(f"model.gpt.{key} is {getattr(self, key)}; give {wanted}.")
-        pairs = [("n_head", "n_kv_head"), ("n_embd", "n_head")]
-        for whole, part in pairs[: 1 if self.head_dim else 2]:
+        pairs = [("n_embd", "n_head"), ("n_head", "n_kv_head")]
+        for whole, part in pairs[1 if self.head_dim else 0 :]:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"model.gpt.{whole} is {getattr(self, whole)}, which model.gpt.{part} "

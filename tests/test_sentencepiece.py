@@ -346,7 +346,8 @@ def field(name: str, place: int, value: Any) -> Callable[[gguf.GGUFWriter], None
 @pytest.mark.parametrize(
     ("name", "place", "value", "named"),
     [
-        ("token_type", 300, gguf.TokenType.USER_DEFINED, "of a kind"),
+        ("token_type", 300, 7, "of a kind"),
+        ("token_type", 300, gguf.TokenType.USER_DEFINED, "added but neither special nor <a mark>"),
         ("token_type", 70, gguf.TokenType.CONTROL, "no token <0x43>"),
         ("scores", 280, scores()[290], "have the same score"),
         ("tokens", 280, "th⛄", "'th⛄' has a character that is no token"),
@@ -451,7 +452,7 @@ def as_json(step: Any) -> dict[str, Any]:
         ("model.merges", [["<0x41>", "a"]], "parts that are no text"),
         ("model.merges", [["<", "s>"]], "parts that are no text"),
         ("added_tokens.1.normalized", True, "'<s>' is normalised"),
-        ("added_tokens.1.special", False, "'<s>', added but not special"),
+        ("added_tokens", [{"id": 1, "content": "s", "special": False}], "'s', added but neither"),
     ],
 )
 def test_what_is_refused(key: str, value: Any, named: str, tmp_path: Path) -> None:

@@ -66,8 +66,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert summary.endswith("."), f"{name} needs a sentence"
 
 
-def test_check_does_not_call_itself_fit() -> None:
-    out = python("-m", "pipeline", "check", "--help").stdout
+def test_check_does_not_call_itself_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    out = capsys.readouterr().out
     assert out.startswith("usage: python -m pipeline check ")
     assert COMMANDS["check"].removeprefix("Say ") in out
     assert "--data CONFIG" in out

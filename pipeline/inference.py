@@ -155,7 +155,8 @@ def prompt_style(loaded: Loaded) -> str:
     if "prompt_style" not in loaded.meta:
         raise ValueError(
             f"{loaded.path} was not tuned to follow instructions; give a checkpoint of "
-            "configs/instruct.yaml (generate without --chat takes this one too)."
+            "configs/instruct.yaml (generate without --chat takes this one too, and score with "
+            "--data.prompt_style)."
         )
     return loaded.meta["prompt_style"]
 

@@ -243,6 +243,26 @@ def test_a_file_is_answered_whole(tiny: Journey, tmp_path: Path, home: Path) -> 
     assert "data.source is null, there is nothing to train on" in err
 
 
+def test_an_untuned_model_is_asked_in_a_style_that_is_given(
+    tiny: Journey, tmp_path: Path, home: Path
+) -> None:
+    source = questions(tmp_path, "questions.json", NAMES[:3])
+    words = ["--max_new_tokens=4", f"--data.test_source={source}", "--before="]
+    base, tuned = (f"--ckpt={tiny.best(name)}" for name in ("pretrain", "instruct"))
+    code, _, err = said("score", base, *words)
+    assert code == 2
+    assert "score with --data.prompt_style" in err
+    code, out, err = said("score", base, *words, "--data.prompt_style=alpaca")
+    assert code == 0, err
+    assert out.startswith("3 answers")
+    code, _, err = said("score", tuned, *words, "--data.prompt_style=phi3")
+    assert code == 2
+    assert "was tuned with data.prompt_style 'alpaca', here it is 'phi3'" in err
+    code, _, err = said("score", base, *words, "--data.prompt_style=alpacca")
+    assert code == 2
+    assert "data.prompt_style is 'alpacca'; choose one of" in err
+
+
 def test_a_chain_looks_for_them_first(tmp_path: Path) -> None:
     chain = tmp_path / "chain.yaml"
     stage = {"name": "spam", "command": "fit", "config": str(CONFIGS / "spam.yaml")}

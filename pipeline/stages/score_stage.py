@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from datamodules import chat_template
 from datamodules.files import digest, sha256
 from datamodules.instruction import LEARNED_ON, InstructionDataModule
-from datamodules.prompts import IGNORE, encode_prompt, reply_opening, surplus
+from datamodules.prompts import IGNORE, check_style, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
 from pipeline.checkpoint import path_digest, stem_of
 from pipeline.decoding.generate import generate_each
@@ -190,8 +190,9 @@ def answer(
     kept: Kept,
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model and of the one before; lineage; digests of the data."""
-    tuned = load_language_model(ckpt, answering.precision)
-    held_out = held_out_of(tuned, data)
+    changes = (data or {}).get("init_args", data or {})
+    tuned = in_style(load_language_model(ckpt, answering.precision), changes.get("prompt_style"))
+    held_out = held_out_of(tuned, changes)
     origin = before or parent_of(tuned)
     untuned = load_language_model(origin, answering.precision) if origin else None
     if untuned is not None and untuned.tokenizer.digest != tuned.tokenizer.digest:
@@ -239,15 +240,33 @@ def parent_of(tuned: Loaded) -> str | None:
     return str(path)
 
 
-def held_out_of(tuned: Loaded, changes: dict[str, Any] | None) -> InstructionDataModule:
-    """The data that a checkpoint was tuned on, with some arguments changed, loss on responses.
+def in_style(loaded: Loaded, style: str | None) -> Loaded:
+    """A model that is asked in the style that is given, if one is.
+
+    Raises:
+        ValueError: for an unknown one, or another than it was tuned with here.
+    """
+    own = loaded.meta.get("prompt_style")
+    if style is None or style == own:
+        return loaded
+    if own is not None and loaded.meta.get("dataset"):
+        raise ValueError(
+            f"{loaded.path} was tuned with data.prompt_style {own!r}, here it is {style!r}; give "
+            "that of the training."
+        )
+    check_style(style, loaded.tokenizer)
+    return replace(loaded, meta={**loaded.meta, "prompt_style": style})
+
+
+def held_out_of(tuned: Loaded, changes: dict[str, Any]) -> InstructionDataModule:
+    """The instructions that a model was tuned on, some arguments changed, loss on responses.
 
     Raises:
         ValueError: where the checkpoint names none and some are missing; for an argument that the
             data module does not take.
     """
     own = (tuned.meta.get("data") or {}).get("init_args", {})
-    changes = (changes or {}).get("init_args", changes or {})
+    own = own if "prompt_style" in own else {}  # as it is not where texts were learned
     if not own and not changes:
         raise ValueError(
             f"{tuned.path} does not say what it was tuned on; give --data.test_source, a file all "

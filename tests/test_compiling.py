@@ -50,7 +50,7 @@ def n_graphs() -> int:
     ("adapters", "precision"),
     [
         (False, "32-true"),
-        (True, "32-true"),
+        pytest.param(True, "32-true", marks=pytest.mark.slow),  # as the first, and adapters
         pytest.param(
             True, "bf16-mixed", marks=pytest.mark.slow
         ),  # emulated, it takes half a minute

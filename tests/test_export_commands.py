@@ -405,6 +405,7 @@ stages:
     assert load(exported).gpt.config == load(tiny.best("pretrain")).gpt.config
 
 
+@pytest.mark.slow  # four chains of processes
 def test_a_table_of_a_stage_is_what_the_chain_made_last(
     tiny: Journey, tmp_path: Path, write: Callable[[str, str], Path]
 ) -> None:

@@ -2,8 +2,7 @@
 
 Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019),
 SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), norms of queries and keys
-(Henry et al. 2020). Parity with transformers is
-shown in tests/test_gpt_parity.py.
+(Henry et al. 2020). Parity with transformers is shown in tests/test_gpt_parity.py.
 
 Shapes: B rows, T tokens, S keys seen so far, C n_embd, H query heads, G key/value heads,
 D head size, V vocabulary.
@@ -96,8 +95,8 @@ class GPTConfig:
         for key, (ok, wanted) in checks.items():
             if not ok:
                 raise ValueError(f"model.gpt.{key} is {getattr(self, key)}; give {wanted}.")
-        pairs = [("n_embd", "n_head"), ("n_head", "n_kv_head")]
-        for whole, part in pairs[1 if self.head_dim else 0 :]:
+        widths = [] if self.head_dim else [("n_embd", "n_head")]
+        for whole, part in [*widths, ("n_head", "n_kv_head")]:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"model.gpt.{whole} is {getattr(self, whole)}, which model.gpt.{part} "

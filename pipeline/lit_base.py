@@ -28,12 +28,7 @@ from pipeline.memory import GIB, estimate_gib
 from pipeline.models import Loaded, describe_base, load
 from pipeline.nonfinite import NonFiniteGuard
 from pipeline.optim import OptimizerConfig, check_warmup, learning_rate_factor, make_optimizer
-from pipeline.resume import (
-    check_alike,
-    check_base,
-    check_resumable,
-    check_tensors,
-)
+from pipeline.resume import check_alike, check_base, check_resumable, check_tensors
 from pipeline.runs.run_directory import flat
 from pipeline.steps import is_logged_step, run_of
 

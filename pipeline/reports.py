@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics
-from pipeline.evaluation.metrics import Array, bootstrap_all
+from pipeline.evaluation.metrics import Array, at_an_end, bootstrap_all
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
 from pipeline.runs.journal import metric_history
@@ -172,19 +174,30 @@ def compare(
     positive = 1 if ours.shape[1] == 2 else None
     mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
     base = classification_statistics(labels, theirs.argmax(1), theirs, positive=positive)
-    keys_of = ("test/{}", "baseline/tfidf_{}", "test/{}_minus_tfidf")
+    difference = "test/{}_minus_tfidf"
+    named = itertools.product(mine, ("test/{}", "baseline/tfidf_{}", difference))
+    n_items, n_rarest = _observations(labels, keys or range(len(labels)))
 
     def both_and_difference(weights: Array) -> Array:
         values = [(mine[name](weights), base[name](weights)) for name in mine]
         return np.concatenate([(own, other, own - other) for own, other in values])
 
     estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
-    named = (key.format(name) for name in mine for key in keys_of)
     scores: dict[str, float] = {}
-    for key, estimate in zip(named, estimates, strict=True):
+    for (name, form), estimate in zip(named, estimates, strict=True):
+        if form != difference:  # one of 0 says that no item differs
+            n_behind = n_items if name == "accuracy" else n_rarest
+            estimate = at_an_end(estimate, n_behind, scale=1.0)
+        key = form.format(name)
         scores[key] = estimate.value
         scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
     return scores
+
+
+def _observations(labels: Labels, keys: Iterable[Any]) -> tuple[int, int]:
+    """How many different items there are, and how many of the label that has the fewest."""
+    pairs = set(zip(labels.tolist(), keys, strict=True))
+    return len({key for _, key in pairs}), min(Counter(label for label, _ in pairs).values())
 
 
 def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
+from scipy.stats import binomtest
 
 from pipeline import reports
 from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
-from pipeline.evaluation.metrics import bootstrap, difference, mean_of
+from pipeline.evaluation.metrics import Estimate, at_an_end, bootstrap, difference, mean_of
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cé我爱北京.,\n1"), max_size=30)
 
@@ -179,6 +180,19 @@ def test_bootstrap_edges() -> None:
         bootstrap(mean_of([]), 0, seed=0)
 
 
+@pytest.mark.parametrize("n_items", [1, 6, 300])
+def test_items_all_at_one_end_do_not_make_a_certainty(n_items: int) -> None:
+    for n_right in (0, n_items):
+        exact = binomtest(n_right, n_items).proportion_ci(0.95, method="exact")
+        seen = bootstrap(mean_of([100.0 * (n_right > 0)] * n_items), n_items)
+        assert seen.low == seen.high == seen.value
+        widened = at_an_end(seen, n_items, scale=100.0)
+        assert widened.value == seen.value
+        assert (widened.low, widened.high) == pytest.approx((100 * exact.low, 100 * exact.high))
+    for other in (Estimate(70.0, 70.0, 70.0), Estimate(99.0, 97.0, 100.0), Estimate(1.0, 0.0, 2.0)):
+        assert at_an_end(other, n_items, scale=100.0) == other
+
+
 def test_items_that_say_the_same_are_one_observation() -> None:
     """Forty items, each three times: as wide as of forty, not as of 120."""
     scores = np.random.default_rng(0).normal(50, 20, size=40)
@@ -283,6 +297,20 @@ def test_both_classifiers_are_scored_once_on_the_same_replicates(
     scores = reports.compare(labels, columns, columns[::-1])
     assert len(scores) == 45
     assert calls == {"draw": 1, "auroc": 2 * 2 * 3}  # models, replicates and estimate, labels
+
+
+def test_a_classifier_without_an_error_may_still_err() -> None:
+    """Twenty ham and six spam texts, two of which say the same: 25 observations, five of spam."""
+    labels = np.array([0] * 20 + [1] * 6)
+    perfect, keys = np.eye(2)[labels], [*map(str, range(25)), "24"]
+    scores = reports.compare(labels, perfect, perfect, keys)
+    bounds = {n: binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (5, 25)}
+    for model in ("test/", "baseline/tfidf_"):
+        assert scores[f"{model}accuracy_low"] == pytest.approx(bounds[25])
+        for name in ("precision", "recall", "f1", "auroc"):
+            assert scores[f"{model}{name}_low"] == pytest.approx(bounds[5]), name
+            assert scores[f"{model}{name}_high"] == 1.0
+    assert scores["test/accuracy_minus_tfidf_high"] == 0.0
 
 
 def test_what_a_resample_leaves_undefined() -> None:

@@ -231,6 +231,15 @@ def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
     assert {row.verdict for row in rows if row.difference} == {"equal"}
 
 
+def test_no_exact_match_among_few_is_no_proof_that_there_never_is_one() -> None:
+    items = [replace(r, instruction=f"Do {r.id // 2}.") for r in responses("a", "b", "c", "d")]
+    scores = [Score(item.id, "exact_match", 0.0) for item in items]
+    (exact, *_) = summarize(Scored(items, scores), before=None).rows
+    assert exact.after.estimate
+    assert exact.after.estimate.low == 0.0
+    assert exact.after.estimate.high == pytest.approx(100 * (1 - 0.025**0.5))  # of two questions
+
+
 def test_equal_questions_are_one_observation() -> None:
     texts = ["answer 0", "no"] * 10
     alike = [replace(r, instruction="Do it.", reference="answer 0") for r in responses(*texts)]

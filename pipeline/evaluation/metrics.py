@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import regex
@@ -47,7 +47,7 @@ def bootstrap(
     """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
     Replicates on which the statistic is undefined (NaN) are left out. Where all items agree the
-    interval has no width: it tells the spread of the items, not what was never seen.
+    interval has no width: it tells the spread of the items, not what was never seen (`at_an_end`).
 
     Args:
         statistic: the value of every row of weights; the estimate itself is that of weights 1.
@@ -88,6 +88,25 @@ def _interval(replicates: Array) -> tuple[float, float]:
     defined = replicates[~np.isnan(replicates)]
     low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def at_an_end(estimate: Estimate, n_items: int, *, scale: float) -> Estimate:
+    """The same, an interval without width at an end of the scale widened by what was never seen.
+
+    N items all at one end leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all there
+    are lie elsewhere, even at the other end (Clopper & Pearson 1934).
+
+    Args:
+        estimate: of a mean of items on 0 to `scale`.
+        n_items: N.
+        scale: the upper end.
+    """
+    unseen = scale * (1 - 0.025 ** (1 / n_items))
+    if estimate.low == estimate.high == 0:
+        return replace(estimate, high=unseen)
+    if estimate.low == estimate.high == scale:
+        return replace(estimate, low=scale - unseen)
+    return estimate
 
 
 def of_sums(counts: Array, value: Callable[[Array], Array]) -> Statistic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.evaluation.responses import Response
 
 Keys = NDArray[np.object_]  # of the items: equal where they ask the same
 
+SCALE = 100.0  # a score is between 0 and this
 LOWER_IS_BETTER = ("perplexity",)
 MIN_QUESTIONS = 6  # of fewer that all point one way, a sign test says p > 0.05 (2 / 2^5)
 
@@ -181,13 +182,15 @@ def _tables(scored: Scored) -> dict[str, Array]:
     return tables
 
 
+_OF_CORPUS: Mapping[str, Callable[[Array], Array]] = {  # others are means over items
+    "corpus_chrf": metrics.chrf,
+    "corpus_bleu": metrics.bleu,
+    "perplexity": metrics.perplexity,
+}
+
+
 def _value(measure: str) -> Callable[[Array], Array]:
-    corpus = {
-        "corpus_chrf": metrics.chrf,
-        "corpus_bleu": metrics.bleu,
-        "perplexity": metrics.perplexity,
-    }
-    return corpus.get(measure, metrics.mean)
+    return _OF_CORPUS.get(measure, metrics.mean)
 
 
 def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
@@ -214,6 +217,8 @@ def _cell(measure: str, table: Array, keys: Keys) -> Cell:
         statistic = metrics.of_sums(known, _value(measure))
         scored = keys[is_known].tolist()
         estimate = metrics.bootstrap(statistic, len(known), keys=scored)
+        if measure not in _OF_CORPUS:
+            estimate = metrics.at_an_end(estimate, len(set(scored)), scale=SCALE)
     return Cell(estimate, len(known), len(table) - len(known))
 
 

@@ -84,7 +84,7 @@ def make(case: Case, journey: Journey) -> tuple[Any, Any]:
     if case["trained"] == "classifier":
         return classifier(), spam_data(journey.tokenizer, batch_size=16, **workers)
     base = str(journey.best("pretrain"))
-    data = instruction_data(journey.tokenizer, batch_size=8, train_fraction=0.15, **workers)
+    data = instruction_data(journey.tokenizer, batch_size=4, train_fraction=0.08, **workers)
     return language_model(gpt=None, init_from=base, lora=LORA), data
 
 

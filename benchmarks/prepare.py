@@ -21,7 +21,7 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
-from pipeline.checkpoint import write_files, writing_directory
+from pipeline.directories import write_files, writing_directory
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.models import Loaded
 from pipeline.stages.export_stage import export_stage

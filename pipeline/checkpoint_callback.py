@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline import checkpoint as files
 from pipeline.background import Background
+from pipeline.directories import CheckpointError, CheckpointNotWritten
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.sharding import of_ranks
@@ -251,7 +252,7 @@ class Checkpoints(pl.Callback):
         """Lets the save that is being written end."""
         try:
             self._background.wait()
-        except files.CheckpointNotWritten as error:
+        except CheckpointNotWritten as error:
             print(f"warning: {error}", file=sys.stderr)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -289,7 +290,7 @@ class Checkpoints(pl.Callback):
         """Removes what is neither among the last nor the best, once the newest is known whole."""
         try:
             files.verify_checkpoint(newest)
-        except files.CheckpointError as error:
+        except CheckpointError as error:
             print(f"warning: {error} Older ones are kept.", file=sys.stderr)
             return
         for path in files.steps_in(newest.parent)[: -self.keep_last]:

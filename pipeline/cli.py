@@ -24,8 +24,9 @@ from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.callbacks import Lineage, LossSpikes, Throughput
-from pipeline.checkpoint import CHECKPOINTS, newest_valid, path_digest
+from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
+from pipeline.directories import path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.lit_base import LitStep, check_context

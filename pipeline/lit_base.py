@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
 from pipeline import held_out, lora, sharding, training_graph
-from pipeline.checkpoint import CHECKPOINTS, path_digest
+from pipeline.checkpoint import CHECKPOINTS
 from pipeline.compiling import compile_blocks
+from pipeline.directories import path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import available_memory_bytes, keep_freed_memory
 from pipeline.lora import LoRAConfig

@@ -19,7 +19,6 @@ from pipeline import lora
 from pipeline.checkpoint import (
     ADAPTER_WEIGHTS,
     WEIGHTS,
-    CheckpointError,
     read_meta,
     read_tensors,
     stem_of,
@@ -27,6 +26,7 @@ from pipeline.checkpoint import (
     verify_checkpoint,
 )
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import CheckpointError
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.weights.fetch import local, locate
 from pipeline.weights.foreign import Foreign

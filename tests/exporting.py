@@ -15,8 +15,8 @@ from torch import Tensor
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import Tokenizer, train_tokenizer
-from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import Writers
 from pipeline.gpt import GPT
 from pipeline.models import Loaded, load
 from pipeline.weights.vocabulary import PRE_TOKENIZERS

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from pipeline import checkpoint as files
-from pipeline import lora
-from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint, write_checkpoint
+from pipeline import directories, lora
+from pipeline.checkpoint import newest_valid, verify_checkpoint, write_checkpoint
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import CheckpointError
 from pipeline.gpt import GPT
 from pipeline.lora import LoRAConfig
 from pipeline.models import describe_base, load
@@ -368,7 +369,7 @@ def test_the_earlier_form_is_refused_as_such(whole: Path) -> None:
 def test_the_digest_covers_every_file(whole: Path, tmp_path: Path) -> None:
     same = write_text(tmp_path / "step-00000002", weights="0123456789" * 100, meta="{}")
     other = write_text(tmp_path / "step-00000003", weights="0123456789" * 100, meta="[]")
-    digests = [files.path_digest(path) for path in (whole, same, other)]
+    digests = [directories.path_digest(path) for path in (whole, same, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -381,12 +382,12 @@ def test_who_may_read_the_folder_may_read_the_files(tmp_path: Path) -> None:
 
 def test_a_repositorys_own_files_are_no_part_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    digest = files.path_digest(tmp_path)
+    digest = directories.path_digest(tmp_path)
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("main")
-    assert files.path_digest(tmp_path) == digest
+    assert directories.path_digest(tmp_path) == digest
     (tmp_path / "more.json").write_text("{}")
-    assert files.path_digest(tmp_path) != digest
+    assert directories.path_digest(tmp_path) != digest
 
 
 def test_a_copy_of_a_users_is_no_checkpoint_of_the_run(save: Save, tiny_gpt: MakeGPT) -> None:
@@ -485,7 +486,7 @@ def test_a_disk_without_locks_takes_checkpoints(
 
     leftover = tmp_path / ".step-00000001-12345678.draft"
     leftover.mkdir()
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(directories.fcntl, "flock", refuse)
     path = tmp_path / "step-00000002"
     write_text(path, weights="ours")
     assert list(tmp_path.iterdir()) == [path]

@@ -58,6 +58,13 @@ def test_what_uses_a_model_imports_nothing_of_training() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_chain_and_its_vocabulary_import_no_torch() -> None:
+    code = "import sys, pipeline.stages.chain, pipeline.stages.tokenizer_stage\n"
+    code += f"sys.exit(', '.join({TRAINING | {'torch'}!r} & set(sys.modules)) or 0)"
+    ended = python("-c", code)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.checkpoint import path_digest, read_meta, verify_checkpoint
+from pipeline.checkpoint import read_meta, verify_checkpoint
+from pipeline.directories import path_digest
 from pipeline.inference import label_probabilities
 from pipeline.models import load
 from pipeline.weights.card import card
@@ -357,7 +358,7 @@ def test_a_full_disk_leaves_nothing(
 
 KILLED = """
 import os, signal, sys
-import pipeline.checkpoint as files
+import pipeline.directories as files
 from pipeline.__main__ import main
 facts = files._facts
 def killed(path):

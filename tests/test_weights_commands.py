@@ -14,7 +14,8 @@ import pytest
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import Tokenizer
-from pipeline.checkpoint import path_digest, read_meta
+from pipeline.checkpoint import read_meta
+from pipeline.directories import path_digest
 from pipeline.models import load
 from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate

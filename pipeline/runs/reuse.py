@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, SOURCES, resolve
-from pipeline.checkpoint import path_digest
+from pipeline.directories import path_digest
 from pipeline.runs.run_directory import read_outcome
 
 Outcome = Mapping[str, Any]

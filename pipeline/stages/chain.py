@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import at, digest, write_atomically
-from pipeline.checkpoint import path_digest
 from pipeline.commands import FUNCTIONS
+from pipeline.directories import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
 from pipeline.runs.provenance import environment

@@ -9,14 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from pipeline.checkpoint import (
-    Writers,
-    check_output,
-    path_digest,
-    stem_of,
-    write_files,
-    writing_directory,
-)
+from pipeline.checkpoint import stem_of
+from pipeline.directories import Writers, check_output, path_digest, write_files, writing_directory
 from pipeline.models import Loaded, load
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once

@@ -9,16 +9,14 @@ from pathlib import Path
 from datamodules.files import file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
-    MANIFEST,
     WEIGHTS,
-    check_output,
     json_writer,
     model_writers,
-    path_digest,
     read_meta,
     step_name,
     write_checkpoint,
 )
+from pipeline.directories import MANIFEST, check_output, path_digest
 from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
 from pipeline.runs.run_directory import Run

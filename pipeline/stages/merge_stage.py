@@ -23,10 +23,8 @@ from pipeline import lora
 from pipeline.arguments import construct
 from pipeline.checkpoint import (
     CHECKPOINTS,
-    check_output,
     json_writer,
     model_writers,
-    path_digest,
     stem_of,
     step_name,
     write_checkpoint,
@@ -34,6 +32,7 @@ from pipeline.checkpoint import (
 from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
+from pipeline.directories import check_output, path_digest
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_checkpoint
 from pipeline.runs.run_directory import Run

@@ -19,9 +19,10 @@ from datamodules.files import digest, sha256
 from datamodules.instruction import LEARNED_ON, InstructionDataModule
 from datamodules.prompts import IGNORE, check_style, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
-from pipeline.checkpoint import path_digest, stem_of
+from pipeline.checkpoint import stem_of
 from pipeline.decoding.generate import generate_each
 from pipeline.decoding.text_stream import text_of
+from pipeline.directories import path_digest
 from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.kept import Kept

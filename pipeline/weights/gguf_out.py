@@ -16,8 +16,8 @@ from torch import Tensor
 
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Vocabulary
-from pipeline.checkpoint import Writers
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
 from pipeline.rotary import stretch_factors

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.tokenizer import Vocabulary
-from pipeline.checkpoint import Writers, json_writer
+from pipeline.checkpoint import json_writer
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
 from pipeline.weights.huggingface_in import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CHECKPOINTS, META, path_digest, read_meta
+from pipeline.checkpoint import CHECKPOINTS, META, read_meta
+from pipeline.directories import path_digest
 from pipeline.models import Loaded
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign

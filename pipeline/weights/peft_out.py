@@ -17,14 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import lora
-from pipeline.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Writers,
-    json_writer,
-    read_tensors,
-)
+from pipeline.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, json_writer, read_tensors
 from pipeline.classifier import GPTClassifier
+from pipeline.directories import Writers
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
 from pipeline.weights.fetch import PACKAGED

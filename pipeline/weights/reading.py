@@ -12,7 +12,8 @@ from torch import Tensor
 
 from datamodules.files import cache_dir
 from datamodules.tokenizer import FILE_NAME, Tokenizer
-from pipeline.checkpoint import damaged, refuse_folder_of_checkpoints
+from pipeline.checkpoint import refuse_folder_of_checkpoints
+from pipeline.directories import damaged
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import local, locate
 from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters

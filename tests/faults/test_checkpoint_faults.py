@@ -14,8 +14,9 @@ import lightning.pytorch as pl
 import pytest
 
 from pipeline import checkpoint as files
-from pipeline.checkpoint import CheckpointError, newest_valid, verify_checkpoint
+from pipeline.checkpoint import newest_valid, verify_checkpoint
 from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
+from pipeline.directories import CheckpointError
 from pipeline.models import load
 from pipeline.weights.reading import EXPORT
 from tests.journey import Journey, said

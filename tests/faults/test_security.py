@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from pipeline import checkpoint as files
-from pipeline.checkpoint import CheckpointError, verify_checkpoint
+from pipeline import directories
+from pipeline.checkpoint import verify_checkpoint
 from pipeline.checkpoint_callback import DirectoryCheckpointIO
+from pipeline.directories import CheckpointError
 from pipeline.models import load
 from pipeline.stages.merge_stage import data_of
 from pipeline.weights.reading import EXPORT
@@ -64,7 +66,7 @@ def refusal(*words: object) -> str:
 def sign(path: Path) -> Path:
     """A manifest that says that the files of a folder are what they should be."""
     names = sorted(p.name for p in path.iterdir() if p.name != files.MANIFEST)
-    facts = {name: files._facts(path / name) for name in names}
+    facts = {name: directories._facts(path / name) for name in names}
     manifest = {"format": files.FORMAT, "files": facts}
     (path / files.MANIFEST).write_text(json.dumps(manifest))
     return path
@@ -218,7 +220,7 @@ def test_a_manifest_that_names_a_file_outside(form: str, tiny: Journey, tmp_path
     shutil.copytree(tiny.best("pretrain"), path)
     manifest = json.loads((path / files.MANIFEST).read_text())
     name = {"relative": "../../secret", "absolute": str(outside)}[form]
-    manifest["files"][name] = files._facts(outside)
+    manifest["files"][name] = directories._facts(outside)
     (path / files.MANIFEST).write_text(json.dumps(manifest))
     assert f"lists a file of another folder, '{name}'" in refusal(
         "generate", f"--ckpt={path}", "--prompt=hi"
@@ -231,7 +233,7 @@ def test_an_export_that_names_a_file_outside(tiny: Journey, tmp_path: Path) -> N
     ckpt = f"--ckpt={tiny.best('pretrain')}"
     assert run("export", ckpt, "--format=huggingface", f"--output={path}") == 0
     facts = json.loads((path / EXPORT).read_text())
-    facts["files"]["../secret"] = files._facts(outside)
+    facts["files"]["../secret"] = directories._facts(outside)
     (path / EXPORT).write_text(json.dumps(facts))
     assert "lists a file of another folder" in refusal("import", f"--source={path}")
 

@@ -1,0 +1,195 @@
+"""Directories of files: written whole or not at all, verified and told apart by digest."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from datamodules.files import digest, remembered_sha256, sha256
+
+MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its files
+DRAFT = ".draft"  # how hidden folders end that are on their way in or out
+_OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise
+Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not whole."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint, or what is exported, that could not be written; what was there is as it was."""
+
+
+@contextmanager
+def writing_directory(path: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `path` when the block ends well, flushed to disk.
+
+    So the directory is there whole or not at all, even if the machine stops. One that stands there
+    already is replaced. What an earlier process left half-written of it is removed; what a living
+    one (of this machine) writes at the same time is not.
+
+    Args:
+        path: the directory to be.
+
+    Raises:
+        CheckpointNotWritten: the disk is full, or refuses.
+    """
+    path = path.resolve()
+    try:
+        with _draft_of(path) as draft:
+            yield draft
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
+        there = next(parent for parent in path.parents if parent.exists())
+        free_mib = shutil.disk_usage(there).free / 2**20
+        reason = str(error).partition("\n")[0]
+        is_full = getattr(error, "errno", None) in _OF_A_FULL_DISK
+        remedy = "Make room" if is_full else "Correct that"
+        raise CheckpointNotWritten(
+            f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "
+            f"before is whole. {remedy}; the same command goes on."
+        ) from error
+
+
+@contextmanager
+def _draft_of(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, re.escape(path.name))
+    draft, replaced = hidden(path), None
+    with contextlib.ExitStack() as held:
+        with _holding(path.parent):  # no sweep sees the draft before it is held
+            draft.mkdir()
+            held.enter_context(_holding(draft))
+        try:
+            yield draft
+            for file in (*draft.iterdir(), draft):
+                _flush(file)
+            replaced = path.rename(hidden(path)) if path.exists() else None
+            draft.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)  # another's sweep may be at it
+
+
+def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
+    """Writes files into a folder; size and SHA-256 of each by its name."""
+    for name, write in writers.items():
+        write(folder / name)
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors keeps its own private
+    return {name: _facts(folder / name) for name in sorted(writers)}
+
+
+def check_output(path: Path, *, is_own: bool) -> None:
+    """ValueError where a directory cannot be this command's to write, or to replace.
+
+    Args:
+        path: the directory.
+        is_own: whether what lies there is this command's.
+    """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"output {path} is a folder that you are in; give a new one.")
+    if path.exists() and not is_own and not _is_empty(path):
+        raise ValueError(f"output {path} exists and was not written by this command; give another.")
+
+
+def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the files that are missing, or are not what `write_files` wrote.
+
+    Raises:
+        CheckpointError: for a name that is a path: nothing outside the folder is looked at.
+    """
+    for name, facts in files.items():
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{folder} lists a file of another folder, {name!r}; take another."
+            )
+        if not (folder / name).is_file() or _facts(folder / name) != facts:
+            yield name
+
+
+def path_digest(path: Path) -> str:
+    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder shows."""
+    if path.is_file():
+        return remembered_sha256(path)
+    if (path / MANIFEST).is_file():
+        return remembered_sha256(path / MANIFEST)
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    shown = [name for name in sorted(files) if not any(part[0] == "." for part in name.parts)]
+    return digest([(name.as_posix(), remembered_sha256(files[name])) for name in shown])
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def hidden(path: Path) -> Path:
+    """A name beside a directory for it on its way in or out."""
+    return path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}{DRAFT}"
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Removes what `hidden` named and nobody holds.
+
+    Args:
+        folder: where to look.
+        name: pattern of the directories' names.
+    """
+    pattern = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(DRAFT)}")
+    with _holding(folder):
+        for leftover in [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]:
+            with (
+                contextlib.suppress(BlockingIOError, FileNotFoundError),
+                _holding(leftover, fcntl.LOCK_NB),
+            ):
+                shutil.rmtree(leftover)
+
+
+@contextmanager
+def _holding(folder: Path, how: int = 0) -> Iterator[None]:
+    """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        is_held = _lock(descriptor, fcntl.LOCK_EX | how)
+        try:
+            yield
+        finally:
+            if is_held:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork has the descriptor, too
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    """Locks a folder, if its file system can; over NFS one that is open to read cannot be."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -51,10 +51,13 @@ def check_held_out(
     *_, last = trained_on(meta)
     dataset, ours = last["dataset"], _files_of(fingerprint, splits)
     if not _share_files(dataset["sources"], ours):
-        apart = [
-            f"data.{split}_source" for split in splits if split in fingerprint.get("apart", {})
+        apart = fingerprint.get("apart", {})
+        named = [  # plain text has no third split: test is val
+            f"data.{'val' if apart[split] == apart.get('val') else split}_source"
+            for split in splits
+            if split in apart
         ]
-        key = " or ".join(apart) or "data.source"
+        key = " or ".join(named) or "data.source"
         print(
             f"warning: the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
             f"evaluated on other data, {', '.join(ours)}; {key} says on which.",

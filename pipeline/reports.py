@@ -22,10 +22,14 @@ from pipeline.evaluation.metrics import Array, at_an_end, bootstrap_all
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
 from pipeline.runs.journal import metric_history
-from pipeline.runs.run_directory import Run
+from pipeline.runs.run_directory import Run, lines_of
 
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"
+NO_THIRD_SPLIT = (
+    "pretraining has no third split: give data.val_source a text that did not choose the best "
+    "checkpoint, as what is held out in training does."
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ def report_test(
     """
     if not isinstance(data, TextClassificationDataModule):
         row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
-        return Report(metrics, [row])
+        is_val = isinstance(data, PretrainingDataModule)
+        return Report(metrics, [row], [*lines_of([row]), NO_THIRD_SPLIT] if is_val else [])
     labels, ours = in_order(predictions)
     predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
     log_predictions(run, [{**row, "label": data.label_names[label]} for row, label in predicted])

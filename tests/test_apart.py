@@ -285,6 +285,15 @@ def test_pretraining_beside_a_file_of_its_own(tiny: Journey, tmp_path: Path) -> 
     assert dataset["counts"]["bytes"]["val"] == 700
     assert list(dataset["apart"]["val"]) == [str(held_out)]
 
+    another = tmp_path / "another.txt"
+    another.write_text("A lazy heron stood there, too.\n" * 20)
+    tested = [f"--ckpt_path={out.strip()}", f"--data.val_source={another}"]
+    code, out, err = said("test", *PLAIN, *tested)
+    assert code == 0, err
+    assert "test/loss: " in out + err
+    assert "pretraining has no third split" in out + err
+    assert f"is evaluated on other data, {another}; data.val_source says on which." in err
+
 
 def test_a_table_needs_something_to_train_on(tiny: Journey, tmp_path: Path) -> None:
     tested = messages(tmp_path, "test.tsv", greetings("test"))

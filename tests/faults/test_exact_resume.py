@@ -82,7 +82,9 @@ def make(case: Case, journey: Journey) -> tuple[Any, Any]:
         )
         return language_model(), data
     if case["trained"] == "classifier":
-        return classifier(), spam_data(journey.tokenizer, batch_size=16, **workers)
+        return classifier(), spam_data(
+            journey.tokenizer, batch_size=16, train_fraction=0.1, **workers
+        )
     base = str(journey.best("pretrain"))
     data = instruction_data(journey.tokenizer, batch_size=4, train_fraction=0.08, **workers)
     return language_model(gpt=None, init_from=base, lora=LORA), data

@@ -49,7 +49,7 @@ class TemplateParts:
     """
 
     contents: list[str]
-    between: list[str]
+    between: Sequence[str]
     reply_opening: str
 
 
@@ -94,23 +94,33 @@ def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Temp
         ValueError: the template refuses these messages, or writes their contents otherwise than
             as they are or stripped of blanks.
     """
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    marked = [
-        Message(role=message["role"], content=mark)
-        for message, mark in zip(messages, marks, strict=True)
-    ]
-    outline = render(tokenizer, marked, opening=False)
-    opened = render(tokenizer, marked, opening=True)
-    between = re.split("|".join(marks), outline)
-    whole = render(tokenizer, messages, opening=False)
+    day = _today.get() or datetime.datetime.now()
+    with on(day):
+        between, opening = _outline(tokenizer, tuple(m["role"] for m in messages), day)
+        whole = render(tokenizer, messages, opening=False)
     given = [message["content"] for message in messages]
     for contents in (given, [content.strip() for content in given]):
-        if _joined(between, contents) == whole and opened.startswith(outline):
-            return TemplateParts(contents, between, opened.removeprefix(outline))
+        if _joined(between, contents) == whole and opening is not None:
+            return TemplateParts(contents, between, opening)
     raise ValueError(
         f"the chat template of {tokenizer.name} rewrites what the messages say, which cannot be "
         "learned from token by token; give another data.prompt_style."
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _outline(
+    tokenizer: Tokenizer, roles: tuple[str, ...], day: datetime.datetime
+) -> tuple[list[str], str | None]:
+    """What a template writes around contents and then to open a reply, whatever the contents are.
+
+    None where an opened reply changes what stands before it. Of a day: templates may write it.
+    """
+    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+    marked = [Message(role=role, content=mark) for role, mark in zip(roles, marks, strict=True)]
+    outline, opened = (render(tokenizer, marked, opening=opening) for opening in (False, True))
+    opening = opened.removeprefix(outline) if opened.startswith(outline) else None
+    return re.split("|".join(marks), outline), opening
 
 
 def _joined(between: Sequence[str], contents: Sequence[str]) -> str:

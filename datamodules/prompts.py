@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Literal, NamedTuple
@@ -261,15 +261,18 @@ def _reply_lead(tokenizer: Tokenizer) -> str:
     return lead if answered.startswith(opened) and lead.isspace() else ""
 
 
-def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> Iterator[Segment]:
+@functools.lru_cache(maxsize=256)
+def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> tuple[Segment, ...]:
     """What a template writes: text, and markers; after a reply all up to the first is learned."""
     names = sorted(tokenizer.special_ids, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
     supervised = supervised and len(pieces) > 1
+    segments = []
     for piece in pieces:
         is_marker = piece in tokenizer.special_ids
-        yield Segment(piece, marker=is_marker, supervised=supervised)
+        segments.append(Segment(piece, marker=is_marker, supervised=supervised))
         supervised = supervised and not is_marker
+    return tuple(segments)
 
 
 def _example(tokenizer: Tokenizer) -> TemplateParts:
@@ -278,7 +281,7 @@ def _example(tokenizer: Tokenizer) -> TemplateParts:
     return split_by_template(tokenizer, [user, reply])
 
 
-def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterator[Segment]:
+def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterable[Segment]:
     check_style(style, tokenizer)
     if style == TEMPLATE:
         return _marked(tokenizer, _example(tokenizer).reply_opening)
@@ -292,7 +295,7 @@ def _opening(style: PromptStyle, role: str, *, first: bool) -> Iterator[Segment]
     yield Segment(text)
 
 
-def _encode(tokenizer: Tokenizer, segments: Iterator[Segment]) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: Tokenizer, segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     labels: list[int] = []
 

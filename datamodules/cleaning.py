@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
+from datamodules.progress import told
 
 COUNTS = (
     "read",
@@ -20,8 +21,6 @@ COUNTS = (
     "mojibake_repaired",
     "gutenberg_stripped",
 )
-
-_TELL_S = 20.0  # between lines that say how far it is
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +53,8 @@ def cleaned(
             are kept but `gutenberg_stripped`, of which a document may hold many.
     """
     counts.update(dict.fromkeys(COUNTS, 0))
-    due = time.monotonic() + _TELL_S
-    for document in documents:
+    for document in told(documents, "documents read", _log.info):
         counts["read"] += 1
-        if time.monotonic() >= due:
-            _log.info("%s documents read so far", f"{counts['read']:,}")
-            due = time.monotonic() + _TELL_S
         text = document.replace("\r\n", "\n").replace("\r", "\n")
         repaired = repair_mojibake(text)
         stripped, n_books = strip_gutenberg(repaired)

@@ -1,24 +1,20 @@
-"""Prompts with responses to learn: Alpaca fields or chat messages, in JSON or JSONL."""
+"""Prompts with responses to learn, in one prompt style, split so that no question leaks."""
 
 from __future__ import annotations
 
 import datetime
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, get_args
 
 import torch
 
 from datamodules import apart, chat_template, splits
 from datamodules.batching import Sample, digest_of
-from datamodules.files import at, decode
+from datamodules.entries import Item, make_item, read_entries
+from datamodules.progress import told
 from datamodules.prompts import (
     IGNORE,
     Message,
     Supervise,
-    alpaca_messages,
-    check_messages,
     check_style,
     encode_conversation,
     encode_prompt,
@@ -26,24 +22,11 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import ROWS, parse_json, read_rows, refused_together
+from datamodules.sources import refused_together
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
 
-# what others have in such an entry, and what would change what is learned
-_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
-_UNREAD = ("system", "history", "tools", "functions", "conversations")
 # the day that a template may write into what is learned: the same whenever a run goes on
 LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
-
-
-class Item(TypedDict):
-    """One entry of the data; `messages` is the prompt, `reference` the response to it."""
-
-    id: int  # position in the data, from 0
-    instruction: str
-    input: str
-    reference: str
-    messages: list[Message]
 
 
 class InstructionDataModule(StepDataModule):
@@ -124,12 +107,12 @@ class InstructionDataModule(StepDataModule):
     def read(self) -> None:
         """Reads and splits the entries."""
         self._files = apart.Files.of(self.source, self.val_source, self.test_source)
-        entries, self._own = self._files.read(_entries)
+        entries, self._own = self._files.read(read_entries)
         items: list[Item] = []
         with refused_together() as row:
             for place, entry in entries:
                 with row(place):
-                    items.append(_item(len(items), entry))
+                    items.append(make_item(len(items), entry))
         self._items, self._places = items, [place for place, _ in entries]
         self._split(items)
 
@@ -201,7 +184,8 @@ class InstructionDataModule(StepDataModule):
         """A sample for each item, and how many of them were cut."""
         samples, n_cut = [], 0
         with refused_together() as row, chat_template.on(LEARNED_ON):
-            for item, place in zip(self._items, self._places, strict=True):
+            entries = zip(self._items, self._places, strict=True)
+            for item, place in told(entries, "entries encoded", report):
                 with row(place):
                     sample, is_cut = self._sample(item)
                     samples.append(sample)
@@ -233,146 +217,6 @@ class InstructionDataModule(StepDataModule):
         middle = surplus(n_prompt, self.max_length - n_response, n_opening)
         del ids[middle], labels[middle]
         labels[middle.start] = IGNORE  # what came before it is gone
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """The entries of a file, each with its place for error messages."""
-    entries: list[tuple[str, Any]]
-    if path.suffix.lower() in ROWS:
-        entries = list(read_rows(path))
-    else:
-        entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
-    if not entries:
-        raise ValueError(f"{path} holds no entries; fill it, or leave it out.")
-    yield from entries
-
-
-def _json_list(path: Path) -> list[Any]:
-    text = decode(path.read_bytes(), path)
-    try:
-        entries = parse_json(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "
-            "or name the file .jsonl where it has an object a line."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        raise ValueError(f"{path}: {error}; correct the JSON.") from error
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."
-        )
-    return entries
-
-
-def _item(index: int, entry: Any) -> Item:
-    entry = _as_here(_object(entry))
-    is_chat = entry.get("messages") is not None
-    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD)
-    if is_chat:
-        messages = _chat(entry["messages"])
-        instruction, given = _transcript(messages[:-1]), ""
-    else:
-        instruction, output = (_text(entry, field) for field in ("instruction", "output"))
-        given = "" if entry.get("input") is None else _text(entry, "input")
-        reply = Message(role="assistant", content=output)
-        messages = [*alpaca_messages(instruction, given), reply]
-    for message in messages:
-        if message["role"] != "system" and not message["content"].strip():
-            raise ValueError(
-                f"it has an empty {message['role']} text, there is nothing to learn from it; "
-                "complete the entry, or drop it."
-            )
-    *prompt, reply = messages
-    return Item(
-        id=index,
-        instruction=instruction,
-        input=given,
-        reference=reply["content"],
-        messages=prompt,
-    )
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}, not an object; correct it.")
-    return value
-
-
-def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry in a form of others, in one of those here."""
-    given = {key for key, value in entry.items() if value is not None}
-    is_ours = bool({"instruction", "messages"} & given)
-    if {"prompt", "completion"} <= given and not is_ours:
-        others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
-        prompt, completion = entry["prompt"], entry["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return {"messages": prompt + completion, **others}
-        return {"instruction": prompt, "output": completion, **others}
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or is_ours:
-        return entry
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"conversations[{i}] has no 'from' and 'value'; correct it.")
-        role = _SHAREGPT.get(str(turn["from"]), turn["from"])
-        messages.append({"role": role, "content": turn["value"]})
-    others = {k: v for k, v in entry.items() if k != "conversations"}
-    return {"messages": messages, **others}
-
-
-def _transcript(prompt: list[Message]) -> str:
-    """What an answer is judged by: what the user said, with all that was said before it."""
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """ValueError for what would change what is learned, and is not read; null says nothing."""
-    for field in fields:
-        if entry.get(field):
-            raise ValueError(
-                f"it has {field!r}, which is not read beside the others; write the whole "
-                "conversation as 'messages' of roles and contents, or take it out."
-            )
-
-
-def _chat(messages: Any) -> list[Message]:
-    """Messages of the right form: the last one is an assistant's answer to a user."""
-    if not isinstance(messages, list):
-        raise ValueError(f"'messages' is a {type(messages).__name__}, not a list.")
-    chat = []
-    for i, value in enumerate(messages):
-        with at(f"message {i}"):
-            chat.append(_message(_object(value)))
-    check_messages(chat)
-    if [message["role"] for message in chat[-2:]] != ["user", "assistant"]:
-        raise ValueError(
-            "its messages do not end with a user's and the assistant's answer to it; "
-            "complete the entry, or drop it."
-        )
-    return chat
-
-
-def _message(value: dict[str, Any]) -> Message:
-    _refuse_unread(value, ("tool_calls", "function_call"))
-    if value.get("weight") not in (None, 1):
-        raise ValueError(
-            f"it has weight {value['weight']}, but every answer is learned; take the entry "
-            "out, or the weight."
-        )
-    return Message(role=_text(value, "role"), content=_text(value, "content"))
-
-
-def _text(entry: dict[str, Any], field: str) -> str:
-    if field not in entry:
-        raise ValueError(f"it has no {field!r}, only {list(entry)}; add it, or drop the entry.")
-    if not isinstance(entry[field], str):
-        kind = type(entry[field]).__name__
-        raise ValueError(f"{field!r} is a {kind}, not a text; correct or drop the entry.")
-    return entry[field]
 
 
 def _question_key(item: Item) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from datamodules import cleaning
+from datamodules import cleaning, progress
 from datamodules.cleaning import Duplicates, cleaned, repair_mojibake, strip_gutenberg
 
 WORDS = ["quick", "brown", "fox", "jumps", "over", "lazy", "wizards", "mix", "jovial", "potions"]
@@ -61,7 +61,7 @@ def test_it_is_said_how_far_a_long_corpus_is(
 ) -> None:
     clean([prose(1)])
     assert not caplog.messages  # a short one is read in silence
-    monkeypatch.setattr(cleaning, "_TELL_S", -1.0)
+    monkeypatch.setattr(progress, "TELL_S", -1.0)
     with caplog.at_level("INFO", "datamodules"):
         clean([prose(1), prose(2)], near_duplicates=None)
     assert caplog.messages == ["1 documents read so far", "2 documents read so far"]

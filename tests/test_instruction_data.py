@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from datamodules import splits
+from datamodules import progress, splits
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import IGNORE, STYLES, encode_conversation, encode_prompt, reply_opening
 from datamodules.tokenizer import train_tokenizer
@@ -309,6 +309,15 @@ def test_a_long_sample_keeps_its_response(make: Make, style: str, supervise: str
         assert labels.count(IGNORE) == 1
         assert ids[:seam] == full[:seam]
         assert ids[seam:] == full[seam - 100 :]
+
+
+def test_it_is_said_how_far_a_long_encoding_is(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="datamodules")
+    monkeypatch.setattr(progress, "TELL_S", -1.0)
+    ready(make(entries(21)))
+    assert [m for m in caplog.messages if "so far" in m][-1] == "21 entries encoded so far"
 
 
 def test_what_was_cut_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from datamodules import baselines, splits
+from datamodules import baselines, progress, splits
 from datamodules.baselines import tfidf_baseline
 from datamodules.text_classification import SpamDataModule, TextClassificationDataModule
 from datamodules.tokenizer import Tokenizer, train_tokenizer
@@ -154,9 +154,10 @@ def test_the_split_depends_on_split_seed_and_the_order_on_seed(write: Write, mak
 
 
 def test_equal_texts_stay_on_one_side(
-    write: Write, make: Any, caplog: pytest.LogCaptureFixture
+    write: Write, make: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", logger="datamodules")
+    monkeypatch.setattr(progress, "TELL_S", -1.0)
     repeats = [("sport", f"Goal!! {i}, {i}") for i in range(30, 50)]  # equal but for digits
     path = write("t.tsv", table(rows(60) + repeats))
     module = make(path)
@@ -171,6 +172,7 @@ def test_equal_texts_stay_on_one_side(
     n_leaked = module.fingerprint["counts"]["n_leaked_naive"]
     assert n_leaked > 0
     assert f"with a naive split {n_leaked} of its 16 test texts would be in training" in caplog.text
+    assert "16 test texts encoded so far" in caplog.messages
 
 
 def test_balancing_is_within_each_split(write: Write, make: Any) -> None:

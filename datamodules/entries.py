@@ -1,0 +1,179 @@
+"""Entries of instruction data, in the forms that people write them, each made an item."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from datamodules.files import at, decode
+from datamodules.prompts import Message, alpaca_messages, check_messages
+from datamodules.sources import ROWS, parse_json, read_rows
+
+# what others have in such an entry, and what would change what is learned
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
+_UNREAD = ("system", "history", "tools", "functions", "conversations")
+
+
+class Item(TypedDict):
+    """One entry of the data; `messages` is the prompt, `reference` the response to it."""
+
+    id: int  # position in the data, from 0
+    instruction: str
+    input: str
+    reference: str
+    messages: list[Message]
+
+
+def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """The entries of a file, each with its place for error messages.
+
+    Raises:
+        ValueError: naming the file, where it holds none, or cannot be read as what it is called.
+    """
+    entries: list[tuple[str, Any]]
+    if path.suffix.lower() in ROWS:
+        entries = list(read_rows(path))
+    else:
+        entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
+    if not entries:
+        raise ValueError(f"{path} holds no entries; fill it, or leave it out.")
+    yield from entries
+
+
+def _json_list(path: Path) -> list[Any]:
+    text = decode(path.read_bytes(), path)
+    try:
+        entries = parse_json(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "
+            "or name the file .jsonl where it has an object a line."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
+        raise ValueError(f"{path}: {error}; correct the JSON.") from error
+    if not isinstance(entries, list):
+        raise ValueError(
+            f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."
+        )
+    return entries
+
+
+def make_item(index: int, entry: Any) -> Item:
+    """An entry in one of the forms that `InstructionDataModule` takes.
+
+    Args:
+        index: its position in the data.
+        entry: as it was read.
+
+    Raises:
+        ValueError: it has no prompt or response, or something that would not be read.
+    """
+    entry = _as_here(_object(entry))
+    is_chat = entry.get("messages") is not None
+    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD)
+    if is_chat:
+        messages = _chat(entry["messages"])
+        instruction, given = _transcript(messages[:-1]), ""
+    else:
+        instruction, output = (_text(entry, field) for field in ("instruction", "output"))
+        given = "" if entry.get("input") is None else _text(entry, "input")
+        reply = Message(role="assistant", content=output)
+        messages = [*alpaca_messages(instruction, given), reply]
+    for message in messages:
+        if message["role"] != "system" and not message["content"].strip():
+            raise ValueError(
+                f"it has an empty {message['role']} text, there is nothing to learn from it; "
+                "complete the entry, or drop it."
+            )
+    *prompt, reply = messages
+    return Item(
+        id=index,
+        instruction=instruction,
+        input=given,
+        reference=reply["content"],
+        messages=prompt,
+    )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object; correct it.")
+    return value
+
+
+def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry in a form of others, in one of those here."""
+    given = {key for key, value in entry.items() if value is not None}
+    is_ours = bool({"instruction", "messages"} & given)
+    if {"prompt", "completion"} <= given and not is_ours:
+        others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
+        prompt, completion = entry["prompt"], entry["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return {"messages": prompt + completion, **others}
+        return {"instruction": prompt, "output": completion, **others}
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or is_ours:
+        return entry
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"conversations[{i}] has no 'from' and 'value'; correct it.")
+        role = _SHAREGPT.get(str(turn["from"]), turn["from"])
+        messages.append({"role": role, "content": turn["value"]})
+    others = {k: v for k, v in entry.items() if k != "conversations"}
+    return {"messages": messages, **others}
+
+
+def _transcript(prompt: list[Message]) -> str:
+    """What an answer is judged by: what the user said, with all that was said before it."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """ValueError for what would change what is learned, and is not read; null says nothing."""
+    for field in fields:
+        if entry.get(field):
+            raise ValueError(
+                f"it has {field!r}, which is not read beside the others; write the whole "
+                "conversation as 'messages' of roles and contents, or take it out."
+            )
+
+
+def _chat(messages: Any) -> list[Message]:
+    """Messages of the right form: the last one is an assistant's answer to a user."""
+    if not isinstance(messages, list):
+        raise ValueError(f"'messages' is a {type(messages).__name__}, not a list.")
+    chat = []
+    for i, value in enumerate(messages):
+        with at(f"message {i}"):
+            chat.append(_message(_object(value)))
+    check_messages(chat)
+    if [message["role"] for message in chat[-2:]] != ["user", "assistant"]:
+        raise ValueError(
+            "its messages do not end with a user's and the assistant's answer to it; "
+            "complete the entry, or drop it."
+        )
+    return chat
+
+
+def _message(value: dict[str, Any]) -> Message:
+    _refuse_unread(value, ("tool_calls", "function_call"))
+    if value.get("weight") not in (None, 1):
+        raise ValueError(
+            f"it has weight {value['weight']}, but every answer is learned; take the entry "
+            "out, or the weight."
+        )
+    return Message(role=_text(value, "role"), content=_text(value, "content"))
+
+
+def _text(entry: dict[str, Any], field: str) -> str:
+    if field not in entry:
+        raise ValueError(f"it has no {field!r}, only {list(entry)}; add it, or drop the entry.")
+    if not isinstance(entry[field], str):
+        kind = type(entry[field]).__name__
+        raise ValueError(f"{field!r} is a {kind}, not a text; correct or drop the entry.")
+    return entry[field]

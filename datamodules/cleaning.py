@@ -174,7 +174,13 @@ def _shingles(text: str) -> Sketch:
     words = np.ascontiguousarray(windows).view(np.uint64).ravel()
     hashes = (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
     enough = 16 * _MAX_SHINGLES  # repetitions included; sorting all of a long text takes seconds
-    smallest = np.unique(np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes)
+    smallest = _distinct(np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes)
     if len(smallest) < _MAX_SHINGLES and len(hashes) > enough:  # each of them many times
-        smallest = np.unique(hashes)
+        smallest = _distinct(hashes)
     return smallest[:_MAX_SHINGLES].astype(np.uint32)
+
+
+def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What np.unique gives, which is five times slower on a document: it hashes, then sorts."""
+    ordered = np.sort(hashes)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])]

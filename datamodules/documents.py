@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import decode
-from datamodules.sources import PYTHON_DOCS, ROWS, read_rows, resolve
+from datamodules.sources import PYTHON_DOCS, resolve
+from datamodules.tables import ROWS, read_rows
 
 _DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
 _NO_TEXT = {".json", ".gz", ".zip", ".zst"}

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from datamodules.files import at, decode
 from datamodules.prompts import Message, alpaca_messages, check_messages
-from datamodules.sources import ROWS, parse_json, read_rows
+from datamodules.tables import ROWS, parse_json, read_rows
 
 # what others have in such an entry, and what would change what is learned
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles

@@ -22,8 +22,8 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.sources import refused_together
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
+from datamodules.tables import refused_together
 
 # the day that a template may write into what is learned: the same whenever a run goes on
 LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none

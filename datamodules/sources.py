@@ -1,40 +1,25 @@
-"""Where data comes from: files, folders, globs, samples, downloads; reading it, writing tables."""
+"""Where data comes from: files, folders, globs, samples, downloads."""
 
 from __future__ import annotations
 
-import codecs
-import csv
 import glob
 import hashlib
-import io
 import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datamodules.downloads import DOWNLOADS, download
-from datamodules.files import at, cache_dir, decode, file_digests, replacing
+from datamodules.files import cache_dir, file_digests, replacing
 from datamodules.python_docs import python_docs
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PYTHON_DOCS = "bundled:python-docs"
 SOURCES = ("source", "val_source", "test_source")  # the arguments of data that name some
-
-JSONL = (".jsonl", ".ndjson")
-ROWS = (*JSONL, ".parquet", ".csv", ".tsv")  # what `read_rows` reads
-_WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _SAMPLES = Path(__file__).parent / "samples"
 _PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
-_HALF = re.compile(  # a lone surrogate, after plain text, pairs of them and other escapes
-    r"(?:[^\\]++|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)*+(\\u....)"
-)
 
 
 def resolve(source: str) -> list[Path]:
@@ -152,245 +137,3 @@ def _python_docs_path() -> Path:
     build = hashlib.sha256(f"{sys.version} {sys.base_prefix}".encode()).hexdigest()[:8]
     version = f"{platform.python_version()}-{build}-{_PYTHON_DOCS_FORM}"
     return cache_dir() / "python-docs" / f"{version}.jsonl"
-
-
-def some(values: Sequence[Any], n: int = 10) -> str:
-    """The first of some rows or texts, for a message."""
-    return ", ".join(map(str, values[:n])) + (" ..." if len(values) > n else "")
-
-
-@contextmanager
-def refused_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
-    """Gives a context for each row by its place; what is wrong with rows is said of all at the end.
-
-    Raises:
-        ValueError: the first that a row's context was left with, and which other rows had one.
-    """
-    unusable: dict[Any, ValueError] = {}
-
-    @contextmanager
-    def row(place: str, name: Any = None) -> Iterator[None]:
-        try:
-            with at(place):
-                yield
-        except ValueError as error:
-            unusable[name or place] = error
-
-    yield row
-    if unusable:
-        first, *others = unusable
-        more = f" So with {len(others)} rows more: {some(others)}." if others else ""
-        raise ValueError(f"{unusable[first]}{more}") from unusable[first]
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
-
-    Raises:
-        ValueError: naming the file and line that is no JSON object, or the byte that is no UTF-8.
-    """
-    offset = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = decode(line, path, offset).strip()
-            offset += len(line)
-            if text:
-                yield number, _json_object(text, f"{path}:{number}")
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads`, but JSON that spells half a character, as UTF-8 cannot, is an error too."""
-    value = json.loads(text)
-    if ("\\ud" in text or "\\uD" in text) and (half := _HALF.match(text)):
-        message = f"{half[1]} is half a character (a lone surrogate)"
-        raise json.JSONDecodeError(message, text, half.start(1))
-    return value
-
-
-def _json_object(text: str, place: str) -> dict[str, Any]:
-    try:
-        value = parse_json(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: {error.msg} at column {error.colno}; fix the line.") from error
-    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        raise ValueError(f"{place}: {error}; fix the line.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: a {type(value).__name__}, not a JSON object; fix the line.")
-    return value
-
-
-def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Rows of a .csv, .tsv (also without suffix), .jsonl or .parquet file.
-
-    Cells of CSV and TSV are strings as they stand ("NA" and "" included). A CSV's are separated by
-    commas, or by semicolons where its first line has more of those. A tab-separated line is never
-    quoted: a lone quotation mark in a text swallows no rows.
-
-    Args:
-        path: the file.
-        names: column names, where a CSV or TSV file has no header line.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read as what its suffix says.
-    """
-    import pandas as pd
-
-    suffix = path.suffix.lower()
-    if suffix in JSONL:
-        return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
-    if suffix not in (".csv", ".tsv", "", ".parquet"):
-        raise ValueError(f"{path} is no table; give a .csv, .tsv, .jsonl or .parquet file.")
-    text = "" if suffix == ".parquet" else decode(path.read_bytes(), path)
-    try:
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path).to_pandas(integer_object_nulls=True)
-        table = pd.read_csv(
-            io.StringIO(text.replace("\r\n", "\n")),
-            sep=_separator(text) if suffix == ".csv" else "\t",
-            quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
-            names=None if names is None else list(names),
-            header=0 if names is None else None,
-            lineterminator="\n",
-            dtype=str,
-            keep_default_na=False,
-        )
-        if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
-            raise ValueError(_surplus(len(table.columns), table.index.nlevels, suffix))
-        return table
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
-
-
-def _separator(text: str) -> str:
-    """What stands between the cells of a CSV: where spreadsheets write them, semicolons."""
-    header = text.partition("\n")[0]
-    return ";" if header.count(";") > header.count(",") else ","
-
-
-def read_rows(path: Path, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Places, for messages, and rows by column, in primitives; JSONL and Parquet are streamed.
-
-    Args:
-        path: a file with a suffix of `ROWS`.
-        column: the only one that is wanted; of Parquet no other is read then, if it is there.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read as what its suffix says.
-    """
-    suffix = path.suffix.lower()
-    if suffix in JSONL:
-        yield from ((f"{path}:{line}", row) for line, row in read_jsonl(path))
-        return
-    rows = _parquet_rows(path, column) if suffix == ".parquet" else _table_rows(path)
-    yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
-
-
-def _table_rows(path: Path) -> Iterable[Any]:
-    return read_table(path).to_dict("records") if path.stat().st_size else ()
-
-
-def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        with parquet.ParquetFile(path) as table:
-            wanted = [column] if column in table.schema_arrow.names else None
-            for batch in table.iter_batches(columns=wanted, batch_size=1024):
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
-
-
-def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:
-    """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`.
-
-    A CSV is written in the form of the one that it is like: a spreadsheet that has made semicolons
-    reads no commas, nor a point as that of a fraction.
-    """
-    with replacing(path) as temporary:  # killed here, it is not in the way of the next
-        if path.suffix == ".parquet":
-            with _as_parquet(str(path)):
-                frame.to_parquet(temporary, index=False)
-        elif path.suffix == ".jsonl":
-            with temporary.open("w", encoding="utf-8") as file:
-                for row in frame.to_dict("records"):
-                    file.write(json.dumps(_in_json(row), ensure_ascii=False) + "\n")
-        elif path.suffix == ".tsv":
-            frame.to_csv(temporary, index=False, sep="\t", quoting=csv.QUOTE_NONE)
-        else:
-            form = _form_of(like) if like and like.suffix.lower() == ".csv" else {}
-            frame.to_csv(temporary, index=False, **form)
-
-
-def _form_of(path: Path) -> dict[str, Any]:
-    """How a CSV is written, as options of pandas."""
-    data = path.read_bytes()
-    separator = _separator(decode(data, path))
-    return {
-        "sep": separator,
-        "decimal": "," if separator == ";" else ".",
-        "encoding": "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8",
-        "lineterminator": "\r\n" if data.partition(b"\n")[0].endswith(b"\r") else "\n",
-    }
-
-
-@contextmanager
-def _as_parquet(place: str) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"output is {place}: {reason}; give a .jsonl file.") from error
-
-
-def _in_json(value: Any) -> Any:
-    """A cell as JSON has it: numbers exactly, times in ISO 8601, what is missing null."""
-    import pandas as pd
-
-    if isinstance(value, dict):
-        return {str(name): _in_json(cell) for name, cell in value.items()}
-    if isinstance(value, list | tuple) or hasattr(value, "tolist"):
-        cells = value.tolist() if hasattr(value, "tolist") else value
-        return [_in_json(cell) for cell in cells] if isinstance(cells, list) else _in_json(cells)
-    if pd.isna(value):
-        return None
-    if isinstance(value, str | bool | int | float):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = None) -> None:
-    """Refuses what `write_table` could not write, before much was done for it.
-
-    Args:
-        path: the output.
-        columns: cells by column, as far as they are known.
-
-    Raises:
-        ValueError: for another suffix, a text that a tab-separated file, which has no quotes,
-            cannot hold, or a column that Parquet has no type for.
-    """
-    import pyarrow
-
-    if path.suffix not in _WRITTEN:
-        raise ValueError(f"output is {path}; give a file that ends in {', '.join(_WRITTEN)}.")
-    for name, cells in (columns or {}).items():
-        if path.suffix == ".parquet":
-            with _as_parquet(f"{path} (column {name!r})"):
-                pyarrow.array(list(cells), from_pandas=True)
-        for cell in (name, *cells) if path.suffix == ".tsv" else ():
-            if isinstance(cell, str) and any(character in cell for character in "\t\n\r"):
-                raise ValueError(
-                    f"output is {path}, which cannot hold the tab or line break in {cell[:60]!r} "
-                    f"(column {name!r}); give a .csv or .jsonl file."
-                )
-
-
-def _surplus(n_columns: int, n_more: int, suffix: str) -> str:
-    remedy = "quote the text with a comma" if suffix == ".csv" else "drop a tab"
-    return f"row 1 has {n_columns + n_more} fields but there are {n_columns} columns; {remedy}."

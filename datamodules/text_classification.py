@@ -16,8 +16,8 @@ from datamodules.batching import Sample, digest_of
 from datamodules.files import at
 from datamodules.progress import told
 from datamodules.prompts import encode_text
-from datamodules.sources import read_table, refused_together, some
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
+from datamodules.tables import read_table, refused_together, some
 
 
 class TextClassificationDataModule(StepDataModule):

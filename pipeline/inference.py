@@ -16,7 +16,7 @@ from rich.progress import track
 
 from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
-from datamodules.sources import check_writable, read_table, some, write_table
+from datamodules.tables import check_writable, read_table, some, write_table
 from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import Batch, generate
 from pipeline.decoding.packed import pack

@@ -20,7 +20,8 @@ import pytest
 from datamodules import files
 from datamodules.downloads import Download, download
 from datamodules.files import decode, file_digests, replacing
-from datamodules.sources import PYTHON_DOCS, read_jsonl, read_table, resolve, source_digests
+from datamodules.sources import PYTHON_DOCS, resolve, source_digests
+from datamodules.tables import read_jsonl, read_table
 
 Write = Callable[..., Path]
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from datamodules.sources import read_table
+from datamodules.tables import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.decoding.packed import PackedLinear

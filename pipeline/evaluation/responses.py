@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import at, write_atomically
-from datamodules.sources import read_jsonl
+from datamodules.tables import read_jsonl
 
 Primitive = str | int | float | bool | None
 

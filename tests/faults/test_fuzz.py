@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.documents import documents
-from datamodules.sources import read_table
+from datamodules.tables import read_table
 from pipeline.evaluation.rubric import parse_verdict
 from pipeline.models import load
 from pipeline.stages.chain_config import load_chain

@@ -237,7 +237,8 @@ def score(
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1.")
     from pipeline.hardware import inference_precision
-    from pipeline.stages.score_stage import Answering, score_stage
+    from pipeline.stages.answering import Answering
+    from pipeline.stages.score_stage import score_stage
 
     score_stage(
         ckpt=ckpt,

@@ -18,12 +18,7 @@ from pipeline.checkpoint import read_meta
 from pipeline.held_out import check_held_out, trained_on
 from pipeline.models import load
 from pipeline.runs.journal import read_journal
-from pipeline.stages.score_stage import (
-    Answering,
-    of_last_response,
-    parent_of,
-    prompts_of,
-)
+from pipeline.stages.answering import Answering, of_last_response, parent_of, prompts_of
 from tests.journey import CONFIGS, PLAIN, Journey, said
 from tests.training import instruction_data
 

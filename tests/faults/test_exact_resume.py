@@ -70,7 +70,7 @@ class KeepAll(pl.Callback):
                 try:
                     shutil.copytree(path, self.folder / path.name)
                 except (FileNotFoundError, shutil.Error):  # pruned meanwhile, from another thread
-                    shutil.rmtree(self.folder / path.name)
+                    shutil.rmtree(self.folder / path.name, ignore_errors=True)
 
 
 def make(case: Case, journey: Journey) -> tuple[Any, Any]:

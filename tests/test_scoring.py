@@ -111,6 +111,8 @@ def test_any_models_responses_can_be_read(write: Callable[[str, str | bytes], Pa
         (GOOD | {"settings": []}, r"r\.jsonl:2: 'settings' is \[\]"),
         (GOOD | {"reference_nats": 1.0}, r"r\.jsonl:2: 'reference_nats' and 'reference_tokens'"),
         (GOOD | {"reference_nats": math.nan, "reference_tokens": 1}, r"'reference_nats' is nan"),
+        (GOOD | {"reference_nats": math.inf, "reference_tokens": 1}, r"'reference_nats' is inf"),
+        (GOOD | {"reference_nats": -1.0, "reference_tokens": 1}, r"'reference_nats' is -1\.0"),
         (GOOD | {"reference_nats": 1.0, "reference_tokens": 0}, r"over 0 'reference_tokens'"),
         ("[" * 100_000, r"r\.jsonl:2: "),
     ],
@@ -150,6 +152,25 @@ def test_scores_of_every_scorer(judge: JudgeConfig, tmp_path: Path) -> None:
         "raw": "Hm <b>four</b>?\n\n[asked again]\n\nHm <b>four</b>?",
     }
     assert table["chrf", 0].as_row()["status"] == "scored"
+
+
+def test_a_response_is_held_against_its_reference_and_not_the_other_way_round(
+    tmp_path: Path,
+) -> None:
+    """An answer that is right and too short: chrF weighs what is missing, BLEU its brevity."""
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    said, wanted = "the owl sleeps in the barn", "the owl sleeps in the barn all day, and hunts"
+    items = [replace(r, reference=wanted) for r in responses(said)]
+    scores = score_responses(items, judge=None, cache=tmp_path / "cache.jsonl")
+    rows = {
+        row.measure: row.after.estimate
+        for row in summarize(Scored(items, scores), before=None).rows
+    }
+    values = {name: estimate.value for name, estimate in rows.items() if estimate}
+    chrf = corpus_chrf([said], [[wanted]]).score
+    assert values["chrf"] == values["corpus_chrf"] == pytest.approx(chrf)
+    assert values["corpus_bleu"] == pytest.approx(corpus_bleu([said], [[wanted]]).score)
 
 
 def judged(items: list[Response], scores: list[float | None]) -> Scored:
@@ -210,6 +231,27 @@ def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
     assert row.verdict == "unclear"
 
 
+def test_what_is_not_finite_is_null_in_a_file_and_no_metric() -> None:
+    texts = [replace(r, reference_nats=1e6, reference_tokens=1) for r in responses(*"abcdef")]
+    summary = summarize(Scored(texts, []), before=None)
+    text = json.dumps(summary.as_dict())
+    measures = json.loads(text, parse_constant=pytest.fail)["measures"]
+    assert measures["perplexity"]["after"]["estimate"]["value"] is None
+    assert measures["corpus_chrf"]["after"]["estimate"]["value"] is not None
+    assert "after/corpus_chrf" in summary.metrics()
+    assert "after/perplexity" not in summary.metrics()
+
+
+def test_perplexity_is_of_the_items_that_have_one() -> None:
+    first, *others = responses("a", "b", "c", reference_nats=8.0, reference_tokens=2)
+    mixed = [replace(first, reference_nats=None, reference_tokens=None), *others]
+    rows = summarize(Scored(mixed, []), before=None).rows
+    (row,) = (row for row in rows if row.measure == "perplexity")
+    assert row.after.estimate
+    assert row.after.estimate.value == pytest.approx(math.exp(4))
+    assert (row.after.n_scored, row.after.n_unscored) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("n_pairs", "n_questions", "verdict"),
     [(1, 1, "unclear"), (5, 5, "unclear"), (6, 6, "better"), (20, 5, "unclear")],
@@ -229,15 +271,21 @@ def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
     before, after = (Scored(responses(*texts), []) for texts in ("abcdef", "abcdef"))
     rows = summarize(after, before=before).rows
     assert {row.verdict for row in rows if row.difference} == {"equal"}
+    turned = [judged(responses(*"abcdef"), scores * 3) for scores in ([0, 100], [100, 0])]
+    (row, *_) = summarize(turned[1], before=turned[0]).rows
+    assert row.difference
+    assert (row.difference.value, row.verdict) == (0.0, "unclear")
 
 
 def test_no_exact_match_among_few_is_no_proof_that_there_never_is_one() -> None:
     items = [replace(r, instruction=f"Do {r.id // 2}.") for r in responses("a", "b", "c", "d")]
     scores = [Score(item.id, "exact_match", 0.0) for item in items]
-    (exact, *_) = summarize(Scored(items, scores), before=None).rows
+    (exact, _, bleu) = summarize(Scored(items, scores), before=None).rows
     assert exact.after.estimate
     assert exact.after.estimate.low == 0.0
     assert exact.after.estimate.high == pytest.approx(100 * (1 - 0.025**0.5))  # of two questions
+    assert bleu.after.estimate
+    assert bleu.after.estimate.high == 0.0  # it is no mean of items
 
 
 def test_equal_questions_are_one_observation() -> None:
@@ -298,6 +346,10 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
     stored = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert stored["measures"]["judge"]["after"]["n_unscored"] == 1
     assert stored["measures"]["judge"]["after"]["estimate"]["value"] == (100 + 100 + 20 + 100) / 4
+    assert (stored["n_empty_before"], stored["n_empty_after"]) == (1, 0)
+    earlier = (tmp_path / "scores-before.jsonl").read_bytes().splitlines()
+    assert summary.before
+    assert [json.loads(row) for row in earlier] == [s.as_row() for s in summary.before.scores]
 
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -329,6 +381,8 @@ def test_a_report_of_one_model(tmp_path: Path) -> None:
     items = responses("answer 0", "answer two", "no")
     evaluated(items, tmp_path)
     assert not list(tmp_path.glob("*-before*"))
+    stored = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert {row["verdict"] for row in stored["measures"].values()} == {None}
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 1
     assert "before" not in page.text

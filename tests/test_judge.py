@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,7 @@ from pipeline.evaluation.endpoint import MAX_REPLY_BYTES, connection_problem
 from pipeline.evaluation.judge import Judgement, judge_responses
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
-from pipeline.evaluation.rubric import RUBRIC, parse_verdict
+from pipeline.evaluation.rubric import QUOTED_CHARACTERS, RUBRIC, parse_verdict
 
 KEY = "sk-very/secret-0123456789"
 Answer = Callable[["Handler"], None]
@@ -182,6 +183,7 @@ def test_what_is_sent_and_what_comes_back(
     assert judgements[0].verdict.rationale == "对。"
     body = server.bodies[0]
     assert (body["model"], body["temperature"]) == ("judge-1", 0)
+    assert body["max_tokens"] == config(server).max_tokens
     assert body["response_format"]["json_schema"]["schema"]["properties"]["score"] == {
         "type": "integer",
         "minimum": 0,
@@ -195,6 +197,7 @@ def test_what_is_sent_and_what_comes_back(
         "response": "十厘米",
     }
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["Accept-Encoding"] == "identity", "what comes packed is not read"
     assert KEY not in (tmp_path / "cache.jsonl").read_text(encoding="utf-8")
 
 
@@ -251,6 +254,15 @@ def test_repair_succeeds_and_both_replies_are_kept(server: Server, tmp_path: Pat
     again = server.bodies[1]["messages"]
     assert again[2] == {"role": "assistant", "content": "Four!"}
     assert "it is not one JSON object alone" in again[3]["content"]
+    assert judge(server, tmp_path) == [judgement], "from the cache"
+    assert server.n_requests == 2
+
+
+def test_of_a_long_reply_the_judge_is_shown_the_start(server: Server, tmp_path: Path) -> None:
+    server.script = [chat("Hm. " * 9000), chat(verdict(4))]
+    (judgement,) = judge(server, tmp_path)
+    assert judgement.replies[0] == "Hm. " * 9000
+    assert server.bodies[1]["messages"][2]["content"] == ("Hm. " * 9000)[:QUOTED_CHARACTERS]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +338,9 @@ def test_a_server_without_structured_output_is_asked_plainly(
     assert len([r for r in caplog.records if "response_format" in r.message]) == 1
 
 
-def test_a_model_with_other_parameters_is_asked_with_them(server: Server, tmp_path: Path) -> None:
+def test_a_model_with_other_parameters_is_asked_with_them(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As OpenAI's newer models refuse the older ones: one at a time, by name."""
     server.script = [
         reply(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
@@ -339,6 +353,7 @@ def test_a_model_with_other_parameters_is_asked_with_them(server: Server, tmp_pa
     assert asked == [{"max_tokens", "temperature"}, later | {"temperature"}, later, later]
     assert server.bodies[0]["max_tokens"] == server.bodies[3]["max_completion_tokens"]
     assert all("response_format" in body for body in server.bodies)
+    assert len([r for r in caplog.records if "takes no temperature of 0" in r.message]) == 1
 
 
 def test_a_refusal_that_repeats_the_request_takes_nothing_away(
@@ -368,6 +383,16 @@ def test_a_flood_is_cut(server: Server, tmp_path: Path) -> None:
     assert judgement.problem == f"the reply is longer than {MAX_REPLY_BYTES} bytes."
     assert 1000 < len(judgement.raw) < MAX_REPLY_BYTES
     assert server.n_requests == 1
+
+
+def test_a_flood_of_the_key_is_no_leak(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.script = [reply(200, KEY * (MAX_REPLY_BYTES // len(KEY) + 1))]
+    (judgement,) = judge(server, tmp_path, api_key_env="JUDGE_KEY")
+    assert "is longer than" in judgement.problem
+    assert KEY[:10] not in repr(judgement), "nor where it is cut"
 
 
 def test_odd_contents(server: Server, tmp_path: Path) -> None:
@@ -422,6 +447,17 @@ def test_no_server_is_one_clear_error(server: Server, tmp_path: Path) -> None:
         assert re.match(r"cannot connect to .*judge\.base_url\.$", connection_problem(nobody) or "")
 
 
+def test_a_judge_on_this_machine_is_asked_past_a_proxy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert connection_problem(config(server)) is None
+    assert scores(judge(server, tmp_path, max_attempts=1)) == [50]
+
+
 def test_to_be_reachable_is_all_that_is_checked(server: Server) -> None:
     assert connection_problem(config(server)) is None  # it knows no HEAD, and says so
     assert server.n_requests == 0
@@ -466,6 +502,13 @@ def test_a_judge_that_dies_on_the_way(server: Server, tmp_path: Path) -> None:
     assert "cannot connect" in judgements[1].problem
 
 
+def test_a_refusal_after_a_reply_is_no_missing_judge(server: Server, tmp_path: Path) -> None:
+    server.script = [chat("Four!"), reply(403, "no more today"), chat(verdict(7))]
+    judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
+    assert scores(judgements) == [None, 7]
+    assert judgements[0].replies == ("Four!", "no more today")
+
+
 def test_the_key_is_nowhere_but_in_the_header(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,9 +541,37 @@ def test_only_what_is_not_known_is_asked(server: Server, tmp_path: Path) -> None
     assert scores(second) == [30, 20, 10, 20]
     assert server.asked_about() == ["a", "b", "c", "b"]
     assert first[0] == second[2]
-    other_judge = JudgeConfig(base_url=server.url, model="judge-2")
-    judge_responses([item("a")], other_judge, cache=tmp_path / "cache.jsonl")
-    assert server.n_requests == 5
+
+
+def test_a_verdict_is_of_one_judge_on_one_item(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(response: Response, judge: JudgeConfig) -> int:
+        before = server.n_requests
+        judge_responses([response], judge, cache=tmp_path / "cache.jsonl")
+        return server.n_requests - before
+
+    ours = config(server)
+    assert ask(item(), ours) == 1
+    assert ask(replace(item(), id="another"), replace(ours, max_attempts=1)) == 0
+    for field in ("instruction", "input", "reference", "response"):
+        assert ask(replace(item(), **{field: "another"}), ours) == 1, field
+    assert ask(item(), replace(ours, model="judge-2")) == 1
+    assert ask(item(), replace(ours, max_tokens=ours.max_tokens + 1)) == 1
+    assert ask(item(), replace(ours, base_url=f"{server.url}/")) == 1
+    monkeypatch.setattr("pipeline.evaluation.judge.RUBRIC_DIGEST", "another")
+    assert ask(item(), ours) == 1
+
+
+def test_of_two_verdicts_on_an_item_the_last_holds(server: Server, tmp_path: Path) -> None:
+    """As two processes may have asked for them."""
+    cache = tmp_path / "cache.jsonl"
+    server.script = [chat(verdict(10))]
+    judge(server, tmp_path)
+    first = cache.read_bytes()
+    cache.write_bytes(first + first.replace(b"10}", b"20}"))
+    assert scores(judge(server, tmp_path)) == [20]
+    assert server.n_requests == 1
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbage", "forged"])

@@ -109,10 +109,11 @@ def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
     is_ours = bool({"instruction", "messages"} & given)
     if {"prompt", "completion"} <= given and not is_ours:
         others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
+        _refuse_unread(others, ("output",))
         prompt, completion = entry["prompt"], entry["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return {"messages": prompt + completion, **others}
-        return {"instruction": prompt, "output": completion, **others}
+            return {**others, "messages": prompt + completion}
+        return {**others, "instruction": prompt, "output": completion}
     turns = entry.get("conversations")
     if not isinstance(turns, list) or is_ours:
         return entry
@@ -123,7 +124,7 @@ def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
         role = _SHAREGPT.get(str(turn["from"]), turn["from"])
         messages.append({"role": role, "content": turn["value"]})
     others = {k: v for k, v in entry.items() if k != "conversations"}
-    return {"messages": messages, **others}
+    return {**others, "messages": messages}
 
 
 def _transcript(prompt: list[Message]) -> str:

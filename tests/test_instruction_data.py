@@ -152,13 +152,16 @@ def test_items_are_what_scoring_needs(make: Make) -> None:
     assert (item["instruction"], item["input"]) == ("\n\n".join(said), "")
     assert "user: Again!" in item["instruction"], "and what was said before"
     assert item["reference"] == f"It is {4 * item['id']}."
+    short = ready(make([{"messages": entry["messages"][1:3]} for entry in conversations(20)]))
+    item = short.items("test")[0]
+    assert item["instruction"] == f"Double {item['id']}.", "as it was said"
 
 
 def test_jsonl_and_a_missing_input_are_read(make: Make) -> None:
     data = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(20)]
     lines = "\n".join(json.dumps(entry) for entry in data) + "\n\n"
     one = ready(make(data))
-    for name in ("data.jsonl", "data.ndjson"):
+    for name in ("data.jsonl", "data.ndjson", "DATA.JSONL"):
         assert one.fingerprint["digest"] == ready(make(lines, name)).fingerprint["digest"]
     assert one.items("test")[0]["input"] == ""
     nulls = [{**entry, "input": None} for entry in data]
@@ -197,13 +200,19 @@ def test_forms_of_others_are_read(make: Make) -> None:
         }
         for chat in chats
     ]
-    lists = [{"prompt": c["messages"][:-1], "completion": c["messages"][-1:]} for c in chats]
     assert ready(make(shared)).fingerprint["digest"] == wanted
-    assert ready(make(lists)).fingerprint["digest"] == wanted
+    for n in (2, 4):  # the first answer is a part of the completion, or of the prompt
+        lists = [{"prompt": c["messages"][:n], "completion": c["messages"][n:]} for c in chats]
+        assert ready(make(lists)).fingerprint["digest"] == wanted
     said = [(f"Say {letter}.", f"I say {letter}.") for letter in "abcdefghijklmnopqrst"]
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in said]
     ours = [{"instruction": prompt, "output": completion} for prompt, completion in said]
-    assert ready(make(pairs)).fingerprint["digest"] == ready(make(ours)).fingerprint["digest"]
+    wanted_of_pairs = ready(make(ours)).fingerprint["digest"]
+    assert ready(make(pairs)).fingerprint["digest"] == wanted_of_pairs
+    nulls = dict.fromkeys(("instruction", "input", "output", "messages", "system"))
+    for entries_, digest in ((shared, wanted), (lists, wanted), (pairs, wanted_of_pairs)):
+        mixed = [{**entry, **nulls} for entry in entries_]  # as a table of several forms has it
+        assert ready(make(mixed)).fingerprint["digest"] == digest
     shared[3]["conversations"][0].pop("value")
     with pytest.raises(ValueError, match=r"entry 3: conversations\[0\] has no 'from' and 'value'"):
         ready(make(shared))
@@ -419,12 +428,17 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     ),
     "no messages": (chat(), r"data.json: entry 0: a conversation is empty"),
     "no answer": (chat(turn("user", "x")), r"entry 0: its messages do not end with a user's and"),
+    "no question before": (chat(*PAIR, PAIR[1]), r"entry 0: its messages do not end with a user's"),
     "no question": (chat(turn("assistant", "x")), r"entry 0: its messages do not end with a user"),
     "history": ([{**GOOD, "history": [["a", "b"]]}], r"entry 0: it has 'history', which is not re"),
     "both": ([{**GOOD, **chat(*PAIR)[0]}], r"entry 0: it has 'instruction', which is not read bes"),
     "tools": (
         chat(PAIR[0], {**PAIR[1], "tool_calls": [{"id": "a"}]}),
         r"entry 0: message 1: it has 'tool_calls', which is not read",
+    ),
+    "function": (
+        chat(PAIR[0], {**PAIR[1], "function_call": {"name": "a"}}),
+        r"entry 0: message 1: it has 'function_call', which is not read",
     ),
     "mute": (
         chat(turn("user", "x"), turn("assistant", "")),
@@ -445,6 +459,34 @@ def test_bad_data_is_refused_by_file_and_entry(make: Make, name: str) -> None:
         module.setup("fit")
     assert "\n" not in str(caught.value)
     assert "data.json" in str(caught.value) or name == "few"
+
+
+@pytest.mark.parametrize("field", ["system", "history", "tools", "functions", "conversations"])
+def test_what_would_change_what_is_learned_is_read_or_refused(make: Make, field: str) -> None:
+    """In an entry of every form."""
+    user, assistant = PAIR
+    shared = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    forms: list[dict[str, Any]] = [
+        GOOD,
+        *chat(*PAIR),
+        {"prompt": "x", "completion": "y"},
+        {"prompt": [user], "completion": [assistant]},
+        {"conversations": shared},
+    ]
+    for form in forms:
+        if field not in form:
+            with pytest.raises(ValueError, match=f"entry 0: it has '{field}', which is not read"):
+                ready(make([{**form, field: shared}]))
+    for form in forms[1:]:
+        with pytest.raises(ValueError, match="entry 0: it has 'output', which is not read"):
+            ready(make([{**form, "output": "z"}]))
+
+
+def test_a_system_message_may_be_empty(make: Make) -> None:
+    chats = conversations(20)
+    chats[3]["messages"][0]["content"] = ""
+    module = ready(make(chats))
+    assert learned(module, all_samples(module)[3]).startswith("It is 6.")
 
 
 def test_a_bad_line_is_refused_by_its_number(make: Make) -> None:

@@ -16,6 +16,8 @@ from datamodules.prompts import (
     check_style,
     encode_conversation,
     encode_prompt,
+    encode_start,
+    encode_text,
     reply_opening,
     stop_ids,
     surplus,
@@ -214,6 +216,20 @@ def test_impossible_conversations_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         encode_prompt(trained, "chatml", messages)
+
+
+def test_a_text_starts_with_what_its_makers_put_before_it(trained: Tokenizer) -> None:
+    """A text to go on from, and one to classify; by itself that is no text."""
+    starting = Tokenizer.of(replace(trained.vocabulary, name="starting", bos="<|im_start|>"))
+    bos, text = starting.special_ids["<|im_start|>"], starting.encode("Red.")
+    assert encode_start(starting, None, "Red.") == [bos, *text]
+    assert encode_text(starting, "Red.", "", max_length=99) == ([bos, *text], False)
+    assert encode_text(starting, "Red.", "", max_length=1 + len(text)) == ([bos, *text], False)
+    assert encode_text(starting, "Red.", "", max_length=len(text)) == ([bos, *text[:-1]], True)
+    with pytest.raises(ValueError, match="'' has no token in the vocabulary"):
+        encode_text(starting, "", "", max_length=99)
+    ends = Tokenizer.of(replace(starting.vocabulary, more_ends=("<|im_end|>",)))
+    assert stop_ids(ends, None) == sorted({ends.eos_id, ends.special_ids["<|im_end|>"]})
 
 
 def test_an_unknown_style_is_refused() -> None:

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -456,6 +458,25 @@ def test_a_judge_on_this_machine_is_asked_past_a_proxy(
         monkeypatch.delenv(name, raising=False)
     assert connection_problem(config(server)) is None
     assert scores(judge(server, tmp_path, max_attempts=1)) == [50]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="it makes the certificate")
+def test_one_that_nobody_vouches_for_gets_no_key(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=judge"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
+    url = server.url.replace("http:", "https:")
+    stranger = JudgeConfig(base_url=url, model="m", api_key_env="JUDGE_KEY", max_attempts=1)
+    with pytest.raises(ValueError, match=r"cannot connect to .*certificate verify failed"):
+        judge_responses([item()], stranger, cache=tmp_path / "cache.jsonl")
+    assert server.n_requests == 0
 
 
 def test_to_be_reachable_is_all_that_is_checked(server: Server) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import platform
+import shutil
 from pathlib import Path
 
 import pytest
 
-from datamodules.sources import source_digests
+from datamodules.sources import PYTHON_DOCS, source_digests
+from pipeline.directories import path_digest
 from pipeline.runs.reuse import find_run, still_holds
 from pipeline.runs.run_directory import Run
 
@@ -82,3 +85,38 @@ def test_a_file_that_changed_or_joined_a_folder_is_a_change(option: str, tmp_pat
     (tmp_path / "a.json").write_text("[1]")
     (tmp_path / "b.json").write_text("[2]")
     assert not still_holds(outcome, options)
+
+
+def test_a_finished_run_holds_while_what_it_made_is_as_it_was(tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "model.safetensors").write_text("weights")
+    outcome = {"outputs": {"best": str(best)}, "sources": {}}
+    pinned = {**outcome, "digests": {"best": path_digest(best)}}
+    assert still_holds(outcome, {})
+    assert still_holds(pinned, {})
+    assert not still_holds({**outcome, "complete": False}, {})
+    (best / "model.safetensors").write_text("others")
+    assert still_holds(outcome, {})
+    assert not still_holds(pinned, {})
+    shutil.rmtree(best)
+    assert not still_holds(outcome, {})
+
+
+def test_what_can_be_had_again_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path / "cache"))
+    docs = f"{PYTHON_DOCS}@{platform.python_version()}"
+    for name, holds in {
+        str(tmp_path / "cache" / "fetched.txt"): True,
+        str(tmp_path / "own.txt"): False,
+        docs: True,
+        f"{docs}0": False,
+    }.items():
+        assert still_holds({"outputs": {}, "sources": {name: "ab" * 32}}, {}) == holds, name
+
+
+def test_weights_are_recorded_by_other_paths_than_they_are_given(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_text("weights")
+    outcome = {"outputs": {}, "sources": {}}
+    assert still_holds(outcome, {"model.source": str(tmp_path), "source": str(tmp_path / "gone")})
+    assert not still_holds(outcome, {"data.source": str(tmp_path)})

@@ -89,7 +89,7 @@ def test_texts(own: set[str], tiny: Journey, tmp_path: Path, caplog: Any) -> Non
 def test_entries(shuffle_split: bool, tiny: Journey, tmp_path: Path) -> None:
     tested = questions(tmp_path, "test.json", ["the cat", "a dog!"])
     asked = [f"{name} {i}" for name in NAMES for i in range(3)]
-    source = questions(tmp_path, "train.json", [*asked, "THE CAT"])
+    source = questions(tmp_path, "train.json", ["THE CAT", *asked])
     fractions = {"train_fraction": 0.25, "val_fraction": 0.25, "shuffle_split": shuffle_split}
     data = instruction_data(tiny.tokenizer, source=source, test_source=tested, **fractions)
     data.setup("fit")
@@ -99,6 +99,9 @@ def test_entries(shuffle_split: bool, tiny: Journey, tmp_path: Path) -> None:
     ]
     assert min(len(data.items("train")), len(data.items("val"))) >= 14
     assert len(data.items("train")) + len(data.items("val")) == len(asked)
+    counts = data.fingerprint["counts"]
+    assert counts["n_repeated"] == 1
+    assert counts["n_leaked_naive"] == 1 or shuffle_split, "the first is one to train on"
     assert len(data.test_set) == 2  # type: ignore[arg-type]
 
 

@@ -388,6 +388,15 @@ def test_the_split_depends_on_split_seed_alone(make: Make) -> None:
     assert not torch.equal(first.train_order()(0), first.train_order()(1))
 
 
+def test_the_digest_is_of_every_set(make: Make) -> None:
+    data = entries(20)
+    digests = {ready(make(data, shuffle_split=False)).fingerprint["digest"]}
+    for i in (0, 13, 19):  # to train, to test and to validate on
+        changed = [*data[:i], {**data[i], "output": "Who knows?"}, *data[i + 1 :]]
+        digests.add(ready(make(changed, shuffle_split=False)).fingerprint["digest"])
+    assert len(digests) == 4
+
+
 PAIR = (turn("user", "x"), turn("assistant", "y"))
 
 

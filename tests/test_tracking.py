@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
-from pipeline.runs.journal import JOURNAL
+from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.run_directory import Run
 from pipeline.runs.tracking import Replica, open_ui, sync, sync_all, tracking_uri
 from tests.faults.processes import PATIENCE_S, PROCESSES
@@ -148,6 +148,56 @@ def test_artifacts_can_be_read_in_mlflow(root: Path, monkeypatch: pytest.MonkeyP
     where = found.data.params["long"].removeprefix("7000 characters, in the artifact ")
     long = client.download_artifacts(found.info.run_id, where)
     assert Path(long).read_text() == "x" * 7000
+
+
+def test_an_artifact_that_is_gone_holds_up_nothing(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run.open(root / "spam" / "one")
+    for name in ("gone.txt", "kept.txt"):
+        run.log_text("text", name)
+    (run.path / "gone.txt").unlink()
+    run.finish({}, {}, {})
+    sync(run.path)
+    assert f"{run.path / 'gone.txt'} was recorded as an artifact but is gone" in caplog.text
+    info = runs_in(root)["one"].info
+    assert info.status == "FINISHED"
+    shown = MlflowClient(tracking_uri(root)).list_artifacts(info.run_id)
+    assert [file.path for file in shown] == ["kept.txt"]
+
+
+def test_of_many_tables_the_last_are_shown(root: Path) -> None:
+    run = Run.open(root / "spam" / "one")
+    names = [f"samples/{'x' * 150}-{number}.json" for number in range(50)]
+    for name in [*names, names[-1]]:
+        run.log_table([{"a": 1}], name)
+        if name == names[-1]:
+            sync(run.path)
+    shown = runs_in(root)["one"].data.tags["mlflow.loggedArtifacts"]
+    paths = [table["path"] for table in json.loads(shown)]
+    assert 10 < len(paths) < len(names)
+    assert paths == names[-len(paths) :], "each once"
+
+
+def test_a_run_began_and_ended_when_its_journal_says(root: Path) -> None:
+    run = Run.open(root / "spam" / "one")
+    run.fail("stop")
+    lines = [{**line, "time": line["time"] - 1000} for line, _ in read_journal(run.path)]
+    (run.path / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sync(run.path)
+    info = runs_in(root)["one"].info
+    times = [int(lines[n]["time"] * 1000) for n in (0, -1)]
+    assert [info.start_time, info.end_time] == times
+
+
+def test_a_run_that_died_after_its_outcome_has_finished(root: Path) -> None:
+    run = Run.open(root / "spam" / "one")
+    run.finish({}, {}, {})
+    lines = (run.path / JOURNAL).read_bytes().splitlines(keepends=True)
+    (run.path / JOURNAL).write_bytes(b"".join(lines[:-1]))
+    sync(run.path)
+    assert runs_in(root)["one"].info.status == "FINISHED"
+    assert sync(run.path) == 0
 
 
 def test_sending_again_doubles_nothing(root: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
@@ -422,6 +423,7 @@ DOUBLED = (
         (EACH.replace("FILTER", "| upper"), "rewrites"),
         (EACH.replace("FILTER", "| replace('i', '')"), "rewrites"),
         ("{{ messages[0]['role'] }}", "rewrites"),
+        ("{{ '?' if add_generation_prompt }}" + EACH.replace("FILTER", ""), "rewrites"),
         ("{{ raise_exception('only cats may ask') }}", "only cats may ask"),
         ("{% for i in range(400) %}" * 3 + "{% endfor %}" * 3, "loops or multiplies more than"),
         ("{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}", "it calls, loops"),
@@ -456,6 +458,23 @@ def test_what_the_assistant_says_may_be_marked() -> None:
     said = [Message(role="user", content="hi"), Message(role="assistant", content="ho")]
     texts = {render(speaking(source), said, opening=True) for source in (CHATML, marked)}
     assert len(texts) == 1
+
+
+def test_a_reply_ends_with_the_first_marker_that_the_template_writes_after_it() -> None:
+    """And with the end of a text; what comes later is no end."""
+    template = EACH.replace("FILTER", "").replace("<|im_end|>", "<|reply|><|next|>")
+    special = {EOS: 256, "<|reply|>": 257, "<|next|>": 258}
+    ours = Tokenizer.of(replace(speaking(template).vocabulary, special_tokens=special))
+    assert stop_ids(ours, TEMPLATE) == [256, 257]
+
+
+def test_text_after_a_reply_that_nothing_ends_is_not_learned() -> None:
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    ours = speaking(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
+    said = [Message(role="user", content="hi"), Message(role="assistant", content="ho")]
+    ids, labels = encode_conversation(ours, TEMPLATE, said, supervise="response")
+    assert ours.decode(ids) == "user: hi\nassistant: ho\n"
+    assert ours.decode(label for label in labels if label >= 0) == "ho"
 
 
 def test_a_template_without_a_system_message_is_of_no_known_style() -> None:

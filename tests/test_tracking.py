@@ -259,6 +259,26 @@ def test_a_killed_run_is_ended_and_goes_on_when_resumed(root: Path) -> None:
     assert history(root, "one", "loss") == [(step, 1 / (step + 1)) for step in range(60)]
 
 
+def test_names_that_mlflow_does_not_take_arrive_as_others(root: Path) -> None:
+    names = {"/a": "a", "../b": "b", "c//ham": "c/ham", "d/ham?": "d/ham_", "e/垃圾": "e/垃圾"}
+    run = Run.open(root / "spam" / "one")
+    run.log_metrics(dict.fromkeys([*names, "x" * 300], 1.0), 1)
+    sync(run.path)
+    assert runs_in(root)["one"].data.metrics.keys() == {*names.values(), "x" * 250}
+
+
+def test_what_is_measured_anew_without_a_step_counts(root: Path) -> None:
+    """A stage that has no steps logs at 0; what it says when it was gone on with is its result."""
+    path = root / "spam" / "one"
+    for value in (1.0, 1.0, 2.0):
+        run = Run.open(path)
+        run.log_metrics({"score": value}, 0)
+        run.fail("stop")
+        sync(path)
+        assert runs_in(root)["one"].data.metrics == {"score": value}
+    assert history(root, "one", "score") == [(0, 1.0), (0, 2.0)]
+
+
 def test_a_parameter_that_changed_is_a_tag(root: Path) -> None:
     path = root / "spam" / "one"
     for lr in ("0.1", "0.2", "0.1"):
@@ -566,11 +586,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 def test_what_ended_by_a_mistake_at_once_is_not_shown(root: Path) -> None:
-    for name in ("mistaken", "measured", "crashed"):
+    reasons = {"missing": FileNotFoundError("data.source"), "crashed": RuntimeError("no")}
+    for name in ("mistaken", "missing", "measured", "crashed"):
         run = Run.open(root / "spam" / name)
         if name == "measured":
             run.log_metrics({"loss": 1.0}, 0)
-        run.fail(RuntimeError("no") if name == "crashed" else ValueError("data.source is wrong"))
+        run.fail(reasons.get(name, ValueError("data.source is wrong")))
     sync_all(root, ask=True)
     assert runs_in(root).keys() == {"measured", "crashed"}
     run = Run.open(root / "spam" / "mistaken")  # the file is there now

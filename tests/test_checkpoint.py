@@ -420,6 +420,15 @@ def test_newest_valid_sets_the_damaged_aside(
     assert capsys.readouterr().err == ""
 
 
+def test_of_several_processes_one_alone_sets_aside(tmp_path: Path) -> None:
+    paths = [write_text(tmp_path / files.step_name(n), weights=f"{n}") for n in (9, 10)]
+    with pytest.raises(CheckpointError, match=rf"give one, as {paths[1]}\.$"):
+        verify_checkpoint(tmp_path)
+    truncate(paths[1] / "weights")
+    assert newest_valid(tmp_path, set_aside=False) == paths[0]
+    assert files.steps_in(tmp_path) == paths
+
+
 # Writing
 
 

@@ -387,6 +387,21 @@ def test_a_flood_is_cut(server: Server, tmp_path: Path) -> None:
     assert server.n_requests == 1
 
 
+@pytest.mark.parametrize("key", ["1234", "message", "choices"])
+def test_a_short_key_hides_no_verdict(
+    key: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a local server takes any; here it stands in a number and in names of the reply."""
+    monkeypatch.setenv("JUDGE_KEY", key)
+    message = {"role": "assistant", "content": verdict(40)}
+    form = {"created": 1712345678, "choices": [{"message": message}]}
+    server.script = [reply(200, json.dumps(form))]
+    assert scores(judge(server, tmp_path, api_key_env="JUDGE_KEY")) == [40]
+    server.script = [reply(200, json.dumps({"created": key}))]
+    (judgement,) = judge(server, tmp_path / "another", api_key_env="JUDGE_KEY")
+    assert key not in repr(judgement)
+
+
 def test_a_flood_of_the_key_is_no_leak(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

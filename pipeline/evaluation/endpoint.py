@@ -152,7 +152,8 @@ class Endpoint:
         with deadline(client, self.config.timeout_s) as is_over:
             try:
                 with client.stream("POST", url, json=body) as response:
-                    text = self._clean(self._read(response))
+                    given = self._read(response)
+                    text = self._clean(given)
             except httpx.TransportError as error:
                 if isinstance(error, UNREACHABLE) and not is_over.is_set():
                     raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
@@ -171,7 +172,8 @@ class Endpoint:
                     "the judge takes no temperature of 0; its verdicts may differ if repeated."
                 )
             self._bounds = adapted
-        return self._clean(_content(text))
+        # a short key may well stand in a number there, or in a name of the form itself
+        return self._clean(_content(given, shown=text))
 
     def _read(self, response: httpx.Response) -> str:
         """The body, within the size that is allowed."""
@@ -250,14 +252,14 @@ def _spellings(key: str) -> re.Pattern[str]:
     return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
 
 
-def _content(body: str) -> str:
-    """`choices[0].message.content`; a null is an empty reply."""
+def _content(body: str, *, shown: str) -> str:
+    """`choices[0].message.content`; a null is an empty reply. `shown` is the body for the record."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise EndpointError("the reply is no chat completion.", body[:KEPT_CHARACTERS]) from error
+        raise EndpointError("the reply is no chat completion.", shown[:KEPT_CHARACTERS]) from error
     if not isinstance(content, str | None):
-        raise EndpointError("the reply's content is no text.", body[:KEPT_CHARACTERS])
+        raise EndpointError("the reply's content is no text.", shown[:KEPT_CHARACTERS])
     return content or ""
 
 

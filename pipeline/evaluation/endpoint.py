@@ -253,7 +253,7 @@ def _spellings(key: str) -> re.Pattern[str]:
 
 
 def _content(body: str, *, shown: str) -> str:
-    """`choices[0].message.content`; a null is an empty reply. `shown` is the body for the record."""
+    """`choices[0].message.content`; a null is an empty reply; `shown`: for the record."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:

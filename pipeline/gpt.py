@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention_products import attention_bias, attention_products, product_dtype
+from pipeline.meta_device import without_memory
 from pipeline.rms_norm import RMSNorm
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
@@ -238,18 +238,6 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class _WithoutInit(TorchFunctionMode):
-    """Leaves out initial values; drawing them for meta tensors loads torch._dynamo (3 s, 60 MB)."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
 class GPT(nn.Module):
     """Token ids to hidden states; `head` turns those into logits.
 
@@ -290,7 +278,7 @@ class GPT(nn.Module):
     @classmethod
     def skeleton(cls, config: GPTConfig) -> GPT:
         """A model whose parameters have shapes but no memory."""
-        with torch.device("meta"), _WithoutInit():
+        with without_memory():
             return cls(config)
 
     @classmethod

@@ -17,6 +17,7 @@ TORCH_ONLY = {  # and each other
         "flops",
         "gpt",
         "loss",
+        "meta_device",
         "rms_norm",
         "rotary",
         "unpadding",

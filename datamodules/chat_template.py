@@ -111,7 +111,7 @@ def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Temp
 @functools.lru_cache(maxsize=64)
 def _outline(
     tokenizer: Tokenizer, roles: tuple[str, ...], day: datetime.datetime
-) -> tuple[list[str], str | None]:
+) -> tuple[tuple[str, ...], str | None]:
     """What a template writes around contents and then to open a reply, whatever the contents are.
 
     None where an opened reply changes what stands before it. Of a day: templates may write it.
@@ -120,7 +120,7 @@ def _outline(
     marked = [Message(role=role, content=mark) for role, mark in zip(roles, marks, strict=True)]
     outline, opened = (render(tokenizer, marked, opening=opening) for opening in (False, True))
     opening = opened.removeprefix(outline) if opened.startswith(outline) else None
-    return re.split("|".join(marks), outline), opening
+    return tuple(re.split("|".join(marks), outline)), opening
 
 
 def _joined(between: Sequence[str], contents: Sequence[str]) -> str:

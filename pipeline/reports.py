@@ -170,6 +170,9 @@ def compare(
 ) -> dict[str, float]:
     """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
 
+    A score that is all or nothing has the interval of `at_an_end`: accuracy by all items, precision
+    by those that were given the rarest label, the others by those that have it.
+
     Args:
         labels: (N,) true classes.
         ours: (N, K) probabilities.
@@ -180,8 +183,8 @@ def compare(
     mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
     base = classification_statistics(labels, theirs.argmax(1), theirs, positive=positive)
     difference = "test/{}_minus_tfidf"
-    named = itertools.product(mine, ("test/{}", "baseline/tfidf_{}", difference))
-    n_items, n_rarest = _observations(labels, keys or range(len(labels)))
+    models = {"test/{}": ours, "baseline/tfidf_{}": theirs}
+    units, present = keys or range(len(labels)), set(labels.tolist())
 
     def both_and_difference(weights: Array) -> Array:
         values = [(mine[name](weights), base[name](weights)) for name in mine]
@@ -189,20 +192,24 @@ def compare(
 
     estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
     scores: dict[str, float] = {}
-    for (name, form), estimate in zip(named, estimates, strict=True):
-        if form != difference:  # one of 0 says that no item differs
-            n_behind = n_items if name == "accuracy" else n_rarest
-            estimate = at_an_end(estimate, n_behind, scale=1.0)
+    for (name, form), estimate in zip(
+        itertools.product(mine, (*models, difference)), estimates, strict=True
+    ):
+        if name == "accuracy" and form in models:
+            estimate = at_an_end(estimate, len(set(units)), scale=1.0)
+        elif form in models:  # a difference of 0 says that no item differs
+            classes = models[form].argmax(1) if name == "precision" else labels
+            estimate = at_an_end(estimate, _n_of_rarest(classes, units, present), scale=1.0)
         key = form.format(name)
         scores[key] = estimate.value
         scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
     return scores
 
 
-def _observations(labels: Labels, keys: Iterable[Any]) -> tuple[int, int]:
-    """How many different items there are, and how many of the label that has the fewest."""
-    pairs = set(zip(labels.tolist(), keys, strict=True))
-    return len({key for _, key in pairs}), min(Counter(label for label, _ in pairs).values())
+def _n_of_rarest(classes: Labels, keys: Iterable[Any], among: Iterable[int]) -> int:
+    """How many different items have the class that the fewest have; at least 1."""
+    counts = Counter(c for c, _ in set(zip(classes.tolist(), keys, strict=True)))
+    return max(1, min(counts[c] for c in among))
 
 
 def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:

@@ -311,6 +311,14 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
             assert scores[f"{model}{name}_low"] == pytest.approx(bounds[5]), name
             assert scores[f"{model}{name}_high"] == 1.0
     assert scores["test/accuracy_minus_tfidf_high"] == 0.0
+    once = perfect[::-1].copy()  # the one text that it calls spam is none
+    once[:, 1], once[0, 1] = 0.0, 1.0
+    for theirs, n_called in ((once, 1), (np.eye(2)[labels * 0], 0)):
+        assert theirs.argmax(1).sum() == n_called
+        scores = reports.compare(labels, perfect, theirs, keys)
+        assert scores["baseline/tfidf_precision_high"] == pytest.approx(0.975)
+        missed = binomtest(0, 5).proportion_ci(0.95, method="exact").high
+        assert scores["baseline/tfidf_recall_high"] == pytest.approx(missed)
 
 
 def test_what_a_resample_leaves_undefined() -> None:

@@ -18,7 +18,7 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics
-from pipeline.evaluation.metrics import Array, at_an_end, bootstrap_all
+from pipeline.evaluation.metrics import Array, bootstrap_all, widened
 from pipeline.evaluation.responses import write_lines
 from pipeline.figures import confusion_figure, loss_curves
 from pipeline.runs.journal import metric_history
@@ -27,8 +27,8 @@ from pipeline.runs.run_directory import Run, lines_of
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"
 NO_THIRD_SPLIT = (
-    "pretraining has no third split: give data.val_source a text that did not choose the best "
-    "checkpoint, as what is held out in training does."
+    "pretraining has no third split: this is a test where the text did not choose the best "
+    "checkpoint, as one of its own (data.val_source)."
 )
 
 
@@ -170,8 +170,8 @@ def compare(
 ) -> dict[str, float]:
     """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
 
-    A score that is all or nothing has the interval of `at_an_end`: accuracy by all items, precision
-    by those that were given the rarest label, the others by those that have it.
+    Where no resample differs an interval is `widened`: that of accuracy by all items, of precision
+    by those that were given the rarest label, others by those that have it.
 
     Args:
         labels: (N,) true classes.
@@ -196,10 +196,10 @@ def compare(
         itertools.product(mine, (*models, difference)), estimates, strict=True
     ):
         if name == "accuracy" and form in models:
-            estimate = at_an_end(estimate, len(set(units)), scale=1.0)
+            estimate = widened(estimate, len(set(units)), scale=1.0)
         elif form in models:  # a difference of 0 says that no item differs
             classes = models[form].argmax(1) if name == "precision" else labels
-            estimate = at_an_end(estimate, _n_of_rarest(classes, units, present), scale=1.0)
+            estimate = widened(estimate, _n_of_rarest(classes, units, present), scale=1.0)
         key = form.format(name)
         scores[key] = estimate.value
         scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from pipeline import reports
 from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
-from pipeline.evaluation.metrics import Estimate, at_an_end, bootstrap, difference, mean_of
+from pipeline.evaluation.metrics import Estimate, bootstrap, difference, mean_of, widened
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cé我爱北京.,\n1"), max_size=30)
 
@@ -181,16 +181,19 @@ def test_bootstrap_edges() -> None:
 
 
 @pytest.mark.parametrize("n_items", [1, 6, 300])
-def test_items_all_at_one_end_do_not_make_a_certainty(n_items: int) -> None:
+def test_items_that_all_agree_do_not_make_a_certainty(n_items: int) -> None:
     for n_right in (0, n_items):
         exact = binomtest(n_right, n_items).proportion_ci(0.95, method="exact")
         seen = bootstrap(mean_of([100.0 * (n_right > 0)] * n_items), n_items)
         assert seen.low == seen.high == seen.value
-        widened = at_an_end(seen, n_items, scale=100.0)
-        assert widened.value == seen.value
-        assert (widened.low, widened.high) == pytest.approx((100 * exact.low, 100 * exact.high))
-    for other in (Estimate(70.0, 70.0, 70.0), Estimate(99.0, 97.0, 100.0), Estimate(1.0, 0.0, 2.0)):
-        assert at_an_end(other, n_items, scale=100.0) == other
+        wider = widened(seen, n_items, scale=100.0)
+        assert wider.value == seen.value
+        assert (wider.low, wider.high) == pytest.approx((100 * exact.low, 100 * exact.high))
+    alike = widened(bootstrap(mean_of([70.0] * n_items), n_items), n_items, scale=100.0)
+    others = binomtest(0, n_items).proportion_ci(0.95, method="exact").high  # at 0, or at 100
+    assert (alike.low, alike.high) == pytest.approx((70 - 70 * others, 70 + 30 * others))
+    for other in (Estimate(99.0, 97.0, 100.0), Estimate(1.0, 0.0, 2.0)):
+        assert widened(other, n_items, scale=100.0) == other
 
 
 def test_items_that_say_the_same_are_one_observation() -> None:

@@ -8,6 +8,7 @@ Shapes: N items, K counts an item, R bootstrap replicates.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ def bootstrap(
     """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
     Replicates on which the statistic is undefined (NaN) are left out. Where all items agree the
-    interval has no width: it tells the spread of the items, not what was never seen (`at_an_end`).
+    interval has no width: it tells the spread of the items, not what was never seen (`widened`).
 
     Args:
         statistic: the value of every row of weights; the estimate itself is that of weights 1.
@@ -90,23 +91,22 @@ def _interval(replicates: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def at_an_end(estimate: Estimate, n_items: int, *, scale: float) -> Estimate:
-    """The same, an interval without width at an end of the scale widened by what was never seen.
+def widened(estimate: Estimate, n_items: int, *, scale: float) -> Estimate:
+    """The same; but an interval without width holds what was never seen, too.
 
-    N items all at one end leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all there
-    are lie elsewhere, even at the other end (Clopper & Pearson 1934).
+    N items that all have one score leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all
+    there are have another (Clopper & Pearson 1934), be it 0 or the highest.
 
     Args:
         estimate: of a mean of items on 0 to `scale`.
         n_items: N.
-        scale: the upper end.
+        scale: the highest score.
     """
-    unseen = scale * (1 - 0.025 ** (1 / n_items))
-    if estimate.low == estimate.high == 0:
-        return replace(estimate, high=unseen)
-    if estimate.low == estimate.high == scale:
-        return replace(estimate, low=scale - unseen)
-    return estimate
+    value = estimate.value
+    if not math.isclose(estimate.low, estimate.high, abs_tol=1e-9 * scale):
+        return estimate
+    unseen = 1 - 0.025 ** (1 / n_items)
+    return replace(estimate, low=value - unseen * value, high=value + unseen * (scale - value))
 
 
 def of_sums(counts: Array, value: Callable[[Array], Array]) -> Statistic:

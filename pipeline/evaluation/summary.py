@@ -218,7 +218,7 @@ def _cell(measure: str, table: Array, keys: Keys) -> Cell:
         scored = keys[is_known].tolist()
         estimate = metrics.bootstrap(statistic, len(known), keys=scored)
         if measure not in _OF_CORPUS:
-            estimate = metrics.at_an_end(estimate, len(set(scored)), scale=SCALE)
+            estimate = metrics.widened(estimate, len(set(scored)), scale=SCALE)
     return Cell(estimate, len(known), len(table) - len(known))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention_products import attention_bias, attention_products, product_dtype
-from pipeline.meta_device import without_memory
+from pipeline.meta_device import WithoutInit
 from pipeline.rms_norm import RMSNorm
 from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.unpadding import Unpadding
@@ -278,7 +278,7 @@ class GPT(nn.Module):
     @classmethod
     def skeleton(cls, config: GPTConfig) -> GPT:
         """A model whose parameters have shapes but no memory."""
-        with without_memory():
+        with torch.device("meta"), WithoutInit():
             return cls(config)
 
     @classmethod

@@ -1,7 +1,5 @@
 """`python -m benchmarks P1 P3`: measures, keeps JSON, prints the table, draws the plot."""
 
-from __future__ import annotations
-
 from jsonargparse import auto_cli
 
 from benchmarks.harness import measure, results_folder, save

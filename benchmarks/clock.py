@@ -1,7 +1,5 @@
 """A callback that records the steps of `fit`, through the command line as users start it."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -6,8 +6,6 @@ Two runs of the same loop differ by more than the framework costs, so both are t
 one: the module's step, forward pass to optimizer, is what a bare loop has too.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 

@@ -6,8 +6,6 @@ Random weights of the shapes of P1, P2, GPT-2 124M at a GPU's size, and SmolLM2-
 random tokens. Medians of steps, each of which is waited for; bf16.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import statistics

@@ -9,8 +9,6 @@ tokens. Then `step = fixed + per_token * tokens + per_pair * batch * context^2` 
 points of context and batch; the last term is attention's.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -4,8 +4,6 @@ A round measures the ceiling of matrix products in float32 and in bf16, then run
 once, each in a process of its own. Warm-up steps are left out of the rates and reported.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

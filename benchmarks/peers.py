@@ -1,7 +1,5 @@
 """Environments of peers: their packages, apart from ours, in a folder of the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

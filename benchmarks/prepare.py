@@ -1,7 +1,5 @@
 """Inputs that all contestants share: weights, and tokens in the order in which we train on them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

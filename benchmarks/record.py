@@ -4,8 +4,6 @@ Needs nothing but what its contestant has loaded, so that peers can use it in en
 their own.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Results as a table and as a picture."""
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

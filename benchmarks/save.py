@@ -6,8 +6,6 @@ Trains each model for a few steps through `fit`, with synchronous and with async
 reads their journals. Needs 5 GB of disk and 4 GB of memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -6,8 +6,6 @@ Runs the spam stages of configs/run/smollm2.yaml once a seed (what is done alrea
 prints every seed, the mean, and its 95 % interval by Student's t.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -6,8 +6,6 @@ Seven get a text each; then comes one prompt of 1,500 words, or eight of 200. Pr
 whole, as they were before, or in pieces.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess

@@ -5,8 +5,6 @@
 Prints medians of five starts each, in seconds, and keeps them as JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

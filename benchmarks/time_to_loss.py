@@ -9,8 +9,6 @@ loss that the plain loop reaches. Validations do not count in either's time, the
 `fit` saves after each do. Keeps both curves as JSON and as a picture.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

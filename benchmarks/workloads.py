@@ -1,7 +1,5 @@
 """What is measured, and against whom."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Of text what it costs by xz and by a 5-gram model of bytes, of labels what a bag of words achieves.
 """
 
-from __future__ import annotations
-
 import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ the memory.
 Shapes: B rows, T tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ What the template writes is told apart from what people say, so that a marker ty
 ordinary text, which rendering to one string and encoding that would not do.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import json

@@ -1,7 +1,5 @@
 """Documents of any source, one after the other: what a corpus and a tokenizer are made from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Entries of instruction data, in the forms that people write them, each made an item."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files: written whole or not at all, digested, and decoded with errors that say where."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import hashlib

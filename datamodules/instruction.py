@@ -1,7 +1,5 @@
 """Prompts with responses to learn, in one prompt style, split so that no question leaks."""
 
-from __future__ import annotations
-
 import datetime
 from typing import Any, get_args
 

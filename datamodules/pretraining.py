@@ -1,7 +1,5 @@
 """Next-token prediction on plain text: an epoch is the corpus, cut into disjoint blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How far long work on data is: a line now and then, wherever it is read."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

@@ -11,8 +11,6 @@ Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml O
 style `template` is that of the tokenizer's makers: the Jinja source that they published with it.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence

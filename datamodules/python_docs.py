@@ -1,7 +1,5 @@
 """The English prose that every Python installation carries: a corpus without a download."""
 
-from __future__ import annotations
-
 import ast
 import sysconfig
 import warnings

@@ -1,7 +1,5 @@
 """Where data comes from: files, folders, globs, samples, downloads."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

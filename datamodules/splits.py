@@ -3,8 +3,6 @@
 Every function is pure: the same arguments give the same positions on every machine (numpy's PCG64).
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shapes: N rows.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from abc import abstractmethod

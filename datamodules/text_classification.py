@@ -1,7 +1,5 @@
 """Labelled texts from a table, split without leaks, and the preset for spam."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterator
 from pathlib import Path

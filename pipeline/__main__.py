@@ -1,7 +1,5 @@
 """The command line: `python -m pipeline COMMAND`, also installed as `gpt-pipeline COMMAND`."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os

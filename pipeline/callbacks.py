@@ -1,7 +1,5 @@
 """What watches a training run: speed, losses that stand out, sample texts."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ It is a fit that ends after a few steps, in a run that is thrown away: it reads 
 resolves data, tokenizer and weights by the same code.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Iterator, Sequence

@@ -9,8 +9,6 @@ tokenizer.json         the tokenizer itself
 manifest.json          size and SHA-256 of each file, written last
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Lightning's side of checkpoints: when they are written, and which are kept."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

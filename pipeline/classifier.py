@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, C n_embd, K labels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

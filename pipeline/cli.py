@@ -1,7 +1,5 @@
 """`fit`, `validate`, `test` and `predict`: LightningCLI, each run in a directory of its own."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

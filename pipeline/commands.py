@@ -3,8 +3,6 @@
 Nothing heavy is imported until a command runs, so that `--help` is instant.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """torch.compile where it pays: blocks, of whose many small kernels it makes few."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

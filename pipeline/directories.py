@@ -1,7 +1,5 @@
 """Directories of files: written whole or not at all, verified and told apart by digest."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

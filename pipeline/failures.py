@@ -1,7 +1,5 @@
 """Errors of libraries that have a remedy: said in one line."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -1,7 +1,5 @@
 """Figures of training and classification; a function returns a Figure and shows nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure

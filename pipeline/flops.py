@@ -1,7 +1,5 @@
 """Floating-point operations of training a transformer, by counting."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from pipeline.gpt import GPT

@@ -7,8 +7,6 @@ product is added where the layer's own is.
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the machine can do; asked once, before anything is built around it."""
 
-from __future__ import annotations
-
 import ctypes
 import platform
 import re

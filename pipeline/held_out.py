@@ -1,7 +1,5 @@
 """Whether what a checkpoint is evaluated on was held out from it, and is given as in training."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any

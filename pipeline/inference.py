@@ -2,8 +2,6 @@
 `score`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Keys of others come from the environment; no option, file or error holds one."""
 
-from __future__ import annotations
-
 import os
 import re
 

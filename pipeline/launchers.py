@@ -1,7 +1,5 @@
 """Processes that were started from outside."""
 
-from __future__ import annotations
-
 import os
 
 

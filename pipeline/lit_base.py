@@ -1,7 +1,5 @@
 """What both LightningModules share: starting weights, the exact optimizer step, checkpoints."""
 
-from __future__ import annotations
-
 import sys
 from abc import abstractmethod
 from collections.abc import Callable

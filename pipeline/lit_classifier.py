@@ -1,7 +1,5 @@
 """LitClassifier: a head on the last real token, and as much of the model below it as one likes."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any, Literal

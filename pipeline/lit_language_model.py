@@ -1,7 +1,5 @@
 """LitLanguageModel: pretraining and instruction tuning, the same loss on other data."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

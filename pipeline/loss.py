@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, C n_embd, V vocabulary, N supervised positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """What training needs in memory, foreseen by counting."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from pipeline.gpt import GPTConfig

@@ -1,7 +1,5 @@
 """What makes modules whose parameters have shapes, but no memory and no values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.overrides import TorchFunctionMode

@@ -1,7 +1,5 @@
 """From a checkpoint to a model that can be used: weights, tokenizer, what they were made with."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

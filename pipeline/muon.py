@@ -6,8 +6,6 @@ a CPU without bf16 products made a step of a small model ten times slower. tests
 that they agree.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Steps whose loss or gradients are not finite: skipped, counted, and in the end too many."""
 
-from __future__ import annotations
-
 import sys
 
 import lightning.pytorch as pl

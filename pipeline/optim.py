@@ -1,7 +1,5 @@
 """Optimizers and schedules: which parameters decay, which go to Muon, how the rate moves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

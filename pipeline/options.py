@@ -1,7 +1,5 @@
 """Options of Lightning's commands: where they come from, their names, and what cannot be meant."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Where a server of ours listens."""
 
-from __future__ import annotations
-
 import socket
 
 

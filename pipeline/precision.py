@@ -1,7 +1,5 @@
 """Names of the arithmetic of a model that only answers; without torch, as `--help` shows them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 # f16-weights: float32 throughout, on weights that are held in float16

@@ -1,7 +1,5 @@
 """What a training run says on stderr: its bars, its data modules; and what libraries do not."""
 
-from __future__ import annotations
-
 import logging
 import time
 import warnings

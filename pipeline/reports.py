@@ -1,7 +1,5 @@
 """What a Lightning stage says when it ends: figures, baselines, the rows of the chain's table."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections import Counter

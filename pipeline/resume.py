@@ -1,7 +1,5 @@
 """Whether a checkpoint may be resumed here: the same data, model, precision and processes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

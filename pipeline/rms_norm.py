@@ -6,8 +6,6 @@ cost more than a small matrix product; a GPU has kernels for both.
 Shapes: C width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

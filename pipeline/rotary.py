@@ -3,8 +3,6 @@
 Shapes: B rows, H heads, T tokens, D head size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ jsonargparse keeps the gate: it checks a name before it imports the module, and 
 what it found there was defined (`pipeline.cli.os.system` is `posix.system`).
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

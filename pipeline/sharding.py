@@ -5,8 +5,6 @@ embedding above all, once a step. The learning is that of one process, and so ar
 whole tensors, gathered on the first process, of which each takes its share when it resumes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

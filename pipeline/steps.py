@@ -1,7 +1,5 @@
 """What the trainer knows of a step: whether it is logged, its samples, the run that it is of."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 
 from datamodules.batching import MicroBatch

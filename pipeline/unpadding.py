@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, N tokens that are kept of them all, C width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What every test stands on: no network but loopback, one thread, real data where it is given."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Small models and vocabularies to export, and texts that tokenizers are compared on."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tiny models in the files of others, made by their own tools: for tests of what is read here."""
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache

@@ -1,7 +1,5 @@
 """Small SentencePiece-like vocabularies in the forms of others, trained by `tokenizers`."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Validation and test sets in files of their own: they stay whole, and nothing repeats them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

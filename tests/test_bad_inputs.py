@@ -1,7 +1,5 @@
 """A mistake ends in one line that names the key, the file or the row, and in exit code 2."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The harness measures what it says: warm-up left out, equal work refused where it is not equal."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

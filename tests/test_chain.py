@@ -1,7 +1,5 @@
 """Chains: what runs, what is reused, what a broken one goes on with. Stages are real processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

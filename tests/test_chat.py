@@ -1,7 +1,5 @@
 """Conversations in a terminal: what is forgotten, what ends an answer."""
 
-from __future__ import annotations
-
 import io
 import signal
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """`check`: it says what `fit` would do, takes a few steps, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import gc
 import re
 import signal

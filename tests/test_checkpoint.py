@@ -1,7 +1,5 @@
 """Checkpoints are whole or refused by name; what was saved is what is loaded, wherever it lies."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """The classifier reads the last real token of a row, whatever is behind it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The command line: help that is instant, mistakes that fit on one line, `tokenizer train`."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

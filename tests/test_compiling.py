@@ -3,8 +3,6 @@
 Traced as for a GPU and run as traced; what is made of it there is in tests/test_gpu.py.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

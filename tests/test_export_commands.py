@@ -1,7 +1,5 @@
 """`import` and `export` through the command line: what they make, keep, print and refuse."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """GGUF files, read back by our own reader: bits, hyperparameters, tokenizer, and a Modelfile."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

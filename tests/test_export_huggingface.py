@@ -1,7 +1,5 @@
 """A Hugging Face directory: the same bits back, the same logits and decisions in transformers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Needs llama-cpp-python (`pip install llama-cpp-python` compiles it), here or in 
 GPT_PIPELINE_LLAMA_CPP names.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """A PEFT adapter on the exported base gives the logits of the LoRA checkpoint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

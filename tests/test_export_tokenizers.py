@@ -1,7 +1,5 @@
 """Exported tokenizers and chat templates: the same ids in transformers as here."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

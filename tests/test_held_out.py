@@ -1,7 +1,5 @@
 """What a checkpoint is evaluated on was held out from it, and is given as it was in training."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

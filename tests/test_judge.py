@@ -1,7 +1,5 @@
 """The judge over real HTTP, against a server on loopback that also misbehaves, in every way."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a model has seen, while rows come and go in its store."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

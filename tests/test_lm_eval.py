@@ -4,8 +4,6 @@ Needs lm-evaluation-harness in the Python that GPT_PIPELINE_LM_EVAL names
 (`pip install 'lm_eval[api,hf]'`). The tasks are local files: nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

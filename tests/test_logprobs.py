@@ -1,7 +1,5 @@
 """Log-probabilities are the model's own, of every token, whatever else is written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

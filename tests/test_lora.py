@@ -1,7 +1,5 @@
 """Adapters: nothing at the start, nothing of the base touched, merged exactly, readable by PEFT."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

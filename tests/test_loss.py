@@ -1,7 +1,5 @@
 """The next-token loss: shifted once, summed over supervised positions, exact over any cut."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """`merge`: the certificate states what can be measured, and nothing is written without one."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

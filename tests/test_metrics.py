@@ -1,7 +1,5 @@
 """Text metrics against values by hand and reference implementations; intervals against a truth."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

@@ -3,8 +3,6 @@
 They train for as long as it takes to have something to see; here they train a tenth of it.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

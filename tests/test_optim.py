@@ -1,7 +1,5 @@
 """Schedules by their points, decay groups by name, and two optimizers that are one."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A model laid out for decoding says what it said before."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Counts are of one optimizer step (several micro-batches, unless said otherwise),
 backward, as the dispatcher sees it.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections import Counter

@@ -1,7 +1,5 @@
 """What was computed for a text serves others that begin alike, and changes none of them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a training run says while it runs, in a terminal and in a file."""
 
-from __future__ import annotations
-
 import logging
 import re
 import shlex

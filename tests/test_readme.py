@@ -1,7 +1,5 @@
 """What the README tells people to type is typed here, on a tiny model."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

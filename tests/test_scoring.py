@@ -1,7 +1,5 @@
 """From responses to scores, summary and report; the judge answers over real HTTP."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

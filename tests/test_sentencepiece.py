@@ -1,7 +1,5 @@
 """SentencePiece's BPE: ids of `tokenizers`, transformers and scores in GGUF; texts given back."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

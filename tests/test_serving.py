@@ -1,7 +1,5 @@
 """`serve`, asked over HTTP by OpenAI's own client: a real process, a real port."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The engine: who waits, who is written together, what is told when it cannot go on."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Callable, Iterator

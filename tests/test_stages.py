@@ -1,7 +1,5 @@
 """The stages through the command line, on a tiny model: what each leaves, and what uses it."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import itertools

@@ -3,8 +3,6 @@
 tests/test_gpu.py has the same with CUDA graphs.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace

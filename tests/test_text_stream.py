@@ -1,7 +1,5 @@
 """Text as its tokens come: the whole of it, nothing of what ends it, nothing taken back."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The optimizer step, what is trained, what is refused, and golden losses."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What is around the graphs of training, without them; tests/test_gpu.py has them."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The command line on weights of others: a directory, a GGUF file, a name; with adapters on top."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

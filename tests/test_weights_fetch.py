@@ -1,7 +1,5 @@
 """Weights by name: a hub and a package index on this machine, whole, slow, broken and gone."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """GGUF files: the logits of transformers on the same dequantised weights, or one line."""
 
-from __future__ import annotations
-
 import shutil
 import struct
 from collections.abc import Callable

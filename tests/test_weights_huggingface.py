@@ -1,7 +1,5 @@
 """Hugging Face directories: what transformers writes is read, bit for bit; anything else named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`import`: a checkpoint written tensor by tensor is the one that a whole model would be."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct, from the user's cache: as in transformers, and in little memory."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

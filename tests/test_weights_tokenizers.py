@@ -1,7 +1,5 @@
 """Byte-level BPE of others has the same ids here: as `tokenizers` gives, as transformers gives."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

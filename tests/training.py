@@ -1,7 +1,5 @@
 """Small trainers and modules, built by hand, for tests below the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path

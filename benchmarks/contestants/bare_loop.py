@@ -3,8 +3,6 @@
 python -m benchmarks.contestants.bare_loop RECORD WEIGHTS STEPS N_STEPS PRECISION
 """
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

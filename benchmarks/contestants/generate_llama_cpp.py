@@ -6,8 +6,6 @@ Where PRECISION is float32, keys and values are too, and flash attention, which 
 both are as by default.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -3,8 +3,6 @@
 python -m benchmarks.contestants.generate_ours RECORD WEIGHTS PROMPTS N_NEW PRECISION
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

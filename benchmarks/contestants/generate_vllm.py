@@ -5,8 +5,6 @@ python -m benchmarks.contestants.generate_vllm RECORD WEIGHTS PROMPTS N_NEW PREC
 All cores compute (one would be left for a server), and its compiler is on, as by default.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

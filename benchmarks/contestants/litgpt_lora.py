@@ -7,8 +7,6 @@ the order in which they are trained; PRECISION one of Fabric's. The rate is cons
 the scheduler of the recipe always warms up. The recipe does not clip gradients.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -5,8 +5,6 @@
 PLACES texts are written at a time; all else is as llama.cpp has it, but that float32 is float32.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 

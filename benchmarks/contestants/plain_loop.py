@@ -6,8 +6,6 @@ In float32 as there on a CPU; in bf16 as there on a GPU: autocast, compiled, Ada
 WEIGHTS is a GPT-2 directory in Hugging Face's form; STEPS an array (steps, B, T) of token ids.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ STEPS is an array (steps, B, T) of token ids, VALIDATION one of rows (N, T); val
 not count.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,8 +6,6 @@ ASKED is JSON: what every request has beside its question. COMMAND starts a serv
 at the port that stands for `{port}`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

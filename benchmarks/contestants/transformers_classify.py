@@ -3,8 +3,6 @@
 python -m benchmarks.contestants.transformers_classify RECORD WEIGHTS STEPS PRECISION
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

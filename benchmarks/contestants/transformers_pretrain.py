@@ -3,8 +3,6 @@
 python -m benchmarks.contestants.transformers_pretrain RECORD WEIGHTS STEPS N_STEPS PRECISION
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from typing import Any

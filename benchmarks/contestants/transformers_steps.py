@@ -1,7 +1,5 @@
 """A record of the steps of a transformers Trainer, of whatever class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@
 ENTRIES is JSON: {prompt, completion} each, in the order in which they are trained.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -3,8 +3,6 @@
 python -m benchmarks.contestants.vllm_server WEIGHTS PORT PLACES
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, V vocabulary; L, G, N and D as in `kv_cache.py`.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

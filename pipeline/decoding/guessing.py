@@ -5,8 +5,6 @@ step that is due anyway (prompt lookup decoding, Saxena 2023). They change no te
 logits after a guess are used if that very token was chosen, by whatever way tokens are chosen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipeline.attention_products import MAX_NEW_TOKENS

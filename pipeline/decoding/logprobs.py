@@ -3,8 +3,6 @@
 Shapes: N places, T tokens, C channels, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

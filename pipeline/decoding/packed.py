@@ -10,8 +10,6 @@ microseconds however small: so there are few of them, and some in place.
 Shapes: I inputs, O outputs, of several layers one after the other; the rest as in `gpt.py`.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

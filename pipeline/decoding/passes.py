@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens, C width, V vocabulary; L, G, N and D as in `kv_cache.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple

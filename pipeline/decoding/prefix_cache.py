@@ -3,8 +3,6 @@
 Shapes: L layers, G key/value heads, N tokens of a text, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -6,8 +6,6 @@ longer than it runs.
 Shapes: R places for rows, B of them with rows, T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

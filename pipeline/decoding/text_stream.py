@@ -1,7 +1,5 @@
 """Text as its tokens come: no half characters, and nothing of what ends it."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterable, Sequence
 

@@ -3,8 +3,6 @@
 Shapes: N items, C classes, R bootstrap replicates.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array

@@ -1,7 +1,5 @@
 """An LLM as judge: every response asked about once, no reply lost, resumable from a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Where a judge is, and how patiently it is asked; checked before anything is sent."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

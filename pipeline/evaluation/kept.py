@@ -1,7 +1,5 @@
 """What takes long to come by, kept on disk as it comes: a command that was killed goes on."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

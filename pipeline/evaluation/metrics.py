@@ -6,8 +6,6 @@ resampling serves them all: a bootstrap replicate is a row of weights, the times
 Shapes: N items, K counts an item, R bootstrap replicates.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections.abc import Callable, Sequence

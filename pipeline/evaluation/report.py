@@ -1,7 +1,5 @@
 """The report of an evaluation: one HTML file that needs nothing else."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`responses.jsonl`: what a model answered, one object an item, whichever model it was."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence

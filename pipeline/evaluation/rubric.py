@@ -4,8 +4,6 @@ The 0-100 scale is that of Raschka, *Build a Large Language Model (From Scratch)
 replies that are no number drop out of the mean, here every one is kept and counted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

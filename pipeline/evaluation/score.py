@@ -1,7 +1,5 @@
 """The evaluation stage: responses in; scores, a summary and a report out."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores of items brought together: a row a measure, with 95 % intervals and paired differences."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

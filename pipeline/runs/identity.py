@@ -1,7 +1,5 @@
 """What makes two runs the same: the options that decide a result, and their digest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result

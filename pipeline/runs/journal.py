@@ -11,8 +11,6 @@ A line has `time` (unix seconds), `kind`, and by kind
     status    status RUNNING | FINISHED | FAILED | KILLED, and its facts
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -10,8 +10,6 @@ parameters that are None; one that changed is a tag `changed.<parameter>`; a tex
 is an artifact. A run that ended by a user's mistake with nothing measured is not there at all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

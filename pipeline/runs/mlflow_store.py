@@ -1,7 +1,5 @@
 """Where MLflow keeps its records for a root of runs: the database, the artifacts, their making."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sqlite3

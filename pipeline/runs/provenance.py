@@ -1,7 +1,5 @@
 """Facts that a result is traced back by: the command, code, versions, hardware. Never secrets."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import re

@@ -2,8 +2,6 @@
 on with, or a new one.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count, takewhile

@@ -1,7 +1,5 @@
 """RunLogger: Lightning's metrics into the run's journal."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

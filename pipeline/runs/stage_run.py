@@ -1,7 +1,5 @@
 """Where a command keeps its run: where the chain says, or else in a folder named by its options."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

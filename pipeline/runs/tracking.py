@@ -1,7 +1,5 @@
 """Tracking in MLflow that never costs a run: a replica of the journals, late where it must be."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """The HTTP side: routes, errors in OpenAI's form, a key, a limit to what is read."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac

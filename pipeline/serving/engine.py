@@ -1,7 +1,5 @@
 """One thread runs the model for all who ask: requests wait, join the batch, and leave it."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 What is not kept is refused by name; nothing that a client asks for is left out silently.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterable, Sequence

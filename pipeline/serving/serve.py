@@ -1,7 +1,5 @@
 """`serve`: a checkpoint at an HTTP port, until it is stopped."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

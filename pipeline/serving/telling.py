@@ -1,7 +1,5 @@
 """Log-probabilities in OpenAI's two forms: tokens as pieces of a text, and where each begins."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple

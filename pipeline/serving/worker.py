@@ -1,7 +1,5 @@
 """The one thread that runs a model."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait

@@ -1,7 +1,5 @@
 """Turns HTTP requests into texts for the engine to write, and streams what it writes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import secrets

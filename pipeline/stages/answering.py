@@ -1,7 +1,5 @@
 """A model's answers to held-out instructions, and how well it foresees what should be answered."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

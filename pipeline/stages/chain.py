@@ -5,8 +5,6 @@ config and the content of its inputs. Finished, it is a result to reuse as long 
 same; unfinished, it is a run to go on with. The parent run is found again in the same way.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

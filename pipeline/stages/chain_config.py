@@ -1,7 +1,5 @@
 """The YAML of a chain: read and checked as a whole, before anything runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`classify` of a table: in a chain it keeps a run, which says what it made of what."""
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path

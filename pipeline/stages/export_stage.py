@@ -1,7 +1,5 @@
 """`export`: a model in the form of other tools, with a card and its lineage."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 Run by `run` in a process of its own, since Lightning, which parses them, is large and slow to load.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

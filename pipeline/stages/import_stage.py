@@ -1,7 +1,5 @@
 """`import`: weights of others as a checkpoint of ours."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: V vocabulary, K labels, P positions.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

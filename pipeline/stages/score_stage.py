@@ -1,7 +1,5 @@
 """`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

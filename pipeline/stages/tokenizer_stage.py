@@ -1,7 +1,5 @@
 """`tokenizer train`: a vocabulary from text, with how well it compresses."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The README.md of an exported directory: what it is, what it was made from, how to load it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

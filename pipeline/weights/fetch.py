@@ -1,7 +1,5 @@
 """Weights by name: what is published, fetched once when it is asked for, then used offline."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource

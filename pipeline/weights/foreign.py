@@ -1,7 +1,5 @@
 """Reading a model of others: every tensor used once, shapes checked, a few rows at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ vocabulary of 49,000: 3 s, 200 MB), and a damaged length sends it round a loop o
 Source: the GGUF specification, versions 2 and 3, little-endian.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import struct

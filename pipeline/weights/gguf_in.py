@@ -1,7 +1,5 @@
 """GGUF files: hyperparameters, tokenizer and (dequantised) tensors of what `names` knows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

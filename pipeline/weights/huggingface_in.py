@@ -1,7 +1,5 @@
 """Hugging Face directories: config.json, safetensors (also sharded), tokenizer.json."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -5,8 +5,6 @@ only with GPT-2, where W (h + d) = W h + b for a shift d of the last norm's own 
 lost. Logits, decisions and ids are compared with transformers' in tests/test_export_huggingface.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a model was made from, up to the weights that somebody else published."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

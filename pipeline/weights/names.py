@@ -3,8 +3,6 @@
 Shapes: C n_embd, H heads, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -5,8 +5,6 @@ block-diagonal: the rows of A are stacked, B sends each part to its own outputs,
 up. The same logits are shown in tests/test_export_peft.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

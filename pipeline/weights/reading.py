@@ -1,7 +1,5 @@
 """One door to weights of others: a Hugging Face directory or a GGUF file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

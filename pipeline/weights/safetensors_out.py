@@ -1,7 +1,5 @@
 """safetensors files written as their tensors come: one of them is in memory at a time."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ a token are merged, the best score first. Equality with `tokenizers`, transforme
 shown in tests/test_sentencepiece.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any

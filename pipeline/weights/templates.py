@@ -4,8 +4,6 @@ Rendered and encoded elsewhere, a prompt has the ids that `encode_prompt` gives 
 transformers in tests/test_export_tokenizers.py).
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -6,8 +6,6 @@ their ids both give the same ids, and where it does not the vocabulary is refuse
 from the ranks, in tests/test_export_tokenizers.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass

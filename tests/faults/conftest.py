@@ -1,7 +1,5 @@
 """A command to be hurt, and the folder that it keeps its runs in."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Commands to be killed, in processes forked from one that has imported everything."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

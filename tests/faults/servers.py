@@ -1,7 +1,5 @@
 """A server on loopback that answers each connection as a test says, byte by byte if need be."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import socketserver

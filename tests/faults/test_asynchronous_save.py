@@ -1,7 +1,5 @@
 """A checkpoint that is written while training goes on: what it holds, and what stops it."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A chain that was killed in the middle of a training, its stage with it, ends as if it was not."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Checkpoints that are damaged, or cannot be written: refused by name, and the others stay."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Small files that a run leaves, damaged: one clear line, or noticed and made anew."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Downloads from servers and in archives that do harm: bounded, refused, nothing left behind."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

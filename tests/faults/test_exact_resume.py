@@ -1,7 +1,5 @@
 """A run that was stopped goes on exactly where it was, whatever it trains and however it stops."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Files and replies of strangers, at random: read, or refused in words; never a traceback."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import struct

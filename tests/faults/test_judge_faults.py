@@ -3,8 +3,6 @@
 `test_judge.py` has the replies; here are the connections below them, and the whole command.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterator

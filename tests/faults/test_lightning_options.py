@@ -1,7 +1,5 @@
 """Options of Lightning's that meet this project's own: refused, or heeded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A checkpoint of another run is not resumed by mistake: what differs is named."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

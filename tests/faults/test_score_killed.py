@@ -1,7 +1,5 @@
 """`score` is killed while a model answers: what was answered is not asked for again."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files and replies of strangers: nothing executes, nothing outside is touched, no key is kept."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """Killed, terminated or interrupted, and started again with the same command: nothing is lost."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

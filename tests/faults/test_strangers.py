@@ -1,7 +1,5 @@
 """A config from a stranger: with `--safe` nothing that it names runs, wherever it names it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """MLflow that is down, slow, full, locked or crowded: training ends well, and all arrives once."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

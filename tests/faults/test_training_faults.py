@@ -1,7 +1,5 @@
 """What can go wrong while a model is trained: memory, workers, sources, losses."""
 
-from __future__ import annotations
-
 import re
 import signal
 from pathlib import Path

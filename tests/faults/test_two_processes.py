@@ -1,7 +1,5 @@
 """Two processes learn what one does: token-exact means, every sample once, one of them logs."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -23,6 +23,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-pipeline"
 
 
+def expanded(source: str | Path) -> Path:
+    """A source as a path of this machine, whether it is there or not."""
+    return Path(os.path.expandvars(source)).expanduser()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.downloads import DOWNLOADS, download
-from datamodules.files import cache_dir, file_digests, replacing
+from datamodules.files import cache_dir, expanded, file_digests, replacing
 from datamodules.python_docs import python_docs
 
 PYTHON_DOCS = "bundled:python-docs"
@@ -38,7 +38,7 @@ def resolve(source: str) -> list[Path]:
         return [_bundled(name)]
     if kind == "download":
         return [download(_known(DOWNLOADS, name, kind))]
-    path = Path(os.path.expandvars(source)).expanduser()
+    path = expanded(source)
     if path.is_file():
         return [path]
     if path.is_dir():

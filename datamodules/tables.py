@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 JSONL = (".jsonl", ".ndjson")
 ROWS = (*JSONL, ".parquet", ".csv", ".tsv")  # what `read_rows` reads
+_SHOWN = 10  # of many
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _HALF = re.compile(  # a lone surrogate, after plain text, pairs of them and other escapes
     r"(?:[^\\]++|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)*+(\\u....)"
 )
 
 
-def some(values: Sequence[Any], n: int = 10) -> str:
+def some(values: Sequence[Any]) -> str:
     """The first of some rows or texts, for a message."""
-    return ", ".join(map(str, values[:n])) + (" ..." if len(values) > n else "")
+    return ", ".join(map(str, values[:_SHOWN])) + (" ..." if len(values) > _SHOWN else "")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import tiktoken
 
 from datamodules.byte_level import ByteLevel, token_bytes
-from datamodules.files import digest, replacing
+from datamodules.files import digest, expanded, replacing
 from datamodules.sentencepiece import CharacterLevel, SentencePiece
 
 ENDOFTEXT = "<|endoftext|>"
@@ -230,7 +229,7 @@ class Tokenizer:
         """
         if str(source) in tiktoken.list_encoding_names():
             return _named(str(source))
-        path = Path(os.path.expandvars(source)).expanduser()
+        path = expanded(source)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(

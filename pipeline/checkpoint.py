@@ -39,7 +39,7 @@ from pipeline.directories import (
     writing_directory,
 )
 
-FORMAT = 2  # raise it when an earlier checkpoint would not resume exactly
+FORMAT = 3  # raise it when an earlier checkpoint would not resume exactly
 META, WEIGHTS, TRAINING = "meta.json", "model.safetensors", "training.pt"
 CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

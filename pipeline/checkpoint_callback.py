@@ -320,7 +320,7 @@ class Checkpoints(pl.Callback):
         """Restores what `state_dict` gave."""
         self.best, self.last_step = state_dict["best"], state_dict["last_step"]
         self.should_stop = state_dict["should_stop"]
-        self.last_validated = state_dict.get("last_validated", 0)  # of an earlier version
+        self.last_validated = state_dict["last_validated"]
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""

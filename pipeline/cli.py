@@ -58,7 +58,7 @@ from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # bf16-true would round means too
+TrainingPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
 def as_list(value: Any) -> list[Any]:
@@ -86,7 +86,10 @@ class PipelineCLI(LightningCLI):
         """`run`, `checkpoints` and `precision` beside Lightning's own groups."""
         parser.add_argument("--run", type=RunConfig, help="Where the run is kept.")
         parser.add_argument(
-            "--precision", type=Precision, default="auto", help="Numerical precision of training."
+            "--precision",
+            type=TrainingPrecision,
+            default="auto",
+            help="Numerical precision of training.",
         )
         parser.link_arguments(
             ("precision", "trainer.accelerator"), "trainer.precision", compute_fn=resolve_precision

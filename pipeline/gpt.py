@@ -109,9 +109,8 @@ class GPTConfig:
             )
 
     def primitives(self) -> dict[str, Any]:
-        """What a checkpoint keeps; without what it had no word for once, where that is not used."""
-        unused = {"head_dim": None, "qkv_bias": False, "qk_norm": False}
-        return {k: v for k, v in asdict(self).items() if k not in unused or v != unused[k]}
+        """What a checkpoint keeps."""
+        return asdict(self)
 
     @classmethod
     def from_primitives(cls, values: dict[str, Any]) -> GPTConfig:

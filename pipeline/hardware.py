@@ -35,16 +35,16 @@ def inference_precision(precision: Precision) -> Precision:
         ValueError: f16-weights are asked for and there are no such products.
     """
     device = default_device()
-    if precision == "auto" and multiplies_bf16(device):
-        return "bf16-true"
-    if precision in ("auto", "f16-weights") and multiplies_f16_weights(device):
-        return "f16-weights"
-    if precision == "f16-weights":
+    if precision == "auto":
+        if multiplies_bf16(device):
+            return "bf16-true"
+        return "f16-weights" if multiplies_f16_weights(device) else "32-true"
+    if precision == "f16-weights" and not multiplies_f16_weights(device):
         raise ValueError(
             "precision is f16-weights, which takes a CPU with AVX2; give auto, 32-true or "
             "bf16-true."
         )
-    return "32-true" if precision == "auto" else precision
+    return precision
 
 
 def resolve_precision(precision: str, accelerator: object) -> str:

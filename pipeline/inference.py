@@ -274,7 +274,7 @@ def label_probabilities(
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} is empty; there is nothing to label.")
-        suffix, max_length = meta.get("suffix", ""), meta["max_length"]
+        suffix, max_length = meta["suffix"], meta["max_length"]
         ids, is_cut = encode_text(loaded.tokenizer, text, suffix, max_length)
         samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
         n_cut += is_cut

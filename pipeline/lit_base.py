@@ -329,15 +329,11 @@ class LitStep(pl.LightningModule):
             "kind": self.kind,
             "gpt": self.gpt.config.primitives(),
             "lora": asdict(self.lora_config) if self.lora_config else None,
-            "optimizer": asdict(self.optimizer_config) | self._rule(),
+            "optimizer": asdict(self.optimizer_config),
             "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
         run = {"precision": self.trainer.precision, "world_size": self.trainer.world_size}
         return flat({"data": self.data.identity(), "model": model, "trainer": run})
-
-    def _rule(self) -> dict[str, str]:
-        """How Muon takes queries and keys: its state once was in another order."""
-        return {"rule": "by head"} if self.optimizer_config.name == "muon" else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""

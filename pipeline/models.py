@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.files import digest
+from datamodules.files import digest, expanded
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Tokenizer
 from pipeline import lora
@@ -26,7 +26,7 @@ from pipeline.checkpoint import (
 from pipeline.classifier import GPTClassifier
 from pipeline.directories import CheckpointError
 from pipeline.gpt import GPT, GPTConfig
-from pipeline.weights.fetch import local, locate
+from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.reading import is_foreign, open_foreign, read_model
 
@@ -80,7 +80,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
         return load_checkpoint(path, dtype)
     foreign = open_foreign(path)
     model = read_model(foreign, path, dtype).eval()
-    name = None if local(source).exists() else str(source)
+    name = None if expanded(source).exists() else str(source)
     return Loaded(model, foreign.tokenizer, foreign_meta(foreign), path, name)
 
 
@@ -142,7 +142,7 @@ def _whole(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
 def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     loaded = load(find_base(path, meta["base"]))
     base, found = loaded.gpt.float(), base_digest(loaded)
-    if meta["base"]["digest"] not in (found, tensors_digest(base.tensors())):
+    if meta["base"]["digest"] != found:
         raise ValueError(
             f"{path} was trained on a base with digest {meta['base']['digest'][:12]}, but the one "
             f"at {meta['base']['path']} has {found[:12]}; put the original back."

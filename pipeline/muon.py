@@ -22,8 +22,8 @@ class Muon(torch.optim.Muon):
 
     In bf16 where the hardware multiplies that; on a GPU all matrices of a shape at a time. Where a
     group of parameters has a `head_size`, every so many rows of a matrix are one of their own, as
-    heads are in attention's scores. The update is scaled to AdamW's usual size, as
-    `adjust_lr_fn="match_rms_adamw"` does.
+    heads are in attention's scores. The update is scaled to AdamW's usual size, so that both take
+    one rate (Liu et al. 2025): `adjust_lr_fn="match_rms_adamw"` of torch's.
     """
 
     @torch.no_grad()

@@ -11,8 +11,6 @@ from torch import nn
 from pipeline.gpt import Attention
 from pipeline.muon import Muon
 
-# Muon's update of a matrix is scaled to AdamW's usual size: both take one rate (Liu et al. 2025)
-MUON_LR_RULE = "match_rms_adamw"
 MUON_STEPS = 4  # of Newton-Schulz; a fifth costs 6 % of a step of a small model and wins nothing
 OptimizerName = Literal["adamw", "muon"]
 
@@ -108,7 +106,6 @@ def make_optimizer(
         _by_head(module, matrices),
         lr=config.lr,
         weight_decay=config.weight_decay,
-        adjust_lr_fn=MUON_LR_RULE,
         ns_steps=MUON_STEPS,
     )
     rest = [p for name, p in trainable.items() if name not in matrices]

@@ -2,6 +2,8 @@
 
 import socket
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one.

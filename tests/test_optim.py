@@ -278,7 +278,7 @@ def test_a_head_is_a_matrix_of_its_own() -> None:
         for matrix, part in zip(matrices, gradient.chunk(n_parts), strict=True):
             matrix.grad = part
         groups = [{"params": matrices, "head_size": head_size}]
-        Muon(groups, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        Muon(groups, lr=0.1, weight_decay=0.0).step()
         return torch.cat([matrix.detach() for matrix in matrices])
 
     torch.testing.assert_close(moved(1, 8), moved(3, None))

@@ -55,11 +55,11 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
         for source in (value if isinstance(value, list) else [value])
     ]
     return (
-        outcome.get("complete", True)
+        outcome["complete"]
         and all(Path(path).exists() for path in outcome["outputs"].values())
         and all(
             path_digest(Path(outcome["outputs"][name])) == recorded
-            for name, recorded in outcome.get("digests", {}).items()
+            for name, recorded in outcome["digests"].items()
         )
         and all(_is_unchanged(name, recorded[name]) for name in recorded)
         and not any(_has_grown(source, set(recorded), of_data) for source, of_data in sources)

@@ -17,14 +17,13 @@ from pipeline.classifier import GPTClassifier
 from pipeline.inference import label_probabilities, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
-from pipeline.ports import listen
+from pipeline.ports import LOOPBACK, listen
 from pipeline.precision import Precision
 from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.worker import Worker
 from pipeline.serving.writer import Defaults, Writer
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PATIENCE_S = 30  # with texts that are being written when the server is stopped
 
 

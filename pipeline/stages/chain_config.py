@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.files import at
+from datamodules.files import at, expanded
 from datamodules.sources import SOURCES
 from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
@@ -102,7 +102,7 @@ class Stage:
         """Files and folders that options name, inputs and data apart: these have a home each."""
         given = {key: v for key, v in self.options().items() if key.rpartition(".")[2] in PATHS}
         texts = {key: value for key, value in given.items() if isinstance(value, str)}
-        paths = {k: Path(os.path.expandvars(v)).expanduser() for k, v in texts.items()}
+        paths = {key: expanded(value) for key, value in texts.items()}
         return {key: path for key, path in paths.items() if path.exists()}
 
     def identity(self) -> dict[str, Any]:

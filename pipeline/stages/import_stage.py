@@ -4,7 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from datamodules.files import file_digests
+from datamodules.files import expanded, file_digests
 from pipeline.checkpoint import (
     CHECKPOINTS,
     WEIGHTS,
@@ -19,7 +19,7 @@ from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
-from pipeline.weights.fetch import local, locate
+from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import mapping
 from pipeline.weights.lineage import short_name
 from pipeline.weights.reading import open_foreign, weights_writer
@@ -47,7 +47,7 @@ def _was_imported(path: Path) -> bool:
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:
     foreign = open_foreign(path)
-    origin = {"name": short_name(path) if local(source).exists() else source, "digest": content}
+    origin = {"name": short_name(path) if expanded(source).exists() else source, "digest": content}
     meta = {
         **foreign_meta(foreign),
         "step": 0,

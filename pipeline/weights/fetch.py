@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from datamodules.files import cache_dir, remembered_sha256, replacing, resolved, sha256
+from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.huggingface_in import (
     CONFIG,
@@ -65,7 +65,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         ValueError: where there is no such thing, or it cannot be fetched.
     """
-    path = local(source)
+    path = expanded(source)
     if path.exists():
         if outcome := read_outcome(path):  # a finished run: what it hands over
             made = [outcome["outputs"][n] for n in ("best", "exported") if n in outcome["outputs"]]
@@ -81,11 +81,6 @@ def locate(source: str | Path) -> Path:
             f".gguf file, a repository of the hub (owner/name), or {', '.join(PACKAGED)}."
         )
     return _from_hub(named["repository"], named["revision"])
-
-
-def local(source: str | Path) -> Path:
-    """A source as a path of this machine, whether it is there or not."""
-    return Path(os.path.expandvars(source)).expanduser()
 
 
 def packaged_path(name: str) -> Path:

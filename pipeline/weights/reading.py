@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.files import cache_dir
+from datamodules.files import cache_dir, expanded
 from datamodules.tokenizer import FILE_NAME, Tokenizer
 from pipeline.checkpoint import refuse_folder_of_checkpoints
 from pipeline.directories import damaged
 from pipeline.gpt import GPT
-from pipeline.weights.fetch import local, locate
+from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CARD, CONFIG, open_huggingface
@@ -105,7 +105,7 @@ def tokenizer_of(source: str | Path) -> str:
     if is_foreign(path):
         return str(_own_copy(open_foreign(path).tokenizer))
     refuse_folder_of_checkpoints(path)
-    return str(source if local(source).resolve() == path else path)
+    return str(source if expanded(source).resolve() == path else path)
 
 
 def _own_copy(tokenizer: Tokenizer) -> Path:

@@ -22,12 +22,13 @@ import tenacity
 from datamodules.downloads import deadline
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
+from pipeline.ports import LOOPBACK
 
 log = logging.getLogger(__name__)
 
 MAX_REPLY_BYTES = 2**20
 KEPT_CHARACTERS = 20_000  # of a reply that is no answer, for the record
-SCHEMA_REFUSED = (400, 422)  # OpenAI, llama.cpp and Ollama; FastAPI servers such as vLLM
+FORM_REFUSED = (400, 422)  # OpenAI, llama.cpp and Ollama; FastAPI servers such as vLLM
 REMEDIES = dict.fromkeys((301, 302, 307, 308), "give the final address as judge.base_url.") | {
     401: "export the right key under the name that judge.api_key_env gives.",
     403: "export a key with access under the name that judge.api_key_env gives.",
@@ -35,7 +36,6 @@ REMEDIES = dict.fromkeys((301, 302, 307, 308), "give the final address as judge.
 }
 UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout)
 PROBE_S = 5.0
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class EndpointError(Exception):
@@ -44,10 +44,6 @@ class EndpointError(Exception):
     def __init__(self, problem: str, raw: str = "", *, is_fatal: bool = False) -> None:
         super().__init__(problem)
         self.raw, self.is_fatal = raw, is_fatal
-
-
-class SchemaRefusedError(EndpointError):
-    """Status 400 or 422 to a request with a structured-output parameter."""
 
 
 class TransientError(EndpointError):
@@ -61,8 +57,9 @@ class Endpoint:
 
     Args:
         config: where it is, and how patient to be.
-        schema: JSON schema of the replies. A server that takes no such parameter is asked without
-            it from then on, so the conversation has to state the format as well.
+        schema: JSON schema of the replies. A server that refuses parameters is asked without them
+            until one request is answered, and like that from then on; so the conversation has to
+            state the format as well.
 
     Raises:
         ValueError: if the environment variable with the key is not set, or holds no key.
@@ -72,14 +69,15 @@ class Endpoint:
         self.config = config
         self.stop = threading.Event()
         self._key = config.api_key()
-        self._structured: dict[str, Any] = {
+        self._settling, self._is_settled = threading.Lock(), False  # which parameters it takes
+        self._parameters: dict[str, Any] = {
+            "temperature": 0,
+            "max_tokens": config.max_tokens,
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
-            }
+            },
         }
-        self._takes_schema: bool | None = None  # not known yet
-        self._bounds: dict[str, Any] = {"temperature": 0, "max_tokens": config.max_tokens}
         self._key_as_text = _spellings(self._key)
         self._tls = httpx.create_ssl_context()
         self._own = threading.local()  # a client for each thread
@@ -99,23 +97,6 @@ class Endpoint:
         Raises:
             EndpointError: if there is none, after every attempt that is allowed.
         """
-        if self._takes_schema is False:
-            return self._patiently(messages, structured=False)
-        try:
-            reply = self._patiently(messages, structured=True)
-        except SchemaRefusedError as error:
-            if self._takes_schema:  # it took the parameter before: the fault lies elsewhere
-                raise
-            reply = self._patiently(messages, structured=False)
-            log.warning(
-                "the judge takes no response_format (%s); going on with instructions alone.", error
-            )
-            self._takes_schema = False
-            return reply
-        self._takes_schema = True
-        return reply
-
-    def _patiently(self, messages: list[Message], *, structured: bool) -> str:
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.config.max_attempts)
             | tenacity.stop_when_event_set(self.stop),
@@ -124,7 +105,7 @@ class Endpoint:
             sleep=tenacity.sleep_using_event(self.stop),
             reraise=True,
         )
-        return attempts(self._post, messages, structured=structured)
+        return attempts(self._post, messages)
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -141,12 +122,9 @@ class Endpoint:
             self._clients.append(client)
         return client
 
-    def _post(
-        self, messages: list[Message], *, structured: bool, adapted: dict[str, Any] | None = None
-    ) -> str:
-        bounds = self._bounds if adapted is None else adapted
-        body = {"model": self.config.model, "messages": messages, **bounds}
-        body |= self._structured if structured else {}
+    def _post(self, messages: list[Message], adapted: dict[str, Any] | None = None) -> str:
+        parameters = adapted or self._parameters
+        body = {"model": self.config.model, "messages": messages, **parameters}
         url = self.config.base_url.rstrip("/") + "/chat/completions"
         client = self._client()
         with deadline(client, self.config.timeout_s) as is_over:
@@ -163,17 +141,25 @@ class Endpoint:
                     ) from error
                 what = str(error) or type(error).__name__
                 raise TransientError(f"the connection broke off ({what}).") from error
-        if response.status_code in SCHEMA_REFUSED and (other := _adapted(bounds, text)) != bounds:
-            return self._post(messages, structured=structured, adapted=other)
-        self._check_status(response, text, structured=structured)
-        if adapted is not None and self._bounds != adapted:  # it was for that
-            if "temperature" in self._bounds and "temperature" not in adapted:
-                log.warning(
-                    "the judge takes no temperature of 0; its verdicts may differ if repeated."
-                )
-            self._bounds = adapted
+        if response.status_code in FORM_REFUSED:  # by now another thread may know
+            other = self._parameters if self._is_settled else _adapted(parameters, text)
+            if other != parameters:
+                return self._post(messages, other)
+        self._check_status(response, text)
+        self._settle(parameters)
         # a short key may well stand in a number there, or in a name of the form itself
         return self._clean(_content(given, shown=text))
+
+    def _settle(self, parameters: dict[str, Any]) -> None:
+        """What a request was answered with is what all are sent with from now on."""
+        with self._settling:
+            if self._is_settled:
+                return
+            self._parameters, self._is_settled = parameters, True
+        if "response_format" not in parameters:
+            log.warning("the judge takes no response_format; going on with instructions alone.")
+        if "temperature" not in parameters:
+            log.warning("the judge takes no temperature of 0; its verdicts may differ if repeated.")
 
     def _read(self, response: httpx.Response) -> str:
         """The body, within the size that is allowed."""
@@ -187,7 +173,7 @@ class Endpoint:
                 )
         return body.decode(errors="replace")
 
-    def _check_status(self, response: httpx.Response, text: str, *, structured: bool) -> None:
+    def _check_status(self, response: httpx.Response, text: str) -> None:
         status = response.status_code
         if response.is_success:
             return
@@ -197,8 +183,6 @@ class Endpoint:
             error = TransientError(f"{problem}.", raw)
             error.retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
             raise error
-        if structured and status in SCHEMA_REFUSED:
-            raise SchemaRefusedError(f"{problem}.", raw)
         if status in REMEDIES:
             raise EndpointError(f"{problem}; {REMEDIES[status]}", raw, is_fatal=True)
         raise EndpointError(f"{problem}.", raw)
@@ -222,13 +206,16 @@ def connection_problem(config: JudgeConfig) -> str | None:
 
 
 def _adapted(sent: dict[str, Any], refusal: str) -> dict[str, Any]:
-    """What to send instead: OpenAI's newer models name a parameter that they do not take."""
-    bounds = dict(sent)
-    if "max_tokens" in sent and "max_completion_tokens" in refusal:
-        bounds["max_completion_tokens"] = bounds.pop("max_tokens")
-    elif "temperature" in sent and "temperature" in refusal:
-        del bounds["temperature"]
-    return bounds
+    """Parameters to try instead: without one that is named, else without the reply's format."""
+    named = [
+        name for name in ("response_format", "temperature") if name in sent and name in refusal
+    ]
+    parameters = dict(sent)
+    if "max_tokens" in sent and "max_completion_tokens" in refusal:  # OpenAI's newer models
+        parameters["max_completion_tokens"] = parameters.pop("max_tokens")
+    else:
+        parameters.pop(named[0] if named else "response_format", None)
+    return parameters
 
 
 def _client(config: JudgeConfig, headers: dict[str, str], tls: ssl.SSLContext) -> httpx.Client:

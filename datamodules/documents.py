@@ -21,7 +21,7 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: for a source that is not there.
-        ValueError: naming the file and byte, line or row that is no text.
+        ValueError: naming the file and byte, line or row that is not text.
     """
     for source in sources:
         column = "text" if source == PYTHON_DOCS else text_column
@@ -29,7 +29,7 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
             suffix = path.suffix.lower()
             if suffix in _NO_TEXT:
                 raise ValueError(
-                    f"{path} is no plain text; give text, .jsonl, .parquet, .csv or .tsv files."
+                    f"{path} is not plain text; give text, .jsonl, .parquet, .csv or .tsv files."
                 )
             if suffix in ROWS:
                 yield from (_text(row, column, at) for at, row in read_rows(path, column))

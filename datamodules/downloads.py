@@ -147,6 +147,6 @@ def _member(item: Download, archive: bytes) -> bytes:
                 return member.read(item.max_bytes)
     except (KeyError, RuntimeError, OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile):
         raise ValueError(
-            f"{item.url} is no zip archive with {item.member} in it; "
+            f"{item.url} is not a zip archive with {item.member} in it; "
             "give a local file as data.source."
         ) from None

@@ -118,7 +118,7 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
             ) from error
         if b"\0" in data:
             raise ValueError(
-                f"{path} is no text; take it out, or give a pattern such as "
+                f"{path} is not text; take it out, or give a pattern such as "
                 f"'{path.parent}/**/*.txt'."
             ) from error
         raise ValueError(

@@ -104,7 +104,7 @@ class PretrainingDataModule(StepDataModule):
 
         Raises:
             FileNotFoundError: for a source that is not there.
-            ValueError: for a source that is no text, or a corpus too short for the block size.
+            ValueError: for a source that is not text, or a corpus too short for the block size.
         """
         if hasattr(self, "fingerprint"):
             return

@@ -51,7 +51,7 @@ def refused_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
     yield row
     if unusable:
         first, *others = unusable
-        more = f" So with {len(others)} rows more: {some(others)}." if others else ""
+        more = f" {len(others)} more have problems too: {some(others)}." if others else ""
         raise ValueError(f"{unusable[first]}{more}") from unusable[first]
 
 
@@ -59,7 +59,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
 
     Raises:
-        ValueError: naming the file and line that is no JSON object, or the byte that is no UTF-8.
+        ValueError: naming the file and the line that is not a JSON object, or the byte that is not
+            UTF-8.
     """
     offset = 0
     with path.open("rb") as lines:
@@ -111,7 +112,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     if suffix in JSONL:
         return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
     if suffix not in (".csv", ".tsv", "", ".parquet"):
-        raise ValueError(f"{path} is no table; give a .csv, .tsv, .jsonl or .parquet file.")
+        raise ValueError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file.")
     text = "" if suffix == ".parquet" else decode(path.read_bytes(), path)
     try:
         if suffix == ".parquet":
@@ -173,7 +174,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 yield from batch.to_pylist()
     except ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
+        raise ValueError(f"{path} is not a Parquet file: {error}") from error
 
 
 def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:

@@ -179,7 +179,7 @@ class Tokenizer:
         return self.encoder.encode(text, before)
 
     def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Text of ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD.
+        """Text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD.
 
         Raises:
             KeyError: for an id that the vocabulary does not have.

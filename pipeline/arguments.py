@@ -46,7 +46,7 @@ def load_yaml(text: str) -> Any:
     """What a YAML text holds, in primitives.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or nested too deeply.
+        yaml.YAMLError: it is not valid YAML, or nested too deeply.
     """
     check_nesting(text)
     return yaml.safe_load(text)
@@ -61,13 +61,13 @@ def check_nesting(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             anchors.pop()
         elif isinstance(event, yaml.AliasEvent) and event.anchor in anchors:
-            raise yaml.YAMLError(f"*{event.anchor} stands in what it names; write it out.")
+            raise yaml.YAMLError(f"*{event.anchor} refers to itself; write it out.")
         if len(anchors) > _MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep; flatten it.")
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Refuses a file of options that is no YAML, by its name, which jsonargparse would leave out.
+    """Refuses a file of options that is not valid YAML by its name, which jsonargparse leaves out.
 
     Args:
         words: the command line after the command; a missing file is left to jsonargparse.
@@ -82,7 +82,7 @@ def check_configs(words: Sequence[str]) -> None:
             if path.is_file():
                 load_yaml(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:
@@ -113,11 +113,11 @@ def build(kind: type[D], values: Any, key: str) -> D:
         ValueError: an unknown or missing field or a wrong type, in one line that names the key.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{key}: {values!r} is no mapping of keys to values.")
+        raise ValueError(f"{key}: {values!r} is not a mapping of keys to values.")
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{key}.{name}: unknown key; there are {', '.join(known)}.")
+            raise ValueError(f"{key}.{name}: unknown key; known: {', '.join(known)}.")
     return construct(kind, values, key)
 
 

@@ -111,7 +111,7 @@ def verify_checkpoint(path: Path) -> None:
         if (path / ADAPTER_CONFIG).is_file():
             state += " (an adapter in PEFT's form alone is not read: peft merges it into its base)"
         raise CheckpointError(
-            f"{path} is no whole checkpoint: {state}; take another checkpoint."
+            f"{path} is not a whole checkpoint: {state}; take another checkpoint."
         ) from error
     if version != FORMAT:
         age = "an earlier" if version in range(FORMAT) else "another"
@@ -133,7 +133,9 @@ def refuse_folder_of_checkpoints(path: Path) -> None:
         found = [*steps_in(path), *steps_in(path / CHECKPOINTS)]
         if found:
             newest = max(found, key=lambda step: step.name)
-            raise CheckpointError(f"{path} is no checkpoint but holds some; give one, as {newest}.")
+            raise CheckpointError(
+                f"{path} is not a checkpoint but holds some; give one, as {newest}."
+            )
 
 
 def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
@@ -221,5 +223,5 @@ def read_training(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"{path / TRAINING} holds more than tensors and numbers, or no training state "
-            f"({str(error).partition('.')[0]}); nothing of it ran. Take another checkpoint."
+            f"({str(error).partition('.')[0]}); it was not executed. Take another checkpoint."
         ) from error

@@ -98,7 +98,7 @@ def check_output(path: Path, *, is_own: bool) -> None:
         is_own: whether what lies there is this command's.
     """
     if Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"output {path} is a folder that you are in; give a new one.")
+        raise ValueError(f"output {path} holds the current directory; give a new one.")
     if path.exists() and not is_own and not _is_empty(path):
         raise ValueError(f"output {path} exists and was not written by this command; give another.")
 

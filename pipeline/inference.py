@@ -108,14 +108,14 @@ def _recent(
         return encode_prompt(loaded.tokenizer, style, [*told, *messages])
 
     if (n_alone := len(encoded(turns[-1:]))) >= context:
-        print(f"(too long: {n_alone} tokens of {context - 1}; say it shorter)", file=sys.stderr)
+        print(f"(too long: {n_alone} tokens of {context - 1}; shorten it)", file=sys.stderr)
         del turns[-1]
         return None
     if len(encoded(turns)) + min(n_new, context // 4) > context:
         while len(turns) > 1 and len(encoded(turns)) > context // 2:  # seldom: all is read anew
             del turns[:2]  # a question and its answer
     if n_gone := n_turns - len(turns):
-        print(f"(the context is full: {n_gone} messages before are forgotten)", file=sys.stderr)
+        print(f"(the context is full: {n_gone} earlier messages are forgotten)", file=sys.stderr)
     return encoded(turns)
 
 
@@ -246,7 +246,7 @@ def load_classifier(source: str, threshold: float | None = None) -> Loaded:
     """
     loaded = load_for_use(source, "32-true")
     if not isinstance(loaded.model, GPTClassifier):
-        raise ValueError(f"{source} is no classifier; tune one with configs/spam.yaml.")
+        raise ValueError(f"{source} is not a classifier; tune one with configs/spam.yaml.")
     n_labels = len(loaded.meta["label_names"])
     if threshold is not None and n_labels != 2:
         raise ValueError(f"threshold is for two labels; this checkpoint has {n_labels}.")

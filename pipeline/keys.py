@@ -12,13 +12,13 @@ def key_from_environment(variable: str, option: str) -> str:
         option: what named it, for errors, which show neither the key nor the variable.
 
     Raises:
-        ValueError: for what is no name, a variable that is not set, or holds no key.
+        ValueError: for what is not a name, a variable that is not set, or holds no key.
     """
     if not variable:
         return ""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):  # the key itself?
         raise ValueError(
-            f"{option} is no name of an environment variable; "
+            f"{option} is not the name of an environment variable; "
             "export the key under some name and give that name here."
         )
     key = os.environ.get(variable, "").strip()

@@ -62,7 +62,7 @@ class LitClassifier(LitStep):
                 )
             model = loaded.model
         elif loaded is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            raise ValueError(f"{self.init_from} is no classifier; tune one with fit first.")
+            raise ValueError(f"{self.init_from} is not a classifier; tune one with fit first.")
         else:
             model = GPTClassifier(gpt, n_labels=len(names))
         self.metrics = make_metrics(len(names))

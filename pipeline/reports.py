@@ -25,8 +25,8 @@ from pipeline.runs.run_directory import Run, lines_of
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"
 NO_THIRD_SPLIT = (
-    "pretraining has no third split: this is a test where the text did not choose the best "
-    "checkpoint, as one of its own (data.val_source)."
+    "pretraining has no third split: this is the held-out text, which chose the best checkpoint "
+    "unless data.val_source names another here."
 )
 
 

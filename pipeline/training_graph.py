@@ -224,7 +224,7 @@ class _Run(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, None]:
         if ctx.graphs.latest is not ctx.token:
-            raise RuntimeError("another pass has begun, or this one went back before.")
+            raise RuntimeError("backward ran twice, or after another forward pass.")
         ctx.graphs.latest = None
         ctx.graphs.hold_gradients()
         ctx.one.backward(upstream)

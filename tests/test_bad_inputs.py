@@ -56,7 +56,7 @@ BEFORE_ANY_DATA = {
     "--model.optimizer.lr=fast": ["optimizer.lr"],
     "--model.optimiser.lr=1": ["optimiser", "--model.help CLASS lists"],
     "--trainer.max_stepz=3": ["max_stepz", "did you mean max_steps? --help lists"],
-    "--run.experiment=../elsewhere": ["run.experiment", "'../elsewhere' is no name"],
+    "--run.experiment=../elsewhere": ["run.experiment", "'../elsewhere' is not a name"],
     "--data.sorce=x": ["data", "sorce", "did you mean source? --data.help CLASS lists"],
     "--data.seed=-1": ["data.seed is -1"],
     "--data.block_size=512": ["data.block_size", "model.gpt.block_size"],
@@ -258,7 +258,7 @@ def test_sample_texts_that_cannot_be_gone_on_from(tiny: Journey, prompt: str, sa
 def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "options.yaml"
     path.write_bytes(content)
-    assert f"{path} is no YAML" in refused(command, "-c", str(path))
+    assert f"{path} is not valid YAML" in refused(command, "-c", str(path))
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "check"])

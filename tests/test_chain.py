@@ -261,7 +261,7 @@ FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
     [
         ({"stages": [VOCAB]}, ["experiment"]),
         ({"experiment": "x", "stages": [VOCAB], "stage": 1}, ["stage"]),
-        ({"experiment": "x/y", "stages": [VOCAB]}, ["experiment: 'x/y' is no name"]),
+        ({"experiment": "x/y", "stages": [VOCAB]}, ["experiment: 'x/y' is not a name"]),
         ({"experiment": "x", "stages": []}, ["stages: is empty"]),
         ({"experiment": "x", "stages": {"vocab": VOCAB}}, ["stages", "list"]),
         ({"experiment": "x", "stages": [VOCAB, "fit"]}, ["stages", "fit"]),

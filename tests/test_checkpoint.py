@@ -264,7 +264,9 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist; give a checkpoint directory"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty is no whole checkpoint: its manifest\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"empty is not a whole checkpoint: its manifest\.json"
+    ):
         load(tmp_path / "empty")
 
 
@@ -282,7 +284,7 @@ def test_a_run_that_is_not_finished_is_no_checkpoint(tiny: Journey, tmp_path: Pa
     (run / "outcome.json").unlink()
     newest = max(run.glob("checkpoints/step-*"))
     for folder in (newest.parent, run):
-        message = f"{folder} is no checkpoint but holds some; give one, as {newest}."
+        message = f"{folder} is not a checkpoint but holds some; give one, as {newest}."
         with pytest.raises(CheckpointError, match=re.escape(message)):
             load(folder)
         with pytest.raises(CheckpointError, match=re.escape(message)):

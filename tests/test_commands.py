@@ -115,7 +115,7 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         (("run", "-c", "no.yaml"), ["error: no.yaml: no such file or directory"]),
         (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
-        (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is no YAML"]),
+        (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is not valid YAML"]),
         (("tokenizer", "train", "-c", "good.yaml"), ["source 'nowhere.txt' does not exist"]),
     ],
 )

@@ -319,7 +319,7 @@ def test_outputs_that_stand_for_another_folder(
     monkeypatch.chdir(tmp_path / "big")
     for output in (".", "..", str(tmp_path / "link")):
         code, _, err = said("export", *words, f"--output={output}")
-        assert (code, f"output {output} is a folder that you are in" in err) == (2, True)
+        assert (code, f"output {output} holds the current directory" in err) == (2, True)
     code, _, err = said("export", *words, "--output=README.md/below")
     assert code == 2
     assert "Correct that; the same command goes on" in err

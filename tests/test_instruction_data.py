@@ -224,7 +224,7 @@ def test_a_bad_row_is_refused_by_its_number(make: Make) -> None:
         ready(make("\n".join(lines), "data.csv"))
     with pytest.raises(ValueError, match=r"data.csv: row 1: it has no 'output', only \['instruct"):
         ready(make("instruction\nSay a.\n", "data.csv"))
-    with pytest.raises(ValueError, match=r"data.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"data.parquet is not a Parquet file"):
         ready(make(b"PAR1", "data.parquet"))
     with pytest.raises(ValueError, match=r"data.csv holds no entries"):
         ready(make("", "data.csv"))
@@ -360,7 +360,7 @@ def test_a_response_that_cannot_fit_is_refused(make: Make) -> None:
     ]
     message = (
         rf"data.json: entry 0: .* opens it have {smallest} tokens, .* is {smallest - 1}; raise"
-        ".* So with 19 rows more: "
+        ".* 19 more have problems too: "
     )
     with pytest.raises(ValueError, match=message):
         ready(make(data, max_length=smallest - 1))
@@ -418,7 +418,7 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no output": ([GOOD, {"instruction": "x"}], r"entry 1: it has no 'output', only \['instructio"),
     "three": (
         [GOOD, {"instruction": "x"}, GOOD, "x", {"output": "x"}],
-        r"entry 1: it has no 'output'.* So with 2 rows more: .*: entry 3, .*data.json: entry 4\.$",
+        r"entry 1: it has no 'output'.* 2 more have problems too: .*: entry 3, .*json: entry 4\.$",
     ),
     "no instruction": ([{"output": "x"}], r"data.json: entry 0: it has no 'instruction', only"),
     "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is a int, not a text; correct or drop"),
@@ -589,5 +589,5 @@ def test_what_a_template_refuses_is_named(tmp_path: Path, make: Make) -> None:
     for i in (3, 7):
         chats[i]["messages"][0]["content"] = "An odd one."
     options = {"prompt_style": "template", "tokenizer": tokenizer_of(tmp_path), "max_length": 999}
-    with pytest.raises(ValueError, match=r"entry 3: .*odd.* So with 1 rows more: .*entry 7"):
+    with pytest.raises(ValueError, match=r"entry 3: .*odd.* 1 more have problems too: .*entry 7"):
         ready(make(chats, **options))

@@ -411,7 +411,7 @@ def test_a_flood_of_the_key_is_no_leak(
 
 
 def test_odd_contents(server: Server, tmp_path: Path) -> None:
-    """A null is an empty reply; a list is no text; a lone surrogate cannot be written to a file."""
+    """A null is an empty reply; a list is not text; no file holds a lone surrogate."""
     surrogate = '{"rationale": "\\ud800", "score": 7}'
     server.script = [chat(None), chat("\ud800"), chat([{"text": "85"}]), chat(surrogate)]
     judgements = judge(server, tmp_path, "a", "b", "c", max_concurrency=1)
@@ -683,7 +683,7 @@ def test_an_evaluation_that_was_killed_goes_on(server: Server, tmp_path: Path) -
         ({"base_url": "http://me:hunter2@localhost/v1"}, r"judge\.base_url is \[hidden"),
         ({"base_url": "http://localhost/v1?key=hunter2"}, r"judge\.base_url is \[hidden"),
         ({"model": ""}, r"judge\.model is empty"),
-        ({"api_key_env": KEY}, r"judge\.api_key_env is no name"),
+        ({"api_key_env": KEY}, r"judge\.api_key_env is not a name"),
         ({"max_concurrency": 0}, r"judge\.max_concurrency is 0"),
         ({"max_attempts": 0}, r"judge\.max_attempts is 0"),
         ({"timeout_s": 0.0}, r"judge\.timeout_s is 0\.0"),

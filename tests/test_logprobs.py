@@ -157,7 +157,7 @@ def test_a_texts_first_token_has_none() -> None:
     assert told[0] == Told(ENDOFTEXT.encode(), 0, None, [])
     form = text_form(told)
     assert (form["token_logprobs"][0], form["top_logprobs"][0]) == (None, None)
-    assert form["text_offset"][:2] == [0, 0], "BOS is no text"
+    assert form["text_offset"][:2] == [0, 0], "BOS is not text"
 
 
 def test_a_prompt_is_said_again_as_it_was(tmp_path: Path) -> None:

@@ -161,4 +161,4 @@ def test_a_checkpoint_of_a_run_is_never_written_over(tuned: Path, tmp_path: Path
     for _ in range(2):
         code, _, err = said("merge", f"--ckpt={tuned}", f"--output={merged}")
         assert code == 0, err
-    assert "nowhere is no path here" in said("merge", "--ckpt=nowhere")[2]
+    assert "nowhere is not a path here" in said("merge", "--ckpt=nowhere")[2]

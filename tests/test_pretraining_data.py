@@ -129,9 +129,9 @@ def test_a_long_line_is_cut_between_characters(
         ("a.jsonl", b'{"text": "a"}\n{"text" "b"}\n', r"a\.jsonl:2: Expecting ':'.*fix the line"),
         ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*text_column"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*text_column"),
-        ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file"),
+        ("a.parquet", b"PAR1", r"a\.parquet is not a Parquet file"),
         ("a.csv", b"body\na\n", r"a\.csv: row 1 has no 'text', but body; correct text_column"),
-        ("a.json", b"[]", r"a\.json is no plain text; give text, \.jsonl, \.parquet, \.csv or"),
+        ("a.json", b"[]", r"a\.json is not plain text; give text, \.jsonl, \.parquet, \.csv or"),
     ],
 )
 def test_a_source_that_is_no_text(

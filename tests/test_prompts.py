@@ -217,7 +217,7 @@ def test_impossible_conversations_are_refused(
 
 
 def test_a_text_starts_with_what_its_makers_put_before_it(trained: Tokenizer) -> None:
-    """A text to go on from, and one to classify; by itself that is no text."""
+    """A text to go on from, and one to classify; by itself that is not text."""
     starting = Tokenizer.of(replace(trained.vocabulary, name="starting", bos="<|im_start|>"))
     bos, text = starting.special_ids["<|im_start|>"], starting.encode("Red.")
     assert encode_start(starting, None, "Red.") == [bos, *text]

@@ -348,7 +348,7 @@ def field(name: str, place: int, value: Any) -> Callable[[gguf.GGUFWriter], None
         ("token_type", 300, gguf.TokenType.USER_DEFINED, "added but neither special nor <a mark>"),
         ("token_type", 70, gguf.TokenType.CONTROL, "no token <0x43>"),
         ("scores", 280, scores()[290], "have the same score"),
-        ("tokens", 280, "th⛄", "'th⛄' has a character that is no token"),
+        ("tokens", 280, "th⛄", "'th⛄' has a character that is not a token"),
     ],
 )
 def test_other_scores_are_refused(

@@ -304,7 +304,7 @@ def until(is_so: Any, patience_s: float = 60) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "param", "words"),
     [
-        ({"model": "gpt-4"}, 404, None, "model 'gpt-4' is not here; the model is 'tiny'"),
+        ({"model": "gpt-4"}, 404, None, "this server has no model 'gpt-4', only 'tiny'"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"temperature": 9}, 400, "temperature", "less than or equal to 2"),
         ({"n": 17}, 400, "n", "less than or equal to 16"),
@@ -374,7 +374,7 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
     ("body", "status", "words"),
     [
         (b"", 400, "body"),
-        (b"{", 400, "body: no JSON from character 1 on (Expecting property name"),
+        (b"{", 400, "body: not valid JSON from character 1 on (Expecting property name"),
         (b"[" * 100_000, 400, "error parsing the body"),
         (b'{"model": "tiny", "prompt": "%s"}' % (b"x" * 5_000_000), 413, "larger than 4194304"),
         (b'{"model": "tiny", "prompt": "\xff"}', 400, "error parsing the body"),
@@ -479,7 +479,7 @@ def test_a_classifier_answers_in_float32(tiny: Journey) -> None:
     )
     code, _, err = said("serve", f"--ckpt={spam}", "--port=0", "--precision=bf16-true")
     assert (code, err.count("\n")) == (2, 1)
-    assert "a classifier answers in 32-true alone" in err
+    assert "a classifier answers only in 32-true" in err
 
 
 def test_weights_that_are_no_numbers_decide_nothing(tiny: Journey) -> None:

@@ -156,7 +156,7 @@ def test_decoding_names_file_and_byte() -> None:
     with pytest.raises(ValueError, match=r"a\.txt: byte 103 \(0xe9\) is not UTF-8; convert"):
         decode(b"caf\xe9", Path("a.txt"), offset=100)
     with pytest.raises(
-        ValueError, match=r"notes/a\.png is no text; .* such as 'notes/\*\*/\*\.txt'"
+        ValueError, match=r"notes/a\.png is not text; .* such as 'notes/\*\*/\*\.txt'"
     ):
         decode(b"\x89PNG\r\n\x1a\n\0\0\0", Path("notes/a.png"))
 
@@ -216,7 +216,7 @@ def test_all_messages_of_the_spam_collection_arrive(real_data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.xlsx", b"PK", r"a\.xlsx is no table; give a \.csv"),
+        ("a.xlsx", b"PK", r"a\.xlsx is not a table; give a \.csv"),
         ("a.csv", b"", r"a\.csv cannot be read as \.csv: No columns"),
         ("a.tsv", b"a\tb\n1\t2\n1\t2\t3\t4\n", r"a\.tsv cannot be read as \.tsv: .*line 3"),
         ("a.csv", b"a,b\n1,2,3\n4,5\n", r"a\.csv .*: row 1 has 3 fields but there are 2 columns"),
@@ -330,8 +330,8 @@ def test_a_download_is_fetched_once_and_again_where_it_is_damaged(
 @pytest.mark.parametrize(
     ("replies", "change", "message"),
     [
-        ([(200, archive("other"))], {}, "is no zip archive with messages in it"),
-        ([(200, b"<html>")], {}, "is no zip archive"),
+        ([(200, archive("other"))], {}, "is not a zip archive with messages in it"),
+        ([(200, b"<html>")], {}, "is not a zip archive"),
         ([(200, archive())], {"sha256": "0" * 64}, "has another SHA-256 than 000"),
         ([(200, archive())], {"max_bytes": 100}, "is larger than the 100 bytes"),
         ([(404, b"")], {}, r"could not be downloaded .*404.*\); go online, or give a local file"),

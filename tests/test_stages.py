@@ -510,7 +510,7 @@ def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.Mo
     shutil.copytree(best, tiny.folder / "elsewhere")
     assert "is in no run" in said("test", f"--ckpt_path={tiny.folder / 'elsewhere'}")[2]
     scored = Path(tiny.outcomes["score"]["outputs"]["report"]).parent
-    assert "is in no run of fit, whose" in said("test", f"--ckpt_path={scored}")[2]
+    assert "is not in a run of fit, whose" in said("test", f"--ckpt_path={scored}")[2]
 
 
 def test_base_bits_are_unchanged_by_adapters(tiny: Journey) -> None:

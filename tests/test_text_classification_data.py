@@ -259,7 +259,7 @@ BAD_DATA = {
     "several": (
         "t.tsv",
         GOOD + "\tpaint\n" * 2 + "law\t\nart\tx\n",
-        r"t.tsv: row 41: it has no 'topic'; .*, or drop it\. So with 3 rows more: 42, 43, 44\.$",
+        r"t.tsv: row 41: it has no 'topic'; .* drop it\. 3 more have problems too: 42, 43, 44\.$",
     ),
     "null label": ("t.jsonl", '{"topic": null, "text": "x"}', r"t.jsonl: row 1: it has no 'topic'"),
     "null text": ("t.jsonl", '{"topic": "law", "text": null}', r"row 1: it has no 'text'; give it"),
@@ -285,7 +285,7 @@ def test_a_text_with_two_labels_is_said(
     caplog.set_level("INFO")
     for more, said in (("", False), ("law\ta goal\nsport\ta goal \n", True)):
         make(write("t.tsv", GOOD + more)).setup("fit")
-        expected = "1 texts stand there with different labels: 'a goal'."
+        expected = "1 texts appear with different labels: 'a goal'."
         assert (expected in caplog.text) is said
 
 

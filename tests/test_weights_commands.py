@@ -116,7 +116,7 @@ def test_weights_as_they_are(
         "generate", f"--ckpt={source}", "--prompt=Hello!", "--max_new_tokens=6", "--chat=true"
     )
     said_so = refused("classify", f"--ckpt={source}", "--text=hi")
-    assert f"{source} is no classifier" in said_so
+    assert f"{source} is not a classifier" in said_so
     assert "--data" in refused("score", f"--ckpt={source}", "--max_new_tokens=2")
     data = f"--data={json.dumps({**INSTRUCTIONS, 'source': instructions})}"
     works("score", f"--ckpt={source}", "--max_new_tokens=2", "--split=val", data)
@@ -160,7 +160,7 @@ def test_a_damaged_copy_of_a_tokenizer_is_made_again(published: Path) -> None:
 def test_measured_as_they_are(command: str, source: str, instructions: str, home: Path) -> None:
     where = [*PLAIN, f"--ckpt_path={source}", "--run.experiment=plain"]
     if command == "predict":
-        assert "is no classifier" in refused(command, f"--config={CONFIGS}/spam.yaml", *where)
+        assert "is not a classifier" in refused(command, f"--config={CONFIGS}/spam.yaml", *where)
         return
     words = [f"--config={CONFIGS}/instruct.yaml", *where, *DATA, f"--data.source={instructions}"]
     works(command, *words, "--model.lora=null")

@@ -220,7 +220,7 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("llama.attention.head_count_kv", 4, "attn_k.weight"),
         ("llama.expert_count", 8, "mixture of experts"),
         ("llama.attention.causal", 0, "sees later tokens"),
-        ("tokenizer.ggml.model", "bert", "'bert'; there are gpt2, llama"),
+        ("tokenizer.ggml.model", "bert", "'bert'; supported: gpt2, llama"),
         ("tokenizer.ggml.pre", "deepseek-llm", "'deepseek-llm'"),
         ("tokenizer.ggml.pre", None, "tokenizer.ggml.pre"),
         ("tokenizer.ggml.merges", ["t h"], "parts without an id"),

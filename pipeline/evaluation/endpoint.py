@@ -244,9 +244,11 @@ def _content(body: str, *, shown: str) -> str:
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise EndpointError("the reply is no chat completion.", shown[:KEPT_CHARACTERS]) from error
+        raise EndpointError(
+            "the reply is not a chat completion.", shown[:KEPT_CHARACTERS]
+        ) from error
     if not isinstance(content, str | None):
-        raise EndpointError("the reply's content is no text.", shown[:KEPT_CHARACTERS])
+        raise EndpointError("the reply's content is not text.", shown[:KEPT_CHARACTERS])
     return content or ""
 
 

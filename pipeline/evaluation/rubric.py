@@ -87,7 +87,7 @@ def parse_verdict(reply: str) -> Verdict:
 
     Raises:
         ValueError: saying what is wrong: prose around it, another or a repeated field, a score that
-            is no JSON integer or not within 0 to 100.
+            is not a JSON integer or not within 0 to 100.
     """
     try:
         fields = json.loads(reply, object_pairs_hook=_unique)

@@ -51,7 +51,7 @@ class AlreadyFinished(ValueError):
 def check_name(value: str, key: str) -> None:
     """ValueError unless a value can name a folder here and nowhere else."""
     if not NAME.fullmatch(value):
-        raise ValueError(f"{key}: {value!r} is no name; use letters, digits, - and _.")
+        raise ValueError(f"{key}: {value!r} is not a name; use letters, digits, - and _.")
 
 
 class Run:

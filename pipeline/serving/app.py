@@ -205,7 +205,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 def _check_name(asked: str | None, name: str) -> None:
     if asked not in (None, name):
-        raise HTTPException(404, f"model {asked!r} is not here; the model is {name!r}.")
+        raise HTTPException(404, f"this server has no model {asked!r}, only {name!r}.")
 
 
 def _needs(key: str) -> Callable[[Request], None]:
@@ -236,7 +236,7 @@ def _invalid(request: Request, error: Exception) -> Response:
     key = ".".join(str(part) for part in first["loc"][1:]) or "body"
     said = first["msg"]
     if first["type"] == "json_invalid":
-        key, said = "body", f"no JSON from character {key} on ({first['ctx']['error']})"
+        key, said = "body", f"not valid JSON from character {key} on ({first['ctx']['error']})"
     elif first["type"] == "extra_forbidden":
         said = "this server does not offer it; leave it out"
     elif key == "body" and not request.headers.get("Content-Type", "").startswith(JSON):

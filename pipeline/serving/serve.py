@@ -53,7 +53,7 @@ def serve(
     name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
         if precision not in ("auto", "32-true"):
-            raise ValueError(f"precision is {precision}; a classifier answers in 32-true alone.")
+            raise ValueError(f"precision is {precision}; a classifier answers only in 32-true.")
         of = partial(worker.submit, label_probabilities, loaded)
         server = _server(make_app(name, Labels(loaded.meta["label_names"], of), key))
         _greet(loaded, name, listener)

@@ -103,7 +103,7 @@ def parent_of(tuned: Loaded) -> str | None:
         path = find_base(tuned.path, base)
     if not path.exists() or path_digest(path) != parent["digest"]:
         raise ValueError(
-            f"what {tuned.path} was tuned from is no more at {path}; put it back there, or say "
+            f"what {tuned.path} was tuned from is no longer at {path}; put it back there, or say "
             "with --before what to compare with."
         )
     return str(path)

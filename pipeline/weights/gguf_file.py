@@ -106,7 +106,7 @@ class _Header:
     def read(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         (version,) = self.numbers("I")
         if version not in VERSIONS:
-            raise ValueError(f"its GGUF version is {version}; there are {VERSIONS}.")
+            raise ValueError(f"its GGUF version is {version}; supported: {VERSIONS}.")
         n_tensors, n_fields = self.numbers("QQ")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):

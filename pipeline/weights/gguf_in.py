@@ -83,7 +83,7 @@ def _config(
 ) -> GPTConfig:
     if metadata.architecture not in TRAITS:
         known = ", ".join(TRAITS)
-        raise ValueError(f"its architecture is {metadata.architecture}; there are {known}.")
+        raise ValueError(f"its architecture is {metadata.architecture}; supported: {known}.")
     n_head = metadata.of_model("attention.head_count")
     n_embd = metadata.of_model("embedding_length")
     eps = "layer_norm_epsilon" if metadata.architecture == "gpt2" else "layer_norm_rms_epsilon"
@@ -130,7 +130,7 @@ def _rope_scaling(
     if kind == "none" or factor in (0.0, 1.0):
         return None
     if kind != "linear":
-        raise ValueError(f"its rope scaling is {kind}; there are linear and Llama 3's.")
+        raise ValueError(f"its rope scaling is {kind}; supported: linear, Llama 3's.")
     return RopeScaling("linear", factor)
 
 
@@ -142,7 +142,7 @@ def _shortest(value: float) -> float:
 def _tokenizer(metadata: _Metadata) -> Tokenizer:
     model, fields = metadata["tokenizer.ggml.model"], metadata.fields
     if model not in _KINDS:
-        raise ValueError(f"its tokenizer is {model!r}; there are {', '.join(_KINDS)}.")
+        raise ValueError(f"its tokenizer is {model!r}; supported: {', '.join(_KINDS)}.")
     pre = metadata["tokenizer.ggml.pre"] if model == "gpt2" else ""
     is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
     names: list[str] = metadata["tokenizer.ggml.tokens"]

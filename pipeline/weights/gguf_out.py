@@ -218,7 +218,7 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
         )
     if kept:
         print(
-            f"{len(kept)} tensors stay f16, for q8_0 wants rows of a multiple of 32 numbers: "
+            f"{len(kept)} tensors stay f16, as q8_0 needs rows of a multiple of 32 numbers: "
             f"{', '.join(kept)}",
             file=sys.stderr,
         )

@@ -112,7 +112,7 @@ def _config(settings: dict[str, Any]) -> GPTConfig:
     kind = str(settings.get("model_type"))
     if kind not in _KINDS:
         raise ValueError(
-            f"its architecture is {kind} ({CONFIG}: model_type); there are {', '.join(_KINDS)}."
+            f"its architecture is {kind} ({CONFIG}: model_type); supported: {', '.join(_KINDS)}."
         )
     if kind == "gpt2":
         return _gpt2_config(settings)
@@ -183,7 +183,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
             high_freq_factor=float(rope["high_freq_factor"]),
             original_context=int(rope["original_max_position_embeddings"]),
         )
-    raise ValueError(f"its rope scaling is {kind}; there are linear and llama3.")
+    raise ValueError(f"its rope scaling is {kind}; supported: linear, llama3.")
 
 
 def _expect(settings: dict[str, Any], key: str, value: Any, file: str = CONFIG) -> None:
@@ -275,7 +275,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
     normalizer = (content.get("normalizer") or {"type": None})["type"]
     if normalizer not in (None, "NFC"):
-        raise ValueError(f"its tokenizer normalises text ({normalizer}); there is NFC alone.")
+        raise ValueError(f"its tokenizer normalises text ({normalizer}); only NFC is supported.")
     pre, whole_pieces = name_of_steps(content.get("pre_tokenizer")), model.get("ignore_merges")
     return make_tokenizer(
         **parts, pre=pre, whole_pieces=bool(whole_pieces), nfc=normalizer == "NFC"
@@ -299,7 +299,7 @@ def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
 
 def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"its tokenizer is {model['type']}; there is BPE alone.")
+        raise ValueError(f"its tokenizer is {model['type']}; only BPE is supported.")
     # with byte fallback every text is known, and a token that no merge makes is never had
     odd = "ignore_merges" if is_sentencepiece else "unk_token"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", odd):
@@ -359,7 +359,7 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
     except FileNotFoundError as error:
         raise ValueError(f"it has no {path.name}.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {path.name} is no JSON ({error}).") from error
+        raise ValueError(f"its {path.name} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"its {path.name} holds no JSON object.")
     return content

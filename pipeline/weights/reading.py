@@ -36,7 +36,7 @@ def open_foreign(path: Path) -> Foreign:
     """
     if not is_foreign(path):
         raise ValueError(
-            f"{path} holds no model: it is no .gguf file, and no directory with a {CONFIG}."
+            f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
         )
     with _naming(path):
         _verify_export(path if path.is_dir() else path.parent)

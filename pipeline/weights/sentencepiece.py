@@ -41,7 +41,7 @@ def prefix_of(content: Mapping[str, Any]) -> Prefix:
     described = " and ".join(str(step) for step in steps if step) or "none"
     raise ValueError(
         f"its normalizer and pre-tokenizer, beside byte fallback, are not supported ({described}); "
-        "there are Llama 2's (Prepend and Replace), and Metaspace that does not split."
+        "supported: Llama 2's (Prepend and Replace), and Metaspace that does not split."
     )
 
 
@@ -91,7 +91,7 @@ def make_sentencepiece(
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not {left, right, left + right} <= texts.keys():
-            raise ValueError(f"its merge of {left!r} and {right!r} has parts that are no text.")
+            raise ValueError(f"its merge of {left!r} and {right!r} has parts that are not text.")
         pairs.append((texts[left], texts[right]))
     return Tokenizer.of(
         Vocabulary(
@@ -175,4 +175,4 @@ def _check_characters(tokens: Mapping[str, int]) -> None:
     """ValueError for a token that a list of merges cannot make, though scores can."""
     for token in tokens:
         if not set(token) <= tokens.keys():
-            raise ValueError(f"its token {token!r} has a character that is no token.")
+            raise ValueError(f"its token {token!r} has a character that is not a token.")

@@ -157,7 +157,7 @@ def name_of_steps(pre_tokenizer: Any) -> str:
             return name
     described = ", ".join(" ".join(str(value) for value in step.values()) for step in steps)
     raise ValueError(
-        f"its pre-tokenizer ({described}) is not supported; there are {', '.join(PRE_TOKENIZERS)}."
+        f"its pre-tokenizer ({described}) is not supported; supported: {', '.join(PRE_TOKENIZERS)}."
     )
 
 
@@ -245,7 +245,7 @@ def make_tokenizer(
     """
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"its pre-tokenizer {pre!r} is not supported; there are {', '.join(PRE_TOKENIZERS)}."
+            f"its pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}."
         )
     fields, ordinary = special.fields(), ordinary_tokens(tokens, special)
     check_merges(ordinary, merges, whole_pieces=whole_pieces)
@@ -264,7 +264,7 @@ def _spelled_bytes(token: str) -> bytes:
     try:
         return token_bytes(token)
     except KeyError as error:
-        raise ValueError(f"its token {token!r} is no byte-level BPE token.") from error
+        raise ValueError(f"its token {token!r} is not a byte-level BPE token.") from error
 
 
 def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list[bytes]:

@@ -100,7 +100,7 @@ def test_a_redirect_to_a_page(server: Server, tmp_path: Path) -> None:
         servers.moved(b"/login"),
         servers.whole(b"<html>sign in</html>", b"Content-Type: text/html"),
     ]
-    assert "is no zip archive with messages in it" in refusal(server, tmp_path)
+    assert "is not a zip archive with messages in it" in refusal(server, tmp_path)
     assert len(server.requests) == 2
 
 
@@ -113,7 +113,7 @@ def test_what_the_transport_unpacks_is_bounded_too(server: Server, tmp_path: Pat
     bomb = gzip.compress(bytes(64 << 20))  # 64 KB on the way
     server.answers = [servers.whole(bomb[: MAX_BYTES - 1], b"Content-Encoding: gzip")]
     with servers.little_memory():
-        assert "is no zip archive" in refusal(server, tmp_path)
+        assert "is not a zip archive" in refusal(server, tmp_path)
     assert b"accept-encoding: identity" in server.requests[0].lower()
 
 
@@ -151,7 +151,7 @@ def test_an_archive_that_does_harm(name: str, server: Server, tmp_path: Path) ->
     server.answers = [servers.whole(ARCHIVES[name])]
     with servers.little_memory():
         said = refusal(server, tmp_path)
-    assert "is no zip archive with messages in it" in said or "has another SHA-256" in said
+    assert "is not a zip archive with messages in it" in said or "has another SHA-256" in said
     assert len(server.requests) == 1
 
 
@@ -173,7 +173,7 @@ def test_every_flipped_byte_of_an_archive_is_one_line(server: Server, tmp_path: 
         try:
             assert downloads._member(item(server), bytes(content)) is not None
         except ValueError as error:
-            assert "is no zip archive" in str(error)  # noqa: PT017, not all are refused
+            assert "is not a zip archive" in str(error)  # noqa: PT017, not all are refused
 
 
 def test_the_command_says_it_in_one_line(
@@ -191,5 +191,5 @@ def test_the_command_says_it_in_one_line(
     )
     assert (code, out) == (2, "")
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
-    assert "is no zip archive with messages in it" in line
+    assert "is not a zip archive with messages in it" in line
     assert not (tmp_path / "tokenizer.json").exists()

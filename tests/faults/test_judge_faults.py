@@ -113,7 +113,7 @@ def test_what_the_transport_unpacks_is_not_unpacked(server: Server, tmp_path: Pa
     bomb = servers.whole(gzip.compress(bytes(64 << 20)), b"Content-Encoding: gzip")
     with servers.little_memory():
         first, _ = judge(server, tmp_path, bomb, chat(verdict(7)))
-    assert first.problem == "the reply is no chat completion."
+    assert first.problem == "the reply is not a chat completion."
 
 
 SHAPES = [
@@ -140,7 +140,10 @@ SHAPES = [
 @pytest.mark.parametrize("body", SHAPES, ids=lambda body: body[:30])
 def test_json_of_another_shape(body: str, server: Server, tmp_path: Path) -> None:
     first, second = judge(server, tmp_path, servers.whole(body.encode()), chat(verdict(7)))
-    assert first.problem in ("the reply is no chat completion.", "the reply's content is no text.")
+    assert first.problem in (
+        "the reply is not a chat completion.",
+        "the reply's content is not text.",
+    )
     assert first.raw == body[:20_000]
     assert second.verdict is not None
 

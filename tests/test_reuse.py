@@ -1,6 +1,7 @@
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,10 @@ from pipeline.runs.run_directory import Run
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return tmp_path / "spam" / "one"
+
+
+def made(sources: dict[str, str] | None = None, **outputs: str) -> dict[str, Any]:
+    return {"complete": True, "outputs": outputs, "digests": {}, "sources": sources or {}}
 
 
 def new_run(base: Path) -> Path:
@@ -66,7 +71,7 @@ def test_a_source_that_leads_elsewhere_now_is_a_change(
         (tmp_path / name / "x.txt").write_text(name)
     options = {"data.init_args.source": ["$WHERE/x.txt"]}
     monkeypatch.setenv("WHERE", str(tmp_path / "a"))
-    outcome = {"outputs": {}, "sources": source_digests(["$WHERE/x.txt"])}
+    outcome = made(source_digests(["$WHERE/x.txt"]))
     assert still_holds(outcome, options)
     monkeypatch.setenv("WHERE", str(tmp_path / "b"))
     assert not still_holds(outcome, options)
@@ -75,7 +80,7 @@ def test_a_source_that_leads_elsewhere_now_is_a_change(
 @pytest.mark.parametrize("option", ["data.source", "data.val_source", "data.test_source", "source"])
 def test_a_file_that_changed_or_joined_a_folder_is_a_change(option: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1]")
-    outcome = {"sources": source_digests([str(tmp_path)]), "outputs": {}}
+    outcome = made(source_digests([str(tmp_path)]))
     options = {"data.source": None, option: str(tmp_path)}
     assert still_holds(outcome, options)
     (tmp_path / "a.json").write_text("[3]")
@@ -89,7 +94,7 @@ def test_a_finished_run_holds_while_what_it_made_is_as_it_was(tmp_path: Path) ->
     best = tmp_path / "best"
     best.mkdir()
     (best / "model.safetensors").write_text("weights")
-    outcome = {"outputs": {"best": str(best)}, "sources": {}}
+    outcome = made(best=str(best))
     pinned = {**outcome, "digests": {"best": path_digest(best)}}
     assert still_holds(outcome, {})
     assert still_holds(pinned, {})
@@ -110,11 +115,11 @@ def test_what_can_be_had_again_may_be_gone(tmp_path: Path, monkeypatch: pytest.M
         docs: True,
         f"{docs}0": False,
     }.items():
-        assert still_holds({"outputs": {}, "sources": {name: "ab" * 32}}, {}) == holds, name
+        assert still_holds(made({name: "ab" * 32}), {}) == holds, name
 
 
 def test_weights_are_recorded_by_other_paths_than_they_are_given(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("weights")
-    outcome = {"outputs": {}, "sources": {}}
+    outcome = made()
     assert still_holds(outcome, {"model.source": str(tmp_path), "source": str(tmp_path / "gone")})
     assert not still_holds(outcome, {"data.source": str(tmp_path)})

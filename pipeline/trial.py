@@ -131,10 +131,13 @@ class Trial(pl.Callback):
         device = pl_module.device
         self.total_bytes = total_memory_bytes(device)
         self.kept_bytes = largest_kept_bytes(trainer, pl_module, self.epoch)
-        trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
-        # gradients, twice in graphs; two moments
-        n_copies = 4 if is_installed(pl_module.gpt) else 3
-        self.needed_bytes = used_memory_bytes(device) + n_copies * trained + self.kept_bytes
+        gradients = 2 if is_installed(pl_module.gpt) else 1  # in graphs too
+        held = sum(
+            p.nbytes * (gradients + (1 if "momentum" in group else 2))  # Muon's, AdamW's moments
+            for group in trainer.optimizers[0].param_groups
+            for p in group["params"]
+        )
+        self.needed_bytes = used_memory_bytes(device) + held + self.kept_bytes
         trainer.should_stop = not self.fits
         self._since = time.perf_counter()
 

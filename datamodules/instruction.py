@@ -134,7 +134,12 @@ class InstructionDataModule(StepDataModule):
         if self._n_repeated:
             counts["n_repeated"] = self._n_repeated
             report(apart.left_out(self._n_repeated))
-        self.fingerprint = {"digest": digest_of(sets), "counts": counts, **self._files.facts()}
+        self.fingerprint = {
+            "digest": digest_of(sets),
+            "split": "questions",
+            "counts": counts,
+            **self._files.facts(),
+        }
         del self._places
         report(
             f"{self.source or self.test_source}: {described(counts)}; with a naive split "

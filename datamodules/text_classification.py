@@ -116,6 +116,7 @@ class TextClassificationDataModule(StepDataModule):
             report(apart.left_out(self._n_repeated))
         self.fingerprint = {
             "digest": digest_of(sets.values()),
+            "split": "texts",
             "counts": counts,
             **self._files.facts(),
         }
@@ -124,7 +125,7 @@ class TextClassificationDataModule(StepDataModule):
             f"its {len(test)} test texts would be in training too, here none is."
         )
         if odd := self._contradictions():
-            report(f"{len(odd)} texts stand there with different labels: {some(odd)}.")
+            report(f"{len(odd)} texts appear with different labels: {some(odd)}.")
         if n_cut:
             report(
                 f"{n_cut} texts are longer than data.max_length {self.max_length}; "

@@ -138,18 +138,19 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the random state, now that every iterator exists; listens to signals.
 
-        The best so far of another run, which this one goes on from, are not among its checkpoints.
-        Lightning puts their handlers back when the trainer ends.
+        Of another run, which this one goes on from, neither its best are among the checkpoints nor
+        does its end count. Lightning puts the signals' handlers back when the trainer ends.
         """
         saved, rank = self._rng or [], trainer.global_rank
         if rank < len(saved):
-            set_random_state(saved[rank])
+            set_random_state(saved[rank], pl_module.device)
         elif rank > 0:  # as begun, all would drop the same
             torch.manual_seed(torch.initial_seed() + rank)
         self._rng = None
         self.best = {n: best for n, best in self.best.items() if self.path(trainer, n).exists()}
         self._stop.listen()
-        trainer.should_stop = trainer.should_stop or self.should_stop
+        is_own = self.last_step is not None and self.path(trainer, self.last_step).exists()
+        trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.
@@ -228,6 +229,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step, where it is not saved already; all is on disk then."""
+        if not self._at_step_end:  # none was taken
+            return
         self._save(trainer)
         self._background.wait()
         n_since = trainer.global_step - self.last_validated
@@ -299,7 +302,7 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the random state; loops and position in the data as they were at the step's end."""
-        checkpoint["rng"] = of_ranks(trainer, random_state())
+        checkpoint["rng"] = of_ranks(trainer, random_state(pl_module.device))
         if self._at_step_end:
             checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
             data = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
@@ -346,17 +349,18 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def random_state() -> dict[str, Any]:
-    """State of torch's generators, of the CPU and of each GPU."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": gpus}
+def random_state(device: torch.device) -> dict[str, Tensor | None]:
+    """State of torch's generators, of the CPU and of a device that is a GPU."""
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "gpu": gpu}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restores what `random_state` gave."""
+def set_random_state(state: dict[str, Tensor | None], device: torch.device) -> None:
+    """Restores what `random_state` gave, of another device too."""
+    assert state["cpu"] is not None
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["cuda"]])
+    if state["gpu"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["gpu"].cpu(), device)
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -100,7 +100,9 @@ class PipelineCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
         if len(args) == 1:
-            raise ValueError("options stand in a YAML; give one: -c configs/pretrain.yaml, say.")
+            raise ValueError(
+                "options come from a YAML file; give one, for example -c configs/pretrain.yaml."
+            )
         self.config = parser.parse_args(args if self.name == "fit" else with_options_of_fit(args))
 
     def _parse_ckpt_path(self) -> None:
@@ -199,9 +201,9 @@ class PipelineCLI(LightningCLI):
     def run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
         options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
-        weights = self.config_dump["model"]["init_args"].get("init_from")
-        weights_digest = path_digest(locate(weights)) if weights else None
-        deciding = [self.subcommand, decisive(options), weights_digest]
+        given = (self.config_dump["model"]["init_args"].get("init_from"), self.stage.ckpt_path)
+        weights = [path_digest(locate(source)) for source in given if source]
+        deciding = [self.subcommand, decisive(options), weights]
         stem = self.stage.run.name + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
         name = f"{stem}-{digest(deciding)[:8]}"
         base = mlruns_root() / self.stage.run.experiment / name

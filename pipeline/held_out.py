@@ -116,6 +116,9 @@ def split_otherwise(
         both = [key for key in SPLIT if key in was and key in now]
         texts = differences({k: str(was[k]) for k in both}, {k: str(now[k]) for k in both})
         found += [f"data.{text}" for text in texts.values()]
+        units, own_units = dataset.get("split"), fingerprint.get("split")
+        if units != own_units:
+            found.append(f"it was split by {units}, is split by {own_units}")
         theirs, ours = dataset["sources"], fingerprint["sources"]
         if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
             found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]

@@ -72,7 +72,7 @@ class LitStep(pl.LightningModule):
         if (gpt is None) == (init_from is None):
             raise ValueError(
                 "give either model.gpt (a new model) or model.init_from (weights to start from); "
-                + ("there are both." if gpt else "there is neither.")
+                + ("both are given." if gpt else "neither is given.")
             )
         self.gpt_config, self.init_from = gpt, init_from
         self.lora_config, self.optimizer_config = lora, optimizer
@@ -352,6 +352,7 @@ class LitStep(pl.LightningModule):
         changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
         if changes:
             self._say_what_changed(changes)
+        self._remember_trainings(checkpoint["meta"])
         tensors = checkpoint["state_dict"]
         check_tensors("the checkpoint", tensors, self._own_tensors())
         self._guard.load_state_dict(checkpoint["skipped"])
@@ -364,6 +365,15 @@ class LitStep(pl.LightningModule):
         print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
         if run := run_of(self.trainer):
             run.event("changes_allowed", changes=changes)
+
+    def _remember_trainings(self, meta: dict[str, Any]) -> None:
+        """What the checkpoint was trained on, should it not be this run's data, was learned too."""
+        own = {"data": self.data.config, "dataset": self.data.fingerprint}
+        for training in held_out.trained_on(meta):
+            if training not in (own, *self.earlier):
+                self.earlier.append(training)
+        if self.trainer.is_global_zero:
+            held_out.warn_of_split(str(self.ckpt_path), meta, own["data"], own["dataset"])
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, on the rank that writes them."""

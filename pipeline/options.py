@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from datamodules.instruction import InstructionDataModule
@@ -37,6 +38,7 @@ from pipeline.lit_language_model import LitLanguageModel
 from pipeline.lora import LoRAConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.runs.run_directory import CONFIG, check_name
+from pipeline.sharding import FullySharded
 
 # an option, its values without effect, and what to use instead
 _NOT_HERE = (
@@ -110,8 +112,8 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
     config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
     if not config.is_file() or "trainer" not in load_yaml(config.read_text(encoding="utf-8")):
         raise ValueError(
-            f"ckpt_path {given.ckpt_path} is in no run of fit, whose {CONFIG} would say the "
-            "options; give them: -c configs/spam.yaml, say."
+            f"ckpt_path {given.ckpt_path} is not in a run of fit, whose {CONFIG} has "
+            "the options; give them, for example -c configs/spam.yaml."
         )
     print(f"options: {config}", file=sys.stderr)
     return [words[0], f"--config={config}", *words[1:]]
@@ -145,6 +147,11 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
             "trainer.val_check_interval is 0; give the steps between validations, or to have "
             "none trainer.limit_val_batches: 0."
         )
+    if options.num_nodes > 1 and n_started() == 1:
+        raise ValueError(
+            f"trainer.num_nodes is {options.num_nodes}; processes of several machines are started "
+            "by torchrun, or by srun (configs/trainer/slurm.yaml)."
+        )
     limit = options.limit_test_batches  # 1 is a batch, 1.0 is all
     is_all = limit is None or (limit == 1 and not isinstance(limit, int))
     if is_test and not is_all:
@@ -166,7 +173,18 @@ def check_processes(trainer: pl.Trainer) -> None:
             f"make {trainer.world_size} of them: add -c configs/trainer/ddp.yaml (or fsdp2.yaml) "
             "with trainer.devices as many as there are on a node, or start one."
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    strategy = trainer.strategy
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy, FullySharded):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}, under which gradients would be those "
+            "of a process alone; give ddp, or configs/trainer/fsdp2.yaml to share out the weights."
+        )
+    if trainer.world_size > 1 and getattr(trainer, "_val_check_time_interval", None):
+        raise ValueError(
+            "trainer.val_check_interval is a time, at which each process would look at a clock of "
+            "its own; give steps."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
             "trainer.strategy forks or spawns its processes, which cannot share an open run; give "
             "ddp, which starts the command again."

@@ -17,7 +17,7 @@ from pipeline.held_out import check_held_out, trained_on
 from pipeline.models import load
 from pipeline.runs.journal import read_journal
 from pipeline.stages.answering import Answering, of_last_response, parent_of, prompts_of
-from tests.journey import CONFIGS, PLAIN, Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.training import instruction_data
 
 
@@ -102,6 +102,9 @@ def test_what_was_trained_on_earlier_was_seen_too() -> None:
     assert trained_on(meta) == [first, second]
     with pytest.raises(ValueError, match=r"trained on: data\.split_seed was 1, is 2\."):
         check_held_out(meta, second["data"], fingerprint(a="1"), ["test"])
+    other = {**first, "dataset": {**fingerprint(a="1"), "split": "documents"}}
+    with pytest.raises(ValueError, match="it was split by documents, is split by texts"):
+        check_held_out(other, first["data"], {**fingerprint(a="1"), "split": "texts"}, ["test"])
     elsewhere = {**first, "dataset": fingerprint(prose="9")}
     check_held_out(
         {**second, "earlier": trained_on(elsewhere)}, second["data"], fingerprint(a="1"), ["test"]
@@ -136,6 +139,22 @@ def test_a_second_tuning_on_another_split_is_warned_of_and_never_tested(
     assert [split.get("split_seed") for split in splits] == [None, 1, 7], "pretraining has none"
     words = ["test", config, *PLAIN, other, f"--ckpt_path={again}"]
     assert "trained on: data.split_seed was 1, is 7" in refused(*words)
+
+
+def test_going_on_with_another_split_is_remembered_too(tiny: Journey, home: Path) -> None:
+    words = ["fit", f"--config={CONFIGS}/spam.yaml", *PLAIN, *SHORT, "--trainer.max_steps=8"]
+    adapters = "{rank: 4, alpha: 8, dropout: 0.0, targets: [q, v], rslora: false, dora: false}"
+    words += ["--model.trainable=lora", f"--model.lora={adapters}"]
+    words += [f"--model.init_from={tiny.best('pretrain')}", f"--ckpt_path={tiny.best('spam')}"]
+    for split, seeds in (("1", [None, 1]), ("7", [None, 1, 7])):
+        changed = [f"--data.split_seed={split}", "--run.allow_changes=true"]
+        code, out, err = said(*words, *changed)
+        assert code == 0, err
+        assert ("may have been trained on before, in" in err) == (split == "7")
+        learned = trained_on(read_meta(Path(out.splitlines()[-1])))
+        assert [training["data"]["init_args"].get("split_seed") for training in learned] == seeds
+    test = ["test", f"--ckpt_path={out.splitlines()[-1]}"]
+    assert "trained on: data.split_seed was 1, is 7" in refused(*test)
 
 
 def test_a_test_on_other_data_is_said_and_tracked(

@@ -1,10 +1,15 @@
 """Options of Lightning's that meet this project's own: refused, or heeded."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
+from pipeline.options import check_processes
 from pipeline.runs.journal import read_journal
 from tests.faults.processes import at
 from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
@@ -28,6 +33,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         "--trainer.gradient_clip_val=1",
         "--trainer.devices=0",
         "--trainer.strategy=ddp_spawn",
+        "--trainer.strategy=ModelParallelStrategy",
         "--trainer.fast_dev_run=true",
         "--trainer.overfit_batches=1",
         "--trainer.reload_dataloaders_every_n_epochs=1",
@@ -63,6 +69,27 @@ def test_processes_that_would_each_train_alone_are_refused(words: list[str]) -> 
     assert "2 processes were started, but trainer.devices" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ({"world_size": 2}, None),
+        ({"world_size": 2, "_val_check_time_interval": 60}, "val_check_interval is a time"),
+        ({"_val_check_time_interval": 60}, None),
+        ({"strategy": ModelParallelStrategy()}, "strategy is ModelParallelStrategy"),
+        ({"strategy": FSDPStrategy()}, "strategy is FSDPStrategy"),
+    ],
+)
+def test_processes_that_would_go_apart_are_refused(
+    facts: dict[str, Any], problem: str | None
+) -> None:
+    trainer: Any = SimpleNamespace(**{"world_size": 1, "strategy": DDPStrategy(), **facts})
+    if problem is None:
+        check_processes(trainer)
+        return
+    with pytest.raises(ValueError, match=problem):
+        check_processes(trainer)
+
+
 @pytest.mark.usefixtures("started_in_two")
 @pytest.mark.parametrize("command", ["score", "run", "tokenizer train"])
 def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
@@ -78,6 +105,7 @@ def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
         ("--trainer.enable_checkpointing=false", "checkpoints"),
         ("--trainer.default_root_dir=elsewhere", "GPT_PIPELINE_HOME"),
         ("--trainer.logger=false", "journal"),
+        ("--trainer.num_nodes=2", "by torchrun, or by srun"),
         ("--trainer.callbacks+=ModelCheckpoint", "checkpoints.monitor"),
         (f"--trainer.callbacks+={AVERAGE}", "the average would be lost"),
         ("--trainer.callbacks+=EMAWeightAveraging", "the average would be lost"),
@@ -179,6 +207,46 @@ def test_the_best_of_another_run_is_not_handed_over(words: list[str], other: Pat
     code, _, err = said(*words, f"--ckpt_path={other}")
     assert code == 2
     assert "nothing was trained: the run begins and ends at step 8" in err
+
+
+def test_what_ended_another_run_does_not_end_this_one(words: list[str], tmp_path: Path) -> None:
+    ended = [*at("Stop", 4), "--trainer.max_steps=8", "--run.experiment=ended"]
+    code, _, err = said(*words, *ended)
+    assert code == 0, err
+    last = outcome_of(tmp_path / "mlruns" / "ended")["outputs"]["last"]
+    assert last.endswith("step-00000004")
+    code, out, err = said(*words, f"--ckpt_path={last}")
+    assert code == 0, err
+    assert Path(out.strip()).name == "step-00000008"
+
+
+def test_a_run_whose_time_was_up_before_it_began_is_none(words: list[str], tmp_path: Path) -> None:
+    """The clock of the run that it goes on from goes on as well."""
+    timed = ["--trainer.max_steps=9999", "--trainer.max_time=00:00:00:01"]
+    code, _, err = said(*words, *timed, "--run.experiment=timed")
+    assert code == 0, err
+    last = outcome_of(tmp_path / "mlruns" / "timed")["outputs"]["last"]
+    for _ in range(2):
+        code, _, err = said(*words, *timed, f"--ckpt_path={last}")
+        assert code == 2, err
+        assert "nothing was trained: the run begins and ends at step" in err
+        assert "or max_epochs, max_time" in err
+
+
+def test_another_checkpoint_in_its_place_is_another_run(
+    words: list[str], other: Path, tmp_path: Path
+) -> None:
+    start = shutil.copytree(other, tmp_path / "start")
+    longer = [*words, f"--ckpt_path={start}", "--trainer.max_steps=10"]
+    first = said(*longer)
+    assert first[0] == 0, first
+    assert "already finished" in said(*longer)[2]
+    shutil.rmtree(start)
+    shutil.copytree(other.with_name("step-00000004"), start)
+    code, out, err = said(*longer)
+    assert code == 0, err
+    assert "already finished" not in err
+    assert out != first[1]
 
 
 def test_a_resume_logs_no_validation_that_was_not(words: list[str], tmp_path: Path) -> None:

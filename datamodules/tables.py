@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 JSONL = (".jsonl", ".ndjson")
 ROWS = (*JSONL, ".parquet", ".csv", ".tsv")  # what `read_rows` reads
 _SHOWN = 10  # of many
+_ROW_NUMBERS = re.compile(r"__index_level_\d+__")  # pandas' name for an index without one
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _HALF = re.compile(  # a lone surrogate, after plain text, pairs of them and other escapes
     r"(?:[^\\]++|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)*+(\\u....)"
@@ -118,9 +119,14 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
         if suffix == ".parquet":
             from pyarrow import parquet
 
-            return parquet.read_table(path).to_pandas(integer_object_nulls=True)
+            columns = parquet.read_table(path)
+            numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
+            return columns.drop_columns(numbers).to_pandas(
+                integer_object_nulls=True,
+                ignore_metadata=True,  # an index that has a name is a column like others
+            )
         table = pd.read_csv(
-            io.StringIO(text.replace("\r\n", "\n")),
+            io.StringIO(text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")),
             sep=_separator(text) if suffix == ".csv" else "\t",
             quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
             names=None if names is None else list(names),

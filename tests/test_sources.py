@@ -201,6 +201,21 @@ def test_every_kind_of_table_gives_the_same_rows(suffix: str, tmp_path: Path) ->
     assert read_table(path).to_dict("records") == table.to_dict("records")
 
 
+@pytest.mark.parametrize(("index", "more"), [("customer", {"customer"}), (None, set())])
+def test_an_index_that_has_a_name_is_a_column(
+    index: str | None, more: set[str], tmp_path: Path
+) -> None:
+    table = pd.DataFrame({"text": ["one", "two"]}, index=pd.Index(["x", "y"], name=index))
+    table.to_parquet(tmp_path / "a.parquet")
+    assert set(read_table(tmp_path / "a.parquet")) == {"text", *more}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_any_system_ends_them(end: str, write: Write) -> None:
+    path = write("a.csv", end.join(["a,b", "1,2", "3,4", ""]))
+    assert read_table(path).to_dict("records") == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
 def test_a_lone_quotation_mark_swallows_no_rows(write: Write) -> None:
     path = write("messages", 'ham\t"Hello\r\nspam\twin\nham\tshe said "no"\n')
     rows = read_table(path, ["label", "text"]).to_numpy().tolist()

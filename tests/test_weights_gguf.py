@@ -110,7 +110,7 @@ def test_scaling_of_no_kind_is_linear(key: str, tmp_path: Path, bpe: Any) -> Non
         assert load(tmp_path / "a.gguf").gpt.config.rope_scaling == expected
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("factor", [4.0, 8.0, 32.0])
 def test_llama_3s_factors_are_known(factor: float, tmp_path: Path, bpe: Any) -> None:
     """As convert_hf_to_gguf computes them."""
     base, head_size, original = 500000.0, 8, 8192
@@ -136,7 +136,7 @@ def test_llama_3s_factors_are_known(factor: float, tmp_path: Path, bpe: Any) -> 
     scaling = load(tmp_path / "a.gguf").gpt.config.rope_scaling
     assert scaling == RopeScaling("llama3", factor, 1.0, 4.0, original)
     assert logits_differ(tmp_path / "a.gguf", theirs) < LOGITS_TOLERANCE
-    factors[-1] *= 1.01
+    factors[0] *= 1.01
     write_gguf(tmp_path / "b.gguf", model, bpe, change=add)
     assert "no known Llama" in refusal(tmp_path / "b.gguf")
     factors.append(1.0)

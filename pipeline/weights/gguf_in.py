@@ -23,10 +23,6 @@ _KINDS = {
     "gpt2": (_NORMAL, _CONTROL, _USER, _UNUSED),
     "llama": (_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE),  # SentencePiece's
 }
-_LLAMA3_SCALINGS = [
-    RopeScaling("llama3", factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-    for factor in (8.0, 32.0)  # Llama 3.1; 3.2
-]
 
 
 def open_gguf(path: Path) -> Foreign:
@@ -119,10 +115,11 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        for scaling in _LLAMA3_SCALINGS:
-            expected = stretch_factors(rope_theta, head_size, scaling)
-            if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
-                return scaling
+        # as Llama 3.1 and 3.2 have it but for the factor, which the lowest frequencies have whole
+        scaling = RopeScaling("llama3", round(float(factors.max()), 3), 1.0, 4.0, 8192)
+        expected = stretch_factors(rope_theta, head_size, scaling)
+        if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
+            return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
     kind = metadata.of_model("rope.scaling.type", "linear")  # as llama.cpp takes it
     factor = metadata.of_model("rope.scaling.factor", 0.0)

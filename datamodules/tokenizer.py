@@ -12,7 +12,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,11 @@ class Tokenizer:
         form = vocabulary.sentencepiece
         encoder = CharacterLevel(vocabulary, form) if form else ByteLevel(vocabulary)
         return cls(vocabulary, digest(vocabulary.content()), encoder)
+
+    def is_like(self, other: Tokenizer) -> bool:
+        """Whether it is another but for its name: an export is read back under one of its own."""
+        renamed = replace(self.vocabulary, name=other.name)
+        return renamed.content() == other.vocabulary.content()
 
     @property
     def name(self) -> str:

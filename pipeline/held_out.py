@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.resume import changed_files, differences
@@ -20,6 +21,26 @@ def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
     return [*meta.get("earlier", []), *own]
+
+
+def published(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`trained_on` for an export: names of files without the folders that they lie in here."""
+    shown = []
+    for training in trained_on(meta):
+        dataset, options = training["dataset"], (training["data"] or {}).get("init_args", {})
+        apart = {split: _named(files) for split, files in dataset.get("apart", {}).items()}
+        facts = {"sources": _named(dataset["sources"]), "split": dataset.get("split")}
+        data = {"init_args": {key: options[key] for key in SPLIT if key in options}}
+        shown.append({"data": data, "dataset": {**facts, **({"apart": apart} if apart else {})}})
+    return shown
+
+
+def _named(digests: Mapping[str, str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for path, sha256 in digests.items():
+        name = Path(path).name
+        names[f"{name} ({len(names)})" if name in names else name] = sha256
+    return names
 
 
 def check_held_out(
@@ -46,8 +67,9 @@ def check_held_out(
             f"what is held out here may have been trained on: {found}. Restore that, or "
             "give data.source with files that the checkpoint has not seen."
         )
-    *_, last = trained_on(meta)
-    dataset, ours = last["dataset"], _files_of(fingerprint, splits)
+    if not (trainings := trained_on(meta)):  # of others, who do not say
+        return
+    dataset, ours = trainings[-1]["dataset"], _files_of(fingerprint, splits)
     if not _share_files(dataset["sources"], ours):
         apart = fingerprint.get("apart", {})
         named = [  # plain text has no third split: test is val

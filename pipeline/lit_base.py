@@ -201,7 +201,7 @@ class LitStep(pl.LightningModule):
         return GPT(replace(self.gpt_config, vocab_size=vocab_size))
 
     def _check_fit(self, config: GPTConfig, loaded: Loaded | None) -> None:
-        if loaded is not None and loaded.tokenizer.digest != self.data.tokenizer.digest:
+        if loaded is not None and not loaded.tokenizer.is_like(self.data.tokenizer):
             raise ValueError(
                 f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
                 f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
@@ -218,10 +218,11 @@ class LitStep(pl.LightningModule):
         if fn == TrainerFn.FITTING:
             if self.trainer.is_global_zero:
                 held_out.warn_of_split(self.init_from, meta, data.config, data.fingerprint)
-        elif meta.get("dataset") is not None:
-            split = "val" if fn == TrainerFn.VALIDATING else "test"
+            return
+        if meta.get("dataset") is not None:
             held_out.check_form(self.init_from, meta, data.meta())
-            held_out.check_held_out(meta, data.config, data.fingerprint, [split])
+        split = "val" if fn == TrainerFn.VALIDATING else "test"
+        held_out.check_held_out(meta, data.config, data.fingerprint, [split])
 
     # The optimizer step
 
@@ -368,12 +369,13 @@ class LitStep(pl.LightningModule):
 
     def _remember_trainings(self, meta: dict[str, Any]) -> None:
         """What the checkpoint was trained on, should it not be this run's data, was learned too."""
-        own = {"data": self.data.config, "dataset": self.data.fingerprint}
+        config, fingerprint = self.data.config, self.data.fingerprint
+        own = {"data": config, "dataset": fingerprint}
         for training in held_out.trained_on(meta):
             if training not in (own, *self.earlier):
                 self.earlier.append(training)
         if self.trainer.is_global_zero:
-            held_out.warn_of_split(str(self.ckpt_path), meta, own["data"], own["dataset"])
+            held_out.warn_of_split(str(self.ckpt_path), meta, config, fingerprint)
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, on the rank that writes them."""

@@ -92,6 +92,7 @@ def foreign_meta(foreign: Foreign) -> dict[str, Any]:
         "lora": None,
         "base": None,
         "parent": None,
+        "earlier": list(foreign.trained_on),
     }
     has_template = foreign.tokenizer.vocabulary.chat_template
     return {**meta, "prompt_style": TEMPLATE} if has_template else meta

@@ -30,7 +30,7 @@ from pipeline.weights.card import card
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
 from tests.exporting import write as write_all
-from tests.journey import Journey, outcome_of, said
+from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
 
 IDS = torch.arange(24).reshape(2, 12)
 SMS = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
@@ -95,6 +95,29 @@ def test_instructions_to_huggingface_and_back(tiny: Journey, tmp_path: Path) -> 
     code, _, err = said("import", f"--source={imported}")
     assert code == 2
     assert "is a checkpoint of ours already" in err
+
+
+def test_an_export_knows_what_was_learned(tiny: Journey, tmp_path: Path) -> None:
+    """It is compared with what it is of; nothing that its model learned is scored."""
+    path = export(tiny.best("pretrain"), "--format=huggingface", f"--output={tmp_path / 'base'}")
+    learned = json.loads((path / "export.json").read_text())["trained_on"]
+    assert [training["data"]["init_args"]["val_fraction"] for training in learned] == [0.05]
+    assert str(tiny.folder) not in json.dumps(learned)
+    assert set(learned[0]["dataset"]["sources"]) >= {"00.txt", "59.txt"}
+
+    score = ["score", f"--config={CONFIGS}/score.yaml", "--max_new_tokens=4"]
+    code, _, err = said(*score, f"--ckpt={tiny.best('instruct')}", f"--before={path}")
+    assert code == 0, err
+
+    imported = said("import", f"--source={path}")[1].strip()
+    for source in (path, imported):
+        words = ["validate", f"--config={CONFIGS}/pretrain.yaml", *PLAIN, "--data.block_size=64"]
+        words += [f"--data.source=[{tiny.folder / 'prose'}]", "--data.near_duplicates=null"]
+        words += ["--model.gpt=null", f"--model.init_from={source}", "--data.tokenizer=null"]
+        code, _, err = said(*words, "--data.val_fraction=0.3")
+        assert (code, "data.val_fraction was 0.05, is 0.3" in err) == (2, True), err
+        code, _, err = said(*words)
+        assert code == 0, err
 
 
 def _already(checkpoint: Path) -> str:

@@ -508,7 +508,7 @@ def test_validate_gives_the_metrics_of_fit(tiny: Journey, monkeypatch: pytest.Mo
     assert outcome["metrics"]["val/loss"] == pytest.approx(ours, abs=1e-5)  # merged adapters
     assert said("validate", f"--ckpt_path={best.parents[1]}")[2].count("options: ") == 1
     shutil.copytree(best, tiny.folder / "elsewhere")
-    assert "is in no run" in said("test", f"--ckpt_path={tiny.folder / 'elsewhere'}")[2]
+    assert "is not in a run" in said("test", f"--ckpt_path={tiny.folder / 'elsewhere'}")[2]
     scored = Path(tiny.outcomes["score"]["outputs"]["report"]).parent
     assert "is not in a run of fit, whose" in said("test", f"--ckpt_path={scored}")[2]
 

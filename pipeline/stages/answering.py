@@ -64,15 +64,14 @@ def answer(
     held_out = held_out_of(tuned, changes)
     origin = before or parent_of(tuned)
     untuned = load_language_model(origin, answering.precision) if origin else None
-    if untuned is not None and untuned.tokenizer.digest != tuned.tokenizer.digest:
+    if untuned is not None and not untuned.tokenizer.is_like(tuned.tokenizer):
         raise ValueError(f"before ({origin}) has another tokenizer than ckpt ({ckpt}).")
     models = [loaded for loaded in (tuned, untuned) if loaded is not None]
     context = min(loaded.gpt.config.block_size for loaded in models)
     held_out.max_length = min(held_out.max_length, context)
     held_out.setup("test")
-    if tuned.meta.get("dataset"):
-        own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
-        check_held_out(tuned.meta, own, facts, [answering.split])
+    own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
+    check_held_out(tuned.meta, own, facts, [answering.split])
     prompts = prompts_of(held_out, answering, context)
     after, *earlier = (
         respond(loaded, tuned, held_out, prompts, answering, kept) for loaded in models

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.checkpoint import stem_of
 from pipeline.directories import Writers, check_output, path_digest, write_files, writing_directory
+from pipeline.held_out import published
 from pipeline.models import Loaded, load
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
@@ -52,6 +53,7 @@ def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> 
     with writing_directory(target) as draft:
         files = write_files(draft, writers)
         facts = {"format": form, "dtype": kind, "files": files, "lineage": steps}
+        facts["trained_on"] = published(loaded.meta)
         (draft / EXPORT).write_text(json.dumps(facts, indent=1))
     run.log_tags({"lineage": steps[0]})
     digests = {"exported": path_digest(target)}

@@ -1,7 +1,7 @@
 """Reading a model of others: every tensor used once, shapes checked, a few rows at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Foreign:
         skipped: tensors that carry nothing (masks that old files kept), and why they do not.
         stored_as: names in the file, where they are others than in `shapes`.
         license: licence of the weights, where the file says.
+        trained_on: `held_out.published` of an export of ours.
         check: refuses what no tensor shows alone: two that must be equal, and are not.
     """
 
@@ -40,6 +41,7 @@ class Foreign:
     skipped: Mapping[str, str] = field(default_factory=dict)
     stored_as: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
+    trained_on: Sequence[Mapping[str, Any]] = ()
     check: Callable[[], None] = lambda: None
 
     @property

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,17 +41,24 @@ def open_foreign(path: Path) -> Foreign:
             f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
         )
     with _naming(path):
-        _verify_export(path if path.is_dir() else path.parent)
-        return open_huggingface(path) if path.is_dir() else open_gguf(path)
+        trained_on = _verify_export(path if path.is_dir() else path.parent)
+        foreign = open_huggingface(path) if path.is_dir() else open_gguf(path)
+        return replace(foreign, trained_on=trained_on)
 
 
-def _verify_export(folder: Path) -> None:
-    """ValueError where an export of ours is not what was written; others carry no digests."""
-    if (folder / EXPORT).is_file():
-        stated = json.loads((folder / EXPORT).read_bytes())["files"]
-        read = {name: facts for name, facts in stated.items() if name not in FOR_PEOPLE}
-        for name in damaged(folder, read):
-            raise ValueError(f"its {name} is missing or damaged; export it anew.")
+def _verify_export(folder: Path) -> list[dict[str, Any]]:
+    """What an export of ours was trained on; others do not say, and carry no digests.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    if not (folder / EXPORT).is_file():
+        return []
+    stated = json.loads((folder / EXPORT).read_bytes())
+    read = {name: facts for name, facts in stated["files"].items() if name not in FOR_PEOPLE}
+    for name in damaged(folder, read):
+        raise ValueError(f"its {name} is missing or damaged; export it anew.")
+    return list(stated.get("trained_on", []))
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:

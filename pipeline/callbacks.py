@@ -32,7 +32,8 @@ class Throughput(pl.Callback):
     """Logs tokens a second, and what share of the machine's matrix-product ceiling that is.
 
     The ceiling is measured when training starts, in the precision that it runs in. Padding counts
-    for nothing.
+    for nothing; every other token as if it went through the whole model, also where logits that
+    nobody needs, or what rows begin with in common, are not computed.
     """
 
     def __init__(self) -> None:

@@ -18,13 +18,18 @@ def flops_per_token(model: GPT, n_context: int) -> int:
     config = model.config
     attention = 2 * config.n_head * config.head_size * keys  # of a block
     forward = linear + attention * len(model.blocks)
-    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
-    parts = (embeddings, *(block.parameters() for block in model.blocks))
-    learns = [any(p.requires_grad for p in part) for part in parts]
-    lowest = max([*learns, True].index(True) - 1, 0)  # block that gradients go down to
+    lowest = lowest_trained_block(model)
     passed = linear - sum(map(_linear_weights, model.blocks[:lowest]))
     attention *= len(model.blocks) - lowest
     return int(2 * (forward + passed + trained + 2 * attention))
+
+
+def lowest_trained_block(model: GPT) -> int:
+    """The block that gradients go down to; the number of blocks where they go to none."""
+    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
+    parts = (embeddings, *(block.parameters() for block in model.blocks))
+    learns = [any(p.requires_grad for p in part) for part in parts]
+    return max([*learns, True].index(True) - 1, 0)
 
 
 def _linear_weights(module: nn.Module, *, trained_only: bool = False) -> int:

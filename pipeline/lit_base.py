@@ -186,7 +186,7 @@ class LitStep(pl.LightningModule):
     def memory_gib(self) -> float:
         """About what a training step needs."""
         half = "16" in str(self.trainer.precision)
-        return estimate_gib(self.model, self.gpt.config, self.data.max_tokens, half=half)
+        return estimate_gib(self.model, self.gpt, self.data.max_tokens, half=half)
 
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from pipeline.gpt import GPTConfig
+from pipeline.flops import lowest_trained_block
+from pipeline.gpt import GPT
 from pipeline.sharding import local
 
 GIB = 2**30
@@ -10,21 +11,26 @@ _OPTIMIZER_BYTES = 12  # a trained parameter: its gradient and AdamW's two momen
 _VECTORS = 16  # of n_embd that a block keeps for the backward pass, for every token
 
 
-def estimate_gib(model: nn.Module, config: GPTConfig, max_tokens: int, *, half: bool) -> float:
+def estimate_gib(model: nn.Module, gpt: GPT, max_tokens: int, *, half: bool) -> float:
     """What a training step keeps in memory: weights, gradients, optimizer, one micro-batch.
 
     Coarse, by counting; `check` measures it.
 
     Args:
         model: with the gradients that it needs.
-        config: configuration of its transformer.
+        gpt: its transformer.
         max_tokens: the limit of a micro-batch.
         half: whether it computes in two bytes a number.
     """
     parameters = [local(p) for p in model.parameters()]
     weights = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad) * _OPTIMIZER_BYTES
-    size = 2 if half else 4
-    kept = config.n_layer * (_VECTORS * config.n_embd + 3 * config.mlp_hidden) * size
-    logits = (config.vocab_size or 0) * (size + 8)  # and in float32, and their gradient
+    config, size = gpt.config, 2 if half else 4
+    n_blocks = len(gpt.blocks) - lowest_trained_block(gpt)  # frozen ones below keep nothing
+    block = (_VECTORS * config.n_embd + 3 * config.mlp_hidden) * size
+    kept = n_blocks * block
+    if gpt.gradient_checkpointing:  # what goes into each, and one of them at a time
+        kept = min(kept, n_blocks * config.n_embd * size + block)
+    n_logits = gpt.head.out_features if hasattr(gpt, "head") else 0  # not of a classifier
+    logits = n_logits * (size + 8)  # and in float32, and their gradient
     return (weights + trained + max_tokens * (kept + logits)) / GIB

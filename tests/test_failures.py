@@ -43,7 +43,7 @@ def test_the_estimate_by_hand(tiny_gpt: Callable[..., Any]) -> None:
     n = sum(p.numel() for p in model.parameters())
 
     def estimate(max_tokens: int, *, half: bool = False) -> float:
-        return estimate_gib(model, model.config, max_tokens, half=half) * GIB
+        return estimate_gib(model, model, max_tokens, half=half) * GIB
 
     # float32: the weight, its gradient, two moments
     assert estimate(0) == pytest.approx(16 * n)
@@ -51,5 +51,13 @@ def test_the_estimate_by_hand(tiny_gpt: Callable[..., Any]) -> None:
     token = 4 * 2 * (16 * 32 + 3 * 64) + 96 * (4 + 8)
     assert estimate(100) - estimate(0) == pytest.approx(100 * token)
     assert estimate(100, half=True) < estimate(100)
+    block, logits = 4 * (16 * 32 + 3 * 64), 96 * (4 + 8)
+    model.gradient_checkpointing = True
+    assert estimate(100) - estimate(0) == pytest.approx(100 * (4 * 2 * 32 + block + logits))
+    model.gradient_checkpointing = False
     model.requires_grad_(False)
     assert estimate(0) == pytest.approx(4 * n)
+    model.blocks[1].requires_grad_(True)
+    assert estimate(100) - estimate(0) == pytest.approx(100 * (block + logits))
+    del model.head
+    assert estimate(100) - estimate(0) == pytest.approx(100 * block)

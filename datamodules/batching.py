@@ -10,7 +10,8 @@ Shapes: B rows, T tokens.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from itertools import accumulate
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,11 +39,38 @@ class MicroBatch(TypedDict, total=False):
 
 
 class SampleSet(Protocol):
-    """What a loader draws from: a list of samples, or what reads them when they are asked for."""
+    """What a loader draws from."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: int, /) -> Sample: ...
+
+
+class Samples(Sequence[Sample]):
+    """Samples in memory, whose tokens lie in one tensor.
+
+    A worker that is not forked is given a file descriptor for every tensor, of which a process has
+    a thousand or so.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._ends = [0, *accumulate(len(sample["input_ids"]) for sample in samples)]
+        columns: dict[str, list[Any]] = {key: [] for sample in samples[:1] for key in sample}
+        for key, values in columns.items():
+            values += [sample[key] for sample in samples]  # type: ignore[literal-required]
+        self._tokens = {k: torch.cat(v) for k, v in columns.items() if isinstance(v[0], Tensor)}
+        self._facts = {k: v for k, v in columns.items() if k not in self._tokens}
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        own = slice(self._ends[i], self._ends[i + 1])
+        tokens = {key: of_all[own] for key, of_all in self._tokens.items()}
+        return {**tokens, **{key: of_all[i] for key, of_all in self._facts.items()}}
 
 
 def digest_of(sample_sets: Iterable[Sequence[Sample]]) -> str:
@@ -142,8 +170,7 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:
 
 def pad(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
     """Stacks samples, padded on the right to the longest."""
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    columns = torch.arange(int(lengths.max()))
+    lengths = [len(sample["input_ids"]) for sample in samples]
     micro_batch = MicroBatch(
         sample_ids=torch.tensor([sample["sample_id"] for sample in samples]),
         input_ids=_stack([sample["input_ids"] for sample in samples], pad_id),
@@ -152,8 +179,9 @@ def pad(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
         micro_batch["labels"] = _stack([sample["labels"] for sample in samples], IGNORE)
     if "label" in samples[0]:
         micro_batch["label"] = torch.tensor([sample["label"] for sample in samples])
-    if bool((lengths < len(columns)).any()):
-        micro_batch["attention_mask"] = columns < lengths[:, None]  # (B, T)
+    if min(lengths) < max(lengths):
+        columns = torch.arange(max(lengths))
+        micro_batch["attention_mask"] = columns < torch.tensor(lengths)[:, None]  # (B, T)
     return micro_batch
 
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 
 from datamodules import apart, chat_template, splits
-from datamodules.batching import Sample, digest_of
+from datamodules.batching import Sample, Samples, digest_of
 from datamodules.entries import Item, make_item, read_entries
 from datamodules.progress import told
 from datamodules.prompts import (
@@ -123,7 +123,7 @@ class InstructionDataModule(StepDataModule):
         self.check()
         self.read()
         samples, n_cut = self._encode()
-        sets = [[samples[i] for i in self._rows[split]] for split in splits.SPLITS]
+        sets = [Samples([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
         self.train_set, self.val_set, self.test_set = sets
         counts = {
             "items": len(samples),

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from datamodules import apart, splits
-from datamodules.batching import Sample, digest_of
+from datamodules.batching import Sample, Samples, digest_of
 from datamodules.files import at
 from datamodules.progress import told
 from datamodules.prompts import encode_text
@@ -221,7 +221,7 @@ class TextClassificationDataModule(StepDataModule):
                 rows[split] = part[splits.balance(labels[part], self.split_seed)]
         return rows, n_repeated
 
-    def _encode(self) -> tuple[dict[str, list[Sample]], int]:
+    def _encode(self) -> tuple[dict[str, Samples], int]:
         """The samples of each split, and how many texts were cut."""
         sets: dict[str, list[Sample]] = {split: [] for split in self._rows}
         n_cut = 0
@@ -235,7 +235,7 @@ class TextClassificationDataModule(StepDataModule):
                 sets[split].append(
                     Sample(sample_id=row, input_ids=torch.tensor(ids), label=self._labels[row])
                 )
-        return sets, n_cut
+        return {split: Samples(samples) for split, samples in sets.items()}, n_cut
 
     def _class_counts(self) -> dict[str, int]:
         """Rows of each split, and of each class in it."""

@@ -1,6 +1,8 @@
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from datamodules.batching import (
     Collate,
     MicroBatch,
     Sample,
+    Samples,
     StepSampler,
     digest_of,
     epoch_generator,
@@ -54,6 +57,32 @@ class Module(StepDataModule):
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer(["abc abc abc"], vocab_size=270, min_frequency=2)
+
+
+def test_samples_are_few_tensors_and_as_they_were(samples: list[Sample]) -> None:
+    made = Samples(samples)
+    assert len(made) == len(samples)
+    for ours, theirs in zip(made, samples, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["sample_id"] == theirs["sample_id"]
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("input_ids", "labels"))
+    assert made[-1]["sample_id"] == 7
+    assert [sample["sample_id"] for sample in made[2:4]] == [2, 3]
+    with pytest.raises(IndexError):
+        made[8]
+    assert digest_of([made]) == digest_of([samples])
+    labelled = Samples([Sample(sample_id=3, input_ids=torch.tensor([1, 2]), label=1)])
+    assert labelled[0].keys() == {"sample_id", "input_ids", "label"}
+    assert list(Samples([])) == []
+
+
+def test_a_worker_is_given_few_file_descriptors() -> None:
+    many = Samples([sample(i, [i, i + 1]) for i in range(2000)])
+    process = psutil.Process()
+    before = process.num_fds()
+    sent = ForkingPickler.dumps(many)
+    assert process.num_fds() - before < 10
+    del sent
 
 
 def test_padding_by_hand() -> None:

@@ -139,7 +139,7 @@ class CheckCLI(PipelineCLI):
         path = mlruns_root() / self.stage.run.experiment / self.run_name()
         if read_outcome(path) is not None:
             return f"{path} is finished; fit would do nothing (--run.resume never starts anew)"
-        newest = newest_valid(path / CHECKPOINTS)
+        newest = newest_valid(path / CHECKPOINTS, set_aside=False)
         return f"{path} would go on from {newest.name}" if newest else f"{path}, new"
 
     def _warnings(self, trial: Trial) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,23 @@ def test_a_run_that_is_there_already_is_named(
     assert code == 0, err
     assert "is finished; fit would do nothing" in out
     assert [p for p in sorted((tiny.folder / "mlruns").rglob("*")) if p not in before] == []
+
+
+def test_a_check_leaves_damaged_checkpoints_where_they_are(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may be training there."""
+    shutil.copytree(tiny.folder / "mlruns" / "pretrain", tmp_path / "pretrain")
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
+    (outcome,) = tmp_path.glob("pretrain/*/outcome.json")
+    outcome.unlink()
+    folder = outcome.parent / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / names[-1] / "model.safetensors").write_bytes(b"")
+    code, out, err = said("check", *pretraining(tiny))
+    assert code == 0, err
+    assert f"{outcome.parent}, new" in out or f"would go on from {names[-2]}" in out
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_what_would_be_lost_quietly_is_said(tiny: Journey, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.directories import path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.lit_base import LitStep, check_context
+from pipeline.lit_model import check_context
+from pipeline.lit_step import LitStep
 from pipeline.memory import GIB
 from pipeline.optim import check_warmup
 from pipeline.options import (

@@ -21,7 +21,7 @@ from torchmetrics.utilities import dim_zero_cat
 from datamodules.batching import MicroBatch
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
-from pipeline.lit_base import LitStep
+from pipeline.lit_step import LitStep
 from pipeline.models import Loaded
 
 

@@ -9,7 +9,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from datamodules.batching import MicroBatch
 from pipeline.gpt import GPT
-from pipeline.lit_base import LitStep
+from pipeline.lit_step import LitStep
 from pipeline.loss import count_supervised, cross_entropies, next_token_loss
 from pipeline.models import Loaded
 

@@ -32,9 +32,9 @@ from pipeline.checkpoint import CHECKPOINTS
 from pipeline.checkpoint_callback import Checkpoints
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
-from pipeline.lit_base import LitStep
 from pipeline.lit_classifier import LitClassifier
 from pipeline.lit_language_model import LitLanguageModel
+from pipeline.lit_step import LitStep
 from pipeline.lora import LoRAConfig
 from pipeline.optim import OptimizerConfig
 from pipeline.runs.run_directory import CONFIG, check_name

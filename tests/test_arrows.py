@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHTNING_MODULES = {"pipeline.lit_base", "pipeline.lit_language_model", "pipeline.lit_classifier"}
+LIGHTNING_MODULES = {
+    f"pipeline.lit_{name}"
+    for name in ("model", "checkpoint", "step", "language_model", "classifier")
+}
 MAY_IMPORT_THEM = {"cli", "options", "checkpoint_callback"} | {
     module.rpartition(".")[2] for module in LIGHTNING_MODULES
 }

@@ -8,7 +8,7 @@ import yaml
 
 from datamodules.step_data_module import StepDataModule
 from pipeline.cli import PipelineCLI
-from pipeline.lit_base import LitStep
+from pipeline.lit_step import LitStep
 from pipeline.stages.chain_config import load_chain
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -131,7 +131,7 @@ def test_what_is_stopped_says_how_far_it_came(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.lit_base.LitStep.on_train_batch_end", stop)
+    monkeypatch.setattr("pipeline.lit_step.LitStep.on_train_batch_end", stop)
     words = [f"--data.tokenizer={tiny.tokenizer}", "--data.near_duplicates=null"]
     words += [f"--data.source=[{tiny.folder / 'prose'}]"]
     code, _, err = said("fit", f"--config={CONFIGS}/pretrain.yaml", *TINY, *words)

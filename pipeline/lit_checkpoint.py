@@ -1,0 +1,105 @@
+"""What a LightningModule's checkpoints hold, and when one may be gone on with."""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from pipeline import held_out, lora, sharding
+from pipeline.lit_model import LitModel
+from pipeline.resume import check_base, check_resumable, check_tensors
+from pipeline.runs.run_directory import flat
+from pipeline.steps import run_of
+
+
+class LitCheckpoint(LitModel):
+    """Checkpoints that resume exactly: of a LoRA run, the adapter alone and what names its base."""
+
+    strict_loading = False  # on_load_checkpoint is stricter
+    allow_changes = False  # go on from a checkpoint of another run
+    ckpt_path: str | None = None  # what is gone on from
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself; primitives."""
+        return {
+            "kind": self.kind,
+            "step": self.global_step,
+            "gpt": self.gpt.config.primitives(),
+            "lora": asdict(self.lora_config) if self.lora_config else None,
+            "base": self.base,
+            "parent": self.parent,
+            "identity": self.identity(),
+            "precision": str(self.trainer.precision),
+            "data": self.data.config,
+            "dataset": self.data.fingerprint,
+            "earlier": self.earlier,
+            **self.data.meta(),
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must share with its checkpoint, as text by dotted key.
+
+        `max_tokens` is not among it: it may be lowered where memory has run out.
+        """
+        model = {
+            "kind": self.kind,
+            "gpt": self.gpt.config.primitives(),
+            "lora": asdict(self.lora_config) if self.lora_config else None,
+            "optimizer": asdict(self.optimizer_config),
+            "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        run = {"precision": self.trainer.precision, "world_size": self.trainer.world_size}
+        return flat({"data": self.data.identity(), "model": model, "trainer": run})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
+        sharding.share_out_again(self.model)
+        checkpoint["state_dict"] = self._gathered(self._own_tensors())
+        checkpoint["meta"] = self.meta()
+        checkpoint["tokenizer"] = self.data.tokenizer
+        checkpoint["skipped"] = self._guard.state_dict()
+        if self.lora_config is not None:
+            checkpoint["adapter"] = self._gathered(lora.adapter_state(self.model))
+            checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that a checkpoint is of this model, on this base, to the last tensor."""
+        check_base(checkpoint["meta"]["base"], self.base)
+        changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
+        if changes:
+            self._say_what_changed(changes)
+        self._remember_trainings(checkpoint["meta"])
+        tensors = checkpoint["state_dict"]
+        check_tensors("the checkpoint", tensors, self._own_tensors())
+        self._guard.load_state_dict(checkpoint["skipped"])
+        checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        if self.lora_config is not None:
+            own = lora.adapter_state(self.model)
+            lora.load_adapter(self.model, sharding.shares(checkpoint["adapter"], own))
+
+    def _say_what_changed(self, changes: str) -> None:
+        print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
+        if run := run_of(self.trainer):
+            run.event("changes_allowed", changes=changes)
+
+    def _remember_trainings(self, meta: dict[str, Any]) -> None:
+        """What the checkpoint was trained on, should it not be this run's data, was learned too."""
+        config, fingerprint = self.data.config, self.data.fingerprint
+        own = {"data": config, "dataset": fingerprint}
+        for training in held_out.trained_on(meta):
+            if training not in (own, *self.earlier):
+                self.earlier.append(training)
+        if self.trainer.is_global_zero:
+            held_out.warn_of_split(str(self.ckpt_path), meta, config, fingerprint)
+
+    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on the rank that writes them."""
+        whole: dict[str, Tensor] = sharding.gathered(tensors, keep=self.trainer.is_global_zero)
+        return whole
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        if self.lora_config is None:
+            return {name: p.detach() for name, p in named}
+        return {n: p.detach() for n, p in named if p.requires_grad and not lora.is_adapter_key(n)}

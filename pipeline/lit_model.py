@@ -1,0 +1,174 @@
+"""What both LightningModules train: a model that is built anew, or weights that are there."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from datamodules.batching import MicroBatch
+from datamodules.step_data_module import StepDataModule
+from pipeline import held_out, lora, sharding
+from pipeline.checkpoint import CHECKPOINTS
+from pipeline.compiling import compile_blocks
+from pipeline.directories import path_digest
+from pipeline.gpt import GPT, GPTConfig
+from pipeline.lora import LoRAConfig
+from pipeline.models import Loaded, describe_base, load
+from pipeline.nonfinite import NonFiniteGuard
+from pipeline.optim import OptimizerConfig
+
+VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
+
+
+class LitModel(pl.LightningModule):
+    """A transformer with what a subclass puts around it, from its configuration or from weights.
+
+    Args:
+        gpt: a model to build anew; or else
+        init_from: a checkpoint whose weights to start from.
+        lora: adapters to train instead of the weights.
+        optimizer: how weights are updated.
+        gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
+            that it needs: less memory for about a third more time, the same numbers.
+        compile: compile blocks and loss with torch.compile; it pays on a GPU, after a minute of
+            compiling. A resumed run may then round differently.
+        cuda_graphs: capture each training pass as CUDA graphs, which pays where it is many small
+            operations; null: wherever it can be done.
+    """
+
+    kind: str
+    model: Any
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        *,
+        gpt: GPTConfig | None = None,
+        init_from: str | None = None,
+        lora: LoRAConfig | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        cuda_graphs: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if (gpt is None) == (init_from is None):
+            raise ValueError(
+                "give either model.gpt (a new model) or model.init_from (weights to start from); "
+                + ("both are given." if gpt else "neither is given.")
+            )
+        self.gpt_config, self.init_from = gpt, init_from
+        self.lora_config, self.optimizer_config = lora, optimizer
+        self.gradient_checkpointing = gradient_checkpointing
+        self.is_compiled, self.cuda_graphs = compile, cuda_graphs
+        self.model = None
+        self.base: dict[str, Any] | None = None
+        self.parent: dict[str, str] | None = None
+        self.earlier: list[dict[str, Any]] = []  # trainings that the starting weights went through
+        self._step: list[MicroBatch] = []  # that is being taken
+        self._loss = self._norm = torch.zeros(())  # its mean loss, the norm of its gradients
+        self._guard = NonFiniteGuard()
+
+    @abstractmethod
+    def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
+        """The trained module around a transformer."""
+
+    @property
+    def data(self) -> StepDataModule:
+        """The data module that the trainer runs on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def gpt(self) -> GPT:
+        """The transformer in the model, or that the model is."""
+        return getattr(self.model, "gpt", self.model)
+
+    def compile_loss(self) -> None:
+        """Compiles what of the loss is worth it."""
+
+    def configure_model(self) -> None:
+        """Builds or loads the model; called by Lightning once the data is there."""
+        if self.model is not None:
+            return
+        self.model = self.build()
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if self.lora_config is not None and fits and str(self.trainer.precision) == "bf16-mixed":
+            lora.hold_base(self.model, torch.bfloat16)
+        if self.is_compiled and fits:
+            compile_blocks(self.gpt)
+            self.compile_loss()
+        if isinstance(self.trainer.strategy, sharding.FullySharded):
+            sharding.shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+        self.train()
+
+    def build(self) -> nn.Module:
+        """The model, with its adapters."""
+        loaded = load(self.init_from) if self.init_from else None
+        gpt = loaded.gpt if loaded else self._new_gpt()
+        self._check_fit(gpt.config, loaded)
+        gpt.gradient_checkpointing = self.gradient_checkpointing
+        if loaded is not None:
+            self._check_held_out(loaded.meta)
+            self.earlier = held_out.trained_on(loaded.meta)
+            self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
+        if loaded is not None and self.lora_config is not None:
+            folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
+            self.base = describe_base(loaded, folder)
+        model = self.wrap(gpt, loaded)
+        if self.lora_config is not None:
+            self.lora_config = lora.attach(model, self.lora_config)
+        return model
+
+    def _new_gpt(self) -> GPT:
+        assert self.gpt_config is not None
+        n_vocab = self.data.tokenizer.n_vocab
+        rounded = -(-n_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        vocab_size = self.gpt_config.vocab_size or rounded
+        if vocab_size < n_vocab:
+            raise ValueError(
+                f"model.gpt.vocab_size is {vocab_size} but the tokenizer has {n_vocab} tokens; "
+                "leave it null to take the tokenizer's."
+            )
+        return GPT(replace(self.gpt_config, vocab_size=vocab_size))
+
+    def _check_fit(self, config: GPTConfig, loaded: Loaded | None) -> None:
+        if loaded is not None and not loaded.tokenizer.is_like(self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
+                f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
+            )
+        check_context(self.data, config.block_size)
+
+    def _check_held_out(self, meta: dict[str, Any]) -> None:
+        """Refuses to evaluate on data that the weights were trained on, or in another form.
+
+        Training goes on from them on such data, with a warning.
+        """
+        assert self.init_from is not None
+        data, fn = self.data, self.trainer.state.fn
+        if fn == TrainerFn.FITTING:
+            if self.trainer.is_global_zero:
+                held_out.warn_of_split(self.init_from, meta, data.config, data.fingerprint)
+            return
+        if meta.get("dataset") is not None:
+            held_out.check_form(self.init_from, meta, data.meta())
+        split = "val" if fn == TrainerFn.VALIDATING else "test"
+        held_out.check_held_out(meta, data.config, data.fingerprint, [split])
+
+
+def check_context(data: StepDataModule, block_size: int) -> None:
+    """Refuses rows that do not fit in the model's context.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    key, n_tokens = data.context
+    if n_tokens > block_size:
+        raise ValueError(
+            f"data.{key} is {n_tokens} but model.gpt.block_size is {block_size}; "
+            f"lower data.{key} or use a model with a longer context."
+        )

@@ -113,7 +113,7 @@ class StepSampler:
         self.order, self.batch_size = order, batch_size
         self.rank, self.world_size = rank, world_size
         self.n_steps = -(-len(order(epoch)) // batch_size)
-        self.next_epoch, self.start = epoch, min(start, self.n_steps - 1)
+        self.next_epoch, self.start = epoch, max(0, min(start, self.n_steps - 1))
 
     def __len__(self) -> int:
         return self.n_steps
@@ -121,7 +121,7 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
         epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        steps = self.order(epoch).split(self.batch_size)
+        steps = self.order(epoch).split(self.batch_size)[: self.n_steps]
         for members in steps[start:]:
             yield members[self.rank :: self.world_size].tolist()
 

@@ -134,27 +134,28 @@ class StepDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training; the first epoch may start in its middle."""
-        world_size = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        sampler = StepSampler(
-            self.train_order(),
-            batch_size=self.batch_size,
-            epoch=self._at["epoch"],
-            start=self._at["position"],
-            rank=rank,
-            world_size=world_size,
-        )
-        return self._loader(self.train_set, batch_sampler=sampler)
+        at = {"epoch": self._at["epoch"], "start": self._at["position"]}
+        return self._dealt(self.train_set, self.train_order(), **at)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation, in order."""
-        return self._in_order(self.val_set)
+        """Validation, in order, dealt to the ranks as training is."""
+        in_order = torch.arange(len(self.val_set))
+        return self._dealt(self.val_set, lambda epoch: in_order)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test, in order."""
+        """Test, in order; all of it on every rank."""
         return self._in_order(self.test_set)
 
     predict_dataloader = test_dataloader  # predictions are of the test set
+
+    def _dealt(
+        self, dataset: SampleSet, order: Callable[[int], Tensor], **at: int
+    ) -> DataLoader[Any]:
+        world_size = self.trainer.world_size if self.trainer else 1
+        rank = self.trainer.global_rank if self.trainer else 0
+        ranks = {"rank": rank, "world_size": world_size}
+        sampler = StepSampler(order, batch_size=self.batch_size, **ranks, **at)
+        return self._loader(dataset, batch_sampler=sampler)
 
     def _in_order(self, dataset: SampleSet) -> DataLoader[Any]:
         return self._loader(dataset, batch_size=self.batch_size)

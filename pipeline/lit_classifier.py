@@ -90,10 +90,11 @@ class LitClassifier(LitStep):
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """Adds to loss and metrics."""
-        for micro_batch in batch:
+        for micro_batch, is_own in self.micro_batches(batch):
             logits, labels = self._logits(micro_batch).float(), micro_batch["label"]
-            self.loss_mean.update(F.cross_entropy(logits, labels), len(labels))
-            self.metrics.update(logits.softmax(dim=-1), labels)
+            if is_own:
+                self.loss_mean.update(F.cross_entropy(logits, labels), len(labels))
+                self.metrics.update(logits.softmax(dim=-1), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Loss, accuracy, precision, recall, F1, AUROC."""

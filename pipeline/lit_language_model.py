@@ -59,9 +59,10 @@ class LitLanguageModel(LitStep):
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
         """Adds to the loss, token by token."""
-        for micro_batch in batch:
-            if n_targets := self.n_targets(micro_batch):
-                self.loss_mean.update(self.loss_sum(micro_batch) / n_targets, n_targets)
+        for micro_batch, is_own in self.micro_batches(batch):
+            loss_sum, n_targets = self.loss_sum(micro_batch), self.n_targets(micro_batch)
+            if is_own and n_targets:
+                self.loss_mean.update(loss_sum / n_targets, n_targets)
 
     def on_validation_epoch_end(self) -> None:
         """Loss, perplexity, bits per byte."""

@@ -81,11 +81,10 @@ class LitStep(LitCheckpoint):
         optimizer.zero_grad(set_to_none=not is_graph)  # type: ignore[union-attr]
         n_targets = self.over_ranks(sum(self.n_targets(micro_batch) for micro_batch in batch))
         mean = torch.zeros((), device=self.device)
-        n_micro_batches = self.over_ranks(len(batch), "max")  # none may wait for another
-        for i in range(n_micro_batches):
-            micro_batch, weight = (batch[i], 1.0) if i < len(batch) else (self._filler(), 0.0)
-            with self._synchronized(last=i == n_micro_batches - 1):
-                share = weight * self.loss_sum(micro_batch) / n_targets
+        micro_batches = self.micro_batches(batch)
+        for i, (micro_batch, is_own) in enumerate(micro_batches, start=1):
+            with self._synchronized(last=i == len(micro_batches)):
+                share = float(is_own) * self.loss_sum(micro_batch) / n_targets
                 self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
             mean += share.detach()
         mean = self.trainer.strategy.reduce(mean, reduce_op="sum")
@@ -107,8 +106,16 @@ class LitStep(LitCheckpoint):
         counts = torch.tensor(count, device=self.device)
         return int(self.trainer.strategy.reduce(counts, reduce_op=operation))
 
+    def micro_batches(self, batch: list[MicroBatch]) -> list[tuple[MicroBatch, bool]]:
+        """What a rank computes, and what of it is its own: the rest fills up and weighs nothing.
+
+        All ranks have as many, so that none waits for another.
+        """
+        n_missing = self.over_ranks(len(batch), "max") - len(batch)
+        fillers = [(self._filler(), False) for _ in range(n_missing)]
+        return [*((micro_batch, True) for micro_batch in batch), *fillers]
+
     def _filler(self) -> MicroBatch:
-        """What a rank goes through that has fewer micro-batches than another; it weighs nothing."""
         ids = torch.zeros((1, 2), dtype=torch.int64, device=self.device)
         return MicroBatch(input_ids=ids, labels=ids, label=ids[0, :1])
 

@@ -1,6 +1,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -178,6 +179,27 @@ def test_two_ranks_share_each_step(n_samples: int) -> None:
     for step, own, other in zip(alone, first, second, strict=True):
         assert sorted(own + other) == sorted(step)
         assert 0 <= len(own) - len(other) <= 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ranks_are_dealt_training_and_validation(
+    split: str, samples: list[Sample], tokenizer: Tokenizer
+) -> None:
+    """Eight samples in steps of three: of the last two ranks have one each, and one has none."""
+    seen: list[list[list[int]]] = []
+    for rank in range(3):
+        module = Module(samples, tokenizer, batch_size=3)
+        module.trainer = SimpleNamespace(world_size=3, global_rank=rank)  # type: ignore[assignment]
+        loader = getattr(module, f"{split}_dataloader")()
+        seen.append([[i for mb in step for i in mb["sample_ids"].tolist()] for step in loader])
+    assert [[len(step) for step in rank] for rank in seen] == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert sorted(i for rank in seen for step in rank for i in step) == list(range(8))
+    if split == "val":
+        assert seen == [[[0], [3], [6]], [[1], [4], [7]], [[2], [5], []]]
+
+
+def test_an_empty_set_has_no_steps(tokenizer: Tokenizer) -> None:
+    assert list(Module([], tokenizer, batch_size=3).val_dataloader()) == []
 
 
 class TinyModel(nn.Module):

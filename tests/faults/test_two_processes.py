@@ -239,6 +239,13 @@ def assert_same_losses(home: Path, other: Path) -> None:
     assert losses(home, "train/tokens") == losses(other, "train/tokens")
 
 
+def assert_same_validation(home: Path, alone: Path, *measures: str) -> None:
+    """Each of two validates a half."""
+    for name in measures:
+        ours, theirs = losses(home, f"val/{name}"), losses(alone, f"val/{name}")
+        assert ours == pytest.approx(theirs, abs=SAME), name
+
+
 def assert_logged_once(home: Path) -> None:
     """Every metric of every step, in the one run that there is; in MLflow too."""
     lines = [line for line, _ in read_journal(only_run(home)) if line["kind"] == "metric"]
@@ -347,6 +354,7 @@ def test_two_that_were_stopped_equal_two_that_were_not_to_the_last_bit(
 def assert_adapters_are_those_of_one(home: Path, alone: Path, tokenizer: Path) -> None:
     """Though in every step one of the two has more tokens to learn from than the other."""
     assert_same_losses(home, alone)
+    assert_same_validation(home, alone, "loss", "perplexity")
     assert_logged_once(home)
     assert_shared_out(home, alone)
     data = instruction_data(tokenizer, train_fraction=0.8, val_fraction=0.1)
@@ -400,6 +408,8 @@ def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewH
     assert code == 0, errors
     assert "sync_dist" not in errors, "Lightning's advice is not for means that are of all data"
     assert_same_losses(home, alone)
+    measures = ("loss", "accuracy", "auroc", "precision", "recall", "f1")
+    assert_same_validation(home, alone, *measures)
     verify_checkpoint(last_checkpoint(home))
     for name in (ADAPTER_WEIGHTS, WEIGHTS):
         assert_close(*(read_tensors(last_checkpoint(of), name) for of in (home, alone)))

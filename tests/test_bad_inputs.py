@@ -232,7 +232,7 @@ def test_prompts_that_cannot_be(tiny: Journey) -> None:
     line = refused("generate", ckpt, "--prompt=x", "--temperature=1", "--num_beams=2")
     assert "num_beams" in line
     assert "classifier" in refused("generate", f"--ckpt={tiny.best('spam')}", "--prompt=x")
-    assert "no classifier" in refused("classify", ckpt, "--text=x")
+    assert "not a classifier" in refused("classify", ckpt, "--text=x")
     assert "/no/such" in refused("generate", "--ckpt=/no/such", "--prompt=x")
 
 
@@ -267,4 +267,4 @@ def test_a_command_without_options_says_where_they_come_from(
 ) -> None:
     assert main([command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "give one: -c configs/pretrain.yaml" in line
+    assert "for example -c configs/pretrain.yaml" in line

@@ -278,7 +278,10 @@ FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
         ({"experiment": "x", "stages": [VOCAB | {"set": {"vocab_size": "x"}}]}, ["vocab_size: "]),
         ({"experiment": "x", "stages": [VOCAB | {"set": {"vocabsize": 3}}]}, ["--vocabsize=3"]),
         ({"experiment": "x", "stages": [VOCAB | {"config": []}]}, ["'vocab'", "source"]),
-        ({"experiment": "x", "stages": [FIT, VOCAB]}, ["stages[0].inputs.tokenizer", "no earlier"]),
+        (
+            {"experiment": "x", "stages": [FIT, VOCAB]},
+            ["stages[0].inputs", "not an earlier"],
+        ),
         (
             {"experiment": "x", "stages": [VOCAB, FIT | {"inputs": {"token": "vocab"}}]},
             ["stages[1].inputs.token", "init_from, tokenizer"],

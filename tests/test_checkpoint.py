@@ -333,7 +333,7 @@ def test_a_manifest_that_says_nothing_is_refused(whole: Path, content: str | byt
     if content is not None:
         manifest.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(
-        CheckpointError, match=r"no whole checkpoint: its manifest\.json is missing"
+        CheckpointError, match=r"not a whole checkpoint: its manifest\.json is missing"
     ):
         verify_checkpoint(whole)
 

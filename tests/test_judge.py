@@ -683,7 +683,7 @@ def test_an_evaluation_that_was_killed_goes_on(server: Server, tmp_path: Path) -
         ({"base_url": "http://me:hunter2@localhost/v1"}, r"judge\.base_url is \[hidden"),
         ({"base_url": "http://localhost/v1?key=hunter2"}, r"judge\.base_url is \[hidden"),
         ({"model": ""}, r"judge\.model is empty"),
-        ({"api_key_env": KEY}, r"judge\.api_key_env is not a name"),
+        ({"api_key_env": KEY}, r"judge\.api_key_env is not the name"),
         ({"max_concurrency": 0}, r"judge\.max_concurrency is 0"),
         ({"max_attempts": 0}, r"judge\.max_attempts is 0"),
         ({"timeout_s": 0.0}, r"judge\.timeout_s is 0\.0"),

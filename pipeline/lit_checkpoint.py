@@ -86,9 +86,9 @@ class LitCheckpoint(LitModel):
     def _remember_trainings(self, meta: dict[str, Any]) -> None:
         """What the checkpoint was trained on, should it not be this run's data, was learned too."""
         config, fingerprint = self.data.config, self.data.fingerprint
-        own = {"data": config, "dataset": fingerprint}
         for training in held_out.trained_on(meta):
-            if training not in (own, *self.earlier):
+            is_own = training["dataset"].get("digest") == fingerprint["digest"]
+            if not is_own and training not in self.earlier:
                 self.earlier.append(training)
         if self.trainer.is_global_zero:
             held_out.warn_of_split(str(self.ckpt_path), meta, config, fingerprint)

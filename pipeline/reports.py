@@ -188,16 +188,20 @@ def compare(
         values = [(mine[name](weights), base[name](weights)) for name in mine]
         return np.concatenate([(own, other, own - other) for own, other in values])
 
+    def n_behind(name: str, form: str) -> int:
+        if name == "accuracy":
+            return len(set(units))
+        given = [model.argmax(1) for of, model in models.items() if form in (of, difference)]
+        behind = given if name == "precision" else [labels]
+        return min(_n_of_rarest(classes, units, present) for classes in behind)
+
     estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
     scores: dict[str, float] = {}
     for (name, form), estimate in zip(
         itertools.product(mine, (*models, difference)), estimates, strict=True
     ):
-        if name == "accuracy" and form in models:
-            estimate = widened(estimate, len(set(units)), scale=1.0)
-        elif form in models:  # a difference of 0 says that no item differs
-            classes = models[form].argmax(1) if name == "precision" else labels
-            estimate = widened(estimate, _n_of_rarest(classes, units, present), scale=1.0)
+        lowest = -1.0 if form == difference else 0.0
+        estimate = widened(estimate, n_behind(name, form), scale=1.0, lowest=lowest)
         key = form.format(name)
         scores[key] = estimate.value
         scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high

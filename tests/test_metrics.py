@@ -311,7 +311,13 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
         for name in ("precision", "recall", "f1", "auroc"):
             assert scores[f"{model}{name}_low"] == pytest.approx(bounds[5]), name
             assert scores[f"{model}{name}_high"] == 1.0
-    assert scores["test/accuracy_minus_tfidf_high"] == 0.0
+    for name, n in (("accuracy", 25), ("precision", 5), ("recall", 5), ("auroc", 5)):
+        key = f"test/{name}_minus_tfidf"
+        assert scores[key] == 0.0
+        assert scores[f"{key}_high"] == pytest.approx(1 - bounds[n]), (
+            "what was never seen may differ"
+        )
+        assert scores[f"{key}_low"] == pytest.approx(bounds[n] - 1)
     once = perfect[::-1].copy()  # the one text that it calls spam is none
     once[:, 1], once[0, 1] = 0.0, 1.0
     for theirs, n_called in ((once, 1), (np.eye(2)[labels * 0], 0)):

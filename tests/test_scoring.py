@@ -284,6 +284,12 @@ def test_no_exact_match_among_few_is_no_proof_that_there_never_is_one() -> None:
     assert exact.after.estimate.high == pytest.approx(100 * (1 - 0.025**0.5))  # of two questions
     assert bleu.after.estimate
     assert bleu.after.estimate.high == 0.0  # it is no mean of items
+    (exact, _, bleu) = summarize(Scored(items, scores), before=Scored(items, scores)).rows
+    assert exact.difference
+    bound = 100 * (1 - 0.025**0.5)
+    assert (exact.difference.low, exact.difference.high) == pytest.approx((-bound, bound))
+    assert bleu.difference
+    assert bleu.difference.low == bleu.difference.high == 0.0
 
 
 def test_equal_questions_are_one_observation() -> None:

@@ -89,22 +89,24 @@ def _interval(replicates: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def widened(estimate: Estimate, n_items: int, *, scale: float) -> Estimate:
+def widened(estimate: Estimate, n_items: int, *, scale: float, lowest: float = 0.0) -> Estimate:
     """The same; but an interval without width holds what was never seen, too.
 
     N items that all have one score leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all
-    there are have another (Clopper & Pearson 1934), be it 0 or the highest.
+    there are have another (Clopper & Pearson 1934), be it the lowest or the highest.
 
     Args:
-        estimate: of a mean of items on 0 to `scale`.
+        estimate: of a mean of items.
         n_items: N.
-        scale: the highest score.
+        scale: the highest score, or difference of two.
+        lowest: the lowest.
     """
     value = estimate.value
     if not math.isclose(estimate.low, estimate.high, abs_tol=1e-9 * scale):
         return estimate
     unseen = 1 - 0.025 ** (1 / n_items)
-    return replace(estimate, low=value - unseen * value, high=value + unseen * (scale - value))
+    low, high = value - unseen * (value - lowest), value + unseen * (scale - value)
+    return replace(estimate, low=low, high=high)
 
 
 def of_sums(counts: Array, value: Callable[[Array], Array]) -> Statistic:

@@ -74,6 +74,7 @@ class Row:
     Attributes:
         n_paired: those items.
         n_questions: how many different ones they ask.
+        is_equal: whether all of them are the same before and after.
     """
 
     measure: str
@@ -82,6 +83,7 @@ class Row:
     difference: Estimate | None
     n_paired: int
     n_questions: int
+    is_equal: bool
 
     @property
     def verdict(self) -> str:
@@ -92,10 +94,8 @@ class Row:
         difference = self.difference
         if difference is None or self.n_questions < MIN_QUESTIONS:
             return "unclear"
-        if difference.low == difference.high == 0:
-            return "equal"
         if not (difference.low > 0 or difference.high < 0):
-            return "unclear"
+            return "equal" if self.is_equal and difference.value == 0 else "unclear"
         is_better = (difference.value < 0) == (self.measure in LOWER_IS_BETTER)
         return "better" if is_better else "worse"
 
@@ -195,17 +195,17 @@ def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
     """One measure from its (N, K) counts; both tables hold the same items in the same order."""
     cell = _cell(measure, after, keys)
     if before is None:
-        return Row(measure, None, cell, None, 0, 0)
+        return Row(measure, None, cell, None, n_paired=0, n_questions=0, is_equal=False)
     is_paired = _is_known(before) & _is_known(after)
     paired, difference = keys[is_paired].tolist(), None
+    n_questions, tables = len(set(paired)), (before[is_paired], after[is_paired])
     if paired:
-        statistic = metrics.difference(
-            metrics.of_sums(before[is_paired], _value(measure)),
-            metrics.of_sums(after[is_paired], _value(measure)),
-        )
-        difference = metrics.bootstrap(statistic, len(paired), keys=paired)
-    of_before = _cell(measure, before, keys)
-    return Row(measure, of_before, cell, difference, len(paired), len(set(paired)))
+        of_each = [metrics.of_sums(table, _value(measure)) for table in tables]
+        difference = metrics.bootstrap(metrics.difference(*of_each), len(paired), keys=paired)
+        if measure not in _OF_CORPUS:
+            difference = metrics.widened(difference, n_questions, scale=SCALE, lowest=-SCALE)
+    of_before, is_equal = _cell(measure, before, keys), np.array_equal(*tables)
+    return Row(measure, of_before, cell, difference, len(paired), n_questions, is_equal)
 
 
 def _cell(measure: str, table: Array, keys: Keys) -> Cell:

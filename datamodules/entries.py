@@ -11,7 +11,7 @@ from datamodules.tables import ROWS, parse_json, read_rows
 
 # what others have in such an entry, and what would change what is learned
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
-_UNREAD = ("system", "history", "tools", "functions", "conversations")
+_UNREAD = ("system", "history", "context", "tools", "functions", "conversations")
 
 
 class Item(TypedDict):
@@ -70,7 +70,7 @@ def make_item(index: int, entry: Any) -> Item:
     """
     entry = _as_here(_object(entry))
     is_chat = entry.get("messages") is not None
-    _refuse_unread(entry, ("instruction", "output", *_UNREAD) if is_chat else _UNREAD)
+    _refuse_unread(entry, ("instruction", "input", "output", *_UNREAD) if is_chat else _UNREAD)
     if is_chat:
         messages = _chat(entry["messages"])
         instruction, given = _transcript(messages[:-1]), ""
@@ -120,7 +120,8 @@ def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"conversations[{i}] has no 'from' and 'value'; correct it.")
         role = _SHAREGPT.get(str(turn["from"]), turn["from"])
-        messages.append({"role": role, "content": turn["value"]})
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        messages.append({**rest, "role": role, "content": turn["value"]})
     others = {k: v for k, v in entry.items() if k != "conversations"}
     return {**others, "messages": messages}
 
@@ -161,11 +162,12 @@ def _chat(messages: Any) -> list[Message]:
 
 def _message(value: dict[str, Any]) -> Message:
     _refuse_unread(value, ("tool_calls", "function_call"))
-    if value.get("weight") not in (None, 1):
-        raise ValueError(
-            f"it has weight {value['weight']}, but every answer is learned; take the entry "
-            "out, or the weight."
-        )
+    for field, usual in (("weight", 1), ("train", True)):
+        if value.get(field) not in (None, usual):
+            raise ValueError(
+                f"it has {field} {value[field]}, but every answer is learned; take the entry out, "
+                f"or the {field}."
+            )
     return Message(role=_text(value, "role"), content=_text(value, "content"))
 
 

@@ -1,6 +1,7 @@
 """Prompts with responses to learn, in one prompt style, split so that no question leaks."""
 
 import datetime
+import itertools
 from typing import Any, get_args
 
 import torch
@@ -220,6 +221,10 @@ class InstructionDataModule(StepDataModule):
         middle = surplus(n_prompt, self.max_length - n_response, n_opening)
         del ids[middle], labels[middle]
         labels[middle.start] = IGNORE  # what came before it is gone
+        if self.supervise == "response":  # and so is the beginning of an answer that it stands in
+            rest = range(middle.start, len(ids) - n_response)
+            for i in itertools.takewhile(lambda i: i == middle.start or labels[i] != IGNORE, rest):
+                labels[i] = IGNORE
 
 
 def _question_key(item: Item) -> str:

@@ -553,6 +553,53 @@ def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
     chats[3]["messages"][2]["weight"] = 0
     with pytest.raises(ValueError, match="entry 3: message 2: it has weight 0, but every answer"):
         ready(make(chats))
+    del chats[3]["messages"][2]["weight"]
+    chats[3]["messages"][2]["train"] = False
+    with pytest.raises(ValueError, match="entry 3: message 2: it has train False, but every"):
+        ready(make(chats))
+    turns = [
+        {
+            "from": {"user": "human", "assistant": "gpt"}[m["role"]],
+            "value": m["content"],
+            "weight": 0,
+        }
+        for m in chats[3]["messages"][1:]
+    ]
+    chats[3] = {"conversations": turns}
+    with pytest.raises(ValueError, match="entry 3: message 0: it has weight 0, but every answer"):
+        ready(make(chats))
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (
+            {"messages": [turn("user", "Sum it up."), turn("assistant", "So.")], "input": "x"},
+            "input",
+        ),
+        ({**GOOD, "context": "x"}, "context"),
+    ],
+)
+def test_what_belongs_to_a_question_is_read_or_refused(
+    more: dict[str, Any], field: str, make: Make
+) -> None:
+    with pytest.raises(ValueError, match=f"entry 20: it has '{field}', which is not read"):
+        ready(make([*entries(20), more]))
+
+
+@pytest.mark.parametrize("max_length", range(100, 190, 7))
+def test_of_an_answer_that_is_cut_into_nothing_is_learned(make: Make, max_length: int) -> None:
+    """Its beginning is gone, and with it what the rest would answer."""
+    first = "The first answer has a number of words: " + " ".join(map(str, range(100, 130))) + "."
+    turns = [turn("user", "Begin."), turn("assistant", first)]
+    turns += [turn("user", "Go on."), turn("assistant", "Gladly.")]
+    module = ready(make([*entries(20), {"messages": turns}], max_length=max_length))
+    sample = all_samples(module)[20]
+    assert len(sample["input_ids"]) == max_length
+    text = learned(module, sample)
+    assert text.endswith("Gladly.<|endoftext|>")
+    earlier = text.removesuffix("Gladly.<|endoftext|>")
+    assert first.startswith(earlier), "only what stands before the cut"
 
 
 def test_a_template_is_told_the_same_day_whenever_samples_are_made(

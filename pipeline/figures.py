@@ -45,7 +45,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]
     Of more than MAX_COUNTED labels colours alone say the counts, and some of the labels are named.
     """
     every = -(-len(label_names) // MAX_COUNTED)
-    named = label_names[::every]
+    named = [name.replace("$", r"\$") for name in label_names[::every]]  # else it is a formula's
     width = max(4.2, 0.55 * len(named) + 0.1 * max(map(len, named)))
     figure = Figure(figsize=(width, width - 0.4), layout="constrained")
     axes = figure.subplots()

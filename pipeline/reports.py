@@ -169,7 +169,8 @@ def compare(
     """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
 
     Where no resample differs an interval is `widened`: that of accuracy by all items, of precision
-    by those that were given the rarest label, others by those that have it.
+    by those that were given a label, others by those that have it: of two labels the rarer one, of
+    more each, whose mean they are.
 
     Args:
         labels: (N,) true classes.
@@ -188,12 +189,13 @@ def compare(
         values = [(mine[name](weights), base[name](weights)) for name in mine]
         return np.concatenate([(own, other, own - other) for own, other in values])
 
-    def n_behind(name: str, form: str) -> int:
+    def n_behind(name: str, form: str) -> list[int]:
         if name == "accuracy":
-            return len(set(units))
+            return [len(set(units))]
         given = [model.argmax(1) for of, model in models.items() if form in (of, difference)]
         behind = given if name == "precision" else [labels]
-        return min(_n_of_rarest(classes, units, present) for classes in behind)
+        counts = min((_n_of_each(classes, units, present) for classes in behind), key=min)
+        return counts if positive is None else [min(counts)]
 
     estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
     scores: dict[str, float] = {}
@@ -201,17 +203,17 @@ def compare(
         itertools.product(mine, (*models, difference)), estimates, strict=True
     ):
         lowest = -1.0 if form == difference else 0.0
-        estimate = widened(estimate, n_behind(name, form), scale=1.0, lowest=lowest)
+        estimate = widened(estimate, *n_behind(name, form), scale=1.0, lowest=lowest)
         key = form.format(name)
         scores[key] = estimate.value
         scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
     return scores
 
 
-def _n_of_rarest(classes: Labels, keys: Iterable[Any], among: Iterable[int]) -> int:
-    """How many different items have the class that the fewest have; at least 1."""
+def _n_of_each(classes: Labels, keys: Iterable[Any], among: Iterable[int]) -> list[int]:
+    """How many different items have each class; at least 1."""
     counts = Counter(c for c, _ in set(zip(classes.tolist(), keys, strict=True)))
-    return max(1, min(counts[c] for c in among))
+    return [max(1, counts[c]) for c in among]
 
 
 def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:

@@ -318,6 +318,10 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
             "what was never seen may differ"
         )
         assert scores[f"{key}_low"] == pytest.approx(bounds[n] - 1)
+    many = np.array([0] * 100 + [1] * 100 + [2] * 2)
+    scores = reports.compare(many, np.eye(3)[many], np.eye(3)[many])
+    each = [binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (100, 100, 2)]
+    assert scores["test/f1_low"] == pytest.approx(np.mean(each)), "a mean over labels"
     once = perfect[::-1].copy()  # the one text that it calls spam is none
     once[:, 1], once[0, 1] = 0.0, 1.0
     for theirs, n_called in ((once, 1), (np.eye(2)[labels * 0], 0)):

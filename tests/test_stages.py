@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 
 from datamodules.tables import read_table
 from datamodules.tokenizer import Tokenizer
@@ -178,6 +179,16 @@ def test_names_of_labels_do_not_run_into_one_another() -> None:
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(row))
     assert {label.get_rotation() for label in axes.get_xticklabels()} == {45.0}
     assert confusion_figure([[1, 2], [3, 4]], ["ham", "spam"]).get_size_inches()[0] < 5
+
+
+def test_a_label_is_no_formula() -> None:
+    names = ["$", "$$", "$5_$", "$50-$100", "a$\\frac$"]
+    figure = confusion_figure([[1] * len(names)] * len(names), names)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert not any(map(is_math_text, shown))
+    assert [text.replace(r"\$", "$") for text in shown] == [*names, *names]
 
 
 def test_a_figure_of_many_labels_stays_one_that_can_be_drawn() -> None:

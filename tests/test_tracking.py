@@ -258,7 +258,7 @@ def test_a_killed_run_is_ended_and_goes_on_when_resumed(root: Path) -> None:
 
 
 def test_names_that_mlflow_does_not_take_arrive_as_others(root: Path) -> None:
-    names = {"/a": "a", "../b": "b", "c//ham": "c/ham", "d/ham?": "d/ham_", "e/垃圾": "e/垃圾"}
+    names = {"/a": "a", "../b": "b", "c//ham": "c/ham", "d/ham?": "d/ham_3f", "e/垃圾": "e/垃圾"}
     run = Run.open(root / "spam" / "one")
     run.log_metrics(dict.fromkeys([*names, "x" * 300], 1.0), 1)
     sync(run.path)
@@ -600,3 +600,21 @@ def test_what_ended_by_a_mistake_at_once_is_not_shown(root: Path) -> None:
     run.finish({}, {}, {})
     sync_all(root)
     assert runs_in(root)["mistaken"].info.status == "FINISHED"
+
+
+def test_names_that_mlflow_does_not_take_stay_apart(root: Path) -> None:
+    run = Run.open(root / "a" / "b")
+    values = {
+        "test/f1/:)": 0.1,
+        "test/f1/:(": 0.2,
+        "test/f1/C+": 0.3,
+        "test/f1/C#": 0.4,
+        "plain": 1.0,
+    }
+    run.log_metrics(values, step=3)
+    run.finish({}, {}, {})
+    sync_all(root)
+    found = runs_in(root)["b"].data.metrics
+    assert sorted(found.values()) == sorted(values.values())
+    assert found["plain"] == 1.0
+    assert all(name == "plain" or name.startswith("test/f1/") for name in found)

@@ -89,7 +89,7 @@ def _interval(replicates: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def widened(estimate: Estimate, n_items: int, *, scale: float, lowest: float = 0.0) -> Estimate:
+def widened(estimate: Estimate, *n_items: int, scale: float, lowest: float = 0.0) -> Estimate:
     """The same; but an interval without width holds what was never seen, too.
 
     N items that all have one score leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all
@@ -97,14 +97,14 @@ def widened(estimate: Estimate, n_items: int, *, scale: float, lowest: float = 0
 
     Args:
         estimate: of a mean of items.
-        n_items: N.
+        n_items: N; of a mean of several means, of each.
         scale: the highest score, or difference of two.
         lowest: the lowest.
     """
     value = estimate.value
     if not math.isclose(estimate.low, estimate.high, abs_tol=1e-9 * scale):
         return estimate
-    unseen = 1 - 0.025 ** (1 / n_items)
+    unseen = sum(1 - 0.025 ** (1 / n) for n in n_items) / len(n_items)
     low, high = value - unseen * (value - lowest), value + unseen * (scale - value)
     return replace(estimate, low=low, high=high)
 

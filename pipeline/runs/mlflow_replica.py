@@ -44,6 +44,7 @@ from pipeline.runs.run_directory import is_open, read_outcome
 _log = logging.getLogger(__name__)
 
 _RUN_TAG, _TABLES_TAG = "gpt_pipeline.run", "mlflow.loggedArtifacts"
+_NOT_ALLOWED = r"[^\w\-./: ]"  # in names
 _LINES_AT_ONCE = 500
 _MISTAKES = ("ValueError: ", "FileNotFoundError: ", "MisconfigurationException: ")
 
@@ -232,7 +233,7 @@ class _Batch:
             if step < step_before or is_known:
                 continue
             self.replicated.last[name] = [step, value]
-            key, number = _key(name), float(value)
+            key, number = _metric_key(name), float(value)
             if math.isinf(number):
                 self.tags[f"non_finite.{key}"] = f"{value} at step {step}"
                 number = math.nan
@@ -316,8 +317,13 @@ def _set_status(client: MlflowClient, replicated: _Replicated, status: str, time
 
 def _key(name: str) -> str:
     """A name in the characters and the length that MLflow allows."""
-    allowed = posixpath.normpath(re.sub(r"[^\w\-./: ]", "_", name)).lstrip("./")
+    allowed = posixpath.normpath(re.sub(_NOT_ALLOWED, "_", name)).lstrip("./")
     return allowed[:MAX_ENTITY_KEY_LENGTH] or "_"
+
+
+def _metric_key(name: str) -> str:
+    """Likewise; labels that are in it stay apart, with other characters by their numbers."""
+    return _key(re.sub(_NOT_ALLOWED, lambda found: f"_{ord(found[0]):x}", name))
 
 
 def _fitting(client: MlflowClient, run_id: str, name: str, text: str, limit: int) -> str:

@@ -1,5 +1,6 @@
 """Chains: what runs, what is reused, what a broken one goes on with. Stages are real processes."""
 
+import datetime
 import json
 import os
 import re
@@ -186,6 +187,30 @@ def test_a_copy_that_is_lost_is_made_again(chain: Path, home: Path, tmp_path: Pa
         copy.unlink()
     assert len(runs(home, "small")) == 2
     assert len(runs(home, "big")) == 1
+
+
+def test_another_file_in_the_place_of_a_copy_is_not_taken_for_it(
+    chain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = f"small.output={tmp_path / 'copy.json'}"
+    assert run_chain(chain, [copy]) == 0
+    (tmp_path / "copy.json").unlink()
+    assert run_chain(chain, [copy, "small.vocab_size=275"]) == 0
+    assert run_chain(chain, [copy]) != 0
+    assert "copy.json, which is there and is not this tokenizer" in capfd.readouterr().err
+
+
+def test_labels_in_brackets_are_words(
+    chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_chain(chain) == 0
+    (path,) = runs(home, "small")
+    outcome = json.loads((path / "outcome.json").read_text())
+    for row, label in zip(outcome["headline"], ("[/spam]",), strict=True):
+        row["metric"] = f"f1 of {label}"
+    (path / "outcome.json").write_text(json.dumps(outcome))
+    assert run_chain(chain) == 0
+    assert "f1 of [/spam]" in capfd.readouterr().out
 
 
 def test_a_broken_chain_goes_on_where_it_stopped(
@@ -375,6 +400,23 @@ def test_misspelt_overrides(text: str, chain: Path, home: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"--set {text}")):
         run_chain(chain, [text])
     assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("7", 7), ("0.5", 0.5), ("true", True), ("null", None), ("a b", "a b")),
+        *(("[a, b]", ["a", "b"]), ("{a: 1}", {"a": 1}), ("2024-01-02", datetime.date(2024, 1, 2))),
+        *((text, text) for text in ("yes", "1_000", "12:30", "010", "", "Name a C #1 hit", "@you")),
+        *((text, text) for text in ("Translate: Hello #1", "[draft] Hello", "{x", "'x'", "1e-3")),
+    ],
+)
+def test_what_is_set_is_what_the_command_gets(text: str, value: Any, chain: Path) -> None:
+    stage = load_chain(chain, [f"small.text_column={text}"]).stages[0]
+    assert stage.overrides["text_column"] == value
+    (word,) = (w for w in stage.arguments({}) if w.startswith("--text_column="))
+    nested = isinstance(value, list | dict)
+    assert word == f"--text_column={json.dumps(value) if nested else text}"
 
 
 def test_a_key_that_is_left_empty(write: Write) -> None:

@@ -1,5 +1,6 @@
 """`import` and `export` through the command line: what they make, keep, print and refuse."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,6 +93,9 @@ def test_instructions_to_huggingface_and_back(tiny: Journey, tmp_path: Path) -> 
     assert outcome["metrics"]["n_parameters"] == ours.gpt.n_parameters()
 
     assert said("import", f"--source={path}")[1:] == (f"{imported}\n", _already(imported))
+    with contextlib.chdir(tmp_path):
+        here = said("import", f"--source={path}", "--output=here")[1].strip()
+    assert here == str((tmp_path / "here").resolve()), "found from any folder"
     code, _, err = said("import", f"--source={imported}")
     assert code == 2
     assert "is a checkpoint of ours already" in err
@@ -470,3 +474,5 @@ def test_a_stage_that_keeps_no_run(
     code, _, err = said("run", f"--config={chain}")
     assert code == 0, err
     assert json.loads(capfd.readouterr().out)["label"] in {"ham", "spam"}
+    (kept,) = Path(os.environ["GPT_PIPELINE_HOME"]).glob("labels/one-*/outcome.json")
+    assert json.loads(kept.read_text())["elapsed_s"] > 0.5

@@ -176,6 +176,7 @@ class Run:
         *,
         digests: Mapping[str, str] | None = None,
         complete: bool = True,
+        elapsed_s: float | None = None,
     ) -> None:
         """Ends the run well: outcome.json, status FINISHED.
 
@@ -186,6 +187,7 @@ class Run:
             headline: its rows of the chain's table.
             digests: of outputs that others may overwrite, by name; see `checkpoint.path_digest`.
             complete: nothing is left that the same command could still get.
+            elapsed_s: how long it took, where it was not open meanwhile.
         """
         outcome = {
             "status": "FINISHED",
@@ -196,7 +198,7 @@ class Run:
             "metrics": {key: float(value) for key, value in metrics.items()},
             "sources": sources,
             "headline": headline,
-            "elapsed_s": round(self.elapsed_s, 3),
+            "elapsed_s": round(self.elapsed_s, 3) if elapsed_s is None else elapsed_s,
         }
         self.log_tags({f"output.{name}": path for name, path in outputs.items()})
         write_atomically(self.path / OUTCOME, dumps(outcome, indent=2).encode())

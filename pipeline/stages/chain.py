@@ -191,6 +191,8 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
 def _still_holds(stage: Stage, outcome: Outcome) -> bool:
     written = stage.options().get("output")  # a copy, or all that the command makes
     is_there = written is None or Path(written).exists()
+    if is_there and written and (copied := outcome["outputs"].get("tokenizer")):
+        is_there = path_digest(Path(written)) == path_digest(Path(copied))
     return is_there and still_holds(outcome, options=stage.options())
 
 
@@ -247,14 +249,10 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
     started = time.monotonic()
     variables = {RUN_VARIABLE: str(run.path), PARENT_VARIABLE: str(parent.path)}
     exit_code = child.run([sys.executable, "-m", "pipeline", *words], {**os.environ, **variables})
-    outcome = _outcome(run, parent) if exit_code == 0 else None
-    parent.event(
-        "stage",
-        state="failed" if outcome is None else "finished",
-        exit_code=exit_code,
-        elapsed_s=round(time.monotonic() - started, 3),
-        **facts,
-    )
+    elapsed_s = round(time.monotonic() - started, 3)
+    outcome = _outcome(run, parent, elapsed_s) if exit_code == 0 else None
+    state = "failed" if outcome is None else "finished"
+    parent.event("stage", state=state, exit_code=exit_code, elapsed_s=elapsed_s, **facts)
     if child.signal is not None:
         raise StageInterrupted(run.stage, 128 + child.signal, "was interrupted")
     if outcome is None:
@@ -265,10 +263,11 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
     return replace(run, outcome=outcome, is_reused=False)
 
 
-def _outcome(run: StageRun, parent: Run) -> Outcome | None:
+def _outcome(run: StageRun, parent: Run, elapsed_s: float) -> Outcome | None:
     """What a stage left behind; commands that keep no run get an empty one."""
     if not (run.path / JOURNAL).exists():
-        Run.open(run.path, parent=parent.path, command=run.stage.command).finish({}, {}, {})
+        kept = Run.open(run.path, parent=parent.path, command=run.stage.command)
+        kept.finish({}, {}, {}, elapsed_s=elapsed_s)
     return read_outcome(run.path)
 
 
@@ -297,6 +296,7 @@ def _warn_of_code(runs: Iterable[StageRun]) -> None:
 def summarise(runs: Iterable[StageRun]) -> None:
     """Prints the table of a finished chain, where its reports are, and what to do next."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("stage", "metric")
@@ -307,7 +307,8 @@ def summarise(runs: Iterable[StageRun]) -> None:
         name, took = run.stage.name, _duration(run.result["elapsed_s"])
         took += " (earlier)" if run.is_reused else ""
         for row in run.result["headline"] or [{"metric": "", "before": None, "after": None}]:
-            table.add_row(name, row["metric"], _short(row["before"]), _short(row["after"]), took)
+            measure = escape(row["metric"])  # labels are in it
+            table.add_row(name, measure, _short(row["before"]), _short(row["after"]), took)
             name = took = ""
         if "report" in run.result["outputs"]:
             last_lines.append(f"report: {run.result['outputs']['report']}")

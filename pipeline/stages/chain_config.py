@@ -1,5 +1,6 @@
 """The YAML of a chain: read and checked as a whole, before anything runs."""
 
+import datetime
 import json
 import os
 import re
@@ -224,8 +225,18 @@ def _override(stages: dict[str, Stage], text: str) -> None:
         raise ValueError(
             f"--set {text}: no stage is called {name!r}; there are {', '.join(stages)}."
         )
-    overrides = {**stages[name].overrides, key: load_yaml(value)}
+    overrides = {**stages[name].overrides, key: _given(value)}
     stages[name] = replace(stages[name], overrides=overrides)
+
+
+def _given(text: str) -> Any:
+    """What an option is given: a list, a mapping, or a scalar that YAML reads as it stands."""
+    try:
+        value = load_yaml(text)
+    except yaml.YAMLError:
+        return text
+    is_nested = isinstance(value, list | dict) and text.lstrip().startswith(("[", "{"))
+    return value if is_nested or _as_text(value) == text else text
 
 
 def _check_arguments(stage: Stage) -> None:
@@ -250,7 +261,7 @@ def _read(path: Path) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return str(value) if isinstance(value, str | datetime.date) else json.dumps(value, default=str)
 
 
 def _expand(value: Any, key: str) -> Any:

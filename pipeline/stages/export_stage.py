@@ -43,7 +43,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
 def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> None:
     loaded = load(ckpt)
     steps = lineage(loaded)
-    target = output or run.path / "exported"
+    target = output.resolve() if output else run.path / "exported"
     name = output.name if output else loaded.title
     text = card(loaded, steps, name=name, form=form)
     writers = {

@@ -53,7 +53,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         "step": 0,
         "source": {**origin, "file": path.name, "license": foreign.license},
     }
-    target = output or run.path / CHECKPOINTS / step_name(0)
+    target = output.resolve() if output else run.path / CHECKPOINTS / step_name(0)
     write_checkpoint(
         target,
         {**model_writers({}, meta, foreign.tokenizer), WEIGHTS: weights_writer(foreign, path)},

@@ -92,7 +92,7 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     print(table(certificate), file=sys.stderr)
     check(certificate, ckpt)
     meta = {**loaded.meta, "lora": None, "base": None, "adapter": certificate["adapter"]}
-    target = output or run.path / CHECKPOINTS / step_name(loaded.meta["step"])
+    target = output.resolve() if output else run.path / CHECKPOINTS / step_name(loaded.meta["step"])
     writers = model_writers(loaded.model.tensors(), meta, loaded.tokenizer)
     write_checkpoint(target, {**writers, CERTIFICATE: json_writer(certificate)})
     score, difference = certificate["score"], certificate["logits"]

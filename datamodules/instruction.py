@@ -220,11 +220,10 @@ class InstructionDataModule(StepDataModule):
             )
         middle = surplus(n_prompt, self.max_length - n_response, n_opening)
         del ids[middle], labels[middle]
+        rest = range(middle.start, len(ids) - n_response if self.supervise == "response" else 0)
+        for i in itertools.takewhile(lambda i: labels[i] != IGNORE, rest):
+            labels[i] = IGNORE  # of an answer that the cut goes through
         labels[middle.start] = IGNORE  # what came before it is gone
-        if self.supervise == "response":  # and so is the beginning of an answer that it stands in
-            rest = range(middle.start, len(ids) - n_response)
-            for i in itertools.takewhile(lambda i: i == middle.start or labels[i] != IGNORE, rest):
-                labels[i] = IGNORE
 
 
 def _question_key(item: Item) -> str:

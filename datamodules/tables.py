@@ -114,7 +114,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
         return pd.DataFrame([row for _, row in read_jsonl(path)], dtype=object)
     if suffix not in (".csv", ".tsv", "", ".parquet"):
         raise ValueError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file.")
-    text = "" if suffix == ".parquet" else decode(path.read_bytes(), path)
+    text = "" if suffix == ".parquet" else _lines(decode(path.read_bytes(), path), suffix)
     try:
         if suffix == ".parquet":
             from pyarrow import parquet
@@ -126,7 +126,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
                 ignore_metadata=True,  # an index that has a name is a column like others
             )
         table = pd.read_csv(
-            io.StringIO(text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")),
+            io.StringIO(text),
             sep=_separator(text) if suffix == ".csv" else "\t",
             quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
             names=None if names is None else list(names),
@@ -141,6 +141,14 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
+
+
+def _lines(text: str, suffix: str) -> str:
+    """A table's text with lines that end in LF; as it stands they may end in CR LF, or CR alone."""
+    if "\r" not in text:
+        return text
+    unquoted = re.sub(r'"[^"]*"', "", text) if suffix == ".csv" else text
+    return text.replace("\r\n", "\n") if "\n" in unquoted else text.replace("\r", "\n")
 
 
 def _separator(text: str) -> str:
@@ -207,7 +215,7 @@ def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> No
 def _form_of(path: Path) -> dict[str, Any]:
     """How a CSV is written, as options of pandas."""
     data = path.read_bytes()
-    separator = _separator(decode(data, path))
+    separator = _separator(_lines(decode(data, path), path.suffix.lower()))
     return {
         "sep": separator,
         "decimal": "," if separator == ";" else ".",

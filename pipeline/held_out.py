@@ -1,7 +1,7 @@
 """Whether what a checkpoint is evaluated on was held out from it, and is given as in training."""
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,23 @@ def published(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for training in trained_on(meta):
         dataset, options = training["dataset"], (training["data"] or {}).get("init_args", {})
-        apart = {split: _named(files) for split, files in dataset.get("apart", {}).items()}
-        facts = {"sources": _named(dataset["sources"]), "split": dataset.get("split")}
+        names = _names(dataset["sources"])
+        files = {"all": dataset["sources"], **dataset.get("apart", {})}
+        named = {s: {names[path]: sha256 for path, sha256 in of.items()} for s, of in files.items()}
+        facts = {"sources": named.pop("all"), "split": dataset.get("split"), "apart": named}
         data = {"init_args": {key: options[key] for key in SPLIT if key in options}}
-        shown.append({"data": data, "dataset": {**facts, **({"apart": apart} if apart else {})}})
+        shown.append({"data": data, "dataset": facts})
     return shown
 
 
-def _named(digests: Mapping[str, str]) -> dict[str, str]:
+def _names(paths: Iterable[str]) -> dict[str, str]:
+    """A name of its own for each path."""
     names: dict[str, str] = {}
-    for path, sha256 in digests.items():
+    for path in paths:
         name = Path(path).name
-        names[f"{name} ({len(names)})" if name in names else name] = sha256
+        while name in names.values():
+            name += "'"
+        names[path] = name
     return names
 
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -98,6 +99,8 @@ class LitClassifier(LitStep):
 
     def on_validation_epoch_end(self) -> None:
         """Loss, accuracy, precision, recall, F1, AUROC."""
+        auroc: Any = self.metrics["auroc"]
+        auroc.fill_up(self.device)
         self.log("val/loss", self.loss_mean.compute(), prog_bar=True)
         for name, value in self.metrics.compute().items():
             number = value[1] if value.dim() else value  # with two labels that of the second (spam)
@@ -144,6 +147,12 @@ class MeanAUROC(MulticlassAUROC):
 
     Its own mean counts the others as 0.
     """
+
+    def fill_up(self, device: torch.device) -> None:
+        """Gives a rank that saw no text no rows of probabilities, else none could be gathered."""
+        if not self.preds:
+            self.preds.append(torch.zeros((0, self.num_classes), device=device))
+            self.target.append(torch.zeros(0, dtype=torch.int64, device=device))
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """Scalar; NaN where no label is so."""

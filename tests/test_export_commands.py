@@ -96,6 +96,9 @@ def test_instructions_to_huggingface_and_back(tiny: Journey, tmp_path: Path) -> 
     with contextlib.chdir(tmp_path):
         here = said("import", f"--source={path}", "--output=here")[1].strip()
     assert here == str((tmp_path / "here").resolve()), "found from any folder"
+    (tmp_path / "other").mkdir()
+    with contextlib.chdir(tmp_path / "other"):
+        assert said("import", f"--source={path}", "--output=here")[1].strip() != here
     code, _, err = said("import", f"--source={imported}")
     assert code == 2
     assert "is a checkpoint of ours already" in err

@@ -13,7 +13,7 @@ import torch
 from datamodules.instruction import LEARNED_ON
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta
-from pipeline.held_out import check_held_out, trained_on
+from pipeline.held_out import check_held_out, published, trained_on
 from pipeline.models import load
 from pipeline.runs.journal import read_journal
 from pipeline.stages.answering import Answering, of_last_response, parent_of, prompts_of
@@ -92,6 +92,18 @@ def test_files_decide_whether_data_was_seen() -> None:
         check_held_out(
             two, same, fingerprint(b="2", c="1"), ["test"]
         )  # its rows are counted otherwise
+
+
+def test_an_export_tells_files_of_one_name_apart() -> None:
+    """Of train/x.jsonl and test/x.jsonl one was learned."""
+    sources, apart = {"/a/x": "T", "/b/x": "E", "/c/x'": "V"}, {"test": {"/b/x": "E"}}
+    meta = {"dataset": {"sources": sources, "apart": apart}, "data": {"init_args": {}}}
+    own, shown = {"sources": {"/e": "E"}}, {"earlier": published(meta)}
+    assert "/a" not in str(shown)
+    for learned in (meta, shown):
+        with pytest.raises(ValueError, match="may have been trained on"):
+            check_held_out(learned, {}, {"sources": {"/t": "T"}}, ["test"])
+        check_held_out(learned, {}, own, ["test"])
 
 
 def test_what_was_trained_on_earlier_was_seen_too() -> None:

@@ -356,6 +356,14 @@ def test_a_model_with_other_parameters_is_asked_with_them(
     assert len([r for r in caplog.records if "takes no temperature of 0" in r.message]) == 1
 
 
+def test_what_is_no_reply_settles_nothing(server: Server, tmp_path: Path) -> None:
+    """As a gateway's page while the model is loaded."""
+    server.script = [reply(200, "warming up"), reply(400, "response_format is not supported")]
+    assert scores(judge(server, tmp_path, "a", "b", "c", max_concurrency=1)) == [None, 50, 50]
+    asked = ["response_format" in body for body in server.bodies]
+    assert asked == [True, True, False, False]
+
+
 def test_a_refusal_that_repeats_the_request_takes_nothing_away(
     server: Server, tmp_path: Path
 ) -> None:

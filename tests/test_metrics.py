@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
@@ -17,6 +18,7 @@ from pipeline import reports
 from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
 from pipeline.evaluation.metrics import Estimate, bootstrap, difference, mean_of, widened
+from pipeline.lit_classifier import MeanAUROC
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cé我爱北京.,\n1"), max_size=30)
 
@@ -330,6 +332,16 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
         assert scores["baseline/tfidf_precision_high"] == pytest.approx(0.975)
         missed = binomtest(0, 5).proportion_ci(0.95, method="exact").high
         assert scores["baseline/tfidf_recall_high"] == pytest.approx(missed)
+
+
+def test_a_rank_without_a_text_has_rows_to_gather() -> None:
+    auroc = MeanAUROC(3, average="none")
+    auroc.fill_up(torch.device("cpu"))
+    assert (auroc.preds[0].shape, auroc.target[0].dtype) == ((0, 3), torch.int64)
+    seen = MeanAUROC(3, average="none")
+    seen.update(torch.eye(3), torch.arange(3))
+    seen.fill_up(torch.device("cpu"))
+    assert len(seen.preds) == 1
 
 
 def test_what_a_resample_leaves_undefined() -> None:

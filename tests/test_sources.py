@@ -212,8 +212,15 @@ def test_an_index_that_has_a_name_is_a_column(
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lines_end_as_any_system_ends_them(end: str, write: Write) -> None:
-    path = write("a.csv", end.join(["a,b", "1,2", "3,4", ""]))
-    assert read_table(path).to_dict("records") == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+    path = write("a.csv", end.join(["a,b", "1,2; 3; 4; 5", '3,"x\ny"', ""]).encode())
+    rows = [{"a": "1", "b": "2; 3; 4; 5"}, {"a": "3", "b": "x\ny"}]
+    assert read_table(path).to_dict("records") == rows
+
+
+def test_a_cell_may_hold_a_carriage_return(write: Write) -> None:
+    path = write("messages", b"ham\tHello\rthere\nspam\twin\n")
+    rows = read_table(path, ["label", "text"]).to_numpy().tolist()
+    assert rows == [["ham", "Hello\rthere"], ["spam", "win"]]
 
 
 def test_a_lone_quotation_mark_swallows_no_rows(write: Write) -> None:

@@ -146,9 +146,10 @@ class Endpoint:
             if other != parameters:
                 return self._post(messages, other)
         self._check_status(response, text)
-        self._settle(parameters)
         # a short key may well stand in a number there, or in a name of the form itself
-        return self._clean(_content(given, shown=text))
+        reply = self._clean(_content(given, shown=text))
+        self._settle(parameters)
+        return reply
 
     def _settle(self, parameters: dict[str, Any]) -> None:
         """What a request was answered with is what all are sent with from now on."""

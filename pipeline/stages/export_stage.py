@@ -34,6 +34,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
     path = locate(ckpt)
     if output is not None:
         check_output(output, is_own=(output / EXPORT).is_file())
+        output = output.resolve()  # it will be looked for from other folders
     options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
     stem, deciding = f"{stem_of(ckpt)}-{form}", [options, path_digest(path)]
     make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)
@@ -43,7 +44,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
 def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> None:
     loaded = load(ckpt)
     steps = lineage(loaded)
-    target = output.resolve() if output else run.path / "exported"
+    target = output or run.path / "exported"
     name = output.name if output else loaded.title
     text = card(loaded, steps, name=name, form=form)
     writers = {

@@ -34,6 +34,7 @@ def import_stage(source: str, *, output: Path | None) -> None:
         raise ValueError(f"{path} is a checkpoint of ours already; use it as it is.")
     if output is not None:
         check_output(output, is_own=_was_imported(output))
+        output = output.resolve()  # it will be looked for from other folders
     options = {"source": source, "output": output and str(output)}
     content = path_digest(path)
     make = partial(_import, source=source, path=path, content=content, output=output)
@@ -53,7 +54,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         "step": 0,
         "source": {**origin, "file": path.name, "license": foreign.license},
     }
-    target = output.resolve() if output else run.path / CHECKPOINTS / step_name(0)
+    target = output or run.path / CHECKPOINTS / step_name(0)
     write_checkpoint(
         target,
         {**model_writers({}, meta, foreign.tokenizer), WEIGHTS: weights_writer(foreign, path)},

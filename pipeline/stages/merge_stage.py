@@ -67,6 +67,7 @@ def merge_stage(ckpt: str, *, data: dict[str, Any] | None, output: Path | None) 
     """Merges in a run directory; see `pipeline.commands.merge`."""
     if output is not None:
         check_output(output, is_own=(output / CERTIFICATE).is_file())
+        output = output.resolve()  # it will be looked for from other folders
     path = locate(ckpt)
     options = {"ckpt": ckpt, "data": data, "output": output and str(output)}
     stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(path)]
@@ -92,7 +93,7 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     print(table(certificate), file=sys.stderr)
     check(certificate, ckpt)
     meta = {**loaded.meta, "lora": None, "base": None, "adapter": certificate["adapter"]}
-    target = output.resolve() if output else run.path / CHECKPOINTS / step_name(loaded.meta["step"])
+    target = output or run.path / CHECKPOINTS / step_name(loaded.meta["step"])
     writers = model_writers(loaded.model.tensors(), meta, loaded.tokenizer)
     write_checkpoint(target, {**writers, CERTIFICATE: json_writer(certificate)})
     score, difference = certificate["score"], certificate["logits"]

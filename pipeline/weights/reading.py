@@ -41,24 +41,26 @@ def open_foreign(path: Path) -> Foreign:
             f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
         )
     with _naming(path):
-        trained_on = _verify_export(path if path.is_dir() else path.parent)
+        trained_on = _verify_export(path)
         foreign = open_huggingface(path) if path.is_dir() else open_gguf(path)
         return replace(foreign, trained_on=trained_on)
 
 
-def _verify_export(folder: Path) -> list[dict[str, Any]]:
+def _verify_export(path: Path) -> list[dict[str, Any]]:
     """What an export of ours was trained on; others do not say, and carry no digests.
 
     Raises:
         ValueError: it is not what was written.
     """
+    folder = path if path.is_dir() else path.parent
     if not (folder / EXPORT).is_file():
         return []
     stated = json.loads((folder / EXPORT).read_bytes())
     read = {name: facts for name, facts in stated["files"].items() if name not in FOR_PEOPLE}
     for name in damaged(folder, read):
         raise ValueError(f"its {name} is missing or damaged; export it anew.")
-    return list(stated.get("trained_on", []))
+    is_of_it = path.is_dir() or path.name in stated["files"]
+    return list(stated.get("trained_on", [])) if is_of_it else []
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import digest
 from pipeline.resume import changed_files, differences
 
 SPLIT = (  # arguments of data that decide what is held out
@@ -40,10 +41,12 @@ def published(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _names(paths: Iterable[str]) -> dict[str, str]:
     """A name of its own for each path."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for path in paths:
         name = Path(path).name
-        while name in names.values():
-            name += "'"
+        if name in taken:  # of another folder, which stays untold
+            name = f"{digest(path)[:16]}/{name}"
+        taken.add(name)
         names[path] = name
     return names
 

@@ -90,17 +90,22 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
     return {name: _facts(folder / name) for name in sorted(writers)}
 
 
-def check_output(path: Path, *, is_own: bool) -> None:
-    """ValueError where a directory cannot be this command's to write, or to replace.
+def check_output(path: Path, *, is_own: bool) -> Path:
+    """A directory that is this command's to write, or to replace; absolute, as others look for it.
 
     Args:
         path: the directory.
         is_own: whether what lies there is this command's.
+
+    Raises:
+        ValueError: it is not.
     """
-    if Path.cwd().is_relative_to(path.resolve()):
+    absolute = path.resolve()
+    if Path.cwd().is_relative_to(absolute):
         raise ValueError(f"output {path} holds the current directory; give a new one.")
     if path.exists() and not is_own and not _is_empty(path):
         raise ValueError(f"output {path} exists and was not written by this command; give another.")
+    return absolute
 
 
 def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:

@@ -33,8 +33,7 @@ def export_stage(ckpt: str, *, form: Form, dtype: str | None, output: Path | Non
         raise ValueError(f"dtype is {dtype}; for {form} give {' or '.join(DTYPES[form])}.")
     path = locate(ckpt)
     if output is not None:
-        check_output(output, is_own=(output / EXPORT).is_file())
-        output = output.resolve()  # it will be looked for from other folders
+        output = check_output(output, is_own=(output / EXPORT).is_file())
     options = {"ckpt": ckpt, "format": form, "dtype": kind, "output": output and str(output)}
     stem, deciding = f"{stem_of(ckpt)}-{form}", [options, path_digest(path)]
     make = partial(_export, ckpt=ckpt, form=form, kind=kind, output=output)

@@ -33,8 +33,7 @@ def import_stage(source: str, *, output: Path | None) -> None:
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path} is a checkpoint of ours already; use it as it is.")
     if output is not None:
-        check_output(output, is_own=_was_imported(output))
-        output = output.resolve()  # it will be looked for from other folders
+        output = check_output(output, is_own=_was_imported(output))
     options = {"source": source, "output": output and str(output)}
     content = path_digest(path)
     make = partial(_import, source=source, path=path, content=content, output=output)

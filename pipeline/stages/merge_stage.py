@@ -66,8 +66,7 @@ class Behaviour:
 def merge_stage(ckpt: str, *, data: dict[str, Any] | None, output: Path | None) -> None:
     """Merges in a run directory; see `pipeline.commands.merge`."""
     if output is not None:
-        check_output(output, is_own=(output / CERTIFICATE).is_file())
-        output = output.resolve()  # it will be looked for from other folders
+        output = check_output(output, is_own=(output / CERTIFICATE).is_file())
     path = locate(ckpt)
     options = {"ckpt": ckpt, "data": data, "output": output and str(output)}
     stem, deciding = f"{stem_of(ckpt)}-merge", [options, path_digest(path)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.record import Record
 from datamodules.batching import MicroBatch
-from pipeline.steps import n_real_tokens
+from pipeline.training.steps import n_real_tokens
 
 
 class StepClock(pl.Callback):

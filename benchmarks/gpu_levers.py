@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from benchmarks.harness import ROOT, results_folder
 from benchmarks.prepare import GPT2, SMALL, gpt2_config
 from pipeline import lora
-from pipeline.compiling import compile_blocks
 from pipeline.decoding import step_graph
 from pipeline.decoding.packed import pack
 from pipeline.decoding.passes import decode, prefill
-from pipeline.flops import flops_per_token
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import default_device, matrix_product_ceiling, peak_memory_bytes
 from pipeline.loss import cross_entropies, next_token_loss
-from pipeline.memory import GIB
-from pipeline.optim import OptimizerConfig, make_optimizer
-from pipeline.training_graph import TrainingGraphs
+from pipeline.training.compiling import compile_blocks
+from pipeline.training.flops import flops_per_token
+from pipeline.training.memory import GIB
+from pipeline.training.optim import OptimizerConfig, make_optimizer
+from pipeline.training.training_graph import TrainingGraphs
 
 N_WARMUP, N_TIMED = 8, 20
 SHAPE = ROOT / "configs" / "model" / "smollm2-135m.yaml"

@@ -20,11 +20,11 @@ from benchmarks.peers import (
     Environment,
     python_with,
 )
-from pipeline.flops import flops_per_token
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.hardware import default_device, multiplies_bf16, multiplies_f16_weights
 from pipeline.lora import LoRAConfig, attach, is_adapter_key
 from pipeline.models import load
+from pipeline.training.flops import flops_per_token
 
 # bf16 where the hardware multiplies it: emulated, it would say nothing about anyone
 HAS_BF16 = multiplies_bf16(default_device())

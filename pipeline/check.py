@@ -17,11 +17,11 @@ from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.hardware import multiplies_bf16
-from pipeline.memory import GIB
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.stage_run import mlruns_root
-from pipeline.trial import N_VAL_BATCHES, Epoch, Trial
+from pipeline.training.memory import GIB
+from pipeline.training.trial import N_VAL_BATCHES, Epoch, Trial
 
 
 class CheckCLI(PipelineCLI):

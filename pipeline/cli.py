@@ -21,17 +21,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline.arguments import one_line
-from pipeline.callbacks import Lineage, LossSpikes, Throughput
 from pipeline.checkpoint import CHECKPOINTS, newest_valid
-from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.directories import path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.lit_model import check_context
-from pipeline.lit_step import LitStep
-from pipeline.memory import GIB
-from pipeline.optim import check_warmup
-from pipeline.options import (
+from pipeline.resume import interrupted_like
+from pipeline.runs.identity import decisive
+from pipeline.runs.reuse import find_run, still_holds
+from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
+from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
+from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
+from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
+from pipeline.training.lit_model import check_context
+from pipeline.training.lit_step import LitStep
+from pipeline.training.memory import GIB
+from pipeline.training.optim import check_warmup
+from pipeline.training.options import (
     RunConfig,
     check_callbacks,
     check_processes,
@@ -39,8 +44,8 @@ from pipeline.options import (
     option_names,
     with_options_of_fit,
 )
-from pipeline.progress import ProgressDisplay, quiet_libraries
-from pipeline.reports import (
+from pipeline.training.progress import ProgressDisplay, quiet_libraries
+from pipeline.training.reports import (
     PREDICTIONS,
     Report,
     log_predictions,
@@ -48,12 +53,7 @@ from pipeline.reports import (
     report_fit,
     report_test,
 )
-from pipeline.resume import interrupted_like
-from pipeline.runs.identity import decisive
-from pipeline.runs.reuse import find_run, still_holds
-from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
-from pipeline.runs.run_logger import RunLogger
-from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
+from pipeline.training.run_logger import RunLogger
 from pipeline.weights.fetch import PACKAGED, locate
 from pipeline.weights.reading import is_foreign, tokenizer_of
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.attention_products import attention_bias, attention_products, product_dtype
-from pipeline.meta_device import WithoutInit
-from pipeline.rms_norm import RMSNorm
-from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
-from pipeline.unpadding import Unpadding
+from pipeline.layers.attention_products import attention_bias, attention_products, product_dtype
+from pipeline.layers.meta_device import WithoutInit
+from pipeline.layers.rms_norm import RMSNorm
+from pipeline.layers.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
+from pipeline.layers.unpadding import Unpadding
 
 if TYPE_CHECKING:
     from pipeline.decoding.kv_cache import KVCache

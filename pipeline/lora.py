@@ -71,7 +71,7 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     resolved = replace(config, targets=sorted(targets))
     theirs = peft_config(resolved)
     if not config.dora and not config.dropout:
-        from pipeline.fused_lora import FusedLinear
+        from pipeline.layers.fused_lora import FusedLinear
 
         theirs._register_custom_module({nn.Linear: FusedLinear})
     inject_adapter_in_model(theirs, model, adapter_name=ADAPTER)

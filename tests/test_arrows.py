@@ -7,35 +7,28 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIGHTNING_MODULES = {
-    f"pipeline.lit_{name}"
+    f"pipeline.training.lit_{name}"
     for name in ("model", "checkpoint", "step", "language_model", "classifier")
 }
 MAY_IMPORT_THEM = {"cli", "options", "checkpoint_callback"} | {
     module.rpartition(".")[2] for module in LIGHTNING_MODULES
 }
 TORCH_ONLY = {  # and each other
+    *("classifier", "gpt", "loss", "training.flops"),
     *(
-        "attention_products",
-        "classifier",
-        "flops",
-        "gpt",
-        "loss",
-        "meta_device",
-        "rms_norm",
-        "rotary",
-        "unpadding",
-    ),
-    *(
-        f"decoding.{path.stem}"
-        for path in (ROOT / "pipeline" / "decoding").glob("*.py")
-        if path.stem not in ("__init__", "text_stream")
+        f"{folder}.{path.stem}"
+        for folder, others in (("decoding", ("text_stream",)), ("layers", ("fused_lora",)))
+        for path in (ROOT / "pipeline" / folder).glob("*.py")
+        if path.stem not in ("__init__", *others)
     ),
 }
 BELOW = {  # folder -> what it knows nothing of
-    "decoding": ("runs", "stages", "serving", "evaluation", "weights"),
-    "runs": ("decoding", "stages", "serving", "evaluation", "weights"),
-    "weights": ("stages", "serving", "evaluation"),
-    "evaluation": ("stages", "serving"),
+    "layers": ("decoding", "runs", "training", "stages", "serving", "evaluation", "weights"),
+    "decoding": ("runs", "training", "stages", "serving", "evaluation", "weights"),
+    "runs": ("decoding", "training", "stages", "serving", "evaluation", "weights"),
+    "weights": ("training", "stages", "serving", "evaluation"),
+    "evaluation": ("training", "stages", "serving"),
+    "training": ("stages", "serving"),
     "serving": ("stages",),
 }
 

@@ -246,7 +246,7 @@ def test_a_monitor_that_is_not_logged(tiny: Journey) -> None:
     ("prompt", "said"), [("", "prompt is empty"), ("word " * 99, "tokens but")]
 )
 def test_sample_texts_that_cannot_be_gone_on_from(tiny: Journey, prompt: str, said: str) -> None:
-    name = "pipeline.callbacks.SampleTexts"
+    name = "pipeline.training.callbacks.SampleTexts"
     words = [f"--trainer.callbacks+={name}", f"--trainer.callbacks.prompts={json.dumps([prompt])}"]
     line = pretrain(tiny, *words, "--trainer.callbacks.max_new_tokens=3")
     assert f"SampleTexts.prompts, {prompt[:60]!r}" in line

@@ -21,7 +21,7 @@ from pipeline.gpt import GPT
 from pipeline.hardware import default_device, used_memory_bytes
 from pipeline.lora import LoRAConfig, attach
 from pipeline.runs.run_directory import Run
-from pipeline.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes, operation_counter
+from pipeline.training.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes, operation_counter
 from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 from tests.training import instruction_data, pretraining_data
@@ -156,7 +156,7 @@ def test_what_would_be_lost_quietly_is_said(tiny: Journey, tmp_path: Path) -> No
 
 
 def test_what_does_not_fit_is_not_tried(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.trial.total_memory_bytes", lambda _: 2**20)
+    monkeypatch.setattr("pipeline.training.trial.total_memory_bytes", lambda _: 2**20)
     stepped = []
     monkeypatch.setattr("torch.optim.AdamW.step", lambda *_, **__: stepped.append(1))
     code, out, err = said("check", *pretraining(tiny), "--model.optimizer.name=adamw")

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
-from pipeline.lit_classifier import MeanAUROC, make_metrics
+from pipeline.training.lit_classifier import MeanAUROC, make_metrics
 
 MakeGPT = Callable[..., GPT]
 

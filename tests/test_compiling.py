@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pipeline import callbacks
-from pipeline.compiling import RECOMPILE_LIMIT, compile_blocks
 from pipeline.gpt import GPT
 from pipeline.loss import cross_entropies
+from pipeline.training import callbacks
+from pipeline.training.compiling import RECOMPILE_LIMIT, compile_blocks
 from tests.journey import Journey
 from tests.training import (
     LORA,

@@ -8,8 +8,8 @@ import yaml
 
 from datamodules.step_data_module import StepDataModule
 from pipeline.cli import PipelineCLI
-from pipeline.lit_step import LitStep
 from pipeline.stages.chain_config import load_chain
+from pipeline.training.lit_step import LitStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = sorted(path for path in CONFIGS.glob("*.yaml") if "trainer:" in path.read_text())

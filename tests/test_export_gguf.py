@@ -11,7 +11,7 @@ import torch
 from datamodules.prompts import stop_ids
 from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.gpt import GPT
-from pipeline.rotary import RopeScaling
+from pipeline.layers.rotary import RopeScaling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.reading import open_foreign, read_model
 from tests.exporting import (

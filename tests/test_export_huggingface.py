@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from datamodules.prompts import Message, encode_prompt, encode_text
 from pipeline.gpt import GPT
-from pipeline.rotary import RopeScaling
+from pipeline.layers.rotary import RopeScaling
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign, read_model
 from tests.exporting import (

@@ -24,8 +24,8 @@ from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.inference import settings_for
+from pipeline.layers.rotary import RopeScaling
 from pipeline.models import Loaded, load
-from pipeline.rotary import RopeScaling
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.vocabulary import PRE_TOKENIZERS
 from tests.exporting import (

@@ -21,9 +21,9 @@ from pipeline.classifier import GPTClassifier
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.inference import settings_for
+from pipeline.layers.rotary import RopeScaling
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded
-from pipeline.rotary import RopeScaling
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.peft_out import peft_writers
 from tests.exporting import (

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import TCPStore
 
 from pipeline.failures import explain
-from pipeline.memory import GIB, estimate_gib
+from pipeline.training.memory import GIB, estimate_gib
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.attention_products import attention_products
 from pipeline.decoding.kv_cache import KVCache
-from pipeline.flops import flops_per_token
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
+from pipeline.layers.attention_products import attention_products
+from pipeline.layers.rms_norm import RMSNorm
 from pipeline.loss import next_token_loss
-from pipeline.rms_norm import RMSNorm
+from pipeline.training.flops import flops_per_token
 
 MakeGPT = Callable[..., GPT]
 MakeConfig = Callable[..., GPTConfig]
@@ -93,7 +93,7 @@ def rows_that_go_on_with_a_pad() -> tuple[Tensor, Tensor]:
 def test_linear_layers_see_no_pad_and_a_common_start_once(
     tiny_gpt: MakeGPT, causal: bool, n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.unpadding.MULTIPLE", 1)  # to the token
+    monkeypatch.setattr("pipeline.layers.unpadding.MULTIPLE", 1)  # to the token
     model, seen = tiny_gpt(causal=causal), []
     model.blocks[0].mlp.up.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     model(*rows_that_begin_alike())

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from pipeline import training_graph
 from pipeline.decoding import step_graph
 from pipeline.decoding.generate import Batch, generate, generate_each
 from pipeline.decoding.packed import pack
@@ -20,6 +19,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.inference import label_probabilities, load_classifier
 from pipeline.models import load
+from pipeline.training import training_graph
 from tests.journey import Journey
 from tests.training import (
     ADAMW,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gpt import GPT
-from pipeline.trial import kept_bytes
+from pipeline.training.trial import kept_bytes
 from tests.journey import Journey
 from tests.training import (
     LORA,

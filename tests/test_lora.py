@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pipeline import lora
 from pipeline.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipeline.classifier import GPTClassifier
-from pipeline.fused_lora import FusedLinear
 from pipeline.gpt import GPT
+from pipeline.layers.fused_lora import FusedLinear
 from pipeline.lora import LoRAConfig
 
 MakeGPT = Callable[..., GPT]

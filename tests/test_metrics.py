@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import binomtest
 
-from pipeline import reports
 from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
 from pipeline.evaluation.metrics import Estimate, bootstrap, difference, mean_of, widened
-from pipeline.lit_classifier import MeanAUROC
+from pipeline.training import reports
+from pipeline.training.lit_classifier import MeanAUROC
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cé我爱北京.,\n1"), max_size=30)
 

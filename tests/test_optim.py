@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT
-from pipeline.muon import Muon, orthogonalize
-from pipeline.optim import (
+from pipeline.training.muon import Muon, orthogonalize
+from pipeline.training.optim import (
     Chained,
     OptimizerConfig,
     check_warmup,
@@ -222,7 +222,7 @@ def changed(model: GPT, before: dict[str, Tensor]) -> set[str]:
 
 def test_float32_muon_is_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps beside torch's, whose orthogonalisation rounds to bf16 (8 bits): updates to 3 %."""
-    monkeypatch.setattr("pipeline.muon.multiplies_bf16", lambda device: False)
+    monkeypatch.setattr("pipeline.training.muon.multiplies_bf16", lambda device: False)
     torch.manual_seed(0)
     shapes = [(12, 20), (20, 12), (16, 16), (8, 32), (32, 8)]
     start = [torch.randn(shape) for shape in shapes]

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batching import MicroBatch
-from pipeline.callbacks import LossSpikes, Throughput
 from pipeline.decoding.packed import pack
 from pipeline.decoding.passes import decode, prefill
 from pipeline.gpt import GPT
+from pipeline.layers.unpadding import MULTIPLE
 from pipeline.loss import count_supervised
-from pipeline.unpadding import MULTIPLE
+from pipeline.training.callbacks import LossSpikes, Throughput
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.machine import needs_f16_products
 from tests.training import LORA, fit, instruction_data, language_model, pretraining_data

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils import _pytree
 
-from pipeline.progress import quiet_libraries
+from pipeline.training.progress import quiet_libraries
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 
 WIDTH = 80
@@ -44,7 +44,7 @@ def pretrain(journey: Journey, *words: str) -> tuple[str, str]:
 def test_in_a_file_it_is_lines(
     tiny: Journey, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.progress.LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.training.progress.LOG_INTERVAL_S", 0.0)
     out, err = pretrain(tiny)
     lines = [line for line in err.splitlines() if line.startswith("train")]
     assert len(lines) == 9  # one a step, and the last state
@@ -87,7 +87,7 @@ def test_metrics_that_are_of_all_ranks_raise_no_advice_to_gather_them(
 
 
 def test_in_a_terminal_it_moves(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.progress.SCREEN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.training.progress.SCREEN_INTERVAL_S", 0.0)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     _, err = pretrain(tiny)
     states = [state.rstrip() for state in re.split(r"[\r\n]+", CONTROL.sub("", err))]
@@ -131,7 +131,7 @@ def test_what_is_stopped_says_how_far_it_came(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.lit_step.LitStep.on_train_batch_end", stop)
+    monkeypatch.setattr("pipeline.training.lit_step.LitStep.on_train_batch_end", stop)
     words = [f"--data.tokenizer={tiny.tokenizer}", "--data.near_duplicates=null"]
     words += [f"--data.source=[{tiny.folder / 'prose'}]"]
     code, _, err = said("fit", f"--config={CONFIGS}/pretrain.yaml", *TINY, *words)

@@ -28,9 +28,10 @@ from datamodules.prompts import (
     stop_ids,
 )
 from datamodules.tokenizer import Tokenizer
-from pipeline import callbacks, inference
+from pipeline import inference
 from pipeline.decoding.sampling import Sampling
 from pipeline.models import load
+from pipeline.training import callbacks
 from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.reading import open_foreign

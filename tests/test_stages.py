@@ -22,11 +22,11 @@ from datamodules.tables import read_table
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.decoding.packed import PackedLinear
-from pipeline.figures import confusion_figure
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
-from pipeline.reports import by_label, in_order
 from pipeline.runs.journal import read_journal
+from pipeline.training.figures import confusion_figure
+from pipeline.training.reports import by_label, in_order
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.machine import takes_f16_weights
 

@@ -15,12 +15,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from pipeline.callbacks import SampleTexts
 from pipeline.hardware import resolve_precision
-from pipeline.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
-from pipeline.optim import OptimizerConfig
 from pipeline.runs.run_directory import Run
-from pipeline.runs.run_logger import RunLogger
+from pipeline.training.callbacks import SampleTexts
+from pipeline.training.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
+from pipeline.training.optim import OptimizerConfig
+from pipeline.training.run_logger import RunLogger
 from tests.journey import Journey
 from tests.training import (
     ADAMW,

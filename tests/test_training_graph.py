@@ -15,13 +15,13 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from pipeline import training_graph
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.loss import next_token_loss
-from pipeline.sharding import FullySharded
-from pipeline.training_graph import Pass, TrainingGraphs, install, left_out
+from pipeline.training import training_graph
+from pipeline.training.sharding import FullySharded
+from pipeline.training.training_graph import Pass, TrainingGraphs, install, left_out
 from tests.journey import Journey
 from tests.training import LORA, TINY, fit, instruction_data, language_model
 

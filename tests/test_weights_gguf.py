@@ -12,8 +12,8 @@ import torch
 
 from datamodules.chat_template import render
 from datamodules.prompts import Message
+from pipeline.layers.rotary import RopeScaling
 from pipeline.models import load
-from pipeline.rotary import RopeScaling
 from tests.published import (
     CHATML,
     EOS,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.layers.rotary import RopeScaling, rotary_frequencies, rotary_table
 from pipeline.models import load
-from pipeline.rotary import RopeScaling, rotary_frequencies, rotary_table
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.names import entries

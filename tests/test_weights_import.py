@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import WEIGHTS, verify_checkpoint, write_checkpoint
+from pipeline.layers.rotary import RopeScaling, stretched
 from pipeline.models import load
-from pipeline.rotary import RopeScaling, stretched
 from pipeline.weights.huggingface_in import WEIGHTS as THEIRS
 from pipeline.weights.reading import open_foreign, weights_writer
 from tests.journey import said

@@ -12,12 +12,12 @@ import torch
 from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.text_classification import SpamDataModule
-from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.gpt import GPTConfig
-from pipeline.lit_classifier import LitClassifier
-from pipeline.lit_language_model import LitLanguageModel
 from pipeline.lora import LoRAConfig
-from pipeline.optim import OptimizerConfig
+from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
+from pipeline.training.lit_classifier import LitClassifier
+from pipeline.training.lit_language_model import LitLanguageModel
+from pipeline.training.optim import OptimizerConfig
 
 TINY = GPTConfig(
     n_layer=2,

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.record import Record
 from pipeline.loss import next_token_loss
 from pipeline.models import load
-from pipeline.optim import OptimizerConfig, make_optimizer
+from pipeline.training.optim import OptimizerConfig, make_optimizer
 
 OPTIMIZER = OptimizerConfig(
     name="adamw",

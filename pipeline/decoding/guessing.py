@@ -7,7 +7,7 @@ logits after a guess are used if that very token was chosen, by whatever way tok
 
 from collections.abc import Sequence
 
-from pipeline.attention_products import MAX_NEW_TOKENS
+from pipeline.layers.attention_products import MAX_NEW_TOKENS
 
 MAX_GUESSES = MAX_NEW_TOKENS - 1  # with two tokens to go by; as measured (benchmarks/NOTES.md)
 

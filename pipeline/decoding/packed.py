@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.gpt import GPT, AttentionContext, Block, attend, split_heads
-from pipeline.rotary import rotate
+from pipeline.layers.rotary import rotate
 
 ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.md)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from datamodules.sentencepiece import Prefix
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
-from pipeline.rotary import RopeScaling, rotary_frequencies, stretch_factors, stretched
+from pipeline.layers.rotary import RopeScaling, rotary_frequencies, stretch_factors, stretched
 from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.names import TRAITS, head_dim

@@ -19,8 +19,8 @@ from datamodules.tokenizer import Vocabulary
 from pipeline.classifier import GPTClassifier
 from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
+from pipeline.layers.rotary import stretch_factors
 from pipeline.models import Loaded
-from pipeline.rotary import stretch_factors
 from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template

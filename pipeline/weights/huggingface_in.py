@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPTConfig
-from pipeline.rotary import RopeScaling
+from pipeline.layers.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
 from pipeline.weights.names import TRAITS, Family, entries, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of

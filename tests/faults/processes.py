@@ -22,7 +22,7 @@ PROCESSES.set_forkserver_preload(
     [
         "pipeline.cli",
         "pipeline.runs.mlflow_replica",
-        "pipeline.lit_language_model",
+        "pipeline.training.lit_language_model",
         "datamodules.pretraining",
         "mlflow.store.tracking.sqlalchemy_store",
         "peft",

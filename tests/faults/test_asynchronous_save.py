@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import pytest
 
 from pipeline import checkpoint as files
-from pipeline import checkpoint_callback
-from pipeline.background import Background
-from pipeline.memory import GIB
+from pipeline.training import checkpoint_callback
+from pipeline.training.background import Background
+from pipeline.training.memory import GIB
 from tests.faults.processes import Started, at
 from tests.faults.test_checkpoint_faults import Keep
 from tests.faults.test_exact_resume import assert_equal_checkpoints

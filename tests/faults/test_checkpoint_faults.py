@@ -13,9 +13,9 @@ import pytest
 
 from pipeline import checkpoint as files
 from pipeline.checkpoint import newest_valid, verify_checkpoint
-from pipeline.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.directories import CheckpointError
 from pipeline.models import load
+from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.weights.reading import EXPORT
 from tests.journey import Journey, said
 from tests.training import classifier, fit, spam_data

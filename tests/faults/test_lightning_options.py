@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from pipeline.options import check_processes
 from pipeline.runs.journal import read_journal
+from pipeline.training.options import check_processes
 from tests.faults.processes import at
 from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
 

@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.tokenizer import train_tokenizer
 from pipeline.checkpoint import newest_valid, read_meta
-from pipeline.lit_step import LitStep
+from pipeline.training.lit_step import LitStep
 from tests.journey import Journey
 from tests.training import ADAMW, LORA, TINY, classifier, fit, spam_data
 

@@ -16,10 +16,10 @@ import torch
 from pipeline import checkpoint as files
 from pipeline import directories
 from pipeline.checkpoint import verify_checkpoint
-from pipeline.checkpoint_callback import DirectoryCheckpointIO
 from pipeline.directories import CheckpointError
 from pipeline.models import load
 from pipeline.stages.merge_stage import data_of
+from pipeline.training.checkpoint_callback import DirectoryCheckpointIO
 from pipeline.weights.reading import EXPORT
 from tests.faults.servers import Answer, Server, serving, status, whole
 from tests.journey import CONFIGS, PLAIN, ROOT, TINY, Journey, run, said

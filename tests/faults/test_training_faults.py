@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.callbacks import robust_z
 from pipeline.checkpoint import CHECKPOINTS, newest_valid, read_tensors
 from pipeline.runs.journal import read_journal
+from pipeline.training.callbacks import robust_z
 from tests.faults.processes import Started, at
 from tests.journey import said
 

@@ -5,7 +5,7 @@ import sys
 import lightning.pytorch as pl
 
 from datamodules.batching import MicroBatch
-from pipeline.steps import run_of, sample_ids
+from pipeline.training.steps import run_of, sample_ids
 
 MAX_SKIPPED_STEPS = 5  # in a row
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from pipeline.gpt import GPT
-from pipeline.sharding import FullySharded
+from pipeline.training.sharding import FullySharded
 
 MULTIPLE = 64  # of tokens a row: few shapes, for each has a graph of its own
 MAX_SHAPES = 32  # that are captured

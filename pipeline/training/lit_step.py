@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch
-from pipeline import sharding, training_graph
 from pipeline.hardware import available_memory_bytes, keep_freed_memory
-from pipeline.lit_checkpoint import LitCheckpoint
-from pipeline.memory import GIB, estimate_gib
-from pipeline.optim import check_warmup, learning_rate_factor, make_optimizer
 from pipeline.resume import check_alike
-from pipeline.steps import is_logged_step
+from pipeline.training import sharding, training_graph
+from pipeline.training.lit_checkpoint import LitCheckpoint
+from pipeline.training.memory import GIB, estimate_gib
+from pipeline.training.optim import check_warmup, learning_rate_factor, make_optimizer
+from pipeline.training.steps import is_logged_step
 
 
 class LitStep(LitCheckpoint):

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 
 from datamodules.batching import MicroBatch
 from pipeline.runs.run_directory import Run
-from pipeline.sharding import of_ranks
+from pipeline.training.sharding import of_ranks
 
 
 def run_of(trainer: pl.Trainer) -> Run | None:

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from pipeline.flops import lowest_trained_block
 from pipeline.gpt import GPT
-from pipeline.sharding import local
+from pipeline.training.flops import lowest_trained_block
+from pipeline.training.sharding import local
 
 GIB = 2**30
 _OPTIMIZER_BYTES = 12  # a trained parameter: its gradient and AdamW's two moments, in float32

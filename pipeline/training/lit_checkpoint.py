@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline import held_out, lora, sharding
-from pipeline.lit_model import LitModel
+from pipeline import held_out, lora
 from pipeline.resume import check_base, check_resumable, check_tensors
 from pipeline.runs.run_directory import flat
-from pipeline.steps import run_of
+from pipeline.training import sharding
+from pipeline.training.lit_model import LitModel
+from pipeline.training.steps import run_of
 
 
 class LitCheckpoint(LitModel):

@@ -18,9 +18,9 @@ from datamodules.text_classification import TextClassificationDataModule
 from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap_all, widened
 from pipeline.evaluation.responses import write_lines
-from pipeline.figures import confusion_figure, loss_curves
 from pipeline.runs.journal import metric_history
 from pipeline.runs.run_directory import Run, lines_of
+from pipeline.training.figures import confusion_figure, loss_curves
 
 Prediction = dict[str, Tensor]
 PREDICTIONS = "predictions.jsonl"

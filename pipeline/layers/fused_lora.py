@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from pipeline.attention_products import product_dtype
+from pipeline.layers.attention_products import product_dtype
 
 
 class FusedLinear(Linear):

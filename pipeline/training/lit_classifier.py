@@ -22,8 +22,8 @@ from torchmetrics.utilities import dim_zero_cat
 from datamodules.batching import MicroBatch
 from pipeline.classifier import GPTClassifier
 from pipeline.gpt import GPT
-from pipeline.lit_step import LitStep
 from pipeline.models import Loaded
+from pipeline.training.lit_step import LitStep
 
 
 class LitClassifier(LitStep):

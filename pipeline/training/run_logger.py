@@ -7,7 +7,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.runs.run_directory import Run
-from pipeline.steps import is_logged_step
+from pipeline.training.steps import is_logged_step
 
 OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # what metrics of training steps begin with
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.hardware import multiplies_bf16
-from pipeline.sharding import share, whole
+from pipeline.training.sharding import share, whole
 
 
 class Muon(torch.optim.Muon):

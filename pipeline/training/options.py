@@ -29,16 +29,16 @@ from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import load_yaml
 from pipeline.checkpoint import CHECKPOINTS
-from pipeline.checkpoint_callback import Checkpoints
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
-from pipeline.lit_classifier import LitClassifier
-from pipeline.lit_language_model import LitLanguageModel
-from pipeline.lit_step import LitStep
 from pipeline.lora import LoRAConfig
-from pipeline.optim import OptimizerConfig
 from pipeline.runs.run_directory import CONFIG, check_name
-from pipeline.sharding import FullySharded
+from pipeline.training.checkpoint_callback import Checkpoints
+from pipeline.training.lit_classifier import LitClassifier
+from pipeline.training.lit_language_model import LitLanguageModel
+from pipeline.training.lit_step import LitStep
+from pipeline.training.optim import OptimizerConfig
+from pipeline.training.sharding import FullySharded
 
 # an option, its values without effect, and what to use instead
 _NOT_HERE = (

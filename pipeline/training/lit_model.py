@@ -12,15 +12,16 @@ from torch import nn
 
 from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
-from pipeline import held_out, lora, sharding
+from pipeline import held_out, lora
 from pipeline.checkpoint import CHECKPOINTS
-from pipeline.compiling import compile_blocks
 from pipeline.directories import path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded, describe_base, load
-from pipeline.nonfinite import NonFiniteGuard
-from pipeline.optim import OptimizerConfig
+from pipeline.training import sharding
+from pipeline.training.compiling import compile_blocks
+from pipeline.training.nonfinite import NonFiniteGuard
+from pipeline.training.optim import OptimizerConfig
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batching import MicroBatch, cut, pad
 from datamodules.step_data_module import StepDataModule
 from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory_bytes
-from pipeline.steps import n_real_tokens
-from pipeline.training_graph import is_installed, left_out
+from pipeline.training.steps import n_real_tokens
+from pipeline.training.training_graph import is_installed, left_out
 
 QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
 N_WARMUP = 4  # steps before any is timed: the largest and one of median size, twice

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pipeline import checkpoint as files
-from pipeline.background import Background
 from pipeline.directories import CheckpointError, CheckpointNotWritten
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
-from pipeline.sharding import of_ranks
+from pipeline.training.background import Background
+from pipeline.training.sharding import of_ranks
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked

@@ -13,15 +13,15 @@ from datamodules.batching import MicroBatch
 from datamodules.files import at
 from datamodules.prompts import encode_start, stop_ids
 from datamodules.step_data_module import StepDataModule
-from pipeline.compiling import uncompiled
 from pipeline.decoding.generate import generate
 from pipeline.decoding.passes import check_prompt
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.text_stream import text_of
-from pipeline.flops import flops_per_token
 from pipeline.hardware import matrix_product_ceiling
-from pipeline.sharding import gather_shared
-from pipeline.steps import is_logged_step, n_real_tokens, run_of, sample_ids
+from pipeline.training.compiling import uncompiled
+from pipeline.training.flops import flops_per_token
+from pipeline.training.sharding import gather_shared
+from pipeline.training.steps import is_logged_step, n_real_tokens, run_of, sample_ids
 
 SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding

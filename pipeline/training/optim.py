@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.gpt import Attention
-from pipeline.muon import Muon
+from pipeline.training.muon import Muon
 
 MUON_STEPS = 4  # of Newton-Schulz; a fifth costs 6 % of a step of a small model and wins nothing
 OptimizerName = Literal["adamw", "muon"]

@@ -9,9 +9,9 @@ from torchmetrics.aggregation import MeanMetric
 
 from datamodules.batching import MicroBatch
 from pipeline.gpt import GPT
-from pipeline.lit_step import LitStep
 from pipeline.loss import count_supervised, cross_entropies, next_token_loss
 from pipeline.models import Loaded
+from pipeline.training.lit_step import LitStep
 
 
 class LitLanguageModel(LitStep):

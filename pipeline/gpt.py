@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.layers.attention_products import attention_bias, attention_products, product_dtype
+from pipeline.layers.attention_products import additive_mask, attention_products, product_dtype
 from pipeline.layers.meta_device import WithoutInit
 from pipeline.layers.rms_norm import RMSNorm
 from pipeline.layers.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
@@ -131,14 +131,15 @@ class AttentionContext:
     Attributes:
         rotation: cosines and sines of their places, where positions are rotary.
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
-        bias: the same to add to scores, broadcast to (B G, H/G T, S), where attention is products.
+        additive: the same to add to scores, broadcast to (B G, H/G T, S), where attention is two
+            products.
         cache: keys and values of what was seen before.
         unpadding: where the tokens lie that all but attention works on.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    bias: Tensor | None = None
+    additive: Tensor | None = None
     cache: KVCache | None = None
     unpadding: Unpadding | None = None
 
@@ -186,8 +187,8 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, H D), or (1, N, H D)."""
-    if context.bias is not None:
-        y = attention_products(q, k, v, context.bias, dropout)
+    if context.additive is not None:
+        y = attention_products(q, k, v, context.additive, dropout)
     else:
         is_causal, is_grouped = is_causal and context.mask is None, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
@@ -244,6 +245,7 @@ class GPT(nn.Module):
         config: with `vocab_size` resolved.
 
     Attributes:
+        draws_dropout: whether it, or an adapter on it, has dropout in training.
         gradient_checkpointing: keep what enters a block for the backward pass and compute the rest
             again there (Chen et al. 2016): less memory, a second forward pass, the same numbers.
     """
@@ -267,11 +269,13 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
-        theta, scaling = config.rope_theta, config.rope_scaling
-        frequencies = rotary_frequencies(theta, config.head_size, scaling)
-        cos, sin = rotary_table(frequencies, config.block_size)  # (block_size, D)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        if config.position == "rope":
+            theta, scaling = config.rope_theta, config.rope_scaling
+            frequencies = rotary_frequencies(theta, config.head_size, scaling)
+            cos, sin = rotary_table(frequencies, config.block_size)  # (block_size, D)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.draws_dropout = config.dropout > 0
         self.reset_parameters()
 
     @classmethod
@@ -333,8 +337,8 @@ class GPT(nn.Module):
 
         Rows are padded on the right, so in a causal model nothing real ever sees a pad. With
         `attention_mask`, pads and the beginning that all rows share (unless a cache holds tokens
-        already) take part in attention alone; all else is computed once a token that is left. The
-        beginning that is shared has one dropout mask for all rows.
+        already, or dropout is drawn) take part in attention alone; all else is computed once a
+        token that is left.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
@@ -362,12 +366,12 @@ class GPT(nn.Module):
             is_first, mask = cache.is_empty, cache.seek(positions)
         elif attention_mask is not None and not self.config.causal:
             mask = attention_mask[:, None, None, :]  # (B, 1, 1, T)
-        bias = attention_bias(x, mask, self.config)
+        additive = additive_mask(x, mask, self.config)
         if attention_mask is not None:
-            shares = self.config.causal and is_first
+            shares = self.config.causal and is_first and not (self.training and self.draws_dropout)
             unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
             x = unpadding.drop(x)
-        x, context = self.dropout(x), AttentionContext(rotation, mask, bias, cache, unpadding)
+        x, context = self.dropout(x), AttentionContext(rotation, mask, additive, cache, unpadding)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recomputes:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.gpt import GPT
 from pipeline.resume import check_tensors
 
 PEFT_PREFIX = "base_model.model."  # before every name in PEFT's standard files
@@ -75,6 +76,8 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
         theirs._register_custom_module({nn.Linear: FusedLinear})
     inject_adapter_in_model(theirs, model, adapter_name=ADAPTER)
+    for gpt in (module for module in model.modules() if isinstance(module, GPT)):
+        gpt.draws_dropout |= config.dropout > 0
     return resolved
 
 

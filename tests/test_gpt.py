@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline import lora
 from pipeline.decoding.kv_cache import KVCache
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
 from pipeline.layers.attention_products import attention_products
 from pipeline.layers.rms_norm import RMSNorm
+from pipeline.lora import LoRAConfig
 from pipeline.loss import next_token_loss
 from pipeline.training.flops import flops_per_token
 
@@ -198,6 +200,26 @@ def test_dropout_acts_in_training_alone(tiny_gpt: MakeGPT) -> None:
     model, input_ids = tiny_gpt(dropout=0.5), tokens(1, 8)
     assert torch.equal(model(input_ids), model(input_ids))
     assert not torch.equal(model.train()(input_ids), model(input_ids))
+
+
+@pytest.mark.parametrize("of_adapters", [False, True])
+def test_rows_with_one_beginning_have_dropout_of_their_own(
+    tiny_gpt: MakeGPT, of_adapters: bool
+) -> None:
+    """As without padding: how a step is cut into micro-batches changes no regularisation."""
+    model = tiny_gpt(dropout=0.0 if of_adapters else 0.5)
+    if of_adapters:
+        config = LoRAConfig(4, 8.0, 0.5, ["all-linear"], rslora=False, dora=False)
+        lora.attach(model, config)
+        for name, parameter in model.named_parameters():
+            if lora.is_adapter_key(name):
+                nn.init.normal_(parameter)
+    input_ids = tokens(1, 8).repeat(2, 1)
+    mask = torch.tensor([[True] * 8, [True] * 7 + [False]])
+    states = model(input_ids, mask)
+    assert torch.equal(states[0, :7], states[1, :7])  # computed once
+    states = model.train()(input_ids, mask)
+    assert (states[0, :7] != states[1, :7]).any(dim=1).all()
 
 
 def test_n_parameters(tiny_gpt: MakeGPT) -> None:

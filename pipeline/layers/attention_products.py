@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 5  # a row, in a step of decoding
 
 
-def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
+def additive_mask(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
     """What is added to attention's scores where two products are faster than the fused kernel.
 
     On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
@@ -37,8 +37,8 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     per_group = config.n_head // config.n_kv_head
     if mask is not None and x.shape[1] <= MAX_NEW_TOKENS:
         seen = mask[:, 0].repeat_interleave(config.n_kv_head, dim=0)  # (B G, T, S)
-        bias = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        return bias if x.shape[1] == 1 else bias.repeat(1, per_group, 1)
+        additive = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return additive if x.shape[1] == 1 else additive.repeat(1, per_group, 1)
     is_trained = mask is None and torch.is_grad_enabled()
     if x.device.type == "cpu" and is_trained and product_dtype(x) == torch.bfloat16:
         future = x.new_full((x.shape[1], x.shape[1]), -torch.inf, dtype=torch.bfloat16).triu_(1)
@@ -46,17 +46,17 @@ def attention_bias(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor 
     return None
 
 
-def attention_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+def attention_products(q: Tensor, k: Tensor, v: Tensor, additive: Tensor, dropout: float) -> Tensor:
     """Attention as two batched products: q (B, H, T, D), k and v (B, G, S, D) -> as q.
 
-    The rows of the H / G query heads of a group stand below each other, so that keys and values
-    are not repeated.
+    `additive` is what `additive_mask` gave. The rows of a group's H / G query heads stand below
+    each other, so that keys and values are not repeated.
     """
     n_rows, n_head, n_tokens, size = q.shape
     per_group = n_head // k.shape[1]
     queries = (q * size**-0.5).reshape(-1, per_group * n_tokens, size)  # (B G, H/G T, D)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B G, S, D)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).add_(bias)  # (B G, H/G T, S)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).add_(additive)  # (B G, H/G T, S)
     weights = scores.softmax(dim=-1)
     weights = F.dropout(weights, dropout) if dropout else weights  # a call costs 8 us
     return torch.bmm(weights, values).view(n_rows, n_head, n_tokens, size)

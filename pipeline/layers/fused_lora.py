@@ -49,13 +49,13 @@ class _Adapted(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        flat, w, a16, b16 = (t.to(dtype) for t in (x.flatten(0, -2), weight, a, b))
-        low = flat @ a16.T  # (N, R)
-        y = F.linear(flat, w, None if bias is None else bias.to(dtype)).addmm_(
-            low, b16.T, alpha=scale
-        )
-        ctx.save_for_backward(flat, low, w, a16, b16)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
+        flat, w, a, b = (t.to(dtype) for t in (x.flatten(0, -2), weight, a, b))
+        low = flat @ a.T  # (N, R)
+        y = F.linear(flat, w, None if bias is None else bias.to(dtype)).addmm_(
+            low, b.T, alpha=scale
+        )
+        ctx.save_for_backward(flat, low, w, a, b)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod

@@ -190,7 +190,7 @@ class CapturedPass(Pass):
 
     def __init__(self, graphs: TrainingGraphs, shape: tuple[int, int]) -> None:
         super().__init__(graphs)
-        self.input_ids = torch.zeros(shape, dtype=torch.int64, device=graphs.gpt.cos.device)
+        self.input_ids = torch.zeros(shape, dtype=torch.int64, device=graphs.gpt.head.weight.device)
         self.ahead, self.back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.ahead, pool=graphs.pool):
             self.returned = super().forward(self.input_ids)

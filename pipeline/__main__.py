@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import safe
 from pipeline.commands import FUNCTIONS
+from pipeline.console import say
 from pipeline.interrupts import PARENT_VARIABLE, end_with_parent
 from pipeline.launchers import n_started
 
@@ -62,10 +63,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        say(f"error: {_one_line(error)}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return EXIT_INTERRUPTED
 
 

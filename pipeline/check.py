@@ -5,7 +5,6 @@ resolves data, tokenizer and weights by the same code.
 """
 
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from datamodules.step_data_module import StepDataModule, described
 from pipeline.checkpoint import CHECKPOINTS, newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
+from pipeline.console import say
 from pipeline.hardware import multiplies_bf16
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.run_directory import Run, is_open, read_outcome
@@ -65,7 +65,7 @@ class CheckCLI(PipelineCLI):
                 f"check measures one process, not {self.trainer.world_size}; leave out what starts "
                 "more (trainer.devices, trainer.num_nodes, torchrun)."
             )
-        print("taking a few steps ...", file=sys.stderr)
+        say("taking a few steps ...")
         datamodule.prepare_data()
         datamodule.setup("fit")
         epoch = Epoch.of(datamodule)

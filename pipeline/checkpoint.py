@@ -14,7 +14,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 from datamodules.files import resolved
 from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
+from pipeline.console import warn
 from pipeline.directories import (
     MANIFEST,
     CheckpointError,
@@ -152,7 +152,7 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
             if not set_aside:
                 continue
             aside = path.rename(path.parent / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
-            print(f"warning: {error} Set aside as {aside.name}.", file=sys.stderr)
+            warn(f"{error} Set aside as {aside.name}.")
         else:
             return path
     return None

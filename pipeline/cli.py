@@ -22,6 +22,7 @@ from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline.arguments import one_line
 from pipeline.checkpoint import CHECKPOINTS, newest_valid
+from pipeline.console import say
 from pipeline.directories import path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
@@ -243,7 +244,7 @@ class PipelineCLI(LightningCLI):
             config.ckpt_path = str(newest) if newest else given
         self.model.ckpt_path = config.ckpt_path
         if config.ckpt_path is not None and self.run:
-            print(f"resuming from {config.ckpt_path}", file=sys.stderr)
+            say(f"resuming from {config.ckpt_path}")
 
     def _say_what_is_new(self, *, must: bool) -> None:
         """How a like run that was interrupted differs, where there is nothing to go on with."""
@@ -255,7 +256,7 @@ class PipelineCLI(LightningCLI):
                 f"{text}; give auto to start anew where there is none."
             )
         if other:
-            print(f"starting anew{text}", file=sys.stderr)
+            say(f"starting anew{text}")
 
     def after_fit(self) -> None:
         """Figures, baselines, outcome."""
@@ -309,7 +310,7 @@ class PipelineCLI(LightningCLI):
         stream = sys.stderr if outputs else sys.stdout  # where a path is handed over: that alone
         for line in report.lines or lines_of(report.headline):
             print(line, file=stream)
-        print(f"finished: {run.path}", file=sys.stderr)
+        say(f"finished: {run.path}")
         hand_over(run.path)
 
 
@@ -361,5 +362,5 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
             if outcome and "last" in outcome["outputs"]:
                 last = shlex.quote(outcome["outputs"]["last"])
                 again += f", a longer run goes on from it with --ckpt_path {last}"
-            print(f"already finished: {finished.path}; {again}", file=sys.stderr)
+            say(f"already finished: {finished.path}; {again}")
             hand_over(finished.path)

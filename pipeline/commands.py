@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.console import say
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.precision import Precision
 
@@ -365,7 +366,7 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
 
     if sync:
         counts = sync_all(mlruns_root(), ask=True)
-        print(f"{counts['runs']} runs, {counts['lines']} lines sent", file=sys.stderr)
+        say(f"{counts['runs']} runs, {counts['lines']} lines sent")
     else:
         open_ui(mlruns_root(), host, port)
 

@@ -1,11 +1,11 @@
 """Whether what a checkpoint is evaluated on was held out from it, and is given as in training."""
 
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import digest
+from pipeline.console import warn
 from pipeline.resume import changed_files, differences
 
 SPLIT = (  # arguments of data that decide what is held out
@@ -86,18 +86,16 @@ def check_held_out(
             if split in apart
         ]
         key = " or ".join(named) or "data.source"
-        print(
-            f"warning: the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
-            f"evaluated on other data, {', '.join(ours)}; {key} says on which.",
-            file=sys.stderr,
+        warn(
+            f"the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
+            f"evaluated on other data, {', '.join(ours)}; {key} says on which."
         )
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))
     if n_repeated and is_same_source and _apart(dataset) != _apart(fingerprint):
-        print(
-            f"warning: {n_repeated} rows of data.source repeat what is held out here; the "
-            "checkpoint may have learned them.",
-            file=sys.stderr,
+        warn(
+            f"{n_repeated} rows of data.source repeat what is held out here; the "
+            "checkpoint may have learned them."
         )
 
 
@@ -109,11 +107,10 @@ def warn_of_split(
 ) -> None:
     """Says where weights from a source are trained on with another split than before."""
     if found := split_otherwise(meta, config, fingerprint, ("val", "test")):
-        print(
-            f"warning: what is held out here may have been trained on before, in {source}: "
+        warn(
+            f"what is held out here may have been trained on before, in {source}: "
             f"{found}. test and score will refuse it; restore that, or give data.source with other "
-            "files.",
-            file=sys.stderr,
+            "files."
         )
 
 

@@ -16,6 +16,7 @@ from datamodules.batching import Sample, pad
 from datamodules.prompts import Message, encode_prompt, encode_start, encode_text, stop_ids
 from datamodules.tables import check_writable, read_table, some, write_table
 from pipeline.classifier import GPTClassifier
+from pipeline.console import say, warn
 from pipeline.decoding.generate import Batch, generate
 from pipeline.decoding.packed import pack
 from pipeline.decoding.passes import check_finite
@@ -108,14 +109,14 @@ def _recent(
         return encode_prompt(loaded.tokenizer, style, [*told, *messages])
 
     if (n_alone := len(encoded(turns[-1:]))) >= context:
-        print(f"(too long: {n_alone} tokens of {context - 1}; shorten it)", file=sys.stderr)
+        say(f"(too long: {n_alone} tokens of {context - 1}; shorten it)")
         del turns[-1]
         return None
     if len(encoded(turns)) + min(n_new, context // 4) > context:
         while len(turns) > 1 and len(encoded(turns)) > context // 2:  # seldom: all is read anew
             del turns[:2]  # a question and its answer
     if n_gone := n_turns - len(turns):
-        print(f"(the context is full: {n_gone} earlier messages are forgotten)", file=sys.stderr)
+        say(f"(the context is full: {n_gone} earlier messages are forgotten)")
     return encoded(turns)
 
 
@@ -231,7 +232,7 @@ def classify_table(
     for i, name in enumerate(made[1:]):
         frame[name] = [round(p[i], 6) for p in probabilities]
     write_table(frame, output, like=file)
-    print(f"{len(texts)} texts labelled: {output}", file=sys.stderr)
+    say(f"{len(texts)} texts labelled: {output}")
 
 
 def _is_text(cell: Any) -> bool:
@@ -279,10 +280,9 @@ def label_probabilities(
         samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
         n_cut += is_cut
     if n_cut:
-        print(
-            f"warning: {n_cut} of {len(texts)} texts have more than the {max_length} tokens that "
-            "the classifier looks at; their end counts for nothing.",
-            file=sys.stderr,
+        warn(
+            f"{n_cut} of {len(texts)} texts have more than the {max_length} tokens that "
+            "the classifier looks at; their end counts for nothing."
         )
     samples.sort(key=lambda sample: len(sample["input_ids"]))
     rows: dict[int, list[float]] = {}

@@ -1,7 +1,7 @@
 import json
-import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +24,8 @@ from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.run_directory import Run
 from pipeline.runs.tracking import Replica, open_ui, sync, sync_all, tracking_uri
 from tests.faults.processes import PATIENCE_S, PROCESSES
+
+Capsys = pytest.CaptureFixture[str]
 
 WRITER = """
 import sys, time
@@ -148,16 +150,17 @@ def test_artifacts_can_be_read_in_mlflow(root: Path, monkeypatch: pytest.MonkeyP
     assert Path(long).read_text() == "x" * 7000
 
 
-def test_an_artifact_that_is_gone_holds_up_nothing(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_artifact_that_is_gone_holds_up_nothing(root: Path, capsys: Capsys) -> None:
     run = Run.open(root / "spam" / "one")
     for name in ("gone.txt", "kept.txt"):
         run.log_text("text", name)
     (run.path / "gone.txt").unlink()
     run.finish({}, {}, {})
     sync(run.path)
-    assert f"{run.path / 'gone.txt'} was recorded as an artifact but is gone" in caplog.text
+    assert (
+        f"{run.path / 'gone.txt'} was recorded as an artifact but is gone"
+        in capsys.readouterr().err
+    )
     info = runs_in(root)["one"].info
     assert info.status == "FINISHED"
     shown = MlflowClient(tracking_uri(root)).list_artifacts(info.run_id)
@@ -310,35 +313,33 @@ def test_a_deleted_experiment_is_restored_for_a_new_run(root: Path) -> None:
     assert runs_in(root)["two"].info.lifecycle_stage == "active"
 
 
-def test_a_damaged_journal_holds_up_no_other(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_journal_holds_up_no_other(root: Path, capsys: Capsys) -> None:
     Run.open(root / "a" / "damaged").fail("stop")
     with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
         journal.write(b"\0\0\0\n")
     Run.open(root / "b" / "good").fail("stop")
     assert sync_all(root) == {"runs": 2, "lines": 3, "damaged": 1}
-    assert "is damaged at byte" in caplog.text
+    assert "is damaged at byte" in capsys.readouterr().err
     assert runs_in(root)["good"].info.status == "FAILED"
 
 
 @pytest.mark.parametrize("line", [b"5\n", b'{"time": 1, "jind": "status"}\n'])
-def test_a_line_that_is_no_record_is_damage(
-    root: Path, line: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_that_is_no_record_is_damage(root: Path, line: bytes, capsys: Capsys) -> None:
     Run.open(root / "a" / "damaged").fail("stop")
     with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
         journal.write(line)
     Run.open(root / "b" / "good").fail("stop")
     assert sync_all(root) == {"runs": 2, "lines": 3, "damaged": 1}
-    assert "is damaged at byte" in caplog.text
+    assert "is damaged at byte" in capsys.readouterr().err
 
 
-def test_a_record_without_its_parts_is_damage(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_without_its_parts_is_damage(root: Path, capsys: Capsys) -> None:
     Run.open(root / "a" / "damaged").fail("stop")
     with (root / "a" / "damaged" / JOURNAL).open("ab") as journal:
         journal.write(b'{"time": 1, "kind": "metric"}\n')
     Run.open(root / "b" / "good").fail("stop")
     assert sync_all(root)["damaged"] == 1
-    assert f"{root / 'a' / 'damaged' / JOURNAL} is damaged" in caplog.text
+    assert f"{root / 'a' / 'damaged' / JOURNAL} is damaged" in capsys.readouterr().err
     assert runs_in(root)["good"].info.status == "FAILED"
 
 
@@ -473,7 +474,7 @@ def test_a_replica_follows_and_fills_in(root: Path) -> None:
     assert runs_in(root)["one"].info.status == "FINISHED"
 
 
-def test_a_server_that_hangs_holds_up_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_hangs_holds_up_nothing(root: Path, capsys: Capsys) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
         run = Run.open(root / "spam" / "one")
@@ -482,8 +483,9 @@ def test_a_server_that_hangs_holds_up_nothing(root: Path, caplog: pytest.LogCapt
         start = time.monotonic()
         replica.close(timeout_s=0.5)
         assert time.monotonic() - start < 2
-    assert "unreachable (not done within 0.5 s)" in caplog.text
-    assert "secret" not in caplog.text
+    err = capsys.readouterr().err
+    assert "unreachable (not done within 0.5 s)" in err
+    assert "secret" not in err
 
 
 @pytest.fixture
@@ -514,7 +516,7 @@ def test_a_server_that_is_down_is_filled_in_later(
     root: Path,
     server: tuple[str, Callable[[], None]],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: Capsys,
 ) -> None:
     uri, start_server = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -530,10 +532,8 @@ def test_a_server_that_is_down_is_filled_in_later(
     start = time.monotonic()
     replica.close()
     assert time.monotonic() - start < 20
-    (warning,) = (
-        r for r in caplog.records if r.levelno >= logging.WARNING and "pipeline" in r.name
-    )
-    assert "run 'python -m pipeline ui --sync' or the next run fills it in" in warning.message
+    (warning,) = re.findall("^warning: .*", capsys.readouterr().err, re.MULTILINE)
+    assert "run 'python -m pipeline ui --sync' or the next run fills it in" in warning
     with pytest.raises(OSError, match=r"MLflow store http.* unreachable"):
         sync_all(root)
 
@@ -561,7 +561,7 @@ def test_the_ui_says_that_its_port_is_taken(root: Path) -> None:
 
 
 def test_the_ui_of_a_server_is_the_server(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@mlflow.example")
     open_ui(root)

@@ -6,7 +6,6 @@ Whatever comes back is kept as text; the key appears in the request's header and
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 import ssl
@@ -20,11 +19,10 @@ import httpx
 import tenacity
 
 from datamodules.downloads import deadline
+from pipeline.console import warn
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
 from pipeline.ports import LOOPBACK
-
-log = logging.getLogger(__name__)
 
 MAX_REPLY_BYTES = 2**20
 KEPT_CHARACTERS = 20_000  # of a reply that is no answer, for the record
@@ -158,9 +156,9 @@ class Endpoint:
                 return
             self._parameters, self._is_settled = parameters, True
         if "response_format" not in parameters:
-            log.warning("the judge takes no response_format; going on with instructions alone.")
+            warn("the judge takes no response_format; going on with instructions alone.")
         if "temperature" not in parameters:
-            log.warning("the judge takes no temperature of 0; its verdicts may differ if repeated.")
+            warn("the judge takes no temperature of 0; its verdicts may differ if repeated.")
 
     def _read(self, response: httpx.Response) -> str:
         """The body, within the size that is allowed."""
@@ -201,8 +199,8 @@ def connection_problem(config: JudgeConfig) -> str | None:
             client.head(config.base_url, timeout=PROBE_S)
     except UNREACHABLE as error:
         return _unreachable(config, error)
-    except httpx.TransportError as error:
-        log.info("%s takes connections, but not this one: %s", config.base_url, error)
+    except httpx.TransportError:
+        pass  # it takes connections, if not this one; what is asked in earnest is tried again
     return None
 
 

@@ -1,11 +1,10 @@
 """What takes long to come by, kept on disk as it comes: a command that was killed goes on."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from pipeline.console import warn
 
 
 class Kept:
@@ -36,7 +35,7 @@ class Kept:
 
     def pass_over(self) -> None:
         """Says that a line cannot be used."""
-        log.warning("%s: passing over a damaged line; its item is asked for again.", self.path)
+        warn(f"{self.path}: passing over a damaged line; its item is asked for again.")
 
     def _write(self, line: bytes) -> None:
         with self.path.open("ab", buffering=0) as file:

@@ -12,7 +12,6 @@ is an artifact. A run that ended by a user's mistake with nothing measured is no
 
 import hashlib
 import json
-import logging
 import math
 import posixpath
 import re
@@ -36,12 +35,11 @@ from mlflow.utils.validation import (
 )
 
 from datamodules.files import write_atomically
+from pipeline.console import warn
 from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.mlflow_store import REPLICATED, experiment_id, open_store
 from pipeline.runs.provenance import redact
 from pipeline.runs.run_directory import is_open, read_outcome
-
-_log = logging.getLogger(__name__)
 
 _RUN_TAG, _TABLES_TAG = "gpt_pipeline.run", "mlflow.loggedArtifacts"
 _NOT_ALLOWED = r"[^\w\-./: ]"  # in names
@@ -282,7 +280,7 @@ class _Batch:
             if (run / name).exists():
                 client.log_artifact(run_id, str(run / name), posixpath.dirname(name) or None)
             else:
-                _log.warning("%s was recorded as an artifact but is gone.", run / name)
+                warn(f"{run / name} was recorded as an artifact but is gone.")
         if self._status:
             _set_status(client, self.replicated, *self._status)
 

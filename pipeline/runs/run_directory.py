@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from datamodules.files import write_atomically
+from pipeline.console import warn
 from pipeline.runs.journal import Journal, dumps
 from pipeline.runs.provenance import redact
 
@@ -213,7 +213,7 @@ class Run:
         try:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
         except OSError as error:  # a full disk; the reason goes on its way all the same
-            print(f"warning: {error}", file=sys.stderr)
+            warn(error)
 
     def _log_file(self, name: str, content: bytes, *, table: bool = False) -> None:
         write_atomically(self.path / name, content)

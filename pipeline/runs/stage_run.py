@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import digest
+from pipeline.console import say
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import find_run, still_holds
@@ -56,7 +57,7 @@ def run_once(
         path = run.path
     except AlreadyFinished as finished:
         path = finished.path
-        print(f"already finished: {path}", file=sys.stderr)
+        say(f"already finished: {path}")
     outcome = read_outcome(path)
     assert outcome is not None, f"{path} was not finished"
     return Path(outcome["outputs"][output])

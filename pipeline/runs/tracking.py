@@ -1,6 +1,5 @@
 """Tracking in MLflow that never costs a run: a replica of the journals, late where it must be."""
 
-import logging
 import os
 import sys
 import threading
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from pipeline.console import say, warn
 from pipeline.ports import listen
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.provenance import redact
-
-_log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -131,7 +129,7 @@ class Replica:
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            _log.warning("%s", message)
+            warn(message)
 
 
 def sync_all(
@@ -166,7 +164,7 @@ def sync_all(
             counts["lines"] += sync(journal.parent, uri, ask=ask, patience_s=patience_s)
         except ValueError as error:
             counts["damaged"] += 1
-            _log.warning("%s", error)
+            warn(error)
     return counts
 
 
@@ -191,7 +189,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     runs = (
         f"{address}/#/experiments?workflowType=machine_learning"  # MLflow opens on its GenAI side
     )
-    print(f"runs: {runs}", file=sys.stderr, flush=True)
+    say(f"runs: {runs}")
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_BACKEND_STORE_URI": uri,

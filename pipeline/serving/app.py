@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.console import say
 from pipeline.serving.engine import Busy, EngineError
 from pipeline.serving.protocol import (
     Answer,
@@ -250,7 +250,7 @@ def _note(answer: Answer, began: float) -> None:
     rate = f"{n / elapsed_s:.0f} tokens/s" if elapsed_s else ""
     read = f"{answer.n_prompt} tokens read ({answer.n_cached} were known)"
     line = f"{read}, {n} written in {elapsed_s:.1f} s, {rate}"
-    print(line, file=sys.stderr, flush=True)
+    say(line)
 
 
 class Bounded:

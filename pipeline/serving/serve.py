@@ -5,7 +5,6 @@ import json
 import logging
 import shlex
 import socket
-import sys
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -14,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pipeline.classifier import GPTClassifier
+from pipeline.console import say
 from pipeline.inference import label_probabilities, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
@@ -47,7 +47,7 @@ def serve(
     listener = listen(*address)
     if address[0] not in LOOPBACK and not key:
         said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
-        print(said, file=sys.stderr)
+        say(said)
     worker = Worker()
     loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
@@ -119,4 +119,4 @@ def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
     print(url, flush=True)
     words = ["curl", url + route, "-H", "Content-Type: application/json", "-d", json.dumps(asked)]
     hint = f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}"
-    print(hint, file=sys.stderr, flush=True)
+    say(hint)

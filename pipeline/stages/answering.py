@@ -1,6 +1,5 @@
 """A model's answers to held-out instructions, and how well it foresees what should be answered."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from datamodules.files import digest
 from datamodules.instruction import LEARNED_ON, InstructionDataModule
 from datamodules.prompts import IGNORE, check_style, encode_prompt, reply_opening, surplus
 from pipeline.arguments import construct
+from pipeline.console import warn
 from pipeline.decoding.generate import generate_each
 from pipeline.decoding.text_stream import text_of
 from pipeline.directories import path_digest
@@ -224,10 +224,9 @@ def prompts_of(data: InstructionDataModule, answering: Answering, context: int) 
     for ids in too_long:
         del ids[surplus(len(ids), room, opening)]
     if too_long:
-        print(
-            f"warning: {len(too_long)} of {len(prompts)} prompts are longer than {room} tokens; "
-            "their middle is left out. A lower max_new_tokens leaves them more room.",
-            file=sys.stderr,
+        warn(
+            f"{len(too_long)} of {len(prompts)} prompts are longer than {room} tokens; "
+            "their middle is left out. A lower max_new_tokens leaves them more room."
         )
     return prompts
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from datamodules.files import at, digest, write_atomically
 from pipeline.commands import FUNCTIONS
+from pipeline.console import say, warn
 from pipeline.directories import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
@@ -97,7 +98,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
             f"resume is must, but no run of {path} was interrupted; give auto to start one."
         )
     if outcome is not None:
-        print("every stage is done already", file=sys.stderr)
+        say("every stage is done already")
     else:
         _check_outputs(chain.stages[len(done) :], folder)
         if exit_code := _foresee(chain, len(done)):
@@ -108,7 +109,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
             hint = "correct that and go on" if failure.exit_code == 2 else "to go on"
-            print(f"{failure}; {hint}: python -m pipeline {shlex.join(again)}", file=sys.stderr)
+            say(f"{failure}; {hint}: python -m pipeline {shlex.join(again)}")
             return failure.exit_code
     _warn_of_code(done.values())
     summarise(done.values())
@@ -134,7 +135,7 @@ def _foresee(chain: Chain, n_done: int) -> int:
     }
     if not words:
         return 0
-    print("reading the options and rows of later stages ...", file=sys.stderr)
+    say("reading the options and rows of later stages ...")
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
         return child.run(command, os.environ)
@@ -224,7 +225,7 @@ def _run_stages(
         if run.outcome is None:
             run = _execute(run, title, parent, child)
         else:
-            print(f"{title}: done before, in {run.path}", file=sys.stderr)
+            say(f"{title}: done before, in {run.path}")
             parent.event("stage", state="reused", stage=stage.name, run=run.path.name)
         done[stage.name] = run
         news = {f"{stage.name}/{key}": value for key, value in run.result["metrics"].items()}
@@ -241,7 +242,7 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
         StageFailed: it has none, or a signal came.
     """
     words = run.stage.arguments(run.inputs)
-    print(f"{title}: python -m pipeline {shlex.join(words)}", file=sys.stderr)
+    say(f"{title}: python -m pipeline {shlex.join(words)}")
     record = {**run.identity, "paths": run.inputs, "arguments": words, "code": code_digest()}
     write_atomically(run.path / RECORD, dumps(record, indent=2).encode())
     facts = {"stage": run.stage.name, "run": run.path.name}
@@ -277,19 +278,17 @@ def _warn_of_code(runs: Iterable[StageRun]) -> None:
         try:
             code = json.loads((run.path / RECORD).read_text("utf-8"))["code"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            print(
-                f"warning: {run.path / RECORD} is missing or damaged: whether the code has changed "
-                "since is not known; the result is reused.",
-                file=sys.stderr,
+            warn(
+                f"{run.path / RECORD} is missing or damaged: whether the code has changed "
+                "since is not known; the result is reused."
             )
             continue
         if code != now:
             older.append(run.stage.name)
     if older:
-        print(
-            f"warning: the code has changed since {', '.join(older)} ran; the results are reused. "
-            "Remove a stage's run directory to run it again.",
-            file=sys.stderr,
+        warn(
+            f"the code has changed since {', '.join(older)} ran; the results are reused. "
+            "Remove a stage's run directory to run it again."
         )
 
 

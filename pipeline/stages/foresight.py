@@ -16,6 +16,7 @@ from pipeline import safe
 from pipeline.arguments import check_configs, guard_yaml, one_line
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
+from pipeline.console import say
 from pipeline.interrupts import end_with_parent
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
@@ -61,10 +62,10 @@ def main(stages: dict[str, list[str]]) -> int:
             with suppress(_Read):
                 lightning_main(words, _ReadingCLI)
         except (OSError, ValueError) as error:
-            print(f"error: stage {name!r}: {one_line(str(error))}", file=sys.stderr)
+            say(f"error: stage {name!r}: {one_line(str(error))}")
             return EXIT_MISTAKE
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            say("interrupted")
             return EXIT_INTERRUPTED
     return 0
 

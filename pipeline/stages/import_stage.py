@@ -1,6 +1,5 @@
 """`import`: weights of others as a checkpoint of ours."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipeline.checkpoint import (
     step_name,
     write_checkpoint,
 )
+from pipeline.console import say
 from pipeline.directories import MANIFEST, check_output, path_digest
 from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
@@ -61,10 +61,9 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
     json_writer(mapping(foreign))(run.path / MAPPING)
     n_parameters = GPT.skeleton(foreign.config).n_parameters()
     skipped = f"; left out: {', '.join(foreign.skipped)}" if foreign.skipped else ""
-    print(
+    say(
         f"{len(foreign.entries)} tensors became {n_parameters:,} parameters in float32, "
-        f"each tensor used once{skipped}",
-        file=sys.stderr,
+        f"each tensor used once{skipped}"
     )
     run.log_tags({"source": meta["source"]})
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

@@ -5,7 +5,6 @@ Shapes: V vocabulary, K labels, P positions.
 
 import importlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.classifier import GPTClassifier
+from pipeline.console import say
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
 from pipeline.directories import check_output, path_digest
@@ -89,7 +89,7 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
         "data": held_out.fingerprint["digest"],
         **compare(before, after, is_classifier=isinstance(loaded.model, GPTClassifier)),
     }
-    print(table(certificate), file=sys.stderr)
+    say(table(certificate))
     check(certificate, ckpt)
     meta = {**loaded.meta, "lora": None, "base": None, "adapter": certificate["adapter"]}
     target = output or run.path / CHECKPOINTS / step_name(loaded.meta["step"])

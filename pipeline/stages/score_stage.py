@@ -1,12 +1,12 @@
 """`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import sha256
 from pipeline.checkpoint import stem_of
+from pipeline.console import say, warn
 from pipeline.directories import path_digest
 from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
@@ -57,10 +57,7 @@ def score_stage(
             sources = {source: content}
         else:
             if judge is not None and (problem := connection_problem(judge)):
-                print(
-                    f"warning: {problem} Only answers that it has judged before can be scored.",
-                    file=sys.stderr,
-                )
+                warn(f"{problem} Only answers that it has judged before can be scored.")
             kept = Kept(run.path / ANSWERS)
             after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
         lineage["digest"] = content
@@ -77,7 +74,7 @@ def score_stage(
 
     report = run_once("score", stem, deciding, options, make, "report")
     print(*told(report.parent), sep="\n")
-    print(f"report: {report}", file=sys.stderr)
+    say(f"report: {report}")
 
 
 def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[str, str]) -> None:
@@ -98,10 +95,9 @@ def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[s
     verdicts = [score for scored in asked for score in scored.by("judge")]
     missing = [verdict for verdict in verdicts if verdict.score is None]
     if missing:
-        print(
-            f"warning: {len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
-            f"the report, such as: {missing[0].rationale}); the same command asks for them again.",
-            file=sys.stderr,
+        warn(
+            f"{len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
+            f"the report, such as: {missing[0].rationale}); the same command asks for them again."
         )
     run.finish(outputs, metrics, sources, headline(metrics), complete=not missing)
 

@@ -1,6 +1,5 @@
 """`tokenizer train`: a vocabulary from text, with how well it compresses."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from datamodules.documents import documents
 from datamodules.files import digest, write_atomically
 from datamodules.sources import source_digests
 from datamodules.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+from pipeline.console import warn
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
 
@@ -71,10 +71,9 @@ def _train(
     if counts["read"] == counts["empty"]:
         raise ValueError(f"source {', '.join(source)} holds no text; give some.")
     if tokenizer.n_vocab < vocab_size:
-        print(
-            f"warning: {tokenizer.n_vocab:,} tokens, not {vocab_size:,}: no other pair occurs "
-            f"{min_frequency} times (min_frequency); give more text.",
-            file=sys.stderr,
+        warn(
+            f"{tokenizer.n_vocab:,} tokens, not {vocab_size:,}: no other pair occurs "
+            f"{min_frequency} times (min_frequency); give more text."
         )
     path = run.path / FILE_NAME
     tokenizer.save(path)

@@ -1,7 +1,6 @@
 """Lightning's side of checkpoints: when they are written, and which are kept."""
 
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pipeline import checkpoint as files
+from pipeline.console import say, warn
 from pipeline.directories import CheckpointError, CheckpointNotWritten
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
@@ -182,10 +182,9 @@ class Checkpoints(pl.Callback):
         if number:
             self._background.wait()
             trainer.strategy.barrier()  # launchers end all once one has ended
-            print(
+            say(
                 f"stopped after step {trainer.global_step}; the same command goes on (not with "
-                "--run.resume never)",
-                file=sys.stderr,
+                "--run.resume never)"
             )
             raise SystemExit(128 + number)
 
@@ -242,10 +241,7 @@ class Checkpoints(pl.Callback):
                 if self.best
                 else f"nothing was validated, so {last} is handed over, as good as it may be"
             )
-            print(
-                f"warning: {said}. trainer.val_check_interval says when to validate.",
-                file=sys.stderr,
-            )
+            warn(f"{said}. trainer.val_check_interval says when to validate.")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -254,7 +250,7 @@ class Checkpoints(pl.Callback):
         try:
             self._background.wait()
         except CheckpointNotWritten as error:
-            print(f"warning: {error}", file=sys.stderr)
+            warn(error)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._is_due, step, start = False, trainer.global_step, time.perf_counter()
@@ -292,7 +288,7 @@ class Checkpoints(pl.Callback):
         try:
             files.verify_checkpoint(newest)
         except CheckpointError as error:
-            print(f"warning: {error} Older ones are kept.", file=sys.stderr)
+            warn(f"{error} Older ones are kept.")
             return
         for path in files.steps_in(newest.parent)[: -self.keep_last]:
             if path.name not in best:

@@ -1,12 +1,12 @@
 """What a LightningModule's checkpoints hold, and when one may be gone on with."""
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from pipeline import held_out, lora
+from pipeline.console import warn
 from pipeline.resume import check_base, check_resumable, check_tensors
 from pipeline.runs.run_directory import flat
 from pipeline.training import sharding
@@ -80,7 +80,7 @@ class LitCheckpoint(LitModel):
             lora.load_adapter(self.model, sharding.shares(checkpoint["adapter"], own))
 
     def _say_what_changed(self, changes: str) -> None:
-        print(f"warning: this run goes on with another: {changes}", file=sys.stderr)
+        warn(f"this run goes on with another: {changes}")
         if run := run_of(self.trainer):
             run.event("changes_allowed", changes=changes)
 

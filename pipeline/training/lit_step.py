@@ -1,6 +1,5 @@
 """The optimizer step of both LightningModules: the exact mean, whatever the micro-batches."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.batching import MicroBatch
+from pipeline.console import warn
 from pipeline.hardware import available_memory_bytes, keep_freed_memory
 from pipeline.resume import check_alike
 from pipeline.training import sharding, training_graph
@@ -47,11 +47,10 @@ class LitStep(LitCheckpoint):
             keep_freed_memory()
         needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB
         if needed > free:
-            print(
-                f"warning: training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
+            warn(
+                f"training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
                 f"free; lower data.max_tokens (it is {self.data.max_tokens}) or train adapters "
-                "(model.lora).",
-                file=sys.stderr,
+                "(model.lora)."
             )
         if self.cuda_graphs is not False:
             training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))

@@ -1,10 +1,9 @@
 """Steps whose loss or gradients are not finite: skipped, counted, and in the end too many."""
 
-import sys
-
 import lightning.pytorch as pl
 
 from datamodules.batching import MicroBatch
+from pipeline.console import warn
 from pipeline.training.steps import run_of, sample_ids
 
 MAX_SKIPPED_STEPS = 5  # in a row
@@ -51,9 +50,6 @@ def _say_what_is_skipped(trainer: pl.Trainer, batch: list[MicroBatch]) -> None:
     """The samples of a step that is not taken, in the journal and on stderr."""
     ids, step = sample_ids(trainer, batch), trainer.global_step + 1
     shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    print(
-        f"warning: step {step} was skipped: its gradients are not finite (samples {shown})",
-        file=sys.stderr,
-    )
+    warn(f"step {step} was skipped: its gradients are not finite (samples {shown})")
     if run := run_of(trainer):
         run.event("skipped_step", step=step, sample_ids=ids)

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import load_yaml
 from pipeline.checkpoint import CHECKPOINTS
+from pipeline.console import say
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig
@@ -115,7 +115,7 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
             f"ckpt_path {given.ckpt_path} is not in a run of fit, whose {CONFIG} has "
             "the options; give them, for example -c configs/spam.yaml."
         )
-    print(f"options: {config}", file=sys.stderr)
+    say(f"options: {config}")
     return [words[0], f"--config={config}", *words[1:]]
 
 

@@ -1,7 +1,6 @@
 """What a Lightning stage says when it ends: figures, baselines, the rows of the chain's table."""
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from datamodules.baselines import MAX_TRAIN_BYTES, compression_baselines, tfidf_
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
+from pipeline.console import say
 from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap_all, widened
 from pipeline.evaluation.responses import write_lines
@@ -101,7 +101,7 @@ def report_test(
     counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
-    print("comparing with TF-IDF + logistic regression ...", file=sys.stderr)
+    say("comparing with TF-IDF + logistic regression ...")
     theirs = tfidf_baseline(
         data.texts("train"),
         data.labels("train"),

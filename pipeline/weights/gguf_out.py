@@ -7,7 +7,6 @@ greedy chats of SmolLM2-135M goes round in a loop there, though the file, read h
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +16,7 @@ from torch import Tensor
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Vocabulary
 from pipeline.classifier import GPTClassifier
+from pipeline.console import say
 from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import stretch_factors
@@ -124,11 +124,10 @@ def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
     if form := vocabulary.sentencepiece:
         scores = scores_of(vocabulary, form)
         if form.prefix in ("always", "first"):
-            print(
+            say(
                 "texts that begin with a blank, and conversations, may get other ids: llama.cpp "
                 f"puts a blank before every text and behind every special token, the tokenizer "
-                f"{vocabulary.name} only {_METASPACE[form.prefix]}",
-                file=sys.stderr,
+                f"{vocabulary.name} only {_METASPACE[form.prefix]}"
             )
 
         def by_scores(writer: GGUFWriter, names: list[str]) -> None:
@@ -146,10 +145,9 @@ def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
         )
 
     if vocabulary.nfc:
-        print(
+        say(
             f"the tokenizer {vocabulary.name} first composes characters (NFC), which llama.cpp "
-            "does not: texts with combining marks may get other ids there",
-            file=sys.stderr,
+            "does not: texts with combining marks may get other ids there"
         )
 
     def by_merges(writer: GGUFWriter, names: list[str]) -> None:
@@ -217,10 +215,9 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
             entry.theirs, quants.quantize(tensor.numpy(), quantised), raw_dtype=quantised
         )
     if kept:
-        print(
+        say(
             f"{len(kept)} tensors stay f16, as q8_0 needs rows of a multiple of 32 numbers: "
-            f"{', '.join(kept)}",
-            file=sys.stderr,
+            f"{', '.join(kept)}"
         )
 
 

@@ -11,7 +11,7 @@ from tests.journey import CONFIGS, Journey, said
 
 
 def test_a_killed_score_goes_on(
-    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
     words = ["score", f"--config={CONFIGS}/score.yaml", f"--ckpt={tiny.best('instruct')}"]
@@ -33,7 +33,7 @@ def test_a_killed_score_goes_on(
     path.write_text("\n".join([*lines[:2], lines[2][:20]]))  # the third is cut short
     code, out, err = said(*words)
     assert code == 0, err
-    assert f"{path}: passing over a damaged line" in caplog.text
+    assert f"{path}: passing over a damaged line" in err
     responses = [json.loads(line) for line in (path.parent / "responses.jsonl").open()]
     assert out.startswith(f"{len(responses)} answers")
     texts = [response["response"] for response in responses]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.progress import told
+from datamodules.progress import with_progress
 
 COUNTS = (
     "read",
@@ -53,7 +53,7 @@ def cleaned(
             are kept but `gutenberg_stripped`, of which a document may hold many.
     """
     counts.update(dict.fromkeys(COUNTS, 0))
-    for document in told(documents, "documents read", _log.info):
+    for document in with_progress(documents, "documents read", _log.info):
         counts["read"] += 1
         text = document.replace("\r\n", "\n").replace("\r", "\n")
         repaired = repair_mojibake(text)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from datamodules.cleaning import Duplicates, cleaned
 from datamodules.documents import documents
-from datamodules.files import cache_dir, digest, remembered_sha256
+from datamodules.files import MALFORMED, cache_dir, digest, remembered_sha256
 from datamodules.sources import source_digests
 from datamodules.tokenizer import Tokenizer
 
@@ -143,7 +143,7 @@ def _damaged(folder: Path) -> Path | None:
         width = np.dtype(facts["dtype"]).itemsize
         expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
         is_whole = facts.pop("checksum") == digest(facts)
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except MALFORMED:
         return path
     if not is_whole:
         return path

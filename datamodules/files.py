@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# what reading JSON raises, and taking it for what it should hold
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _REMEMBERED_BYTES = 64 << 20  # digests of files from this size on are remembered
 _DIGEST = re.compile("[0-9a-f]{64}")
 

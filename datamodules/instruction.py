@@ -9,7 +9,7 @@ import torch
 from datamodules import apart, chat_template, splits
 from datamodules.batching import Sample, Samples, digest_of
 from datamodules.entries import Item, make_item, read_entries
-from datamodules.progress import told
+from datamodules.progress import with_progress
 from datamodules.prompts import (
     IGNORE,
     Message,
@@ -189,7 +189,7 @@ class InstructionDataModule(StepDataModule):
         samples, n_cut = [], 0
         with refused_together() as row, chat_template.on(LEARNED_ON):
             entries = zip(self._items, self._places, strict=True)
-            for item, place in told(entries, "entries encoded", report):
+            for item, place in with_progress(entries, "entries encoded", report):
                 with row(place):
                     sample, is_cut = self._sample(item)
                     samples.append(sample)

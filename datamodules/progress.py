@@ -9,7 +9,9 @@ TELL_S = 20.0  # between two lines
 Item = TypeVar("Item")
 
 
-def told(items: Iterable[Item], what: str, tell: Callable[[str], object]) -> Iterator[Item]:
+def with_progress(
+    items: Iterable[Item], what: str, tell: Callable[[str], object]
+) -> Iterator[Item]:
     """The items; every 20 s it is told how many of them have been taken.
 
     Args:

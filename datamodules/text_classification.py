@@ -12,7 +12,7 @@ import torch
 from datamodules import apart, splits
 from datamodules.batching import Sample, Samples, digest_of
 from datamodules.files import at
-from datamodules.progress import told
+from datamodules.progress import with_progress
 from datamodules.prompts import encode_text
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
 from datamodules.tables import read_table, refused_together, some
@@ -226,7 +226,7 @@ class TextClassificationDataModule(StepDataModule):
         sets: dict[str, list[Sample]] = {split: [] for split in self._rows}
         n_cut = 0
         for split, rows in self._rows.items():
-            for row in told(rows.tolist(), f"{split} texts encoded", report):
+            for row in with_progress(rows.tolist(), f"{split} texts encoded", report):
                 with at(f"{self.source}: text {row}"):
                     ids, is_cut = encode_text(
                         self.tokenizer, self._texts[row], self.suffix, self.max_length

@@ -19,7 +19,7 @@ from typing import Any
 import tiktoken
 
 from datamodules.byte_level import ByteLevel, token_bytes
-from datamodules.files import digest, expanded, replacing
+from datamodules.files import MALFORMED, digest, expanded, replacing
 from datamodules.sentencepiece import CharacterLevel, SentencePiece
 
 ENDOFTEXT = "<|endoftext|>"
@@ -334,7 +334,7 @@ def _read(path: Path) -> Tokenizer:
     try:
         content = json.loads(path.read_bytes())
         stored = content.pop("digest")
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise ValueError(damaged) from error
     if content.get("format") != _FORMAT or stored != digest(content):
         raise ValueError(damaged)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from datamodules.files import resolved
+from datamodules.files import MALFORMED, resolved
 from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
 from pipeline.console import warn
@@ -106,7 +106,7 @@ def verify_checkpoint(path: Path) -> None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version, files = manifest["format"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, *MALFORMED) as error:
         state = f"its {MANIFEST} is missing or damaged" if path.exists() else "it does not exist"
         if (path / ADAPTER_CONFIG).is_file():
             state += " (an adapter in PEFT's form alone is not read: peft merges it into its base)"

@@ -40,7 +40,7 @@ def print_continuation(
     """Writes the continuation of a prompt to stdout as it is made; see `commands.generate`."""
     loaded = load_language_model(source, precision)
     if is_message:
-        said = [*_told(system), Message(role="user", content=prompt)]
+        said = [*_system_messages(system), Message(role="user", content=prompt)]
         ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), said)
     else:
         ids = encode_start(loaded.tokenizer, None, prompt)
@@ -53,13 +53,13 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
     """A conversation on stdin and stdout; see `commands.chat`."""
     loaded = load_language_model(source, precision)
     settings = settings_for(loaded, **sampling)
-    told = _told(system)
-    _check_system(loaded, told)
+    opening = _system_messages(system)
+    _check_system(loaded, opening)
     turns: list[Message] = []
     prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
     while said := _line("you: "):
         turns.append(Message(role="user", content=said))
-        ids = _recent(loaded, told, turns, settings.max_new_tokens)
+        ids = _recent(loaded, opening, turns, settings.max_new_tokens)
         if ids is None:
             continue
         answer = ""
@@ -76,12 +76,12 @@ def converse(source: str, *, precision: Precision, system: str, **sampling: Any)
             turns.pop()
 
 
-def _told(system: str) -> list[Message]:
+def _system_messages(system: str) -> list[Message]:
     return [Message(role="system", content=system)] if system else []
 
 
-def _check_system(loaded: Loaded, told: list[Message]) -> None:
-    shortest = [*told, Message(role="user", content="?")]
+def _check_system(loaded: Loaded, opening: list[Message]) -> None:
+    shortest = [*opening, Message(role="user", content="?")]
     ids = encode_prompt(loaded.tokenizer, prompt_style(loaded), shortest)
     if len(ids) >= loaded.gpt.config.block_size:
         raise ValueError(
@@ -97,7 +97,7 @@ def _line(prompt: str) -> str:
 
 
 def _recent(
-    loaded: Loaded, told: list[Message], turns: list[Message], n_new: int
+    loaded: Loaded, opening: list[Message], turns: list[Message], n_new: int
 ) -> list[int] | None:
     """Ids of a conversation that leave room for an answer; what does not fit is taken out of it.
 
@@ -106,7 +106,7 @@ def _recent(
     context, style, n_turns = loaded.gpt.config.block_size, prompt_style(loaded), len(turns)
 
     def encoded(messages: list[Message]) -> list[int]:
-        return encode_prompt(loaded.tokenizer, style, [*told, *messages])
+        return encode_prompt(loaded.tokenizer, style, [*opening, *messages])
 
     if (n_alone := len(encoded(turns[-1:]))) >= context:
         say(f"(too long: {n_alone} tokens of {context - 1}; shorten it)")

@@ -19,6 +19,7 @@ import httpx
 import tenacity
 
 from datamodules.downloads import deadline
+from datamodules.files import MALFORMED
 from pipeline.console import warn
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
@@ -242,7 +243,7 @@ def _content(body: str, *, shown: str) -> str:
     """`choices[0].message.content`; a null is an empty reply; `shown`: for the record."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise EndpointError(
             "the reply is not a chat completion.", shown[:KEPT_CHARACTERS]
         ) from error

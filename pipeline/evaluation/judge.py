@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from datamodules.files import digest
+from datamodules.files import MALFORMED, digest
 from pipeline.evaluation.endpoint import Endpoint, EndpointError
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.kept import Kept
@@ -80,7 +80,7 @@ class VerdictCache:
             try:
                 replies = tuple(row["replies"])
                 self.judgements[key] = Judgement(replies, parse_verdict(replies[-1]))
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except MALFORMED:
                 self._kept.pass_over()
 
     def append(self, key: str, judgement: Judgement) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import MALFORMED
 from pipeline.console import warn
 
 
@@ -23,7 +24,7 @@ class Kept:
             try:
                 row = json.loads(line)
                 self.rows[row["key"]] = row
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except MALFORMED:
                 self.pass_over()
         if content and not content.endswith(b"\n"):
             self._write(b"\n")

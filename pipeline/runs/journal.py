@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from datamodules.files import MALFORMED
+
 JOURNAL = "journal.jsonl"
 
 
@@ -77,7 +79,7 @@ def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
             try:
                 parsed = json.loads(line)
                 _ = parsed["time"] + 0, parsed["kind"]
-            except (ValueError, LookupError, TypeError, RecursionError):
+            except MALFORMED:
                 raise ValueError(
                     f"{run / JOURNAL} is damaged at byte {offset} ({line[:40]!r}); "
                     "take that line out."

@@ -34,7 +34,7 @@ from mlflow.utils.validation import (
     MAX_TAG_VAL_LENGTH,
 )
 
-from datamodules.files import write_atomically
+from datamodules.files import MALFORMED, write_atomically
 from pipeline.console import warn
 from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.mlflow_store import REPLICATED, experiment_id, open_store
@@ -177,7 +177,7 @@ def _remembered(run: Path, uri: str) -> _Replicated | None:
     """What mlflow.json says, where it is about this store and of this version."""
     try:
         replicated = _Replicated(**json.loads((run / REPLICATED).read_text("utf-8")))
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+    except (FileNotFoundError, *MALFORMED):
         return None
     return replicated if replicated.store == _store_name(run, uri) else None
 

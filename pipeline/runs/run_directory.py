@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from datamodules.files import write_atomically
+from datamodules.files import MALFORMED, write_atomically
 from pipeline.console import warn
 from pipeline.runs.journal import Journal, dumps
 from pipeline.runs.provenance import redact
@@ -185,7 +185,7 @@ class Run:
             metrics: its result.
             sources: path -> SHA-256 of the files that it read.
             headline: its rows of the chain's table.
-            digests: of outputs that others may overwrite, by name; see `checkpoint.path_digest`.
+            digests: of outputs that others may overwrite, by name; see `directories.path_digest`.
             complete: nothing is left that the same command could still get.
             elapsed_s: how long it took, where it was not open meanwhile.
         """
@@ -246,7 +246,7 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
         for row in outcome["headline"]:  # NaN is text there
             row |= {key: row[key] and float(row[key]) for key in ("before", "after")}
         is_whole = all(isinstance(outcome[key], kind) for key, kind in _PARTS.items())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except MALFORMED:
         is_whole = False
     if not is_whole:
         raise ValueError(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import at, digest, write_atomically
+from datamodules.files import MALFORMED, at, digest, write_atomically
 from pipeline.commands import FUNCTIONS
 from pipeline.console import say, warn
 from pipeline.directories import path_digest
@@ -277,7 +277,7 @@ def _warn_of_code(runs: Iterable[StageRun]) -> None:
     for run in (run for run in runs if run.is_reused):
         try:
             code = json.loads((run.path / RECORD).read_text("utf-8"))["code"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (OSError, *MALFORMED):
             warn(
                 f"{run.path / RECORD} is missing or damaged: whether the code has changed "
                 "since is not known; the result is reused."

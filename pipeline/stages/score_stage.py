@@ -1,6 +1,7 @@
 """`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,32 +50,50 @@ def score_stage(
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
-    stem = f"{stem_of(source)}-score"
-
-    def make(run: Run) -> None:
-        if ckpt is None:
-            after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
-            sources = {source: content}
-        else:
-            if judge is not None and (problem := connection_problem(judge)):
-                warn(f"{problem} Only answers that it has judged before can be scored.")
-            kept = Kept(run.path / ANSWERS)
-            after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
-        lineage["digest"] = content
-        summary = evaluate(
-            after,
-            before=earlier,
-            judge=judge,
-            directory=run.path,
-            verdicts=mlruns_root() / VERDICTS,
-            lineage=lineage,
-        )
-        (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
-        _record(run, summary, lineage, sources)
-
-    report = run_once("score", stem, deciding, options, make, "report")
-    print(*told(report.parent), sep="\n")
+    make = partial(
+        _score,
+        source=source,
+        content=content,
+        is_model=ckpt is not None,
+        before=before,
+        data=data,
+        answering=answering,
+        judge=judge,
+    )
+    report = run_once("score", f"{stem_of(source)}-score", deciding, options, make, "report")
+    print(*result_lines(report.parent), sep="\n")
     say(f"report: {report}")
+
+
+def _score(
+    run: Run,
+    source: str,
+    content: str,
+    is_model: bool,
+    before: str | None,
+    data: dict[str, Any] | None,
+    answering: Answering,
+    judge: JudgeConfig | None,
+) -> None:
+    if is_model:
+        if judge is not None and (problem := connection_problem(judge)):
+            warn(f"{problem} Only answers that it has judged before can be scored.")
+        kept = Kept(run.path / ANSWERS)
+        after, earlier, lineage, sources = answer(source, before, data, answering, kept)
+    else:
+        after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
+        sources = {source: content}
+    lineage["digest"] = content
+    summary = evaluate(
+        after,
+        before=earlier,
+        judge=judge,
+        directory=run.path,
+        verdicts=mlruns_root() / VERDICTS,
+        lineage=lineage,
+    )
+    (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
+    _record(run, summary, lineage, sources)
 
 
 def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[str, str]) -> None:
@@ -102,7 +121,7 @@ def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[s
     run.finish(outputs, metrics, sources, headline(metrics), complete=not missing)
 
 
-def told(directory: Path) -> list[str]:
+def result_lines(directory: Path) -> list[str]:
     """Measures of a finished run for people: before and after, the difference with its interval."""
     summary = json.loads((directory / "summary.json").read_text("utf-8"))
     outcome, n_items = read_outcome(directory), summary["n_items"]

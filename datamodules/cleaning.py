@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +26,8 @@ COUNTS = (
 _log = logging.getLogger(__name__)
 
 _START = re.compile(
-    r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*{3}", re.IGNORECASE | re.DOTALL
+    r"^\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*{3}",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 _END = re.compile(
     r"^(?:\*{3} ?)?END OF (?:TH(?:E|IS) )?PROJECT GUTENBERG", re.IGNORECASE | re.MULTILINE
@@ -109,7 +111,8 @@ class Duplicates:
 
     def kind(self, text: str) -> str | None:
         """`exact_duplicates`, `near_duplicates`, or None for a text that is new."""
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        text = unicodedata.normalize("NFC", text.strip())  # other systems write é as two characters
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if digest in self._exact:
             return "exact_duplicates"
         self._exact.add(digest)

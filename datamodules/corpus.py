@@ -33,7 +33,7 @@ Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one pa
 Part = tuple[Iterable[str], float]  # documents, and what share of them to hold out
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
-_SCHEMA = 3  # raise it when the same sources and options give other tokens
+_SCHEMA = 4  # raise it when the same sources and options give other tokens
 _MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of each is held out instead of whole ones
 
 _log = logging.getLogger(__name__)

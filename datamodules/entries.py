@@ -22,6 +22,7 @@ class Item(TypedDict):
     input: str
     reference: str
     messages: list[Message]
+    n_given: int  # first answers that are not learned, as they stand in TRL's prompt
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
@@ -68,7 +69,8 @@ def make_item(index: int, entry: Any) -> Item:
     Raises:
         ValueError: it has no prompt or response, or something that would not be read.
     """
-    entry = _as_here(_object(entry))
+    n_given = _n_answers(_object(entry).get("prompt"))
+    entry = _as_here(entry)
     is_chat = entry.get("messages") is not None
     _refuse_unread(entry, ("instruction", "input", "output", *_UNREAD) if is_chat else _UNREAD)
     if is_chat:
@@ -92,6 +94,7 @@ def make_item(index: int, entry: Any) -> Item:
         input=given,
         reference=reply["content"],
         messages=prompt,
+        n_given=n_given,
     )
 
 
@@ -99,6 +102,11 @@ def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}, not an object; correct it.")
     return value
+
+
+def _n_answers(prompt: Any) -> int:
+    turns = prompt if isinstance(prompt, list) else []
+    return sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns)
 
 
 def _as_here(entry: dict[str, Any]) -> dict[str, Any]:

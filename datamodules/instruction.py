@@ -2,6 +2,8 @@
 
 import datetime
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -31,11 +33,12 @@ LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where 
 class InstructionDataModule(StepDataModule):
     """Prompts and responses in one prompt style; the test set is what the other two leave.
 
-    Entries that begin with the same question (but for case, punctuation and spacing) stay on one
-    side of the split. Shuffled, whole groups are drawn. In file order it is the book's split: the
-    first `train_fraction` of the entries to train on, the next to test on, the last `val_fraction`
-    to validate on, each share rounded to whole entries; but an entry whose question has occurred
-    before joins the first one, so that the later splits are smaller by their repeats.
+    Entries that begin with the same question (but for case, punctuation and spacing), or answer one
+    that others begin with, stay on one side of the split. Shuffled, whole groups are drawn. In file
+    order it is the book's split: the first `train_fraction` of the entries to train on, the next to
+    test on, the last `val_fraction` to validate on, each share rounded to whole entries; but an
+    entry whose question has occurred before joins the first one, so that the later splits are
+    smaller by their repeats.
 
     A sample longer than `max_length` keeps its (last) response whole and loses the middle of what
     stands before: the start of the prompt says what is asked, its end opens the response.
@@ -44,8 +47,8 @@ class InstructionDataModule(StepDataModule):
         source: a file, folder or glob, or bundled:instructions; every file a JSON list, .jsonl
             with an object a line, or a .parquet, .csv or .tsv table, of `instruction`, `input` (may
             be missing), `output`; of `messages`; or as others have it: TRL's `prompt` and
-            `completion` (texts, or lists of messages), ShareGPT's `conversations`. null to
-            train on nothing, and answer all of test_source.
+            `completion` (texts, or lists of messages, of which the prompt's are not learned),
+            ShareGPT's `conversations`. null to train on nothing, and answer all of test_source.
         val_source: files of the validation set alone, likewise; null: a share of source.
         test_source: files of the test set alone; what asks what it asks is left out of the others.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
@@ -105,8 +108,8 @@ class InstructionDataModule(StepDataModule):
 
     def read(self) -> None:
         """Reads and splits the entries."""
-        self._files = apart.Files.of(self.source, self.val_source, self.test_source)
-        entries, self._own = self._files.read(read_entries)
+        self.files = apart.Files.of(self.source, self.val_source, self.test_source)
+        entries, self._own = self.files.read(read_entries)
         items: list[Item] = []
         with refused_together() as row:
             for place, entry in entries:
@@ -139,7 +142,7 @@ class InstructionDataModule(StepDataModule):
             "digest": digest_of(sets),
             "split": "questions",
             "counts": counts,
-            **self._files.facts(),
+            **self.files.facts(),
         }
         del self._places
         report(
@@ -165,7 +168,7 @@ class InstructionDataModule(StepDataModule):
 
     def _split(self, items: list[Item]) -> None:
         """Decides what is in each split, and counts what a naive one would have leaked."""
-        keys = [_question_key(item) for item in items]
+        keys = _question_keys(items)
         shared = keys[: len(self._own["train"])]
         named = apart.named(self.val_source, self.test_source)
         of_source = apart.shares(self.train_fraction, self.val_fraction, named)
@@ -177,7 +180,7 @@ class InstructionDataModule(StepDataModule):
             parts = splits.split_in_order(shared, fractions)
         rows = dict(zip(order, parts, strict=True))
         self._rows, self._n_repeated = apart.keep(rows, self._own, keys)
-        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]})
+        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
         naive_seed = self.split_seed if self.shuffle_split else None
         train, test, _ = splits.naive_split(len(shared), fractions, naive_seed)
         self._n_leaked_naive = splits.count_leaked(
@@ -201,6 +204,8 @@ class InstructionDataModule(StepDataModule):
         ids, labels = encode_conversation(
             self.tokenizer, self.prompt_style, said, supervise=self.supervise
         )
+        if self.supervise == "response":
+            _unlearn(labels, item["n_given"])
         is_cut = len(ids) > self.max_length
         if is_cut:
             self._cut(ids, labels, item)
@@ -226,13 +231,46 @@ class InstructionDataModule(StepDataModule):
         labels[middle.start] = IGNORE  # what came before it is gone
 
 
-def _question_key(item: Item) -> str:
-    """Conversations that begin with the same question are one group, whatever the system is told.
+def _unlearn(labels: list[int], n_answers: int) -> None:
+    """Takes the first answers out of what is learned, in place."""
+    i = 0
+    for _ in range(n_answers):
+        while labels[i] == IGNORE:
+            i += 1
+        while labels[i] != IGNORE:
+            labels[i] = IGNORE
+            i += 1
 
-    What answers it is supervised in a longer conversation too. Digits count here: "3 + 4" and
-    "3 + 5" are two questions.
+
+def _question_keys(items: Sequence[Item]) -> list[str]:
+    """One key for items of which one tells the answer to another's question.
+
+    So are conversations that begin with the same question, whatever the system is told; those in
+    which a later one is what another begins with; and those that give the same answer to the same
+    later one (one like "Why?" has many). Every answer of a conversation is learned.
     """
-    said = [message for message in item["messages"] if message["role"] != "system"]
-    n_first = [message["role"] for message in said].index("user") + 1
-    contents = "\n".join(message["content"] for message in said[:n_first])
-    return splits.canonical_key(contents, mask_digits=False)
+    turns = [_turns(item) for item in items]
+    first = {asked for (asked, _), *_ in turns}
+    n_later = Counter(asked for _, *later in turns for asked, _ in later)
+    keys = []
+    for (asked, _), *later in turns:
+        begun = [again for again, _ in later if again in first]
+        answered = [f"{again}\n{_key(answer)}" for again, answer in later if n_later[again] > 1]
+        keys.append([asked, *begun, *answered])
+    return splits.joined(keys)
+
+
+def _turns(item: Item) -> list[tuple[str, str]]:
+    """What is asked in a conversation, as keys, and what is answered."""
+    turns, asked = [], ""
+    for message in [*item["messages"], Message(role="assistant", content=item["reference"])]:
+        if message["role"] == "user":
+            asked += _key(message["content"])
+        elif asked and message["role"] == "assistant":
+            turns.append((asked, message["content"]))
+            asked = ""
+    return turns
+
+
+def _key(text: str) -> str:
+    return splits.canonical_key(text, mask_digits=False)

@@ -14,28 +14,68 @@ Positions = NDArray[np.int64]
 SPLITS = ("train", "val", "test")
 
 
-class _Punctuation(dict[int, str]):
-    """`str.translate` table that drops punctuation, signs and invisible characters."""
+class _Without(dict[int, str]):
+    """`str.translate` table that drops punctuation, invisible characters, and some signs.
+
+    Args:
+        signs: their Unicode categories; emoji (So) are no punctuation.
+    """
+
+    def __init__(self, *signs: str) -> None:
+        self._dropped = ("Cf", *signs)
 
     def __missing__(self, code: int) -> str:
         category = unicodedata.category(chr(code))
-        drop = category[0] == "P" or category in ("Sc", "Sk", "Sm", "Cf")  # So, the emoji, stay
+        drop = category[0] == "P" or category in self._dropped
         self[code] = "" if drop else chr(code)
         return self[code]
 
 
-_PUNCTUATION = _Punctuation()
+_WITHOUT_SIGNS, _WITHOUT_PUNCTUATION = _Without("Sc", "Sk", "Sm"), _Without("Sk")
+_OPERATOR = re.compile(  # what is punctuation elsewhere, in 3 - 4, a * b, -1, 3.5, 10:30, 5 %, c#
+    r"((?:(?<=[\d)])|(?<=\b\w))\s?[-*/](?=\s?(?:[\d(]|\w\b))|(?<!\w)-(?=\d)"
+    r"|(?<=\d)[.:](?=\d)|(?<=\d)\s?%|(?<=\w)\#|\^)"
+)
 
 
 def canonical_key(text: str, *, mask_digits: bool) -> str:
-    """Texts of equal key count as equal: of the same words but for case, punctuation and digits.
+    """Texts of equal key count as equal: all but case, punctuation, white space and digits.
 
-    Punctuation between two words joins them; masked, a number keeps how many digits it has.
+    However Unicode writes a character. A text of punctuation alone equals none but itself.
+
+    Args:
+        text: as it stands.
+        mask_digits: whether digits, of which only the number counts then, and signs make no other
+            text; they make another question, and so do operators.
     """
-    text = text.casefold().translate(_PUNCTUATION)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     if mask_digits:
-        text = re.sub(r"\d", "0", text)
-    return " ".join(text.split())
+        key = re.sub(r"\d", "0", folded.translate(_WITHOUT_SIGNS))
+    else:
+        parts = _OPERATOR.split(folded)  # every other one is an operator
+        parts[::2] = [part.translate(_WITHOUT_PUNCTUATION) for part in parts[::2]]
+        key = "".join(parts)
+    words = " ".join((key if key.strip() else folded).split())
+    return re.sub(r"(?<!\d) | (?!\d)", "", words)  # 1 23 is not 12 3
+
+
+def joined(keys: Sequence[Sequence[str]]) -> list[str]:
+    """One key for each item: those that share any of theirs, if only through others, have one.
+
+    Args:
+        keys: of each item, at least one.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    items = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
+    numbers: dict[str, int] = {}
+    nodes = [numbers.setdefault(key, len(keys) + len(numbers)) for own in keys for key in own]
+    n_nodes = len(keys) + len(numbers)
+    edges = coo_array((np.ones(len(nodes)), (items, nodes)), shape=(n_nodes, n_nodes))
+    _, parts = connected_components(edges, directed=False)
+    first: dict[int, str] = {}
+    return [first.setdefault(part, own[0]) for part, own in zip(parts.tolist(), keys, strict=False)]
 
 
 def check_fractions(train_fraction: float, val_fraction: float) -> None:
@@ -109,14 +149,15 @@ def _part_of_position(n_items: int, fractions: Sequence[float]) -> Positions:
     return np.searchsorted(np.cumsum(sizes), np.arange(n_items), side="right")
 
 
-def refuse_empty(parts: dict[str, Positions]) -> None:
+def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
     """ValueError where a split got nothing."""
+    rows = np.concatenate(list(parts.values())).tolist()
     for name, positions in parts.items():
         if not len(positions):
-            n_items = sum(map(len, parts.values()))
             raise ValueError(
-                f"the {name} split of {n_items} items is empty; "
-                "give more data, or change data.train_fraction and data.val_fraction."
+                f"the {name} split of {len(rows)} items, {len({keys[row] for row in rows})} of "
+                "them different, is empty; give more that differ (in more than punctuation), or "
+                "change data.train_fraction and data.val_fraction."
             )
 
 

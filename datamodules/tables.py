@@ -180,15 +180,15 @@ def _table_rows(path: Path) -> Iterable[Any]:
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as table:
             wanted = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+    except (ArrowException, OSError) as error:  # the latter where its pages are damaged
+        raise ValueError(f"{path} is not a Parquet file, or not whole: {error}") from error
 
 
 def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:

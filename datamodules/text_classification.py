@@ -87,8 +87,8 @@ class TextClassificationDataModule(StepDataModule):
 
     def read(self) -> None:
         """Reads and splits the texts."""
-        self._files = apart.Files.of(self.source, self.val_source, self.test_source)
-        rows, self._own = self._files.read(self._read)
+        self.files = apart.Files.of(self.source, self.val_source, self.test_source)
+        rows, self._own = self.files.read(self._read)
         self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
         self._rows, self._n_repeated = self._split(self._keys)
@@ -118,7 +118,7 @@ class TextClassificationDataModule(StepDataModule):
             "digest": digest_of(sets.values()),
             "split": "texts",
             "counts": counts,
-            **self._files.facts(),
+            **self.files.facts(),
         }
         report(
             f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
@@ -214,7 +214,7 @@ class TextClassificationDataModule(StepDataModule):
                         f"the {split} split of {self.source} has no row of label {name!r}; "
                         "add such rows, or take it out of data.label_names."
                     )
-        splits.refuse_empty(rows)
+        splits.refuse_empty(rows, keys)
         if self.balance:
             labels = np.asarray(self._labels)
             for split, part in rows.items():

@@ -277,7 +277,10 @@ class PipelineCLI(LightningCLI):
         if self.run is None:
             return
         predictions = getattr(self.model, "predictions", [])
-        self._finish(self.run, report_test(self.run, self.datamodule, self._metrics(), predictions))
+        training = self.model.earlier[-1] if self.model.earlier else None
+        metrics = self._metrics()
+        report = report_test(self.run, self.datamodule, metrics, predictions, training)
+        self._finish(self.run, report)
 
     def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
         """Predictions of the test set, one JSON line a sample, in order."""

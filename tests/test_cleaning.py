@@ -1,5 +1,6 @@
 import random
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -65,6 +66,17 @@ def test_it_is_said_how_far_a_long_corpus_is(
     assert caplog.messages == ["1 documents read so far", "2 documents read so far"]
 
 
+@pytest.mark.parametrize("near_duplicates", [None, 0.8])
+def test_a_text_that_is_composed_otherwise_is_a_duplicate(near_duplicates: float | None) -> None:
+    """As macOS writes it: é in two characters."""
+    text = "Trong đầm gì đẹp bằng sen, lá xanh bông trắng lại chen nhị vàng. " * 3
+    apart = unicodedata.normalize("NFD", text)
+    assert apart != text
+    assert clean([text, apart], near_duplicates)[0] == [text]
+    edited_ = unicodedata.normalize("NFD", text.replace("vàng", "xanh", 1))
+    assert len(clean([text, edited_], near_duplicates)[0]) == (2 if near_duplicates is None else 1)
+
+
 def test_near_duplicates_are_kept_where_that_is_asked() -> None:
     original = prose(0)
     texts, counts = clean([original, edited(original, 0.01), original], near_duplicates=None)
@@ -95,6 +107,8 @@ def test_mojibake_of_any_character_is_repaired() -> None:
 
 def test_gutenberg_is_stripped_only_from_an_ebook() -> None:
     mention = "We read the line: End of Project Gutenberg's book. And went on.\n"
+    header = "Notes.\nIt reads *** START OF THE PROJECT GUTENBERG EBOOK FOO *** there.\nMore.\n"
+    assert strip_gutenberg(header) == (header, 0)
     assert strip_gutenberg(mention) == (mention, 0)
     lone = "*** END OF THE PROJECT GUTENBERG EBOOK ***\nx"
     assert strip_gutenberg(lone) == (lone, 0)

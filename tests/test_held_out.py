@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules.baselines import tfidf_baseline
 from datamodules.instruction import LEARNED_ON
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta
@@ -170,8 +171,15 @@ def test_going_on_with_another_split_is_remembered_too(tiny: Journey, home: Path
 
 
 def test_a_test_on_other_data_is_said_and_tracked(
-    tiny: Journey, home: Path, tmp_path: Path
+    tiny: Journey, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    learned = []
+
+    def spied(texts: list[str], *given: Any) -> Any:
+        learned.append(len(texts))
+        return tfidf_baseline(texts, *given)
+
+    monkeypatch.setattr("pipeline.training.reports.tfidf_baseline", spied)
     other = tmp_path / "other.tsv"
     lines = (f"{'spam' if n % 3 else 'ham'}\tnote {'x' * n} of the {n}th fox" for n in range(90))
     other.write_text("\n".join(lines))
@@ -179,6 +187,7 @@ def test_a_test_on_other_data_is_said_and_tracked(
     code, _, err = said(*words, f"--ckpt_path={tiny.best('spam')}")
     assert code == 0, err
     assert f", and is evaluated on other data, {other}; data.source says on which" in err
+    assert learned == [read_meta(tiny.best("spam"))["dataset"]["counts"]["train"]]  # as the model
     (run,) = home.glob("*/*/outcome.json")
     wanted = json.loads(run.read_text())["metrics"]
     assert {"test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfidf"} <= set(wanted)

@@ -199,9 +199,8 @@ def test_forms_of_others_are_read(make: Make) -> None:
         for chat in chats
     ]
     assert ready(make(shared)).fingerprint["digest"] == wanted
-    for n in (2, 4):  # the first answer is a part of the completion, or of the prompt
-        lists = [{"prompt": c["messages"][:n], "completion": c["messages"][n:]} for c in chats]
-        assert ready(make(lists)).fingerprint["digest"] == wanted
+    lists = [{"prompt": c["messages"][:2], "completion": c["messages"][2:]} for c in chats]
+    assert ready(make(lists)).fingerprint["digest"] == wanted
     said = [(f"Say {letter}.", f"I say {letter}.") for letter in "abcdefghijklmnopqrst"]
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in said]
     ours = [{"instruction": prompt, "output": completion} for prompt, completion in said]
@@ -216,6 +215,66 @@ def test_forms_of_others_are_read(make: Make) -> None:
         ready(make(shared))
     with pytest.raises(ValueError, match="entry 0: 'output' is a list, not a text"):
         ready(make([{"prompt": "Hi", "completion": []}] * 20))
+
+
+def test_an_answer_in_a_prompt_of_trl_is_not_learned(make: Make) -> None:
+    """That is TRL's meaning of the form; the same as messages teaches every answer."""
+    chats = conversations(20)
+    given = [{"prompt": c["messages"][:4], "completion": c["messages"][4:]} for c in chats]
+    whole, apart_ = (ready(make(entries_)) for entries_ in (chats, given))
+    for all_learned, sample in zip(whole.train_set, apart_.train_set, strict=True):
+        assert torch.equal(sample["input_ids"], all_learned["input_ids"])
+        learned = sample["input_ids"][sample["labels"] != IGNORE].tolist()
+        item = next(i for i in apart_.items("train") if i["id"] == sample["sample_id"])
+        assert apart_.tokenizer.decode(learned).startswith(item["reference"])
+        n_more = int((all_learned["labels"] != IGNORE).sum()) - len(learned)
+        assert n_more > 0
+        assert torch.equal(
+            sample["labels"][-len(learned) :], all_learned["labels"][-len(learned) :]
+        )
+    everything = [ready(make(entries_, supervise="all")) for entries_ in (chats, given)]
+    assert len({module.fingerprint["digest"] for module in everything}) == 1
+
+
+def test_what_is_asked_first_is_not_answered_later_in_training(make: Make) -> None:
+    """A question alone, and in the middle of a conversation; and twice there, with one answer."""
+    asked = [f"Which number is {i}?" for i in range(40)]
+    alone = [{"messages": [turn("user", q), turn("assistant", f"No. {q}")]} for q in asked[:20]]
+    later = [
+        {
+            "messages": [
+                turn("user", f"Hello from {greeted}{q}"),
+                turn("assistant", "Hello."),
+                turn("user", q),
+                turn("assistant", f"No. {q}"),
+                turn("user", "Why?"),
+                turn("assistant", f"Because of {greeted}{q}"),
+            ]
+        }
+        for greeted in ("me", "you")
+        for q in asked
+    ]
+    module = ready(make([*alone, *later], shuffle_split=True))
+    sides = [
+        {asked.index(q) for item in module.items(split) for q in asked if q in _said(item)}
+        for split in splits.SPLITS
+    ]
+    assert sum(map(len, sides)) == 40  # each on one side; "Why?" joins none
+
+
+def _said(item: Any) -> set[str]:
+    return {message["content"] for message in item["messages"]}
+
+
+def test_operators_make_another_question(make: Make) -> None:
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    data = [
+        {"instruction": f"What is {a} {sign} {b}?", "output": "A number."}
+        for sign in "+-*/"
+        for a, b in pairs
+    ]
+    counts = ready(make(data, shuffle_split=True)).fingerprint["counts"]
+    assert counts["n_leaked_naive"] == 0
 
 
 def test_a_bad_row_is_refused_by_its_number(make: Make) -> None:
@@ -453,7 +512,7 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     ),
     "few": (
         entries(2),
-        r"the val split of 2 items is empty; give more data, or change data.train",
+        r"the val split of 2 items, 2 of them different, is empty; give more that differ",
     ),
 }
 

@@ -417,6 +417,18 @@ def test_a_flood_of_the_key_is_no_leak(
     assert KEY[:10] not in repr(judgement), "nor where it is cut"
 
 
+def test_a_judge_that_thinks_aloud_and_one_that_writes_parts(
+    server: Server, tmp_path: Path
+) -> None:
+    thinking = f"<think>\nIs it {{4}}? </th Yes.\n</think>\n\n{verdict(70)}"
+    parts = [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": verdict(60)}]
+    server.script = [chat(thinking), chat(parts)]
+    assert scores(judge(server, tmp_path, "a", "b", max_concurrency=1)) == [70, 60]
+    assert server.n_requests == 2
+    with pytest.raises(ValueError, match="not one JSON object alone"):
+        parse_verdict(f"{verdict(70)}<think>")
+
+
 def test_odd_contents(server: Server, tmp_path: Path) -> None:
     """A null is an empty reply; a list is not text; no file holds a lone surrogate."""
     surrogate = '{"rationale": "\\ud800", "score": 7}'

@@ -155,6 +155,16 @@ def test_a_parquet_file_without_text(table: dict, message: str, tmp_path: Path) 
         list(documents([str(tmp_path / "a.parquet")], "text"))
 
 
+def test_a_parquet_file_that_is_damaged_inside(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pd.DataFrame({"text": [f"text {i} " * 50 for i in range(1000)]}).to_parquet(path)
+    data = bytearray(path.read_bytes())
+    data[40:4000] = bytes(3960)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file, or not whole: "):
+        list(documents([str(path)], "text"))
+
+
 # --- arguments
 
 

@@ -243,6 +243,8 @@ def _content(body: str, *, shown: str) -> str:
     """`choices[0].message.content`; a null is an empty reply; `shown`: for the record."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
+        if isinstance(content, list):  # of parts; thoughts are not of type text
+            content = "".join(part["text"] for part in content if part["type"] == "text")
     except MALFORMED as error:
         raise EndpointError(
             "the reply is not a chat completion.", shown[:KEPT_CHARACTERS]

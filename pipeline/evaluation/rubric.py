@@ -6,6 +6,7 @@ replies that are no number drop out of the mean, here every one is kept and coun
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ VERDICT_SCHEMA: dict[str, Any] = {
 }
 
 RUBRIC_DIGEST = hashlib.sha256(json.dumps([RUBRIC, REPAIR, VERDICT_SCHEMA]).encode()).hexdigest()
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of models that reason, at the start
 QUOTED_CHARACTERS = 4_000  # of an unreadable reply, when the judge is asked again
 
 
@@ -83,14 +85,14 @@ def again(reply: str, problem: str) -> list[Message]:
 
 
 def parse_verdict(reply: str) -> Verdict:
-    """Reads `{"rationale": ..., "score": ...}` and accepts nothing else.
+    """Reads `{"rationale": ..., "score": ...}`, after thoughts aloud, and accepts nothing else.
 
     Raises:
         ValueError: saying what is wrong: prose around it, another or a repeated field, a score that
             is not a JSON integer or not within 0 to 100.
     """
     try:
-        fields = json.loads(reply, object_pairs_hook=_unique)
+        fields = json.loads(_THOUGHTS.sub("", reply), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise ValueError("it is not one JSON object alone") from error
     except RecursionError as error:

@@ -14,10 +14,12 @@ from datamodules.baselines import MAX_TRAIN_BYTES, compression_baselines, tfidf_
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
-from pipeline.console import say
+from pipeline.arguments import construct
+from pipeline.console import say, warn
 from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap_all, widened
 from pipeline.evaluation.responses import write_lines
+from pipeline.resume import changed_files
 from pipeline.runs.journal import metric_history
 from pipeline.runs.run_directory import Run, lines_of
 from pipeline.training.figures import confusion_figure, loss_curves
@@ -81,7 +83,11 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
 
 
 def report_test(
-    run: Run, data: StepDataModule, metrics: dict[str, float], predictions: Sequence[Prediction]
+    run: Run,
+    data: StepDataModule,
+    metrics: dict[str, float],
+    predictions: Sequence[Prediction],
+    training: Mapping[str, Any] | None = None,
 ) -> Report:
     """A classifier's scores with 95 % intervals, beside those of a bag of words on the same texts.
 
@@ -90,6 +96,7 @@ def report_test(
         data: the data module whose test set was predicted.
         metrics: what the module logged itself.
         predictions: micro-batches of a classifier's `predict_step`; empty for a language model.
+        training: `data` and `dataset` of what the classifier learned, where it is known.
     """
     if not isinstance(data, TextClassificationDataModule):
         row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
@@ -102,11 +109,12 @@ def report_test(
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
     say("comparing with TF-IDF + logistic regression ...")
+    learned = _learned(data, training)
     theirs = tfidf_baseline(
-        data.texts("train"),
-        data.labels("train"),
-        data.texts("val"),
-        data.labels("val"),
+        learned.texts("train"),
+        learned.labels("train"),
+        learned.texts("val"),
+        learned.labels("val"),
         data.texts("test"),
     )
     scores = compare(labels, ours, theirs, data.keys("test"))
@@ -128,6 +136,28 @@ def report_test(
             lines.append(f"  {name}: {', '.join(shown)}, of {values['texts']} texts")
             scores |= {f"test/{key}/{name}": float(value) for key, value in values.items()}
     return Report({**metrics, **scores}, rows, lines)
+
+
+def _learned(
+    data: TextClassificationDataModule, training: Mapping[str, Any] | None
+) -> TextClassificationDataModule:
+    """The data whose training set a classifier learned: those here, or its own of other files."""
+    if training is None or training["dataset"].get("digest") == data.fingerprint["digest"]:
+        return data
+    kind, given = type(data), training["data"] or {}
+    try:
+        if given.get("class_path") != f"{kind.__module__}.{kind.__qualname__}":
+            raise ValueError("it does not say how they were read.")
+        learned = construct(kind, given["init_args"], "data")
+        learned.read()
+        if changed := changed_files(
+            training["dataset"]["sources"], learned.files.facts()["sources"]
+        ):
+            raise ValueError(f"{', '.join(changed)}: not what was learned.")
+    except (OSError, ValueError) as error:
+        warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
+        return data
+    return learned
 
 
 def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from datamodules.step_data_module import StepDataModule, described
-from pipeline.checkpoint import CHECKPOINTS, newest_valid
+from pipeline.checkpoint import newest_valid
 from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.console import say
+from pipeline.directories import CHECKPOINTS
 from pipeline.hardware import multiplies_bf16
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.run_directory import Run, is_open, read_outcome

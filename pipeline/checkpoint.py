@@ -29,6 +29,7 @@ from datamodules.tokenizer import FILE_NAME as TOKENIZER
 from datamodules.tokenizer import Tokenizer
 from pipeline.console import warn
 from pipeline.directories import (
+    CHECKPOINTS,
     MANIFEST,
     CheckpointError,
     Writers,
@@ -41,7 +42,6 @@ from pipeline.directories import (
 
 FORMAT = 3  # raise it when an earlier checkpoint would not resume exactly
 META, WEIGHTS, TRAINING = "meta.json", "model.safetensors", "training.pt"
-CHECKPOINTS = "checkpoints"  # folder of a run directory
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
 _STEP = r"step-\d{8,}"

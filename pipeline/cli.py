@@ -21,9 +21,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from pipeline.arguments import one_line
-from pipeline.checkpoint import CHECKPOINTS, newest_valid
+from pipeline.checkpoint import newest_valid
 from pipeline.console import say
-from pipeline.directories import path_digest
+from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.resume import interrupted_like
@@ -117,11 +117,10 @@ class PipelineCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from a checkpoint, and checks what needs no data."""
+        self.take_from_checkpoint()
         stage = self.stage
         model, data = stage.model.init_args, stage.data.init_args
-        if self.subcommand != "fit" and stage.ckpt_path is not None:
-            model.init_from, model.gpt, stage.ckpt_path = stage.ckpt_path, None, None
-        elif stage.ckpt_path is not None and not Path(stage.ckpt_path).is_dir():
+        if stage.ckpt_path is not None and not Path(stage.ckpt_path).is_dir():
             raise ValueError(
                 f"ckpt_path is {stage.ckpt_path}; give a checkpoint directory that is there."
             )
@@ -137,6 +136,19 @@ class PipelineCLI(LightningCLI):
             data.tokenizer = tokenizer_of(data.tokenizer)
         check_trainer(stage.trainer, is_test=self.subcommand == "test")
 
+    def take_from_checkpoint(self) -> None:
+        """Has what is evaluated begin with the weights of `ckpt_path`."""
+        stage, model = self.stage, self.stage.model.init_args
+        if self.subcommand != "fit" and stage.ckpt_path is not None:
+            model.init_from, model.gpt, stage.ckpt_path = stage.ckpt_path, None, None
+
+    def check_parts(self, model: LitStep, data: StepDataModule) -> None:
+        """Checks model and data against each other and the trainer's options."""
+        if model.gpt_config is not None:
+            check_context(data, model.gpt_config.block_size)
+        if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
+            check_warmup(model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
+
     def instantiate_classes(self) -> None:
         """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
         try:
@@ -151,10 +163,7 @@ class PipelineCLI(LightningCLI):
         assert isinstance(self.model, LitStep)
         assert isinstance(self.datamodule, StepDataModule)
         self.datamodule.check()
-        if self.model.gpt_config is not None:
-            check_context(self.datamodule, self.model.gpt_config.block_size)
-        if self.subcommand == "fit" and self.stage.trainer.max_steps >= 0:
-            check_warmup(self.model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
+        self.check_parts(self.model, self.datamodule)
         options = self._get(self.config_init, "trainer")
         check_callbacks(as_list(options.callbacks))
         self._dump_config()

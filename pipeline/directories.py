@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from datamodules.files import digest, remembered_sha256, sha256
 
+CHECKPOINTS = "checkpoints"  # of a run, below it
 MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its files
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 _OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise

@@ -8,7 +8,8 @@ import yaml
 from torch import Tensor
 
 from pipeline.arguments import load_yaml
-from pipeline.checkpoint import CHECKPOINTS, stem_of
+from pipeline.checkpoint import stem_of
+from pipeline.directories import CHECKPOINTS
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import CONFIG, OUTCOME
 
@@ -53,7 +54,8 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
     if found and not allowed:
         raise ValueError(
             f"the checkpoint is of another run: {text}. Restore what differs, start anew with "
-            "--run.resume never, or go on all the same with --run.allow_changes true."
+            "--run.resume never (in a chain, --set STAGE.run.resume=never), or go on all the same "
+            "with --run.allow_changes true."
         )
     return text
 

@@ -11,13 +11,25 @@ import openai
 
 from tests.journey import ROOT
 
+IMPATIENT = """
+import sys
+import pipeline.serving.serve as server
+from pipeline.__main__ import main
+server.PATIENCE_S = {}
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 class Served:
-    """A server's process."""
+    """A server's process, with less patience where `patience_s` says so."""
 
-    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *words: str, patience_s: float | None = None, **environment: str
+    ) -> None:
         self.log = folder / "stderr"
         command = [sys.executable, "-m", "pipeline", "serve", "--port=0", *words]
+        if patience_s is not None:
+            command[1:3] = ["-c", IMPATIENT.format(patience_s)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.runs.journal import read_journal
 from pipeline.runs.run_directory import is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
 from pipeline.stages.chain import RECORD, _finished, _plan, run_chain
-from pipeline.stages.chain_config import load_chain
+from pipeline.stages.chain_config import Stage, load_chain
 from tests.journey import CONFIGS
 
 Write = Callable[[str, str | bytes], Path]
@@ -365,7 +366,7 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     """A test without a config has the options of its fit, and nothing to complain of."""
     document = yaml.safe_load(chain.read_text())
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
-    spam |= {"inputs": {"tokenizer": "big"}}
+    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "pretrained"}}
     tested = {"name": "tested", "command": "test", "inputs": {"ckpt": "spam"}}
     document["stages"] += [spam, tested, {**spam, "name": "twice", "set": {"data.batchsize": 3}}]
     chain.write_text(yaml.safe_dump(document))
@@ -375,6 +376,66 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     assert not home.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("checkpoints.every_n_steps", 0, "checkpoints.every_n_steps is 0; give at least 1"),
+        ("trainer.logger", False, "trainer.logger is False; a run always keeps a journal"),
+        ("trainer.max_steps", 3, "warmup_steps is 20 but the run has only 3 steps"),
+        ("model.gpt.n_head", 3, "model.gpt.n_head (3) does not divide"),
+        ("model.optimizer.lr", -1, "model.optimizer.lr is -1"),
+        ("data.block_size", 4096, "data.block_size is 4096 but model.gpt.block_size is"),
+        ("run.name", "a/b", "run.name: 'a/b' is not a name"),
+    ],
+)
+def test_parts_of_later_stages_are_checked_before_the_first_runs(
+    key: str, value: Any, message: str, chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(chain.read_text())
+    options = {"data.source": ["a.txt"], "model.optimizer.warmup_steps": 20, key: value}
+    wrong = {"name": "wrong", "command": "fit", "config": f"{CONFIGS}/pretrain.yaml"}
+    document["stages"].append({**wrong, "set": options, "inputs": {"tokenizer": "big"}})
+    chain.write_text(yaml.safe_dump(document))
+    assert run_chain(chain) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: stage 'wrong': ")
+    assert message in error
+    assert not home.exists()
+
+
+def test_a_stage_that_never_goes_on_has_a_run_of_its_own(chain: Path) -> None:
+    """Its checkpoints lie beside no others', nor is one that is finished used again."""
+    document = yaml.safe_load(chain.read_text())
+    for name, options in (("auto", {}), ("anew", {"run.resume": "never"})):
+        fit = {"name": name, "command": "fit", "config": f"{CONFIGS}/pretrain.yaml"}
+        document["stages"].append({**fit, "set": options, "inputs": {"tokenizer": "big"}})
+    chain.write_text(yaml.safe_dump(document))
+    *_, auto, anew = load_chain(chain).stages
+    assert [stage.starts_anew() for stage in (auto, anew)] == [False, True]
+    (*_, told, _) = load_chain(chain, ["auto.run.resume=never"]).stages
+    assert told.starts_anew()
+    for stage, is_new in ((auto, False), (told, True), (anew, True)):
+        first = _plan(replace(stage, inputs={}), chain.parent, {}).path
+        first.mkdir()
+        assert (_plan(replace(stage, inputs={}), chain.parent, {}).path != first) == is_new
+
+
+def test_files_and_variables_in_options_decide_what_is_reused(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = write("optimizer.yaml", "lr: 0.1\n")
+    options = {"source": ["$TEXT"], "model.optimizer": str(optimizer)}
+    identity = Stage("x", "fit", (), options, {}).identity
+    monkeypatch.setenv("TEXT", "a.txt")
+    first = identity()
+    assert identity() == first
+    monkeypatch.setenv("TEXT", "b.txt")
+    second = identity()
+    assert second != first
+    optimizer.write_text("lr: 0.2\n")
+    assert identity() != second
+
+
 def test_rows_of_later_stages_are_read_before_the_first_runs(
     chain: Path, home: Path, write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,9 +443,9 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     moods = write("moods.csv", "text,label\nso glad,good\nso sad,bad\nso so,\n")
     document = yaml.safe_load(chain.read_text())
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
-    spam |= {"inputs": {"tokenizer": "big"}}
+    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "pretrained"}}
     table = [spam["config"], f"{CONFIGS}/data/table.yaml"]
-    own = {"data.source": str(moods), "data.label_names": ["good", "bad"]}
+    own = {**spam["set"], "data.source": str(moods), "data.label_names": ["good", "bad"]}
     wrong = {**spam, "name": "moods", "config": table, "set": own}
     document["stages"] += [spam, wrong]
     chain.write_text(yaml.safe_dump(document))

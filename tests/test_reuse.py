@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from datamodules.files import file_digests
 from datamodules.sources import PYTHON_DOCS, source_digests
 from pipeline.directories import path_digest
 from pipeline.runs.reuse import find_run, still_holds
@@ -61,6 +62,34 @@ def test_an_interrupted_one_is_gone_on_with_unless_a_later_one_is_finished(base:
     later = attempt(base, finished=True)
     assert found(base) == later
     assert found(base, stale=(later,)) == first
+
+
+def test_one_that_has_nothing_to_go_on_from_is_left(base: Path) -> None:
+    """Of data that have changed meanwhile its losses would be those of another training."""
+    run = Run.open(base)
+    run.fail("stop")
+    run = Run.open(base)
+    run.log_metrics({"fit/perplexity": 3.0}, step=0)
+    run.fail("stop")
+    assert found(base) == base  # of a chain, whose stages are what it goes on from
+    run = Run.open(base)
+    run.log_metrics({"train/loss": 3.0}, step=1)
+    run.fail("stop")
+    assert found(base) == base.with_name("one-2")
+    (base / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert found(base) == base
+
+
+def test_weights_by_a_relative_path_that_were_joined_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    outcome = made(file_digests([tmp_path / "hf" / "config.json"]))
+    assert still_holds(outcome, {"source": "hf"})
+    (tmp_path / "hf" / "chat_template.jinja").write_text("")
+    assert not still_holds(outcome, {"source": "hf"})
 
 
 def test_a_source_that_leads_elsewhere_now_is_a_change(

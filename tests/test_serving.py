@@ -515,6 +515,19 @@ def test_it_ends_when_what_is_written_is_done(published: Path, tmp_path: Path) -
     assert served.notes() == [200]
 
 
+def test_who_is_not_done_when_patience_ends_is_told(published: Path, tmp_path: Path) -> None:
+    served = Served(tmp_path, f"--ckpt={published}", "--max_rows=4", patience_s=0.5)
+    asked = {"model": "babbler", "prompt": ["The fox"] * 15, "max_tokens": 240, "n": 16}
+    body = {**asked, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        served.process.send_signal(signal.SIGTERM)
+        *_, last = filter(None, lines)
+    assert "the server has ended" in last
+    assert served.process.wait(60) == -signal.SIGTERM
+
+
 def test_a_second_interrupt_ends_it_at_once(published: Path, tmp_path: Path) -> None:
     served = Served(tmp_path, f"--ckpt={published}", "--max_rows=4")
     asked = {"model": "babbler", "prompt": ["The fox"] * 15, "max_tokens": 240, "n": 16}
@@ -576,7 +589,7 @@ def test_one_thread_loads_and_runs_the_model(
         return noted
 
     class Asking:
-        def __init__(self, app: FastAPI) -> None:
+        def __init__(self, app: FastAPI, give_up: Any = None) -> None:
             self.app = app
 
         def run(self, _: Any) -> None:
@@ -587,7 +600,7 @@ def test_one_thread_loads_and_runs_the_model(
 
     monkeypatch.setattr(serve, "load_for_use", noting(serve.load_for_use))
     monkeypatch.setattr(GPT, "forward", noting(GPT.forward))
-    monkeypatch.setattr(serve, "_server", Asking)
+    monkeypatch.setattr(serve, "_Server", Asking)
     serve.serve(
         str(published if kind == "writes" else tiny.best("spam")),
         name="it",

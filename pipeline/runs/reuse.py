@@ -10,7 +10,8 @@ from typing import Any
 
 from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, SOURCES, resolve
-from pipeline.directories import path_digest
+from pipeline.directories import CHECKPOINTS, path_digest
+from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.run_directory import read_outcome
 
 Outcome = Mapping[str, Any]
@@ -20,6 +21,9 @@ def find_run(
     base: Path, holds: Callable[[Outcome], bool], *, anew: bool = False
 ) -> tuple[Path, Outcome | None]:
     """The last attempt if it was interrupted, else the last that still holds, else a new one.
+
+    One that was interrupted in training before it had a checkpoint is not gone on with: another
+    from the start, of data that may have changed, would be mixed with what is logged of it.
 
     Args:
         base: run directory of the first attempt.
@@ -32,7 +36,7 @@ def find_run(
     made = list(takewhile(Path.exists, _attempts(base)))
     for path in [] if anew else reversed(made):
         outcome = read_outcome(path)
-        if outcome is None and path == made[-1]:
+        if outcome is None and path == made[-1] and not _is_stranded(path):
             return path, None
         if outcome is not None and holds(outcome):
             return path, outcome
@@ -78,6 +82,14 @@ def code_digest() -> str:
     return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
 
 
+def _is_stranded(path: Path) -> bool:
+    """Whether a run has taken steps of training, and there is nothing to go on from."""
+    if any((path / CHECKPOINTS).glob("*")) or not (path / JOURNAL).exists():
+        return False
+    lines = (line for line, _ in read_journal(path))
+    return any(line["kind"] == "metric" and line["step"] > 0 for line in lines)
+
+
 def _attempts(base: Path) -> Iterator[Path]:
     """`base`, `base-2`, `base-3`, ..."""
     yield base
@@ -99,7 +111,8 @@ def _has_grown(source: str, recorded: set[str], of_data: bool) -> bool:
     if source.startswith(("bundled:", "download:")):
         return False
     try:
-        files = {str(path) for path in resolve(source)}
+        files = {path.resolve() for path in resolve(source)}
     except OSError:
         return False  # gone: seen where its files are compared
-    return bool(files - recorded) and (of_data or bool(files & recorded))
+    known = {Path(name).resolve() for name in recorded}
+    return bool(files - known) and (of_data or bool(files & known))

@@ -16,6 +16,7 @@ from pipeline.gpt import GPT
 from pipeline.serving.worker import Worker
 
 READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts
+READ_TOGETHER = 1024  # where nothing else is written: who comes or hangs up meanwhile is not seen
 
 
 class EngineError(Exception):
@@ -86,7 +87,7 @@ class Engine:
 
     Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
     there is room. A long prompt is read in pieces, so that the others go on meanwhile (chunked
-    prefill, Agrawal et al. 2023).
+    prefill, Agrawal et al. 2023), and no more of it than is wanted if its reader hangs up.
 
     Args:
         worker: has nothing else to do.
@@ -202,7 +203,7 @@ class Engine:
     def _admit(self) -> list[Request]:
         """Who waited and has a place now; beside others in pieces, of which this reads one."""
         admitted: list[Request] = []
-        left = READ_AT_A_TIME if self._running else self.limits.max_tokens
+        left = READ_AT_A_TIME if self._running else READ_TOGETHER
         while request := self._first():
             is_whole = request.settings.echo
             n_unread = len(request.prompt) if is_whole else self._batch.n_unread(request.prompt)

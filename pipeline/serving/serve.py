@@ -5,6 +5,8 @@ import json
 import logging
 import shlex
 import socket
+import threading
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -13,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pipeline.classifier import GPTClassifier
-from pipeline.console import say
+from pipeline.console import say, warn
 from pipeline.inference import label_probabilities, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
@@ -25,6 +27,7 @@ from pipeline.serving.worker import Worker
 from pipeline.serving.writer import Defaults, Writer
 
 PATIENCE_S = 30  # with texts that are being written when the server is stopped
+TO_BE_TOLD_S = 5  # for those who are not done to hear of it
 
 
 def serve(
@@ -46,8 +49,7 @@ def serve(
     key = key_from_environment(api_key_env, "api_key_env")
     listener = listen(*address)
     if address[0] not in LOOPBACK and not key:
-        said = f"warning: whoever reaches {address[0]} can use it; --api_key_env asks for a key."
-        say(said)
+        warn(f"whoever reaches {address[0]} can use it; --api_key_env asks for a key.")
     worker = Worker()
     loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
@@ -55,7 +57,7 @@ def serve(
         if precision not in ("auto", "32-true"):
             raise ValueError(f"precision is {precision}; a classifier answers only in 32-true.")
         of = partial(worker.submit, label_probabilities, loaded)
-        server = _server(make_app(name, Labels(loaded.meta["label_names"], of), key))
+        server = _Server(make_app(name, Labels(loaded.meta["label_names"], of), key))
         _greet(loaded, name, listener)
         server.run([listener])
         return
@@ -64,7 +66,7 @@ def serve(
         server.should_exit = True
 
     engine = Engine(worker, loaded.gpt, loaded.tokenizer.n_vocab, limits, on_failure=stop)
-    server = _server(make_app(name, Writer(loaded, engine, defaults), key))
+    server = _Server(make_app(name, Writer(loaded, engine, defaults), key), engine.close)
     try:
         _greet(loaded, name, listener)
         server.run([listener])
@@ -75,28 +77,37 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which since Python 3.12 would wait for connections after a second Ctrl-C too."""
+    """uvicorn's, which since Python 3.12 would wait for connections after a second Ctrl-C too.
+
+    Args:
+        app: what answers.
+        give_up: tells those who wait that they will get no more, after the patience with them.
+    """
+
+    def __init__(self, app: FastAPI, give_up: Callable[[], None] | None = None) -> None:
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=PATIENCE_S + TO_BE_TOLD_S,
+        )
+        super().__init__(config)
+        self._give_up = give_up
+        # a second Ctrl-C cancels what is being written, which is no error to be shown
+        logging.getLogger("uvicorn.error").addFilter(_is_error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes a signal; the second interrupt hangs up on everyone."""
+        if self._give_up and not self.should_exit:
+            patience = threading.Timer(PATIENCE_S, self._give_up)
+            patience.daemon = True
+            patience.start()
         super().handle_exit(sig, frame)
         if self.force_exit:
             loop = asyncio.get_running_loop()
             for connection in [*self.server_state.connections]:
                 loop.call_soon_threadsafe(connection.transport.abort)
-
-
-def _server(app: FastAPI) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=PATIENCE_S,
-    )
-    # a second Ctrl-C cancels what is being written, which is no error to be shown
-    logging.getLogger("uvicorn.error").addFilter(_is_error)
-    return _Server(config)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -185,7 +185,7 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     if given := stage.paths():
         identity["given"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
-    path, outcome = find_run(base, partial(_still_holds, stage), anew=anew)
+    path, outcome = find_run(base, partial(_still_holds, stage), anew=anew or stage.starts_anew())
     return StageRun(stage, path, inputs, identity, outcome)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.files import at, expanded
+from datamodules.files import at, expanded, sha256
 from datamodules.sources import SOURCES
 from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
@@ -109,12 +109,25 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         """What decides its result, inputs apart; comments and where files lie do not."""
         texts = [os.path.expandvars(_read(path)) for path in self.configs]
-        return {
+        identity: dict[str, Any] = {
             "command": self.command,
             "schema": STAGE_COMMANDS[self.command].schema,
             "config": [decisive(load_yaml(text)) for text in texts],
-            "set": decisive(self.overrides),
+            "set": {key: _with_variables(v) for key, v in decisive(self.overrides).items()},
         }
+        given = [v for flat in [*identity["config"], identity["set"]] for v in flat.values()]
+        nested = [Path(v) for v in given if isinstance(v, str) and v.endswith((".yaml", ".yml"))]
+        if files := {str(path): sha256(path) for path in nested if path.is_file()}:
+            identity["files"] = files  # of options, as an option may be given
+        return identity
+
+    def starts_anew(self) -> bool:
+        """Whether it is never to go on, nor what is finished to be used."""
+        given = [load_yaml(_read(path)) for path in self.configs]
+        runs = [config.get("run") for config in given if isinstance(config, dict)]
+        told = [run.get("resume") for run in runs if isinstance(run, dict)]
+        told.append(self.overrides.get("run.resume"))
+        return [value for value in told if value is not None][-1:] == ["never"]
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,12 @@ def _check_source(stage: Stage) -> None:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
+
+
+def _with_variables(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_variables(item) for item in value]
+    return os.path.expandvars(value) if isinstance(value, str) else value
 
 
 def _as_text(value: Any) -> str:

@@ -18,6 +18,9 @@ from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.console import say
 from pipeline.interrupts import end_with_parent
+from pipeline.training.checkpoint_callback import Checkpoints
+from pipeline.training.lit_step import LitStep
+from pipeline.training.options import RunConfig, check_trainer
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
@@ -33,13 +36,21 @@ class _ReadingCLI(PipelineCLI):
         """Nothing is drawn, and Lightning would say so."""
 
     def before_instantiate_classes(self) -> None:
-        """Builds the data alone; its tokenizer may be one that an earlier stage makes."""
-        data = self.stage.data
-        if repr(data) not in self.known:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_subclass_arguments(StepDataModule, "data")
-            parser.instantiate(parser.parse_object({"data": data.as_dict()})).data.read()
-            self.known.add(repr(data))
+        """Builds what needs nothing of earlier stages, which may make tokenizer and weights."""
+        self.take_from_checkpoint()
+        check_trainer(self.stage.trainer, is_test=self.subcommand == "test")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(LitStep, "model")
+        parser.add_subclass_arguments(StepDataModule, "data")
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_class_arguments(Checkpoints, "checkpoints")
+        parts = ("model", "data", "run", "checkpoints")
+        given = {part: self.stage[part].as_dict() for part in parts}
+        made = parser.instantiate(parser.parse_object(given))
+        self.check_parts(made.model, made.data)
+        if repr(self.stage.data) not in self.known:
+            made.data.read()
+            self.known.add(repr(self.stage.data))
         raise _Read
 
 

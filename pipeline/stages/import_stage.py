@@ -5,7 +5,6 @@ from pathlib import Path
 
 from datamodules.files import expanded, file_digests
 from pipeline.checkpoint import (
-    CHECKPOINTS,
     WEIGHTS,
     json_writer,
     model_writers,
@@ -14,7 +13,7 @@ from pipeline.checkpoint import (
     write_checkpoint,
 )
 from pipeline.console import say
-from pipeline.directories import MANIFEST, check_output, path_digest
+from pipeline.directories import CHECKPOINTS, MANIFEST, check_output, path_digest
 from pipeline.gpt import GPT
 from pipeline.models import foreign_meta
 from pipeline.runs.run_directory import Run

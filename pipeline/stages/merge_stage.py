@@ -19,7 +19,6 @@ from datamodules.step_data_module import StepDataModule
 from pipeline import lora
 from pipeline.arguments import construct
 from pipeline.checkpoint import (
-    CHECKPOINTS,
     json_writer,
     model_writers,
     stem_of,
@@ -30,7 +29,7 @@ from pipeline.classifier import GPTClassifier
 from pipeline.console import say
 from pipeline.decoding.generate import generate
 from pipeline.decoding.sampling import Sampling
-from pipeline.directories import check_output, path_digest
+from pipeline.directories import CHECKPOINTS, check_output, path_digest
 from pipeline.loss import IGNORE, next_token_losses
 from pipeline.models import Loaded, load_checkpoint
 from pipeline.runs.run_directory import Run

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline import checkpoint as files
 from pipeline.console import say, warn
-from pipeline.directories import CheckpointError, CheckpointNotWritten
+from pipeline.directories import CHECKPOINTS, CheckpointError, CheckpointNotWritten
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.background import Background
@@ -125,7 +125,7 @@ class Checkpoints(pl.Callback):
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return Path(trainer.default_root_dir) / files.CHECKPOINTS / files.step_name(step)
+        return Path(trainer.default_root_dir) / CHECKPOINTS / files.step_name(step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives every rank the first one's run directory.

@@ -13,8 +13,7 @@ from torch import nn
 from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
 from pipeline import held_out, lora
-from pipeline.checkpoint import CHECKPOINTS
-from pipeline.directories import path_digest
+from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded, describe_base, load

@@ -27,8 +27,8 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import load_yaml
-from pipeline.checkpoint import CHECKPOINTS
 from pipeline.console import say
+from pipeline.directories import CHECKPOINTS
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import CHECKPOINTS, META, read_meta
-from pipeline.directories import path_digest
+from pipeline.checkpoint import META, read_meta
+from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.models import Loaded
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign

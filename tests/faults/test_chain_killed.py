@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.checkpoint import CHECKPOINTS
+from pipeline.directories import CHECKPOINTS
 from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.run_directory import read_outcome
 from tests.faults.processes import Started, go_on, pauses

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from datamodules import files
-from pipeline.checkpoint import CHECKPOINTS
+from pipeline.directories import CHECKPOINTS
 from pipeline.resume import interrupted_like
 from pipeline.runs.run_directory import CONFIG, OUTCOME, Run, read_outcome
 from pipeline.stages.chain import RECORD, StageRun, _warn_of_code

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.checkpoint import CHECKPOINTS, WEIGHTS, newest_valid
+from pipeline.checkpoint import WEIGHTS, newest_valid
+from pipeline.directories import CHECKPOINTS
 from pipeline.interrupts import StopRequest
 from pipeline.runs.journal import JOURNAL, read_journal
 from pipeline.runs.run_directory import read_outcome

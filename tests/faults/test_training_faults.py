@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from pipeline.checkpoint import CHECKPOINTS, newest_valid, read_tensors
+from pipeline.checkpoint import newest_valid, read_tensors
+from pipeline.directories import CHECKPOINTS
 from pipeline.runs.journal import read_journal
 from pipeline.training.callbacks import robust_z
 from tests.faults.processes import Started, at

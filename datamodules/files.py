@@ -120,8 +120,8 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
             ) from error
         if b"\0" in data:
             raise ValueError(
-                f"{path} is not text; take it out, or give a pattern such as "
-                f"'{path.parent}/**/*.txt'."
+                f"{path} is not text; take it out, or give patterns such as "
+                f"['{path.parent}/**/*.txt', '{path.parent}/**/*.md']."
             ) from error
         raise ValueError(
             f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; "

@@ -141,6 +141,7 @@ class InstructionDataModule(StepDataModule):
         self.fingerprint = {
             "digest": digest_of(sets),
             "split": "questions",
+            "learned": splits.packed(self.keys("train")),
             "counts": counts,
             **self.files.facts(),
         }
@@ -158,6 +159,10 @@ class InstructionDataModule(StepDataModule):
     def items(self, split: str) -> list[Item]:
         """Entries of the train, val or test split, in the order of its samples."""
         return [self._items[row] for row in self._rows[split]]
+
+    def keys(self, split: str) -> list[str]:
+        """Equal for entries that begin with the same question, one for each of `items`."""
+        return [_turns(item)[0][0] for item in self.items(split)]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to answer: how a prompt is written, and the ids that end it."""
@@ -180,7 +185,8 @@ class InstructionDataModule(StepDataModule):
             parts = splits.split_in_order(shared, fractions)
         rows = dict(zip(order, parts, strict=True))
         self._rows, self._n_repeated = apart.keep(rows, self._own, keys)
-        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
+        with splits.emptied_by(self._n_repeated):
+            splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
         naive_seed = self.split_seed if self.shuffle_split else None
         train, test, _ = splits.naive_split(len(shared), fractions, naive_seed)
         self._n_leaked_naive = splits.count_leaked(

@@ -3,9 +3,12 @@
 Every function is pure: the same arguments give the same positions on every machine (numpy's PCG64).
 """
 
+import base64
+import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,10 +164,39 @@ def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
             )
 
 
+@contextmanager
+def emptied_by(n_repeated: int) -> Iterator[None]:
+    """Says of a refused split how many items were left out because they are held out elsewhere."""
+    try:
+        yield
+    except ValueError as error:
+        if not n_repeated:
+            raise
+        raise ValueError(
+            f"{error} {n_repeated} rows were left out: they repeat what data.val_source or "
+            "data.test_source holds out."
+        ) from error
+
+
 def count_leaked(keys: Sequence[str], train: Positions, test: Positions) -> int:
     """Test items whose key occurs in training too."""
     seen = {keys[position] for position in train}
     return sum(keys[position] in seen for position in test)
+
+
+def packed(keys: Sequence[str]) -> str:
+    """Keys as a text in which `n_among` finds them again: 64 bits of each, in Base64."""
+    return base64.b64encode(np.unique(_hashes(keys)).tobytes()).decode()
+
+
+def n_among(keys: Sequence[str], known: str) -> int:
+    """How many keys are among those that were packed."""
+    return int(np.isin(_hashes(keys), np.frombuffer(base64.b64decode(known), "<u8")).sum())
+
+
+def _hashes(keys: Sequence[str]) -> NDArray[np.uint64]:
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def balance(labels: Sequence[int] | Positions, seed: int) -> Positions:

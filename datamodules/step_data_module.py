@@ -93,6 +93,10 @@ class StepDataModule(pl.LightningDataModule):
         """What a checkpoint must know of the data to be used without it; primitives."""
         return {}
 
+    def keys(self, split: str) -> list[str]:
+        """Of each row of the train, val or test split, what is equal where two say the same."""
+        return []
+
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> keys of `train_set`."""
         return shuffled(len(self.train_set), self.seed)

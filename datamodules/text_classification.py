@@ -117,6 +117,7 @@ class TextClassificationDataModule(StepDataModule):
         self.fingerprint = {
             "digest": digest_of(sets.values()),
             "split": "texts",
+            "learned": splits.packed(self.keys("train")),
             "counts": counts,
             **self.files.facts(),
         }
@@ -145,7 +146,7 @@ class TextClassificationDataModule(StepDataModule):
         return [self._labels[row] for row in self._rows[split]]
 
     def keys(self, split: str) -> list[str]:
-        """What decides whether two texts count as equal, of each that belongs to `texts`."""
+        """Equal for texts that say the same, one for each that belongs to `texts`."""
         return [self._keys[row] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
@@ -206,6 +207,15 @@ class TextClassificationDataModule(StepDataModule):
         )
         shared = dict(zip(splits.SPLITS, parts, strict=True))
         rows, n_repeated = apart.keep(shared, self._own, keys)
+        with splits.emptied_by(n_repeated):
+            self._refuse_empty(rows, keys)
+        if self.balance:
+            labels = np.asarray(self._labels)
+            for split, part in rows.items():
+                rows[split] = part[splits.balance(labels[part], self.split_seed)]
+        return rows, n_repeated
+
+    def _refuse_empty(self, rows: dict[str, splits.Positions], keys: list[str]) -> None:
         for split in splits.SPLITS if self.balance else ("train",):
             present = {self._labels[row] for row in rows[split]}
             for label, name in enumerate(self.label_names):
@@ -215,11 +225,6 @@ class TextClassificationDataModule(StepDataModule):
                         "add such rows, or take it out of data.label_names."
                     )
         splits.refuse_empty(rows, keys)
-        if self.balance:
-            labels = np.asarray(self._labels)
-            for split, part in rows.items():
-                rows[split] = part[splits.balance(labels[part], self.split_seed)]
-        return rows, n_repeated
 
     def _encode(self) -> tuple[dict[str, Samples], int]:
         """The samples of each split, and how many texts were cut."""

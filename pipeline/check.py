@@ -22,6 +22,7 @@ from pipeline.runs.journal import JOURNAL
 from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.stage_run import mlruns_root
 from pipeline.training.memory import GIB
+from pipeline.training.steps import validation_steps
 from pipeline.training.trial import N_VAL_BATCHES, Epoch, Trial
 
 
@@ -96,13 +97,12 @@ class CheckCLI(PipelineCLI):
     def _n_validations(self, training_s: float) -> int:
         if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
             return int(training_s // interval_s)
+        return len(self._validation_steps())
+
+    def _validation_steps(self) -> list[int]:
         n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
         n_per_epoch = int(self.trainer.num_training_batches)
-        if self._val_every is None:
-            return self._n_steps // n_between
-        n_whole, n_left = divmod(self._n_steps, n_per_epoch)
-        n_of_last = n_left // n_between if (n_whole + 1) % self._val_every == 0 else 0
-        return n_whole // self._val_every * max(1, n_per_epoch // n_between) + n_of_last
+        return validation_steps(self._n_steps, n_between, n_per_epoch, self._val_every)
 
     def _facts(self, trial: Trial, n_val_batches: int) -> Iterator[str]:
         epoch, parameters = trial.epoch, list(self.model.parameters())

@@ -136,6 +136,8 @@ def refuse_folder_of_checkpoints(path: Path) -> None:
             raise CheckpointError(
                 f"{path} is not a checkpoint but holds some; give one, as {newest}."
             )
+        if runs := sorted(run.parent for run in path.glob(f"*/{CHECKPOINTS}")):
+            raise CheckpointError(f"{path} is a folder of runs; give one, as {runs[-1]}.")
 
 
 def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:

@@ -1,6 +1,7 @@
 """`fit`, `validate`, `test` and `predict`: LightningCLI, each run in a directory of its own."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -105,7 +106,10 @@ class PipelineCLI(LightningCLI):
             raise ValueError(
                 "options come from a YAML file; give one, for example -c configs/pretrain.yaml."
             )
-        self.config = parser.parse_args(args if self.name == "fit" else with_options_of_fit(args))
+        if self.name != "fit":
+            args = [re.sub("^--ckpt(?=$|=)", "--ckpt_path", word) for word in args]  # as elsewhere
+            args = with_options_of_fit(args)
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints never override the command line."""

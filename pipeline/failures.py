@@ -22,11 +22,12 @@ def explain(
         free_gib: at the time.
     """
     if is_out_of_memory(error):
+        graphs = "model.cuda_graphs to false or " if torch.cuda.is_available() else ""
         return (
             f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
             f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
-            "changes no result), set model.cuda_graphs to false or model.gradient_checkpointing to "
-            "true, train adapters (model.lora), or take a smaller model."
+            f"changes no result), set {graphs}model.gradient_checkpointing to true, train adapters "
+            "(model.lora), or take a smaller model."
         )
     if _WORKER.search(str(error)):
         return (

@@ -1,10 +1,11 @@
 """Whether what a checkpoint is evaluated on was held out from it, and is given as in training."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datamodules.files import digest
+from datamodules.splits import n_among
 from pipeline.console import warn
 from pipeline.resume import changed_files, differences
 
@@ -56,16 +57,19 @@ def check_held_out(
     config: Mapping[str, Any] | None,
     fingerprint: Mapping[str, Any],
     splits: Collection[str],
+    keys: Sequence[str] = (),
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    Data that shares no file with what it was trained on last is all held out; that is said.
+    Data that shares no file with what it was trained on last is said to be other data, and how
+    much of it says what was learned.
 
     Args:
         meta: the checkpoint's meta.json.
         config: configuration of the data here, with `init_args`.
         fingerprint: fingerprint of the data here.
         splits: those that are evaluated on.
+        keys: of what is evaluated on; see `StepDataModule.keys`.
 
     Raises:
         ValueError: naming what differs.
@@ -90,6 +94,13 @@ def check_held_out(
             f"the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
             f"evaluated on other data, {', '.join(ours)}; {key} says on which."
         )
+    for dataset in (training["dataset"] for training in trainings):
+        learned, units = dataset.get("learned"), fingerprint.get("split")
+        if learned and dataset["split"] == units and (n_known := n_among(keys, learned)):
+            warn(
+                f"{n_known} of {len(keys)} {units} that are evaluated on were learned by the "
+                "checkpoint (but for case, punctuation and spacing); no score of them is held out."
+            )
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))
     if n_repeated and is_same_source and _apart(dataset) != _apart(fingerprint):

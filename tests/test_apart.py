@@ -83,6 +83,18 @@ def test_texts(own: set[str], tiny: Journey, tmp_path: Path, caplog: Any) -> Non
     assert [sample["label"] for sample in data.test_set] == data.labels("test")  # type: ignore[attr-defined]
 
 
+def test_a_training_set_that_is_held_out_whole(tiny: Journey, tmp_path: Path) -> None:
+    texts = messages(tmp_path, "train.tsv", greetings("learn"))
+    data = spam_data(tiny.tokenizer, source=texts, test_source=texts)
+    why = r"has no row of label .*\d+ rows were left out: they repeat what data\.val_source or"
+    with pytest.raises(ValueError, match=why):
+        data.setup("fit")
+    entries = questions(tmp_path, "train.json", ["the cat", "a dog", "a fox"])
+    data = instruction_data(tiny.tokenizer, source=entries, test_source=entries)
+    with pytest.raises(ValueError, match=r"the train split of 3 items, .* 3 rows were left out"):
+        data.setup("fit")
+
+
 @pytest.mark.parametrize("shuffle_split", [False, True])
 def test_entries(shuffle_split: bool, tiny: Journey, tmp_path: Path) -> None:
     tested = questions(tmp_path, "test.json", ["the cat", "a dog!"])

@@ -21,6 +21,7 @@ from pipeline.gpt import GPT
 from pipeline.hardware import default_device, used_memory_bytes
 from pipeline.lora import LoRAConfig, attach
 from pipeline.runs.run_directory import Run
+from pipeline.training.steps import validation_steps
 from pipeline.training.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes, operation_counter
 from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
@@ -75,6 +76,28 @@ def test_validations_of_an_epoch_that_does_not_end_are_foreseen(tiny: Journey) -
     code, out, err = said("check", *pretraining(tiny), *words)
     assert code == 0, err
     assert "4 validations" in out
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("n_between", [2, 3, 10])
+def test_steps_that_are_validated(every: int | None, n_between: int) -> None:
+    """By a loop over epochs of ten steps, as Lightning takes them; the last one does not end."""
+    expected = []
+    for step in range(1, 36):
+        epoch, at = (step - 1) // 10 + 1, (step - 1) % 10 + 1
+        if every is None:
+            is_due = step % n_between == 0
+        else:
+            is_due = epoch % every == 0 and at % n_between == 0
+        expected += [step] if is_due else []
+    assert validation_steps(35, n_between, 10, every) == expected
+
+
+def test_what_ends_behind_its_last_validation_is_said_at_the_start(tiny: Journey) -> None:
+    words = ("--trainer.val_check_interval=5", "--trainer.max_steps=8")
+    code, _, err = said("fit", *pretraining(tiny), *words)
+    assert code == 0, err
+    assert "the last of 8 steps to be validated is 5, so the best checkpoint will be" in err
 
 
 def test_validations_by_the_clock_are_foreseen(tiny: Journey) -> None:

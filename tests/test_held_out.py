@@ -12,6 +12,7 @@ import torch
 
 from datamodules.baselines import tfidf_baseline
 from datamodules.instruction import LEARNED_ON
+from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta
 from pipeline.held_out import check_held_out, published, trained_on
@@ -168,6 +169,26 @@ def test_going_on_with_another_split_is_remembered_too(tiny: Journey, home: Path
         assert [training["data"]["init_args"].get("split_seed") for training in learned] == seeds
     test = ["test", f"--ckpt_path={out.splitlines()[-1]}"]
     assert "trained on: data.split_seed was 1, is 7" in refused(*test)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_was_learned_is_known_again_in_another_file(
+    split: str, tiny: Journey, tmp_path: Path
+) -> None:
+    """A part of the training data under another name shares no file with it."""
+    meta = read_meta(tiny.best("spam"))
+    module = SpamDataModule(**meta["data"]["init_args"])
+    module.read()
+    rows = zip(module.labels(split), module.texts(split), strict=True)
+    path = tmp_path / "other.tsv"
+    path.write_text("\n".join(f"{('ham', 'spam')[i]}\t{text.upper()}!" for i, text in rows))
+    words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--data.source={path}"]
+    words += ["--data.train_fraction=0.4", "--data.val_fraction=0.2"]  # of few rows
+    code, _, err = said(*words, f"--ckpt={tiny.best('spam')}")
+    assert code == 0, err
+    known = re.search(r"(\d+) of (\d+) texts that are evaluated on were learned by", err)
+    assert (known is not None and known[1] == known[2]) == (split == "train"), err
+    assert (known is None) == (split == "test"), err
 
 
 def test_a_test_on_other_data_is_said_and_tracked(

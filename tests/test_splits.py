@@ -81,6 +81,13 @@ def test_texts_of_punctuation_alone_differ(mask_digits: bool) -> None:
     assert len(keys) == 2
 
 
+def test_packed_keys_are_found_again() -> None:
+    known = splits.packed([f"key {i}" for i in range(1000)] * 2)
+    assert len(known) == -(-8 * 1000 // 3) * 4
+    assert splits.n_among(["key 7", "key 7", "key 1000", "other"], known) == 2
+    assert splits.n_among([], known) == splits.n_among(["key 7"], splits.packed([])) == 0
+
+
 def test_items_that_share_a_key_through_others_are_joined() -> None:
     keys = [["a"], ["b", "x"], ["c"], ["x", "y"], ["y", "z"], ["a", "w"]]
     assert splits.joined(keys) == ["a", "b", "c", "b", "b", "a"]

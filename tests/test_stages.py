@@ -51,6 +51,15 @@ def test_pretraining_reports_bits_per_byte_beside_baselines(tiny: Journey) -> No
     assert 0 < metrics["val/bits_per_byte"] < 8
 
 
+@pytest.mark.parametrize("rate", ["0.001", "10"])
+def test_a_model_that_guesses_is_said_to(rate: str, tiny: Journey) -> None:
+    words = [*SHORT, *PLAIN, f"--model.init_from={tiny.best('pretrain')}", "--model.trainable=all"]
+    words += [f"--model.optimizer.lr={rate}", "--trainer.max_steps=40"]
+    code, _, err = said("fit", f"--config={CONFIGS}/spam.yaml", *words)
+    assert code == 0, err
+    assert ("is no lower than that of guessing blindly, 0.693; lower" in err) == ("10" in rate), err
+
+
 def test_metrics_are_logged_at_optimizer_steps(tiny: Journey) -> None:
     steps = metrics_of(tiny, "pretrain")
     assert steps["train/loss"] == [5]

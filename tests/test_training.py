@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.hardware import resolve_precision
 from pipeline.runs.run_directory import Run
 from pipeline.training.callbacks import SampleTexts
+from pipeline.training.lit_language_model import LitLanguageModel
 from pipeline.training.nonfinite import MAX_SKIPPED_STEPS, NonFiniteLossError
 from pipeline.training.optim import OptimizerConfig
 from pipeline.training.run_logger import RunLogger
@@ -138,6 +139,21 @@ def test_a_validation_is_the_mean_over_all_that_is_predicted(
         n_bytes = len(data.heldout_bytes()) / data.corpus.facts["tokens"]["val"]
         wanted["val/bits_per_byte"] = loss / math.log(2) / n_bytes
     assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize("with_schedule", [False, True])
+def test_a_subclass_may_have_an_optimizer_of_its_own(
+    with_schedule: bool, tiny: Journey, tmp_path: Path
+) -> None:
+    class Own(LitLanguageModel):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
+            return ([optimizer], [schedule]) if with_schedule else optimizer
+
+    module = Own(optimizer=ADAMW, gpt=TINY)
+    fit(module, instruction_data(tiny.tokenizer), tmp_path, max_steps=2)
+    assert module.global_step == 2
 
 
 def test_training_learns(tiny: Journey, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def answer(
     held_out.max_length = min(held_out.max_length, context)
     held_out.setup("test")
     own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
-    check_held_out(tuned.meta, own, facts, [answering.split])
+    keys = held_out.keys(answering.split)
+    check_held_out(tuned.meta, own, facts, [answering.split], keys)
     prompts = prompts_of(held_out, answering, context)
     after, *earlier = (
         respond(loaded, tuned, held_out, prompts, answering, kept) for loaded in models

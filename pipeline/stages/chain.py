@@ -128,13 +128,13 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
 
 def _foresee(chain: Chain, n_done: int) -> int:
     """Has the options and rows of Lightning's later stages read; the exit code."""
+    if all(stage.command in FUNCTIONS for stage in chain.stages[n_done + 1 :]):
+        return 0  # the next one reads its own
     words = {
         stage.name: _words_to_come(chain, stage)
-        for stage in chain.stages[n_done + 1 :]
+        for stage in chain.stages[n_done:]
         if stage.command not in FUNCTIONS
     }
-    if not words:
-        return 0
     say("reading the options and rows of later stages ...")
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]

@@ -19,6 +19,7 @@ from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.background import Background
 from pipeline.training.sharding import of_ranks
+from pipeline.training.steps import validation_steps
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
@@ -151,6 +152,22 @@ class Checkpoints(pl.Callback):
         self._stop.listen()
         is_own = self.last_step is not None and self.path(trainer, self.last_step).exists()
         trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
+        if trainer.enable_validation and trainer.is_global_zero:
+            self._foresee(trainer)
+
+    def _foresee(self, trainer: pl.Trainer) -> None:
+        """Says where the best checkpoint will be without the last steps."""
+        n_steps, n_between = trainer.estimated_stepping_batches, trainer.val_check_batch
+        if n_steps == math.inf or not isinstance(n_between, int):  # None: by the clock
+            return
+        n_per_epoch, every = int(trainer.num_training_batches), trainer.check_val_every_n_epoch
+        validated = validation_steps(int(n_steps), n_between, n_per_epoch, every)
+        if (last := max(validated, default=0)) < n_steps:
+            warn(
+                f"the last of {n_steps} steps to be validated is {last}, so the best checkpoint "
+                "will be without what comes after it; trainer.val_check_interval says when to "
+                "validate."
+            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.

@@ -157,7 +157,8 @@ class LitModel(pl.LightningModule):
         if meta.get("dataset") is not None:
             held_out.check_form(self.init_from, meta, data.meta())
         split = "val" if fn == TrainerFn.VALIDATING else "test"
-        held_out.check_held_out(meta, data.config, data.fingerprint, [split])
+        keys = data.keys(split)
+        held_out.check_held_out(meta, data.config, data.fingerprint, [split], keys)
 
 
 def check_context(data: StepDataModule, block_size: int) -> None:

@@ -58,6 +58,8 @@ class LitStep(LitCheckpoint):
     def on_train_start(self) -> None:
         """Takes the first step at this run's rate: that of a checkpoint is of its run's length."""
         schedule: Any = self.lr_schedulers()
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # of a subclass
+            return
         groups = schedule.optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
@@ -90,7 +92,8 @@ class LitStep(LitCheckpoint):
         self._loss = mean
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()  # type: ignore[union-attr]
         if is_logged_step(self.trainer):
             self.log("train/loss", mean, prog_bar=True)
             self.log("train/lr", rate)

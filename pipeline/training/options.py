@@ -27,12 +27,13 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import load_yaml
+from pipeline.checkpoint import stem_of
 from pipeline.console import say
 from pipeline.directories import CHECKPOINTS
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig
-from pipeline.runs.run_directory import CONFIG, check_name
+from pipeline.runs.run_directory import CONFIG, NAME, check_name
 from pipeline.training.checkpoint_callback import Checkpoints
 from pipeline.training.lit_classifier import LitClassifier
 from pipeline.training.lit_language_model import LitLanguageModel
@@ -116,7 +117,10 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
             "the options; give them, for example -c configs/spam.yaml."
         )
     say(f"options: {config}")
-    return [words[0], f"--config={config}", *words[1:]]
+    run = config.parent  # a chain has named it otherwise than its config does
+    named = {"experiment": run.parent.name, "name": stem_of(run)}
+    where = [f"--run.{key}={name}" for key, name in named.items() if NAME.fullmatch(name)]
+    return [words[0], f"--config={config}", *where, *words[1:]]
 
 
 def option_names() -> list[str]:

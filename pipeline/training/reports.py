@@ -1,6 +1,7 @@
 """What a Lightning stage says when it ends: figures, baselines, the rows of the chain's table."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,13 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
         run.log_figure(loss_curves(losses, val, unit), "figures/loss.png")
     if not metrics:  # trained without validation
         return Report({})
+    labels = data.label_names if isinstance(data, TextClassificationDataModule) else ()
+    guess = math.log(len(labels) or data.tokenizer.n_vocab)
+    if not metrics.get("val/loss", guess - 1) < guess:
+        warn(
+            f"the best val/loss, {metrics['val/loss']:.3f}, is no lower than that of guessing "
+            f"blindly, {guess:.3f}; lower model.optimizer.lr, or train longer."
+        )
     if not isinstance(data, PretrainingDataModule):
         key = "val/accuracy" if "val/accuracy" in metrics else "val/loss"
         return Report(metrics, [{"metric": key, "before": None, "after": metrics[key]}])

@@ -31,6 +31,24 @@ def n_real_tokens(batch: list[MicroBatch]) -> int:
     )
 
 
+def validation_steps(
+    n_steps: int, n_between: int, n_per_epoch: int, every_n_epochs: int | None
+) -> list[int]:
+    """The steps of a run after which it validates.
+
+    Args:
+        n_steps: of the run.
+        n_between: Lightning's `val_check_batch`.
+        n_per_epoch: steps of an epoch.
+        every_n_epochs: Lightning's `check_val_every_n_epoch`; None counts over epochs.
+    """
+    if every_n_epochs is None:
+        return list(range(n_between, n_steps + 1, n_between))
+    in_epoch = range(n_between, n_per_epoch + 1, n_between)
+    starts = range(0, n_steps, n_per_epoch)[every_n_epochs - 1 :: every_n_epochs]
+    return [start + step for start in starts for step in in_epoch if start + step <= n_steps]
+
+
 def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:
     """Ids of the samples of a step, over all ranks, which must all call it."""
     own = [i for micro_batch in batch for i in micro_batch["sample_ids"].tolist()]

@@ -135,6 +135,15 @@ def test_a_finished_run_holds_while_what_it_made_is_as_it_was(tmp_path: Path) ->
     assert not still_holds(outcome, {})
 
 
+def test_a_folder_whose_files_changed_names_is_another(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "a.json").write_text("{}")
+    before = path_digest(folder)
+    (folder / "a.json").rename(folder / "b.json")
+    assert path_digest(folder) != before
+
+
 def test_what_can_be_had_again_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPT_PIPELINE_CACHE", str(tmp_path / "cache"))
     docs = f"{PYTHON_DOCS}@{platform.python_version()}"

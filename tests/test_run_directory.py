@@ -184,6 +184,9 @@ def test_history_takes_the_last_value_of_a_repeated_step(path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5)):
         run.log_metrics({"loss": loss}, step)
     assert metric_history(run.path)["loss"] == {1: 3.0, 2: 2.5, 3: 1.0}
+    run.log_metrics({"later": 1.0}, 7)
+    run.log_metrics({"later": 2.0}, 5)  # gone on with from an earlier step than before
+    assert [*metric_history(run.path)["later"]] == [5, 7]
 
 
 def test_elapsed_time_leaves_out_the_time_between_attempts(path: Path) -> None:
@@ -225,6 +228,7 @@ def test_secrets_are_written_nowhere(path: Path) -> None:
     run = Run.open(path, command="score --judge.api_key sk-1 --hf_token='sk-1 b' --x 2")
     run.log_params({"judge": {"api_key": "sk-1", "url": "https://me:sk-1@host/v1"}})
     run.log_tags({"HF_TOKEN": "sk-1"})
+    run.log_dataset("sms", "ab" * 32, {}, "https://me:sk-1@host/sms.tsv")
     run.config({"judge": [{"password": "sk-1", "model": "m"}]})
     run.fail("GET https://me:sk-1@host/v1 failed")
     written = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())

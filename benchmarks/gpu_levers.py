@@ -129,13 +129,13 @@ def decoding(n_rows: int, *, captured: bool) -> float:
     model = pack(GPT(SMOLLM2).to(default_device(), torch.bfloat16))
     prompts = [list(range(5, 45 + row % 7)) for row in range(n_rows)]
     with torch.inference_mode():
-        cache = prefill(model, prompts, None).cache
+        cache = prefill(model, prompts).cache
         cache.reserve(128)
         lengths = list(map(len, prompts))
 
         def step() -> int:
             lengths[:] = [length + 1 for length in lengths]
-            decode(model, [[7]] * n_rows, lengths, cache, None).argmax(dim=-1).tolist()
+            decode(model, [[7]] * n_rows, lengths, cache).argmax(dim=-1).tolist()
             return n_rows
 
         return 1e3 * statistics.median(timed(step)[0])

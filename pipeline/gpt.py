@@ -245,6 +245,7 @@ class GPT(nn.Module):
         config: with `vocab_size` resolved.
 
     Attributes:
+        n_tokens: rows of the head that are tokens, where the vocabulary is rounded up; None: all.
         draws_dropout: whether it, or an adapter on it, has dropout in training.
         gradient_checkpointing: keep what enters a block for the backward pass and compute the rest
             again there (Chen et al. 2016): less memory, a second forward pass, the same numbers.
@@ -252,6 +253,7 @@ class GPT(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    n_tokens: int | None = None
     gradient_checkpointing = False
 
     def __init__(self, config: GPTConfig) -> None:
@@ -347,7 +349,7 @@ class GPT(nn.Module):
             cache: filled at `positions`, which it needs, and attended to.
 
         Returns:
-            (B, T, C), normalised, without meaning at pads; `head` gives the logits.
+            (B, T, C), normalised, without meaning at pads; see `logits`.
 
         Raises:
             ValueError: where the rows are longer than the context.
@@ -391,6 +393,11 @@ class GPT(nn.Module):
         dtype = product_dtype(x)
         cos, sin = self.cos[places].to(dtype), self.sin[places].to(dtype)  # (T, D) or (B, T, D)
         return x, (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states (..., C) -> logits (..., V) float32 of tokens alone."""
+        logits: Tensor = self.head(hidden).float()[..., : self.n_tokens]
+        return logits
 
     def n_parameters(self, *, trainable_only: bool = False) -> int:
         """Parameters, a tied one counted once."""

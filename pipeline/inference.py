@@ -163,7 +163,7 @@ def prompt_style(loaded: Loaded) -> str:
 def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
     """Sampling that stops where the checkpoint's texts end."""
     stops = stop_ids(loaded.tokenizer, loaded.meta.get("prompt_style"))
-    return Sampling(stop_ids=frozenset(stops), n_vocab=loaded.tokenizer.n_vocab, **sampling)
+    return Sampling(stop_ids=frozenset(stops), **sampling)
 
 
 def pieces(
@@ -182,7 +182,7 @@ def _new_tokens(
     if settings.num_beams > 1:
         yield from generate(loaded.gpt, [ids], settings)[0]
         return
-    batch = Batch(loaded.gpt, settings.n_vocab, prefixes)
+    batch = Batch(loaded.gpt, prefixes)
     (row,) = batch.join([ids], [settings])
     while row.token is not None:
         yield row.token

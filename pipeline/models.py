@@ -49,6 +49,9 @@ class Loaded:
     path: Path
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        self.gpt.n_tokens = self.tokenizer.n_vocab
+
     @property
     def gpt(self) -> GPT:
         """The transformer, without a classifier's head."""

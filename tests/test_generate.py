@@ -82,7 +82,7 @@ def test_rows_join_and_leave_while_others_are_written(model: GPT) -> None:
     alone = [
         generate(model, [prompt], own)[0] for prompt, own in zip(PROMPTS, settings, strict=True)
     ]
-    batch = Batch(model, n_vocab=None)
+    batch = Batch(model)
     written: dict[Any, list[int | None]] = {}
 
     def join(*numbers: int) -> list[Any]:
@@ -115,7 +115,7 @@ def test_rows_join_and_leave_while_others_are_written(model: GPT) -> None:
 
 
 def test_the_last_row_takes_the_place_of_one_that_leaves(model: GPT) -> None:
-    batch = Batch(model, n_vocab=None)
+    batch = Batch(model)
     rows = batch.join(PROMPTS, [GREEDY] * 4)
     batch.step()
     batch.leave(rows[1])
@@ -130,7 +130,7 @@ def test_the_last_row_takes_the_place_of_one_that_leaves(model: GPT) -> None:
 
 
 def test_memory_of_rows_is_given_up_by_halves(model: GPT) -> None:
-    batch = Batch(model, n_vocab=None)
+    batch = Batch(model)
     rows = batch.join([[n] for n in range(10, 18)], [GREEDY] * 8)
     places = []
     for row in rows[:7]:
@@ -147,7 +147,7 @@ def test_memory_of_rows_is_given_up_by_halves(model: GPT) -> None:
 
 def test_room_of_a_long_row_is_given_up_with_it(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt("llama", block_size=256)
-    batch = Batch(model, n_vocab=None)
+    batch = Batch(model)
     two = replace(GREEDY, max_new_tokens=2)
     short, long = batch.join([[3], [5] * 200], [GREEDY, two])
     written, room = [short.token], [room_of(batch)]
@@ -163,7 +163,7 @@ def test_room_of_a_long_row_is_given_up_with_it(tiny_gpt: MakeGPT) -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_rows_of_any_length_join(tiny_gpt: MakeGPT, order: tuple[int, int]) -> None:
     model, prompts = tiny_gpt("llama", block_size=256), [[3], [5, 9] * 80]
-    batch = Batch(model, n_vocab=None)
+    batch = Batch(model)
     written: dict[Any, list[int | None]] = {}
     for number in order:
         (row,) = batch.join([prompts[number]], [GREEDY])
@@ -224,8 +224,9 @@ def test_prompts_that_do_not_fit_are_refused(model: GPT) -> None:
 def test_ids_beyond_the_tokenizer_are_never_chosen(model: GPT) -> None:
     free = {token for row in generate(model, PROMPTS, DRAWN) for token in row}
     assert max(free) >= 40
+    model.n_tokens = 40
     for settings in (GREEDY, DRAWN, replace(GREEDY, num_beams=3)):
-        rows = generate(model, PROMPTS, replace(settings, n_vocab=40))
+        rows = generate(model, PROMPTS, settings)
         assert max(token for row in rows for token in row) < 40
 
 

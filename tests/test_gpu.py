@@ -249,7 +249,7 @@ def test_the_texts_of_a_cpu_where_rows_come_and_go(
     settings = [Sampling(max_new_tokens=5 + 17 * (i % 9)) for i in range(len(prompts))]
     expected = [generate(cpu, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]
 
-    batch, rows, waiting = Batch(gpu, None, PrefixCache(4)), {}, list(range(len(prompts)))
+    batch, rows, waiting = Batch(gpu, PrefixCache(4)), {}, list(range(len(prompts)))
     while waiting or batch.rows:
         if waiting and len(batch.rows) < 5:
             i = waiting.pop()

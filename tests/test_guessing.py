@@ -64,7 +64,7 @@ def written(
     model: GPT, prompt: Sequence[int], settings: Sampling
 ) -> tuple[list[int], list[list[TokenLogprob]]]:
     """A whole text, and what is told of each of its new tokens."""
-    batch = Batch(model, settings.n_vocab)
+    batch = Batch(model)
     (row,) = batch.join([prompt], [settings])
     told = [row.logprobs]
     while batch.rows:
@@ -169,7 +169,7 @@ def test_rows_that_come_and_go_between_guesses(
     ]
     expected = [plain(monkeypatch, model, *both)[0] for both in zip(prompts, settings, strict=True)]
     monkeypatch.setattr(GUESS, Oracle(expected))
-    batch, rows = Batch(model, None, PrefixCache(3)), {}
+    batch, rows = Batch(model, PrefixCache(3)), {}
     waiting = [*range(5), *range(5)]
     while waiting or batch.rows:
         if waiting and (not batch.rows or draw.random() < 0.1):

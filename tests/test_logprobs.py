@@ -32,7 +32,10 @@ N_NEW, N_VOCAB = 5, 60
 
 @pytest.fixture(params=["gpt2", "llama", "packed"])
 def model(request: pytest.FixtureRequest, tiny_gpt: MakeGPT) -> GPT:
-    return pack(tiny_gpt("llama")) if request.param == "packed" else tiny_gpt(request.param)
+    packed = request.param == "packed"
+    model = pack(tiny_gpt("llama")) if packed else tiny_gpt(request.param)
+    model.n_tokens = N_VOCAB
+    return model
 
 
 @torch.inference_mode()
@@ -71,7 +74,7 @@ def test_of_what_is_written(model: GPT) -> None:
         Sampling(N_NEW, temperature=1.5, top_k=9, seed=4, n_likeliest=0),
         Sampling(N_NEW),
     ]
-    batch = Batch(model, N_VOCAB)
+    batch = Batch(model)
     rows = batch.join(PROMPTS, settings)
     found = written(batch, rows)
     check(model, rows[0].ids, found[0], 3)
@@ -83,7 +86,7 @@ def test_of_what_is_written(model: GPT) -> None:
 def test_of_the_prompt_too(model: GPT, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces; where others begin alike, or have, and where two ask for the same."""
     monkeypatch.setattr(logprobs, "PLACES_AT_A_TIME", places)
-    batch = Batch(model, N_VOCAB, PrefixCache(4))
+    batch = Batch(model, PrefixCache(4))
     batch.join([PROMPTS[0]], [Sampling(1)])  # is known then
     told, untold = Sampling(N_NEW, n_likeliest=2, echo=True), Sampling(N_NEW)
     going = batch.join([PROMPTS[1]], [untold])
@@ -100,18 +103,16 @@ def test_of_the_prompt_too(model: GPT, places: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_of_a_stop_token(model: GPT) -> None:
-    batch = Batch(model, N_VOCAB)
+    batch = Batch(model)
     (row,) = batch.join([PROMPTS[0]], [Sampling(N_NEW)])
     stops = frozenset({row.ids[-1]})
-    (row,) = Batch(model, N_VOCAB).join(
-        [PROMPTS[0]], [Sampling(N_NEW, stop_ids=stops, n_likeliest=1)]
-    )
+    (row,) = Batch(model).join([PROMPTS[0]], [Sampling(N_NEW, stop_ids=stops, n_likeliest=1)])
     assert (row.token, row.ended) == (None, "stop")
     check(model, [*PROMPTS[0], *stops], row.logprobs, 1)
 
 
 def test_no_more_than_there_are(model: GPT) -> None:
-    (row,) = Batch(model, N_VOCAB).join([PROMPTS[0]], [Sampling(1, n_likeliest=1000)])
+    (row,) = Batch(model).join([PROMPTS[0]], [Sampling(1, n_likeliest=1000)])
     assert len(row.logprobs[0].likeliest) == N_VOCAB
 
 

@@ -189,9 +189,9 @@ def test_a_block_decodes_in_few_operations(
     counts = []
     for n_layer in (2, 3):
         model = pack(tiny_gpt("llama", n_layer=n_layer), in_f16=in_f16)
-        cache = prefill(model, [[5, 6, 7], [11]], None).cache
+        cache = prefill(model, [[5, 6, 7], [11]]).cache
         with Operations() as operations:
-            decode(model, [[1], [2]], [3, 1], cache, None)
+            decode(model, [[1], [2]], [3, 1], cache)
         counts.append(Counter(name for name, *_ in operations.seen))
     of_block = counts[1] - counts[0]
     assert of_block[product] == DECODING_PRODUCTS

@@ -73,7 +73,7 @@ def finish(batch: Batch) -> None:
 
 @pytest.mark.usefixtures("no_guesses")
 def test_a_turn_of_a_conversation_costs_what_is_new(model: GPT) -> None:
-    batch = Batch(model, None, PrefixCache(1))
+    batch = Batch(model, PrefixCache(1))
     prompt, n_known = PREAMBLE, 0
     for turn in range(3):
         expected = alone(model, prompt)
@@ -90,7 +90,7 @@ def test_a_turn_of_a_conversation_costs_what_is_new(model: GPT) -> None:
 def test_who_joins_takes_over_from_those_who_are_written(model: GPT) -> None:
     prompts = [[*PREAMBLE, 1, 2], [*PREAMBLE, 1, 50, 51], [60], [*PREAMBLE[:4], 6]]
     settings = [GREEDY, DRAWN, GREEDY, replace(DRAWN, seed=8)]
-    batch = Batch(model, None)
+    batch = Batch(model)
     (first,) = batch.join(prompts[:1], settings[:1])
     batch.step()
     with computed(model) as passes:
@@ -103,7 +103,7 @@ def test_who_joins_takes_over_from_those_who_are_written(model: GPT) -> None:
 
 
 def test_the_newest_token_was_not_read(model: GPT) -> None:
-    batch = Batch(model, None)
+    batch = Batch(model)
     (first,) = batch.join([PREAMBLE], [GREEDY])
     prompt = [*first.ids, 33]
     (second,) = batch.join([prompt], [GREEDY])
@@ -121,7 +121,7 @@ def test_what_new_prompts_begin_with_is_computed_once(model: GPT) -> None:
         (PREAMBLE, 64, 0),  # 10 of each were known: four times 32 would be more
         (PREAMBLE * 4, 32, 40),
     ):
-        batch = Batch(model, None, PrefixCache(1))
+        batch = Batch(model, PrefixCache(1))
         batch.join([text], [replace(GREEDY, max_new_tokens=2)])
         finish(batch)
         with blocks_fed(model) as passes:
@@ -133,7 +133,7 @@ def test_what_new_prompts_begin_with_is_computed_once(model: GPT) -> None:
 
 def test_what_is_shared_after_different_beginnings_differs(model: GPT) -> None:
     """Their new tokens begin alike, but not what these follow."""
-    batch = Batch(model, None, PrefixCache(4))
+    batch = Batch(model, PrefixCache(4))
     begun = [[1, 2, 3, 4], [5, 6, 7, 8]]
     batch.join(begun, [GREEDY, GREEDY])
     finish(batch)
@@ -150,7 +150,7 @@ def test_equal_prompts_are_read_once(model: GPT) -> None:
     other = [*PREAMBLE, 2]
     prompts = [PREAMBLE, other, PREAMBLE, PREAMBLE]
     settings = [replace(DRAWN, seed=seed) for seed in range(4)]
-    batch = Batch(model, None)
+    batch = Batch(model)
     with computed(model) as passes:
         rows = batch.join(prompts, settings)
     assert passes == [10 + 11]
@@ -163,7 +163,7 @@ def test_equal_prompts_are_read_once(model: GPT) -> None:
 
 def test_one_token_at_least_is_read(model: GPT) -> None:
     """The logits after it are what the answer begins with."""
-    batch = Batch(model, None, PrefixCache(1))
+    batch = Batch(model, PrefixCache(1))
     for n_cached in (0, 9, 9):
         (row,) = batch.join([PREAMBLE], [GREEDY])
         finish(batch)
@@ -173,7 +173,7 @@ def test_one_token_at_least_is_read(model: GPT) -> None:
 
 def test_a_prompt_may_be_read_ahead_in_pieces(model: GPT) -> None:
     prompt, alone = [*PREAMBLE, *PREAMBLE, 3], generate(model, [[*PREAMBLE, *PREAMBLE, 3]], GREEDY)
-    batch = Batch(model, None, PrefixCache(2))
+    batch = Batch(model, PrefixCache(2))
     assert batch.n_unread(prompt) == 21
     with computed(model) as seen:
         for n_tokens, n_unread in ((8, 13), (5, 8)):
@@ -189,7 +189,7 @@ def test_a_prompt_may_be_read_ahead_in_pieces(model: GPT) -> None:
 
 def test_at_the_end_of_the_context(model: GPT) -> None:
     """A short row beside one whose new part is long has no place for as much padding."""
-    batch = Batch(model, None, PrefixCache(2))
+    batch = Batch(model, PrefixCache(2))
     long = [index % 50 for index in range(61)]
     batch.join([long], [GREEDY])
     finish(batch)
@@ -202,7 +202,7 @@ def test_at_the_end_of_the_context(model: GPT) -> None:
 
 
 def test_who_leaves_is_kept_as_far_as_it_came(model: GPT) -> None:
-    batch = Batch(model, None, PrefixCache(2))
+    batch = Batch(model, PrefixCache(2))
     stay, leave = batch.join([[3, 4], PREAMBLE], [GREEDY, GREEDY])
     batch.step()
     batch.leave(leave)

@@ -64,7 +64,7 @@ def start(model: GPT) -> Iterator[Callable[..., Engine]]:
 
     def make(on_failure: Callable[[], None] = lambda: None, **limits: int) -> Engine:
         given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
-        engines.append(Engine(Worker(), model, 96, given, on_failure))
+        engines.append(Engine(Worker(), model, given, on_failure))
         return engines[-1]
 
     yield make

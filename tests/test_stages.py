@@ -60,6 +60,14 @@ def test_a_model_that_guesses_is_said_to(rate: str, tiny: Journey) -> None:
     assert ("is no lower than that of guessing blindly, 0.693; lower" in err) == ("10" in rate), err
 
 
+def test_a_model_knows_which_rows_of_its_head_are_tokens(tiny: Journey) -> None:
+    for stage in ("pretrain", "spam", "instruct"):
+        loaded = load(tiny.best(stage))
+        n_tokens = loaded.tokenizer.n_vocab
+        assert loaded.gpt.config.vocab_size > n_tokens == loaded.gpt.n_tokens
+    assert load(tiny.best("pretrain")).gpt.logits(torch.zeros(1, 2, 64)).shape == (1, 2, n_tokens)
+
+
 def test_metrics_are_logged_at_optimizer_steps(tiny: Journey) -> None:
     steps = metrics_of(tiny, "pretrain")
     assert steps["train/loss"] == [5]

@@ -63,7 +63,7 @@ def test_rows_that_come_and_go(
         patch.setattr(passes, "_is_captured", lambda *_: False)
         expected = [generate(model, [p], s)[0] for p, s in zip(prompts, settings, strict=True)]
 
-    batch, rows, waiting = Batch(model, None, PrefixCache(2)), {}, [*range(len(prompts))]
+    batch, rows, waiting = Batch(model, PrefixCache(2)), {}, [*range(len(prompts))]
     while waiting or batch.rows:
         if waiting and (not batch.rows or draw.random() < 0.2):
             i = waiting.pop()
@@ -93,7 +93,7 @@ def test_a_store_is_captured_once_for_all_that_it_holds(
 ) -> None:
     """64 tokens of room: 3 rows begin, one after the other ends."""
     prompts, model = [[1], [2], [3]], pack(tiny_gpt("llama"))
-    batch = Batch(model, None)
+    batch = Batch(model)
     batch.join(prompts, [replace(GREEDY, max_new_tokens=n) for n in (10, 20, 30)])
     while len(batch.rows) > 2:
         batch.step()
@@ -106,7 +106,7 @@ def test_a_place_that_was_empty_when_it_was_captured(
     tiny_gpt: MakeGPT, captured: list[StepGraph]
 ) -> None:
     model = pack(tiny_gpt("llama"))
-    batch = Batch(model, None)
+    batch = Batch(model)
     gone, _, _ = batch.join([[1], [2], [3]], [GREEDY] * 3)
     batch.leave(gone)
     for _ in range(5):
@@ -133,6 +133,6 @@ def test_a_model_that_is_trained_is_not_captured(tiny_gpt: MakeGPT) -> None:
     """Nor one on a CPU."""
     model = tiny_gpt("llama")
     assert dict(generate_each(model, [[1]], GREEDY, max_rows=1))
-    cache = passes.prefill(model, [[1]], None).cache
+    cache = passes.prefill(model, [[1]]).cache
     assert not passes._is_captured(model, cache)
     assert not passes._is_captured(pack(model), cache)

@@ -151,9 +151,10 @@ def test_a_subclass_may_have_an_optimizer_of_its_own(
             schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
             return ([optimizer], [schedule]) if with_schedule else optimizer
 
-    module = Own(optimizer=ADAMW, gpt=TINY)
-    fit(module, instruction_data(tiny.tokenizer), tmp_path, max_steps=2)
+    module, data = Own(optimizer=ADAMW, gpt=TINY), instruction_data(tiny.tokenizer)
+    fit(module, data, tmp_path, max_steps=2)
     assert module.global_step == 2
+    assert module.gpt.n_tokens == data.tokenizer.n_vocab < module.gpt.config.vocab_size
 
 
 def test_training_learns(tiny: Journey, tmp_path: Path) -> None:

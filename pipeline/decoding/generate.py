@@ -68,19 +68,14 @@ class Batch:
 
     Args:
         model: put into eval mode.
-        n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
-            never chosen.
         prefixes: keeps the texts of rows that leave, for others that begin alike.
 
     Attributes:
         rows: those that go on.
     """
 
-    def __init__(
-        self, model: GPT, n_vocab: int | None, prefixes: PrefixCache | None = None
-    ) -> None:
-        self.model, self.n_vocab = model, n_vocab
-        self.prefixes = prefixes or PrefixCache(0)
+    def __init__(self, model: GPT, prefixes: PrefixCache | None = None) -> None:
+        self.model, self.prefixes = model, prefixes or PrefixCache(0)
         self.rows: list[Row] = []
         self._cache: KVCache | None = None  # of `rows`, in their order
         self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and logits (1, V) after each
@@ -116,7 +111,7 @@ class Batch:
         for row, prompt, own, place in zip(new, prompts, settings, places, strict=True):
             if own.echo:
                 of_prompt = prompt_logprobs(
-                    self.model, read.hidden[place], prompt, own.n_likeliest or 0, self.n_vocab
+                    self.model, read.hidden[place], prompt, own.n_likeliest or 0
                 )
                 row.logprobs = of_prompt + row.logprobs
         if self._cache is None:
@@ -138,7 +133,7 @@ class Batch:
         """Computes so many of a prompt's unread tokens, not all, and keeps them until it joins."""
         kv = self._known(prompt[:-1])
         n_read = n_tokens + (0 if kv is None else kv.shape[3])
-        cache = prefill(self.model, [prompt[:n_read]], self.n_vocab, [kv]).cache
+        cache = prefill(self.model, [prompt[:n_read]], [kv]).cache
         self.prefixes.add(prompt[:n_read], cache.text(0, n_read))
 
     @torch.inference_mode()
@@ -162,7 +157,7 @@ class Batch:
             (row,) = self.rows
             tokens[0] += guess(row.ids, row.limit - len(row.ids) - 1)
         places = [len(row.ids) - 1 for row in self.rows]
-        logits = decode(self.model, tokens, places, cache, self.n_vocab)  # (B, T, V)
+        logits = decode(self.model, tokens, places, cache)  # (B, T, V)
         self._ahead.extend(zip(tokens[0][1:], logits.unbind(1)[1:], strict=True))
         return logits[:, 0]
 
@@ -180,7 +175,7 @@ class Batch:
         shared = common_length(min(prompts), max(prompts)) * (len(prompts) - 1)
         if shared > sum(n_known):  # at the beginning of a cache that is computed once for all
             known, n_known = [], [0] * len(prompts)
-        return prefill(self.model, prompts, self.n_vocab, known), n_known
+        return prefill(self.model, prompts, known), n_known
 
     def _known(self, ids: Sequence[int]) -> Tensor | None:
         """Keys and values (L, 2, G, N, D) of what a text begins with, as far as another did."""
@@ -239,7 +234,7 @@ def generate_each(
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    batch = Batch(model, settings.n_vocab)
+    batch = Batch(model)
     waiting = deque(enumerate(prompts))
     numbers: dict[Row, int] = {}
     while waiting or batch.rows:
@@ -263,7 +258,7 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
     Raises:
         ValueError: for a prompt that is empty or fills the context.
     """
-    cache, logits, _ = prefill(model, [prompt], settings.n_vocab)
+    cache, logits, _ = prefill(model, [prompt])
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
     scores = logits.log_softmax(dim=-1)  # (beams, V) nats of the whole continuation
     beams: list[list[int]] = [[]]
@@ -279,7 +274,7 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
             break
         cache.keep(torch.tensor([step.beam for step in going], device=logits.device))
         tokens, places = [[step.token] for step in going], [len(prompt) + n_tokens - 1] * len(going)
-        logits = decode(model, tokens, places, cache, settings.n_vocab)[:, 0]
+        logits = decode(model, tokens, places, cache)[:, 0]
         so_far = torch.tensor([step.nats for step in going], device=logits.device)
         scores = so_far[:, None] + logits.log_softmax(dim=-1)
     return max(finished)[1]

@@ -41,12 +41,12 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> l
 
 
 def prompt_logprobs(
-    model: GPT, hidden: Tensor, ids: Sequence[int], n_likeliest: int, n_vocab: int | None
+    model: GPT, hidden: Tensor, ids: Sequence[int], n_likeliest: int
 ) -> list[TokenLogprob]:
     """Log-probabilities of a prompt's tokens, from hidden states (T, C); the first has none."""
     found = [TokenLogprob(ids[0], None, [])]
     for start in range(0, len(ids) - 1, PLACES_AT_A_TIME):
         following = ids[start + 1 : start + 1 + PLACES_AT_A_TIME]
-        logits = model.head(hidden[start : start + len(following)]).float()[:, :n_vocab]
+        logits = model.logits(hidden[start : start + len(following)])
         found += token_logprobs(logits, following, n_likeliest)
     return found

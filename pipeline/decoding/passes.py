@@ -61,7 +61,6 @@ class Prefilled(NamedTuple):
 def prefill(
     model: GPT,
     prompts: Sequence[Sequence[int]],
-    n_vocab: int | None,
     known: Sequence[Tensor | None] = (),
 ) -> Prefilled:
     """Runs prompts through the model.
@@ -69,7 +68,6 @@ def prefill(
     Args:
         model: put into eval mode.
         prompts: token ids, one list a row, of unequal length.
-        n_vocab: as `Batch` has it.
         known: of some of them, keys and values (L, 2, G, N, D) of the first N tokens, not of all.
 
     Raises:
@@ -98,7 +96,7 @@ def prefill(
     hidden = model(input_ids, is_real, positions=positions, cache=cache)
     last = is_real.sum(dim=1) - 1
     ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
-    logits = _logits(model, ends, n_vocab)
+    logits = model.logits(ends)
     check_finite(logits)
     return Prefilled(cache, logits, hidden)
 
@@ -108,11 +106,10 @@ def decode(
     tokens: Sequence[Sequence[int]],
     starts: Sequence[int],
     cache: KVCache,
-    n_vocab: int | None,
 ) -> Tensor:
     """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
     cache.reserve(max(starts) + len(tokens[0]))
-    step = partial(_step, model, n_vocab)
+    step = partial(_step, model)
     if _is_captured(model, cache):
         graphs, n_tokens = cache.graphs, len(tokens[0])
         if n_tokens not in graphs:
@@ -126,12 +123,6 @@ def _is_captured(model: GPT, cache: KVCache) -> bool:
     return cache.store.is_cuda and isinstance(model.head, PackedLinear)  # is not trained any more
 
 
-def _step(
-    model: GPT, n_vocab: int | None, input_ids: Tensor, starts: Tensor, cache: KVCache
-) -> Tensor:
+def _step(model: GPT, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:
     positions = starts[:, None] + torch.arange(input_ids.shape[1], device=starts.device)  # (B, T)
-    return _logits(model, model(input_ids, positions=positions, cache=cache), n_vocab)
-
-
-def _logits(model: GPT, hidden: Tensor, n_vocab: int | None) -> Tensor:
-    return model.head(hidden).float()[..., :n_vocab]
+    return model.logits(model(input_ids, positions=positions, cache=cache))

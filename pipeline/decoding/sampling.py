@@ -24,8 +24,6 @@ class Sampling:
         num_beams: beams of beam search; 1 is none. Needs temperature 0.
         stop_ids: tokens that end a row; they are not part of the text.
         seed: random seed of the draws.
-        n_vocab: tokens of the tokenizer, where the model's vocabulary is rounded up; others are
-            never chosen.
         n_likeliest: report the log-probability of each token, and of so many that were likeliest
             in its place; None reports nothing.
         echo: report those of the prompt too.
@@ -38,7 +36,6 @@ class Sampling:
     num_beams: int = 1
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
-    n_vocab: int | None = None
     n_likeliest: int | None = None
     echo: bool = False
 

@@ -92,7 +92,6 @@ class Engine:
     Args:
         worker: has nothing else to do.
         model: laid out for decoding.
-        n_vocab: tokens of the tokenizer.
         limits: how much is done at a time.
         on_failure: called where the thread ends by an error, which is then `failure`.
     """
@@ -101,14 +100,13 @@ class Engine:
         self,
         worker: Worker,
         model: GPT,
-        n_vocab: int,
         limits: Limits,
         on_failure: Callable[[], None],
     ) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self.failure: Exception | None = None
         self._on_failure = on_failure
-        self._new_batch = lambda: Batch(model, n_vocab, PrefixCache(limits.max_rows))
+        self._new_batch = lambda: Batch(model, PrefixCache(limits.max_rows))
         self._batch = self._new_batch()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()

@@ -65,7 +65,7 @@ def serve(
     def stop() -> None:
         server.should_exit = True
 
-    engine = Engine(worker, loaded.gpt, loaded.tokenizer.n_vocab, limits, on_failure=stop)
+    engine = Engine(worker, loaded.gpt, limits, on_failure=stop)
     server = _Server(make_app(name, Writer(loaded, engine, defaults), key), engine.close)
     try:
         _greet(loaded, name, listener)

@@ -152,7 +152,7 @@ def behaviour(loaded: Loaded, data: StepDataModule) -> Behaviour:
     rows = [loaded.gpt.head(loaded.gpt(s["input_ids"][None])[0, -N_POSITIONS:]) for s in samples]
     prompts = [_prompt(sample["input_ids"], sample["labels"]) for sample in samples]
     room = loaded.gpt.config.block_size - max(map(len, prompts))
-    settings = Sampling(max_new_tokens=min(N_NEW, room), n_vocab=loaded.tokenizer.n_vocab)
+    settings = Sampling(max_new_tokens=min(N_NEW, room))
     said = [generate(loaded.gpt, [prompt], settings)[0] for prompt in prompts]
     return Behaviour(rows, said, math.exp(float(torch.cat(nats).mean())), n_items)
 

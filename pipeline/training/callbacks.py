@@ -172,7 +172,6 @@ class SampleTexts(pl.Callback):
         settings = Sampling(
             max_new_tokens=self.max_new_tokens,
             stop_ids=frozenset(stop_ids(tokenizer, style)),
-            n_vocab=tokenizer.n_vocab,
         )
         ids = self._ids(pl_module.data)
         plain = uncompiled(pl_module.is_compiled)

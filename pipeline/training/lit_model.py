@@ -110,6 +110,7 @@ class LitModel(pl.LightningModule):
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         self._check_fit(gpt.config, loaded)
+        gpt.n_tokens = self.data.tokenizer.n_vocab
         gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
             self._check_held_out(loaded.meta)

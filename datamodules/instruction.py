@@ -26,6 +26,7 @@ from datamodules.prompts import (
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
 from datamodules.tables import refused_together
 
+Turn = tuple[str, str]  # the question's key, and the answer
 # the day that a template may write into what is learned: the same whenever a run goes on
 LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
 
@@ -162,7 +163,7 @@ class InstructionDataModule(StepDataModule):
 
     def keys(self, split: str) -> list[str]:
         """Equal for entries that begin with the same question, one for each of `items`."""
-        return [_turns(item)[0][0] for item in self.items(split)]
+        return [self._asked[row] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to answer: how a prompt is written, and the ids that end it."""
@@ -173,7 +174,8 @@ class InstructionDataModule(StepDataModule):
 
     def _split(self, items: list[Item]) -> None:
         """Decides what is in each split, and counts what a naive one would have leaked."""
-        keys = _question_keys(items)
+        turns = [_turns(item) for item in items]
+        self._asked, keys = [asked for (asked, _), *_ in turns], _question_keys(turns)
         shared = keys[: len(self._own["train"])]
         named = apart.named(self.val_source, self.test_source)
         of_source = apart.shares(self.train_fraction, self.val_fraction, named)
@@ -248,27 +250,27 @@ def _unlearn(labels: list[int], n_answers: int) -> None:
             i += 1
 
 
-def _question_keys(items: Sequence[Item]) -> list[str]:
-    """One key for items of which one tells the answer to another's question.
+def _question_keys(conversations: Sequence[Sequence[Turn]]) -> list[str]:
+    """One key for conversations of which one tells the answer to another's question.
 
     So are conversations that begin with the same question, whatever the system is told; those in
     which a later one is what another begins with; and those that give the same answer to the same
     later one (one like "Why?" has many). Every answer of a conversation is learned.
     """
-    turns = [_turns(item) for item in items]
-    first = {asked for (asked, _), *_ in turns}
-    n_later = Counter(asked for _, *later in turns for asked, _ in later)
+    first = {asked for (asked, _), *_ in conversations}
+    n_later = Counter(asked for _, *later in conversations for asked, _ in later)
     keys = []
-    for (asked, _), *later in turns:
+    for (asked, _), *later in conversations:
         begun = [again for again, _ in later if again in first]
         answered = [f"{again}\n{_key(answer)}" for again, answer in later if n_later[again] > 1]
         keys.append([asked, *begun, *answered])
     return splits.joined(keys)
 
 
-def _turns(item: Item) -> list[tuple[str, str]]:
+def _turns(item: Item) -> list[Turn]:
     """What is asked in a conversation, as keys, and what is answered."""
-    turns, asked = [], ""
+    turns: list[Turn] = []
+    asked = ""
     for message in [*item["messages"], Message(role="assistant", content=item["reference"])]:
         if message["role"] == "user":
             asked += _key(message["content"])

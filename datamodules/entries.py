@@ -69,8 +69,7 @@ def make_item(index: int, entry: Any) -> Item:
     Raises:
         ValueError: it has no prompt or response, or something that would not be read.
     """
-    n_given = _n_answers(_object(entry).get("prompt"))
-    entry = _as_here(entry)
+    entry, n_given = _as_here(_object(entry))
     is_chat = entry.get("messages") is not None
     _refuse_unread(entry, ("instruction", "input", "output", *_UNREAD) if is_chat else _UNREAD)
     if is_chat:
@@ -104,13 +103,8 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _n_answers(prompt: Any) -> int:
-    turns = prompt if isinstance(prompt, list) else []
-    return sum(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns)
-
-
-def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry in a form of others, in one of those here."""
+def _as_here(entry: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """An entry in a form of others, in one of those here; how many answers are given in it."""
     given = {key for key, value in entry.items() if value is not None}
     is_ours = bool({"instruction", "messages"} & given)
     if {"prompt", "completion"} <= given and not is_ours:
@@ -118,11 +112,13 @@ def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
         _refuse_unread(others, ("output",))
         prompt, completion = entry["prompt"], entry["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return {**others, "messages": prompt + completion}
-        return {**others, "instruction": prompt, "output": completion}
+            said = [turn for turn in prompt if isinstance(turn, dict)]
+            n_given = sum(turn.get("role") == "assistant" for turn in said)
+            return {**others, "messages": prompt + completion}, n_given
+        return {**others, "instruction": prompt, "output": completion}, 0
     turns = entry.get("conversations")
     if not isinstance(turns, list) or is_ours:
-        return entry
+        return entry, 0
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -131,7 +127,7 @@ def _as_here(entry: dict[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
         messages.append({**rest, "role": role, "content": turn["value"]})
     others = {k: v for k, v in entry.items() if k != "conversations"}
-    return {**others, "messages": messages}
+    return {**others, "messages": messages}, 0
 
 
 def _transcript(prompt: list[Message]) -> str:

@@ -2,7 +2,6 @@
 
 import datetime
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -141,8 +140,8 @@ class InstructionDataModule(StepDataModule):
             report(apart.left_out(self._n_repeated))
         self.fingerprint = {
             "digest": digest_of(sets),
-            "split": "questions",
-            "learned": splits.packed(self.keys("train")),
+            "split": f"questions ({splits.KEYS})",
+            "learned": splits.packed([q for row in self._rows["train"] for q in self._asked[row]]),
             "counts": counts,
             **self.files.facts(),
         }
@@ -163,7 +162,7 @@ class InstructionDataModule(StepDataModule):
 
     def keys(self, split: str) -> list[str]:
         """Equal for entries that begin with the same question, one for each of `items`."""
-        return [self._asked[row] for row in self._rows[split]]
+        return [self._asked[row][0] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint needs to answer: how a prompt is written, and the ids that end it."""
@@ -175,7 +174,8 @@ class InstructionDataModule(StepDataModule):
     def _split(self, items: list[Item]) -> None:
         """Decides what is in each split, and counts what a naive one would have leaked."""
         turns = [_turns(item) for item in items]
-        self._asked, keys = [asked for (asked, _), *_ in turns], _question_keys(turns)
+        self._asked = [[asked for asked, _ in conversation] for conversation in turns]
+        keys = _question_keys(turns)
         shared = keys[: len(self._own["train"])]
         named = apart.named(self.val_source, self.test_source)
         of_source = apart.shares(self.train_fraction, self.val_fraction, named)
@@ -253,18 +253,19 @@ def _unlearn(labels: list[int], n_answers: int) -> None:
 def _question_keys(conversations: Sequence[Sequence[Turn]]) -> list[str]:
     """One key for conversations of which one tells the answer to another's question.
 
-    So are conversations that begin with the same question, whatever the system is told; those in
-    which a later one is what another begins with; and those that give the same answer to the same
-    later one (one like "Why?" has many). Every answer of a conversation is learned.
+    So are those that begin with the same question, whatever the system is told, and those in which
+    a later one is answered as where another begins with it: every answer of a conversation is
+    learned. What is asked and answered alike in the middle of many ("Thanks!") joins none.
     """
     first = {asked for (asked, _), *_ in conversations}
-    n_later = Counter(asked for _, *later in conversations for asked, _ in later)
-    keys = []
-    for (asked, _), *later in conversations:
-        begun = [again for again, _ in later if again in first]
-        answered = [f"{again}\n{_key(answer)}" for again, answer in later if n_later[again] > 1]
-        keys.append([asked, *begun, *answered])
-    return splits.joined(keys)
+    later = {asked for _, *turns in conversations for asked, _ in turns}
+    both = first & later
+    return splits.joined(
+        [
+            [turns[0][0], *(f"{asked}\n{_key(answer)}" for asked, answer in turns if asked in both)]
+            for turns in conversations
+        ]
+    )
 
 
 def _turns(item: Item) -> list[Turn]:

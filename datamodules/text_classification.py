@@ -116,7 +116,7 @@ class TextClassificationDataModule(StepDataModule):
             report(apart.left_out(self._n_repeated))
         self.fingerprint = {
             "digest": digest_of(sets.values()),
-            "split": "texts",
+            "split": f"texts ({splits.KEYS})",
             "learned": splits.packed(self.keys("train")),
             "counts": counts,
             **self.files.facts(),

@@ -22,7 +22,7 @@ from pipeline.runs.journal import JOURNAL
 from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.stage_run import mlruns_root
 from pipeline.training.memory import GIB
-from pipeline.training.steps import validation_steps
+from pipeline.training.steps import validations
 from pipeline.training.trial import N_VAL_BATCHES, Epoch, Trial
 
 
@@ -78,6 +78,7 @@ class CheckCLI(PipelineCLI):
         self.trainer.limit_val_batches = min(N_VAL_BATCHES, n_val_batches)
         self._val_every = self.trainer.check_val_every_n_epoch
         self.trainer.check_val_every_n_epoch = self._val_every and 1
+        self._get(self.config_init, "checkpoints").is_quiet = True
         self.trainer.fit_loop.min_epochs = self.trainer.fit_loop.epoch_loop.min_steps = None
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
         for line in [*self._facts(trial, n_val_batches), *self._warnings(trial)]:
@@ -97,12 +98,13 @@ class CheckCLI(PipelineCLI):
     def _n_validations(self, training_s: float) -> int:
         if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
             return int(training_s // interval_s)
-        return len(self._validation_steps())
+        return self._validations()[0]
 
-    def _validation_steps(self) -> list[int]:
+    def _validations(self) -> tuple[int, int]:
+        """How many there are, and after which step the last."""
         n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
         n_per_epoch = int(self.trainer.num_training_batches)
-        return validation_steps(self._n_steps, n_between, n_per_epoch, self._val_every)
+        return validations(self._n_steps, n_between, n_per_epoch, self._val_every)
 
     def _facts(self, trial: Trial, n_val_batches: int) -> Iterator[str]:
         epoch, parameters = trial.epoch, list(self.model.parameters())
@@ -156,6 +158,11 @@ class CheckCLI(PipelineCLI):
             yield (
                 "warning: the run ends before its first validation; lower "
                 "trainer.val_check_interval, or raise trainer.max_steps"
+            )
+        elif self.trainer.enable_validation and (left := self._n_steps - self._validations()[1]):
+            yield (
+                f"warning: the last {left} steps come after the last validation, so the best "
+                "checkpoint is without them (trainer.val_check_interval)"
             )
         if n_epochs < 1:
             yield f"warning: the run ends after {n_epochs:.0%} of the data (trainer.max_steps)"

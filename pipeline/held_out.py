@@ -94,12 +94,13 @@ def check_held_out(
             f"the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
             f"evaluated on other data, {', '.join(ours)}; {key} says on which."
         )
-    for dataset in (training["dataset"] for training in trainings):
-        learned, units = dataset.get("learned"), fingerprint.get("split")
-        if learned and dataset["split"] == units and (n_known := n_among(keys, learned)):
+    for earlier in (training["dataset"] for training in trainings):
+        learned, units = earlier.get("learned"), fingerprint.get("split", "")
+        if learned and earlier["split"] == units and (n_known := n_among(keys, learned)):
+            of = f"{n_known} of {len(keys)} {units.partition(' ')[0]}"
             warn(
-                f"{n_known} of {len(keys)} {units} that are evaluated on were learned by the "
-                "checkpoint (but for case, punctuation and spacing); no score of them is held out."
+                f"{of} that are evaluated on are what the checkpoint was trained on; no score of "
+                "them is held out."
             )
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))

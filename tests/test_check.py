@@ -21,7 +21,7 @@ from pipeline.gpt import GPT
 from pipeline.hardware import default_device, used_memory_bytes
 from pipeline.lora import LoRAConfig, attach
 from pipeline.runs.run_directory import Run
-from pipeline.training.steps import validation_steps
+from pipeline.training.steps import validations
 from pipeline.training.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes, operation_counter
 from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
@@ -90,7 +90,16 @@ def test_steps_that_are_validated(every: int | None, n_between: int) -> None:
         else:
             is_due = epoch % every == 0 and at % n_between == 0
         expected += [step] if is_due else []
-    assert validation_steps(35, n_between, 10, every) == expected
+    n_and_last = len(expected), max(expected, default=0)
+    assert validations(35, n_between, 10, every) == n_and_last
+
+
+def test_steps_behind_the_last_validation_are_told(tiny: Journey) -> None:
+    words = ("--trainer.val_check_interval=5", "--trainer.max_steps=8")
+    code, out, err = said("check", *pretraining(tiny), *words)
+    assert code == 0, err
+    assert "warning: the last 3 steps come after the last validation, so the best" in out
+    assert "warning" not in err
 
 
 def test_what_ends_behind_its_last_validation_is_said_at_the_start(tiny: Journey) -> None:

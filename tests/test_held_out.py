@@ -74,6 +74,16 @@ def test_data_that_cannot_be_is_one_line(data: dict[str, Any], message: str, tin
     assert "Traceback" not in err
 
 
+def test_a_split_by_other_keys_is_another(tiny: Journey) -> None:
+    """As of an earlier version, to which other texts were equal."""
+    meta = read_meta(tiny.best("spam"))
+    config, facts = meta["data"], meta["dataset"]
+    check_held_out(meta, config, facts, ["test"])
+    earlier = {**meta, "dataset": {**facts, "split": "texts"}}
+    with pytest.raises(ValueError, match=r"it was split by texts, is split by texts \(keys of"):
+        check_held_out(earlier, config, facts, ["test"])
+
+
 def fingerprint(**sources: str) -> dict[str, Any]:
     return {"sources": sources}
 
@@ -186,7 +196,7 @@ def test_what_was_learned_is_known_again_in_another_file(
     words += ["--data.train_fraction=0.4", "--data.val_fraction=0.2"]  # of few rows
     code, _, err = said(*words, f"--ckpt={tiny.best('spam')}")
     assert code == 0, err
-    known = re.search(r"(\d+) of (\d+) texts that are evaluated on were learned by", err)
+    known = re.search(r"(\d+) of (\d+) texts that are evaluated on are what the checkpoint", err)
     assert (known is not None and known[1] == known[2]) == (split == "train"), err
     assert (known is None) == (split == "test"), err
 

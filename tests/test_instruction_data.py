@@ -237,33 +237,45 @@ def test_an_answer_in_a_prompt_of_trl_is_not_learned(make: Make) -> None:
 
 
 def test_what_is_asked_first_is_not_answered_later_in_training(make: Make) -> None:
-    """A question alone, and in the middle of a conversation; and twice there, with one answer."""
+    """A question alone, and in the middle of a conversation with the same answer."""
     asked = [f"Which number is {i}?" for i in range(40)]
-    alone = [{"messages": [turn("user", q), turn("assistant", f"No. {q}")]} for q in asked[:20]]
+    alone = [{"messages": [turn("user", q), turn("assistant", f"No. {q}")]} for q in asked]
     later = [
         {
             "messages": [
-                turn("user", f"Hello from {greeted}{q}"),
+                turn("user", f"Hello from {q}"),
                 turn("assistant", "Hello."),
-                turn("user", q),
+                turn("user", q.upper()),
                 turn("assistant", f"No. {q}"),
                 turn("user", "Why?"),
-                turn("assistant", f"Because of {greeted}{q}"),
+                turn("assistant", "Because."),
+                turn("user", "Continue."),
+                turn("assistant", f"And so on: {q}"),
             ]
         }
-        for greeted in ("me", "you")
         for q in asked
     ]
-    module = ready(make([*alone, *later], shuffle_split=True))
+    begun = {"messages": [turn("user", "Continue."), turn("assistant", "With what?")]}
+    module = ready(make([*alone, *later, begun], shuffle_split=True))
     sides = [
-        {asked.index(q) for item in module.items(split) for q in asked if q in _said(item)}
+        {q for item in module.items(split) for q in asked if {q, q.upper()} & _said(item)}
         for split in splits.SPLITS
     ]
-    assert sum(map(len, sides)) == 40  # each on one side; "Why?" joins none
+    assert sum(map(len, sides)) == 40  # each on one side; "Why?" and "Continue." join none
+    keys = [splits.canonical_key(q, mask_digits=False) for q in [*sides[0], "Why?"]]
+    n_known = splits.n_among(keys, module.fingerprint["learned"])
+    assert n_known == len(keys), "also what is asked later"
 
 
 def _said(item: Any) -> set[str]:
     return {message["content"] for message in item["messages"]}
+
+
+def test_a_prompt_beside_messages_is_not_read(make: Make) -> None:
+    """As other columns of a table are not; nothing of theirs is left unlearned for it."""
+    chats = conversations(20)
+    beside = [{**c, "prompt": [turn("assistant", "Hi."), turn("user", "Hi.")]} for c in chats]
+    assert ready(make(beside)).fingerprint["digest"] == ready(make(chats)).fingerprint["digest"]
 
 
 def test_operators_make_another_question(make: Make) -> None:

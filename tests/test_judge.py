@@ -425,6 +425,9 @@ def test_a_judge_that_thinks_aloud_and_one_that_writes_parts(
     server.script = [chat(thinking), chat(parts)]
     assert scores(judge(server, tmp_path, "a", "b", max_concurrency=1)) == [70, 60]
     assert server.n_requests == 2
+    assert parse_verdict(f"Hm.</think>{verdict(50)}").score == 50  # the template opened it
+    aloud = verdict(50, "It says </think>, and so on.")
+    assert parse_verdict(aloud).score == 50
     with pytest.raises(ValueError, match="not one JSON object alone"):
         parse_verdict(f"{verdict(70)}<think>")
 

@@ -76,7 +76,9 @@ def test_one_that_has_nothing_to_go_on_from_is_left(base: Path) -> None:
     run.log_metrics({"train/loss": 3.0}, step=1)
     run.fail("stop")
     assert found(base) == base.with_name("one-2")
-    (base / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (base / "checkpoints" / ".step-00000001-0a1b2c3d.draft").mkdir(parents=True)
+    assert found(base) == base.with_name("one-2")  # killed in its first save
+    (base / "checkpoints" / "step-00000001").mkdir()
     assert found(base) == base
 
 

@@ -156,7 +156,7 @@ def test_decoding_names_file_and_byte() -> None:
     with pytest.raises(ValueError, match=r"a\.txt: byte 103 \(0xe9\) is not UTF-8; convert"):
         decode(b"caf\xe9", Path("a.txt"), offset=100)
     with pytest.raises(
-        ValueError, match=r"notes/a\.png is not text; .* such as 'notes/\*\*/\*\.txt'"
+        ValueError, match=r"notes/a\.png is not text; .* such as \['notes/\*\*/\*\.txt', '"
     ):
         decode(b"\x89PNG\r\n\x1a\n\0\0\0", Path("notes/a.png"))
 

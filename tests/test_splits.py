@@ -65,6 +65,7 @@ def test_operators_and_signs_count_where_digits_do(one: str, other: str) -> None
         *[("**Bold** text", "bold text"), ("well-known", "well known"), ("e-mail", "email")],
         *[("Hello, world!", "hello world"), ("item - two", "item two"), ("#topic", "topic")],
         *[("He left. 3 days", "he left 3 days"), ("x = 'y'", 'X="y"'), ("1,000", "1000")],
+        *[("3 – 4", "3 - 4"), ("3 − 4", "3 - 4"), ("½ cup", "1/2 cup"), ("- 3\n- 1", "* 3\n* 1")],
     ],
 )
 def test_punctuation_does_not_count_in_a_question(one: str, other: str) -> None:

@@ -50,7 +50,7 @@ VERDICT_SCHEMA: dict[str, Any] = {
 }
 
 RUBRIC_DIGEST = hashlib.sha256(json.dumps([RUBRIC, REPAIR, VERDICT_SCHEMA]).encode()).hexdigest()
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # of models that reason, at the start
+_THOUGHTS = re.compile(r"\A(?!\s*\{).*?</think>", re.DOTALL)  # of models that reason
 QUOTED_CHARACTERS = 4_000  # of an unreadable reply, when the judge is asked again
 
 

@@ -84,7 +84,7 @@ def code_digest() -> str:
 
 def _is_stranded(path: Path) -> bool:
     """Whether a run has taken steps of training, and there is nothing to go on from."""
-    if any((path / CHECKPOINTS).glob("*")) or not (path / JOURNAL).exists():
+    if any((path / CHECKPOINTS).glob("step-*")) or not (path / JOURNAL).exists():
         return False
     lines = (line for line, _ in read_journal(path))
     return any(line["kind"] == "metric" and line["step"] > 0 for line in lines)

@@ -16,7 +16,8 @@ from pipeline.gpt import GPT
 from pipeline.serving.worker import Worker
 
 READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts
-READ_TOGETHER = 1024  # where nothing else is written: who comes or hangs up meanwhile is not seen
+READ_ALONE = 1024  # likewise of one prompt, where nothing else is written
+READ_TOGETHER = 4096  # of several: who comes or hangs up meanwhile is not seen
 
 
 class EngineError(Exception):
@@ -201,17 +202,19 @@ class Engine:
     def _admit(self) -> list[Request]:
         """Who waited and has a place now; beside others in pieces, of which this reads one."""
         admitted: list[Request] = []
-        left = READ_AT_A_TIME if self._running else READ_TOGETHER
+        at_a_time, left = READ_ALONE, READ_TOGETHER
+        if self._running:
+            at_a_time = left = READ_AT_A_TIME
         while request := self._first():
             is_whole = request.settings.echo
             n_unread = len(request.prompt) if is_whole else self._batch.n_unread(request.prompt)
-            if n_unread > left and admitted:
+            if admitted and n_unread > min(left, at_a_time):
                 break
             free = self._free([*self._running, request])  # then: what is read has to stay
-            if n_unread > left and not is_whole and len(request.prompt) <= free:
-                self._batch.prefixes.shrink(free - READ_AT_A_TIME)
-                self._batch.read(request.prompt, READ_AT_A_TIME)
-                request.n_read += READ_AT_A_TIME
+            if n_unread > at_a_time and not is_whole and len(request.prompt) <= free:
+                self._batch.prefixes.shrink(free - at_a_time)
+                self._batch.read(request.prompt, at_a_time)
+                request.n_read += at_a_time
                 break
             with self._changed:
                 self._waiting.popleft()

@@ -27,7 +27,7 @@ from pipeline.runs.reuse import Outcome, code_digest, find_run, still_holds
 from pipeline.runs.run_directory import Run, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.runs.tracking import Replica
-from pipeline.stages.chain_config import Chain, Stage, load_chain
+from pipeline.stages.chain_config import TO_COME, Chain, Stage, load_chain
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
 PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
@@ -143,11 +143,11 @@ def _foresee(chain: Chain, n_done: int) -> int:
 
 def _words_to_come(chain: Chain, stage: Stage) -> list[str]:
     """What a stage will be given; without a config it has the options of its checkpoint's fit."""
-    name, *words = stage.arguments(dict.fromkeys(stage.inputs, "to come"))
+    name, *words = stage.arguments(dict.fromkeys(stage.inputs, TO_COME))
     if not stage.configs and (source := stage.inputs.get("ckpt")):
         (fit,) = (made for made in chain.stages if made.name == source.stage)
         if fit.command == "fit":
-            words = [*fit.arguments(dict.fromkeys(fit.inputs, "to come"))[1:], *words]
+            words = [*fit.arguments(dict.fromkeys(fit.inputs, TO_COME))[1:], *words]
     return [name, *words]
 
 

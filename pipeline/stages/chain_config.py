@@ -17,9 +17,10 @@ from datamodules.sources import check as check_source
 from pipeline.arguments import build, load_yaml, parse
 from pipeline.commands import FUNCTIONS
 from pipeline.runs.identity import decisive
-from pipeline.runs.run_directory import check_name
+from pipeline.runs.run_directory import check_name, flat
 
 PATHS = {"tokenizer", "init_from", "ckpt", "ckpt_path", "before", "responses", "file"}  # options
+TO_COME = "to come"  # stands for what an earlier stage hands over
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -123,11 +124,10 @@ class Stage:
 
     def starts_anew(self) -> bool:
         """Whether it is never to go on, nor what is finished to be used."""
-        given = [load_yaml(_read(path)) for path in self.configs]
-        runs = [config.get("run") for config in given if isinstance(config, dict)]
-        told = [run.get("resume") for run in runs if isinstance(run, dict)]
-        told.append(self.overrides.get("run.resume"))
-        return [value for value in told if value is not None][-1:] == ["never"]
+        given = [*(load_yaml(_read(path)) for path in self.configs), self.overrides]
+        options = [flat(config) for config in given if isinstance(config, dict)]
+        told = [own["run.resume"] for own in options if "run.resume" in own]
+        return told[-1:] == ["never"]
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _given(text: str) -> Any:
 def _check_arguments(stage: Stage) -> None:
     """Parses what the command will parse; Lightning's commands, slow to load, do it themselves."""
     if stage.command in FUNCTIONS:
-        words = stage.arguments(dict.fromkeys(stage.inputs, "to come"))
+        words = stage.arguments(dict.fromkeys(stage.inputs, TO_COME))
         parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
 
 

@@ -18,6 +18,7 @@ from pipeline.cli import PipelineCLI
 from pipeline.cli import main as lightning_main
 from pipeline.console import say
 from pipeline.interrupts import end_with_parent
+from pipeline.stages.chain_config import TO_COME
 from pipeline.training.checkpoint_callback import Checkpoints
 from pipeline.training.lit_step import LitStep
 from pipeline.training.options import RunConfig, check_trainer
@@ -73,6 +74,8 @@ def main(stages: dict[str, list[str]]) -> int:
             with suppress(_Read):
                 lightning_main(words, _ReadingCLI)
         except (OSError, ValueError) as error:
+            if TO_COME in str(error):  # of a class that looks for it when it is built
+                continue
             say(f"error: stage {name!r}: {one_line(str(error))}")
             return EXIT_MISTAKE
         except KeyboardInterrupt:

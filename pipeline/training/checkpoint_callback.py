@@ -19,7 +19,7 @@ from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.background import Background
 from pipeline.training.sharding import of_ranks
-from pipeline.training.steps import validation_steps
+from pipeline.training.steps import validations
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
@@ -94,6 +94,8 @@ class Checkpoints(pl.Callback):
             wherever the copy takes less than a tenth of the memory that is free.
     """
 
+    is_quiet = False  # about steps that are not validated
+
     def __init__(
         self,
         every_n_steps: int,
@@ -152,7 +154,7 @@ class Checkpoints(pl.Callback):
         self._stop.listen()
         is_own = self.last_step is not None and self.path(trainer, self.last_step).exists()
         trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
-        if trainer.enable_validation and trainer.is_global_zero:
+        if trainer.enable_validation and trainer.is_global_zero and not self.is_quiet:
             self._foresee(trainer)
 
     def _foresee(self, trainer: pl.Trainer) -> None:
@@ -161,8 +163,8 @@ class Checkpoints(pl.Callback):
         if n_steps == math.inf or not isinstance(n_between, int):  # None: by the clock
             return
         n_per_epoch, every = int(trainer.num_training_batches), trainer.check_val_every_n_epoch
-        validated = validation_steps(int(n_steps), n_between, n_per_epoch, every)
-        if (last := max(validated, default=0)) < n_steps:
+        _, last = validations(int(n_steps), n_between, n_per_epoch, every)
+        if 0 < last < n_steps:  # 0: said at the end
             warn(
                 f"the last of {n_steps} steps to be validated is {last}, so the best checkpoint "
                 "will be without what comes after it; trainer.val_check_interval says when to "
@@ -250,7 +252,8 @@ class Checkpoints(pl.Callback):
         self._save(trainer)
         self._background.wait()
         n_since = trainer.global_step - self.last_validated
-        if n_since and trainer.enable_validation and trainer.is_global_zero:
+        is_heard = trainer.is_global_zero and not self.is_quiet
+        if n_since and trainer.enable_validation and is_heard:
             last = self.path(trainer, trainer.global_step)
             said = (
                 f"the last {n_since} steps were not validated, so the best checkpoint is without "

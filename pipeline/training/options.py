@@ -33,7 +33,8 @@ from pipeline.directories import CHECKPOINTS
 from pipeline.gpt import GPTConfig
 from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig
-from pipeline.runs.run_directory import CONFIG, NAME, check_name
+from pipeline.runs.run_directory import CONFIG, check_name
+from pipeline.runs.stage_run import mlruns_root
 from pipeline.training.checkpoint_callback import Checkpoints
 from pipeline.training.lit_classifier import LitClassifier
 from pipeline.training.lit_language_model import LitLanguageModel
@@ -117,9 +118,9 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
             "the options; give them, for example -c configs/spam.yaml."
         )
     say(f"options: {config}")
-    run = config.parent  # a chain has named it otherwise than its config does
-    named = {"experiment": run.parent.name, "name": stem_of(run)}
-    where = [f"--run.{key}={name}" for key, name in named.items() if NAME.fullmatch(name)]
+    run, where = config.parent.resolve(), []
+    if run.parents[1] == mlruns_root():  # a chain has named it otherwise than its config does
+        where = [f"--run.experiment={run.parent.name}", f"--run.name={stem_of(run)}"]
     return [words[0], f"--config={config}", *where, *words[1:]]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pydoc
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ def _learned(
         return data
     kind, given = type(data), training["data"] or {}
     try:
-        if given.get("class_path") != f"{kind.__module__}.{kind.__qualname__}":
+        if pydoc.locate(str(given.get("class_path"))) is not kind:
             raise ValueError("it does not say how they were read.")
         learned = construct(kind, given["init_args"], "data")
         learned.read()
@@ -162,7 +163,7 @@ def _learned(
             training["dataset"]["sources"], learned.files.facts()["sources"]
         ):
             raise ValueError(f"{', '.join(changed)}: not what was learned.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # of another's class
         warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
         return data
     return learned

@@ -31,10 +31,10 @@ def n_real_tokens(batch: list[MicroBatch]) -> int:
     )
 
 
-def validation_steps(
+def validations(
     n_steps: int, n_between: int, n_per_epoch: int, every_n_epochs: int | None
-) -> list[int]:
-    """The steps of a run after which it validates.
+) -> tuple[int, int]:
+    """How often a run validates, and after which step it does so last.
 
     Args:
         n_steps: of the run.
@@ -43,10 +43,18 @@ def validation_steps(
         every_n_epochs: Lightning's `check_val_every_n_epoch`; None counts over epochs.
     """
     if every_n_epochs is None:
-        return list(range(n_between, n_steps + 1, n_between))
-    in_epoch = range(n_between, n_per_epoch + 1, n_between)
-    starts = range(0, n_steps, n_per_epoch)[every_n_epochs - 1 :: every_n_epochs]
-    return [start + step for start in starts for step in in_epoch if start + step <= n_steps]
+        n_in_all = n_steps // n_between
+        return n_in_all, n_in_all * n_between
+    n_in_epoch = n_per_epoch // n_between
+    n_epochs, n_left = divmod(n_steps, n_per_epoch)
+    n_validated, n_in_last = n_epochs // every_n_epochs, n_left // n_between
+    if n_in_last and (n_epochs + 1) % every_n_epochs == 0:
+        last = n_epochs * n_per_epoch + n_in_last * n_between
+        return n_validated * n_in_epoch + n_in_last, last
+    if not n_validated or not n_in_epoch:
+        return 0, 0
+    start = (n_validated * every_n_epochs - 1) * n_per_epoch
+    return n_validated * n_in_epoch, start + n_in_epoch * n_between
 
 
 def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:

@@ -243,7 +243,7 @@ def assert_same_validation(home: Path, alone: Path, *measures: str) -> None:
     """Each of two validates a half."""
     for name in measures:
         ours, theirs = losses(home, f"val/{name}"), losses(alone, f"val/{name}")
-        assert ours == pytest.approx(theirs, abs=SAME), name
+        assert ours == pytest.approx(theirs, rel=SAME, abs=SAME), name
 
 
 def assert_logged_once(home: Path) -> None:

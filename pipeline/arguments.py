@@ -155,7 +155,7 @@ def one_line(message: str, known: Sequence[str] = ()) -> str:
             line = match[2]
         facts.append(re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of "))
     text = ": ".join(filter(None, (".".join(keys), " ".join(filter(None, facts)))))
-    text = re.sub(r"( is not accepted) Given value: .*", r"\1", text)
+    text = re.sub(r"( is not accepted| has no attribute '\w+') Given value: .*", r"\1", text)
     text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
     if re.search(r"Expected a str\b.* Given value: (True|False)$", text):
         text += "; in YAML yes, no, on and off are that too: put it in quotes."

@@ -173,6 +173,8 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     assert one_line("unrecognized arguments: --x") == unknown
     given = "Option 'x' is not accepted Given value: {'init_args': {'x': 1}}"
     assert one_line(given) == "Option 'x' is not accepted; --help lists the options."
+    moved = "module 'pipeline' has no attribute 'lit_step' Given value: {'class_path': 'x'}"
+    assert one_line(moved) == "module 'pipeline' has no attribute 'lit_step'"
     known = ["lr", "batch_size", "max_epochs"]
     for asked, hint in {
         "--trainer.max_epoch=3": "did you mean max_epochs? ",

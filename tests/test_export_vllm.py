@@ -87,7 +87,8 @@ def logprobs(model: Loaded, sequence: list[int]) -> Tensor:
 
 
 def greedy(model: Loaded, prompts: list[list[int]]) -> list[list[int]]:
-    settings = Sampling(max_new_tokens=N_NEW)
+    """Of all rows of the head, as others choose."""
+    model.gpt.n_tokens, settings = None, Sampling(max_new_tokens=N_NEW)
     return [generate(model.gpt, [prompt], settings)[0] for prompt in prompts]
 
 

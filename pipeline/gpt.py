@@ -131,8 +131,7 @@ class AttentionContext:
     Attributes:
         rotation: cosines and sines of their places, where positions are rotary.
         mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
-        additive: the same to add to scores, broadcast to (B G, H/G T, S), where attention is two
-            products.
+        additive: the same to add to scores, (B G, H/G T, S), where attention is two products.
         cache: keys and values of what was seen before.
         unpadding: where the tokens lie that all but attention works on.
     """
@@ -338,9 +337,8 @@ class GPT(nn.Module):
         """Final hidden states.
 
         Rows are padded on the right, so in a causal model nothing real ever sees a pad. With
-        `attention_mask`, pads and the beginning that all rows share (unless a cache holds tokens
-        already, or dropout is drawn) take part in attention alone; all else is computed once a
-        token that is left.
+        `attention_mask`, pads and the beginning that all rows share (unless a cache holds tokens,
+        or dropout is drawn) take part in attention alone; all else is computed once a token left.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
@@ -396,8 +394,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., C) -> logits (..., V) float32 of tokens alone."""
-        logits: Tensor = self.head(hidden).float()[..., : self.n_tokens]
-        return logits
+        return self.head(hidden).float()[..., : self.n_tokens]
 
     def n_parameters(self, *, trainable_only: bool = False) -> int:
         """Parameters, a tied one counted once."""

@@ -20,7 +20,7 @@ import tenacity
 
 from datamodules.downloads import deadline
 from datamodules.files import MALFORMED
-from pipeline.console import warn
+from pipeline.console import say, warn
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.rubric import Message
 from pipeline.ports import LOOPBACK
@@ -200,8 +200,8 @@ def connection_problem(config: JudgeConfig) -> str | None:
             client.head(config.base_url, timeout=PROBE_S)
     except UNREACHABLE as error:
         return _unreachable(config, error)
-    except httpx.TransportError:
-        pass  # it takes connections, if not this one; what is asked in earnest is tried again
+    except httpx.TransportError as error:
+        say(f"{config.base_url} takes connections, but not this one ({error}); it is asked anyway.")
     return None
 
 

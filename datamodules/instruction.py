@@ -208,9 +208,8 @@ class InstructionDataModule(StepDataModule):
         return samples, n_cut
 
     def _sample(self, item: Item) -> tuple[Sample, bool]:
-        said = [*item["messages"], Message(role="assistant", content=item["reference"])]
         ids, labels = encode_conversation(
-            self.tokenizer, self.prompt_style, said, supervise=self.supervise
+            self.tokenizer, self.prompt_style, _said(item), supervise=self.supervise
         )
         if self.supervise == "response":
             _unlearn(labels, item["n_given"])
@@ -272,13 +271,17 @@ def _turns(item: Item) -> list[Turn]:
     """What is asked in a conversation, as keys, and what is answered."""
     turns: list[Turn] = []
     asked = ""
-    for message in [*item["messages"], Message(role="assistant", content=item["reference"])]:
+    for message in _said(item):
         if message["role"] == "user":
             asked += _key(message["content"])
         elif asked and message["role"] == "assistant":
             turns.append((asked, message["content"]))
             asked = ""
     return turns
+
+
+def _said(item: Item) -> list[Message]:
+    return [*item["messages"], Message(role="assistant", content=item["reference"])]
 
 
 def _key(text: str) -> str:

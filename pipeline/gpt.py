@@ -264,7 +264,7 @@ class GPT(nn.Module):
         self.position_embedding = None
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.draws_dropout = nn.Dropout(config.dropout), config.dropout > 0
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -276,7 +276,6 @@ class GPT(nn.Module):
             cos, sin = rotary_table(frequencies, config.block_size)  # (block_size, D)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.draws_dropout = config.dropout > 0
         self.reset_parameters()
 
     @classmethod

@@ -31,7 +31,14 @@ from pipeline.training.callbacks import LossSpikes, Throughput
 from tests import training
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.machine import needs_f16_products
-from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
+from tests.training import (
+    LORA,
+    Logged,
+    fit,
+    instruction_data,
+    language_model,
+    pretraining_data,
+)
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 PER_ADAPTED_LINEAR = 3 + 5  # forward: W x, A x, B (A x); backward: 2 for A x, and x, A, B
@@ -236,7 +243,8 @@ def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:
 def test_values_are_logged_where_they_are_written(
     tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`log` costs the better part of a millisecond, also where Lightning drops the value."""
+    """`log` costs the better part of a millisecond, also where Lightning drops the value; loggers
+    get what neither the progress bar nor callbacks watch without it."""
     log, steps = pl.LightningModule.log, []
 
     def counting(module: pl.LightningModule, name: str, *args: Any, **options: Any) -> None:
@@ -245,6 +253,7 @@ def test_values_are_logged_where_they_are_written(
 
     monkeypatch.setattr(pl.LightningModule, "log", counting)
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
+    logged = Logged()
     trainer, _ = fit(
         language_model(),
         data,
@@ -253,10 +262,15 @@ def test_values_are_logged_where_they_are_written(
         max_steps=7,
         limit_val_batches=0,
         log_every_n_steps=3,
+        logger=logged,
     )
-    names = {name for name, _ in steps}
-    assert names >= {"train/loss", "train/grad_norm", "train/loss_spikes", "train/tokens"}
-    assert sorted(steps) == sorted((name, step) for name in names for step in (3, 6, 7))
+    watched = {"train/loss", "perf/tokens_per_s"}
+    assert sorted(steps) == sorted((name, step) for name in watched for step in (3, 6, 7))
+    figures = {"train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens"}
+    figures |= {"train/loss_spikes", "perf/model_flops_utilisation"}
+    for name in figures:
+        assert list(logged.values[name]) == [2, 5, 6], "as Lightning counts"
+    assert list(logged.values["train/loss"]) == [2, 5], "what is logged last it writes if due"
     assert float(trainer.callback_metrics["train/loss"]) > 0, "of the last step"
 
 

@@ -1,14 +1,17 @@
-"""A bare loop around our own model and optimizer: what is left when the framework is taken away.
+"""A bare loop around our own model, optimizer and data: what is left without the framework.
 
-python -m benchmarks.contestants.bare_loop RECORD WEIGHTS STEPS N_STEPS PRECISION
+python -m benchmarks.contestants.bare_loop RECORD WEIGHTS N_ROWS N_STEPS PRECISION
+
+The record has the seconds that each step waits for its data, as `data_s`.
 """
 
 import sys
+import time
 
-import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import prepare
 from benchmarks.record import Record
 from pipeline.loss import next_token_loss
 from pipeline.models import load
@@ -25,14 +28,20 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def main(record_path: str, weights: str, steps: str, n_steps: str, precision: str) -> None:
+def main(record_path: str, weights: str, n_rows: str, n_steps: str, precision: str) -> None:
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(weights).gpt.train().to(device)
-    tokens = torch.from_numpy(np.load(steps)).long().to(device)
+    data = prepare.prose(model.config.block_size, int(n_rows))
+    batches = iter(data.train_dataloader())
     optimizer = make_optimizer(model, OPTIMIZER)
     record = Record(record_path)
-    for ids in tokens[: int(n_steps)]:
+    waited = record.facts.setdefault("data_s", [])
+    for _ in range(int(n_steps)):
+        start = time.perf_counter()
+        (micro_batch,) = next(batches)
+        waited.append(time.perf_counter() - start)
+        ids = micro_batch["input_ids"].to(device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             total, count = next_token_loss(model(ids), model.head.weight, ids)

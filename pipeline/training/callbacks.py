@@ -21,7 +21,7 @@ from pipeline.hardware import matrix_product_ceiling
 from pipeline.training.compiling import uncompiled
 from pipeline.training.flops import flops_per_token
 from pipeline.training.sharding import gather_shared
-from pipeline.training.steps import is_logged_step, n_real_tokens, run_of, sample_ids
+from pipeline.training.steps import is_logged_step, log_figures, n_real_tokens, run_of, sample_ids
 
 SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
@@ -59,11 +59,12 @@ class Throughput(pl.Callback):
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
         flops = flops_per_token(pl_module.gpt, n_context)
         self.total_tokens += self.n_tokens
-        pl_module.log("train/tokens", float(self.total_tokens))
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)
-        pl_module.log(
-            "perf/model_flops_utilisation", rate * flops / self.ceiling / trainer.world_size
-        )
+        figures = {
+            "train/tokens": float(self.total_tokens),
+            "perf/model_flops_utilisation": rate * flops / self.ceiling / trainer.world_size,
+        }
+        log_figures(trainer, figures)
         self.n_tokens, self.since = 0, now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -124,7 +125,7 @@ class LossSpikes(pl.Callback):
             if run := run_of(trainer):
                 run.event("loss_spike", step=step, loss=loss, z=round(z, 1), sample_ids=ids)
         if is_logged_step(trainer):
-            pl_module.log("train/loss_spikes", float(self.n_spikes))
+            log_figures(trainer, {"train/loss_spikes": float(self.n_spikes)})
         if math.isfinite(loss):
             self.window = [*self.window, loss][-SPIKE_WINDOW:]
 

@@ -17,7 +17,7 @@ from pipeline.training import sharding, training_graph
 from pipeline.training.lit_checkpoint import LitCheckpoint
 from pipeline.training.memory import GIB, estimate_gib
 from pipeline.training.optim import check_warmup, learning_rate_factor, make_optimizer
-from pipeline.training.steps import is_logged_step
+from pipeline.training.steps import is_logged_step, log_figures
 
 
 class LitStep(LitCheckpoint):
@@ -96,9 +96,12 @@ class LitStep(LitCheckpoint):
             schedule.step()  # type: ignore[union-attr]
         if is_logged_step(self.trainer):
             self.log("train/loss", mean, prog_bar=True)
-            self.log("train/lr", rate)
-            self.log("train/grad_norm", self._norm)
-            self.log("train/skipped_steps", float(self._guard.in_all))
+            figures = {
+                "train/lr": rate,
+                "train/grad_norm": self._norm,
+                "train/skipped_steps": float(self._guard.in_all),
+            }
+            log_figures(self.trainer, figures)
         return mean
 
     def over_ranks(self, count: int, operation: str = "sum") -> int:

@@ -23,7 +23,8 @@ from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
 from pipeline.runs.run_directory import is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
-from pipeline.stages.chain import RECORD, _finished, _plan, run_chain
+from pipeline.stages import foresight
+from pipeline.stages.chain import RECORD, _finished, _plan, _words_to_come, run_chain
 from pipeline.stages.chain_config import Stage, load_chain
 from tests.journey import CONFIGS
 
@@ -389,15 +390,17 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     ],
 )
 def test_parts_of_later_stages_are_checked_before_the_first_runs(
-    key: str, value: Any, message: str, chain: Path, home: Path, capfd: pytest.CaptureFixture[str]
+    key: str, value: Any, message: str, chain: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In this process: the tests above have it started by a chain."""
     document = yaml.safe_load(chain.read_text())
     options = {"data.source": ["a.txt"], "model.optimizer.warmup_steps": 20, key: value}
     wrong = {"name": "wrong", "command": "fit", "config": f"{CONFIGS}/pretrain.yaml"}
     document["stages"].append({**wrong, "set": options, "inputs": {"tokenizer": "big"}})
     chain.write_text(yaml.safe_dump(document))
-    assert run_chain(chain) == 2
-    error = capfd.readouterr().err.splitlines()[-1]
+    read = load_chain(chain)
+    assert foresight.main({"wrong": _words_to_come(read, read.stages[-1])}) == 2
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: stage 'wrong': ")
     assert message in error
     assert not home.exists()

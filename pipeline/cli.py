@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,12 +22,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
+from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import one_line
-from pipeline.checkpoint import newest_valid
+from pipeline.checkpoint import newest_valid, stem_of
 from pipeline.console import say
 from pipeline.directories import CHECKPOINTS, path_digest
+from pipeline.evaluation.metrics import Array
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
+from pipeline.held_out import check_held_out
+from pipeline.inference import label_probabilities, load_classifier
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import find_run, still_holds
@@ -34,6 +39,7 @@ from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_out
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
+from pipeline.training.classifier_report import Rival, before, report_classifier
 from pipeline.training.lit_model import check_context
 from pipeline.training.lit_step import LitStep
 from pipeline.training.memory import GIB
@@ -53,7 +59,7 @@ from pipeline.training.reports import (
     log_predictions,
     prediction_rows,
     report_fit,
-    report_test,
+    report_language_model,
 )
 from pipeline.training.run_logger import RunLogger
 from pipeline.weights.fetch import PACKAGED, locate
@@ -99,6 +105,12 @@ class PipelineCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Throughput, "throughput")
+        if self.name == "test":
+            parser.add_argument(
+                "--before",
+                type=str | None,
+                help="A classifier, by its checkpoint, to compare with on the same texts.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
@@ -216,7 +228,8 @@ class PipelineCLI(LightningCLI):
     def run_name(self) -> str:
         """The same for the same configuration, the content of the starting weights included."""
         options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
-        given = (self.config_dump["model"]["init_args"].get("init_from"), self.stage.ckpt_path)
+        init_from = self.config_dump["model"]["init_args"].get("init_from")
+        given = (init_from, self.stage.ckpt_path, self.stage.get("before"))
         weights = [path_digest(locate(source)) for source in given if source]
         deciding = [self.subcommand, decisive(options), weights]
         stem = self.stage.run.name + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
@@ -285,15 +298,51 @@ class PipelineCLI(LightningCLI):
         if self.run:
             self._finish(self.run, Report(self._metrics()))
 
+    def before_test(self) -> None:
+        """Loads the classifier to compare with, if one is given: a mistake costs no test.
+
+        Raises:
+            ValueError: it is none, or has other labels.
+        """
+        self.rival = None
+        if self.run is None or self.stage.before is None:
+            return
+        if not isinstance(self.datamodule, TextClassificationDataModule):
+            raise ValueError("--before compares classifiers, this is none; leave it out.")
+        self.rival = load_classifier(self.stage.before)
+        names, own = self.rival.meta["label_names"], self.datamodule.label_names
+        if names != own:  # in another order they would be split otherwise, too
+            raise ValueError(f"{self._called} has the labels {names}, here they are {own}.")
+
+    @property
+    def _called(self) -> str:
+        return f"before ({self.stage.before})"
+
     def after_test(self) -> None:
         """Scores with intervals, baselines, outcome."""
         if self.run is None:
             return
-        predictions = getattr(self.model, "predictions", [])
+        data, metrics = self.datamodule, self._metrics()
+        if not isinstance(data, TextClassificationDataModule):
+            self._finish(self.run, report_language_model(data, metrics))
+            return
         training = self.model.earlier[-1] if self.model.earlier else None
-        metrics = self._metrics()
-        report = report_test(self.run, self.datamodule, metrics, predictions, training)
+        found, rivals = self.model.predictions, self._rivals(data)
+        report = report_classifier(self.run, data, metrics, found, training, rivals)
         self._finish(self.run, report)
+
+    def _rivals(self, data: TextClassificationDataModule) -> dict[Rival, Array]:
+        """The classifier to compare with, if one is given, and its probabilities.
+
+        Raises:
+            ValueError: it may have learned what is held out.
+        """
+        if self.rival is None:
+            return {}
+        facts, keys = data.fingerprint, data.keys("test")
+        check_held_out(self.rival.meta, data.config, facts, ["test"], keys, called=self._called)
+        found = label_probabilities(self.rival, data.texts("test"), title="before")
+        return {before(stem_of(self.stage.before)): np.array(found)}
 
     def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
         """Predictions of the test set, one JSON line a sample, in order."""

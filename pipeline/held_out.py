@@ -58,6 +58,8 @@ def check_held_out(
     fingerprint: Mapping[str, Any],
     splits: Collection[str],
     keys: Sequence[str] = (),
+    *,
+    called: str = "the checkpoint",
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
@@ -70,6 +72,7 @@ def check_held_out(
         fingerprint: fingerprint of the data here.
         splits: those that are evaluated on.
         keys: of what is evaluated on; see `StepDataModule.keys`.
+        called: what a message calls the checkpoint.
 
     Raises:
         ValueError: naming what differs.
@@ -77,7 +80,7 @@ def check_held_out(
     if found := split_otherwise(meta, config, fingerprint, splits):
         raise ValueError(
             f"what is held out here may have been trained on: {found}. Restore that, or "
-            "give data.source with files that the checkpoint has not seen."
+            f"give data.source with files that {called} has not seen."
         )
     if not (trainings := trained_on(meta)):  # of others, who do not say
         return
@@ -91,7 +94,7 @@ def check_held_out(
         ]
         key = " or ".join(named) or "data.source"
         warn(
-            f"the checkpoint was trained on {', '.join(_learned(dataset))}, and is "
+            f"{called} was trained on {', '.join(_learned(dataset))}, and is "
             f"evaluated on other data, {', '.join(ours)}; {key} says on which."
         )
     for earlier in (training["dataset"] for training in trainings):
@@ -99,15 +102,15 @@ def check_held_out(
         if learned and earlier["split"] == units and (n_known := n_among(keys, learned)):
             of = f"{n_known} of {len(keys)} {units.partition(' ')[0]}"
             warn(
-                f"{of} that are evaluated on are what the checkpoint was trained on; no score of "
+                f"{of} that are evaluated on are what {called} was trained on; no score of "
                 "them is held out."
             )
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))
     if n_repeated and is_same_source and _apart(dataset) != _apart(fingerprint):
         warn(
-            f"{n_repeated} rows of data.source repeat what is held out here; the "
-            "checkpoint may have learned them."
+            f"{n_repeated} rows of data.source repeat what is held out here; {called} may have "
+            "learned them."
         )
 
 

@@ -163,6 +163,10 @@ def test_a_second_tuning_on_another_split_is_warned_of_and_never_tested(
     assert [split.get("split_seed") for split in splits] == [None, 1, 7], "pretraining has none"
     words = ["test", config, *PLAIN, other, f"--ckpt_path={again}"]
     assert "trained on: data.split_seed was 1, is 7" in refused(*words)
+    words = ["test", config, *PLAIN, f"--ckpt_path={tiny.best('spam')}", f"--before={again}"]
+    error = refused(*words)
+    assert "data.split_seed was 7, is 1" in error
+    assert f"files that before ({again}) has not seen" in error
 
 
 def test_going_on_with_another_split_is_remembered_too(tiny: Journey, home: Path) -> None:
@@ -210,7 +214,7 @@ def test_a_test_on_other_data_is_said_and_tracked(
         learned.append(len(texts))
         return tfidf_baseline(texts, *given)
 
-    monkeypatch.setattr("pipeline.training.reports.tfidf_baseline", spied)
+    monkeypatch.setattr("pipeline.training.classifier_report.tfidf_baseline", spied)
     other = tmp_path / "other.tsv"
     lines = (f"{'spam' if n % 3 else 'ham'}\tnote {'x' * n} of the {n}th fox" for n in range(90))
     other.write_text("\n".join(lines))

@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from pipeline.evaluation import classification, metrics
 from pipeline.evaluation.classification import classification_statistics
 from pipeline.evaluation.metrics import Estimate, bootstrap, difference, mean_of, widened
-from pipeline.training import reports
+from pipeline.training import classifier_report
 from pipeline.training.lit_classifier import MeanAUROC
 
 TEXTS = st.text(alphabet=st.sampled_from("ab cé我爱北京.,\n1"), max_size=30)
@@ -297,7 +297,7 @@ def test_both_classifiers_are_scored_once_on_the_same_replicates(
     monkeypatch.setattr(classification, "_auroc", counted("auroc", classification._auroc))
     monkeypatch.setattr(np.random, "default_rng", counted("draw", np.random.default_rng))
     labels, columns = np.arange(60) % 3, np.linspace(0, 1, 180).reshape(60, 3)
-    scores = reports.compare(labels, columns, columns[::-1])
+    scores = classifier_report.compare(labels, columns, columns[::-1])
     assert len(scores) == 45
     assert calls == {"draw": 1, "auroc": 2 * 2 * 3}  # models, replicates and estimate, labels
 
@@ -306,7 +306,7 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
     """Twenty ham and six spam texts, two of which say the same: 25 observations, five of spam."""
     labels = np.array([0] * 20 + [1] * 6)
     perfect, keys = np.eye(2)[labels], [*map(str, range(25)), "24"]
-    scores = reports.compare(labels, perfect, perfect, keys)
+    scores = classifier_report.compare(labels, perfect, perfect, keys)
     bounds = {n: binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (5, 25)}
     for model in ("test/", "baseline/tfidf_"):
         assert scores[f"{model}accuracy_low"] == pytest.approx(bounds[25])
@@ -321,14 +321,14 @@ def test_a_classifier_without_an_error_may_still_err() -> None:
         )
         assert scores[f"{key}_low"] == pytest.approx(bounds[n] - 1)
     many = np.array([0] * 100 + [1] * 100 + [2] * 2)
-    scores = reports.compare(many, np.eye(3)[many], np.eye(3)[many])
+    scores = classifier_report.compare(many, np.eye(3)[many], np.eye(3)[many])
     each = [binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (100, 100, 2)]
     assert scores["test/f1_low"] == pytest.approx(np.mean(each)), "a mean over labels"
     once = perfect[::-1].copy()  # the one text that it calls spam is none
     once[:, 1], once[0, 1] = 0.0, 1.0
     for theirs, n_called in ((once, 1), (np.eye(2)[labels * 0], 0)):
         assert theirs.argmax(1).sum() == n_called
-        scores = reports.compare(labels, perfect, theirs, keys)
+        scores = classifier_report.compare(labels, perfect, theirs, keys)
         assert scores["baseline/tfidf_precision_high"] == pytest.approx(0.975)
         missed = binomtest(0, 5).proportion_ci(0.95, method="exact").high
         assert scores["baseline/tfidf_recall_high"] == pytest.approx(missed)

@@ -25,9 +25,9 @@ from pipeline.decoding.packed import PackedLinear
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
 from pipeline.runs.journal import read_journal
+from pipeline.training.classifier_report import by_label, in_order
 from pipeline.training.figures import confusion_figure
-from pipeline.training.reports import by_label, in_order
-from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, outcome_of, said
 from tests.machine import takes_f16_weights
 
 
@@ -142,6 +142,54 @@ def test_the_classifier_is_scored_beside_a_bag_of_words(tiny: Journey) -> None:
     assert metrics["test/accuracy_minus_tfidf"] == pytest.approx(difference)
     shown = [row["metric"].partition(" (")[0] for row in tiny.outcomes["spam-test"]["headline"]]
     assert shown == ["test accuracy", "test f1 of spam"]
+
+
+def test_two_classifiers_are_compared_on_the_same_texts(tiny: Journey, tmp_path: Path) -> None:
+    """Beside the bag of words: with the scores of the other one's own test."""
+    words = [f"--config={CONFIGS}/spam.yaml", *PLAIN]
+    options = [*SHORT, f"--model.init_from={tiny.best('pretrain')}", "--run.experiment=other"]
+    code, out, err = said("fit", *words, *options, "--run.name=other", "--model.optimizer.lr=0.1")
+    assert code == 0, err
+    other = out.splitlines()[-1]
+    tests = {
+        "its": [f"--ckpt={other}"],
+        "both": [f"--ckpt={tiny.best('spam')}", f"--before={other}"],
+    }
+    for name, given in tests.items():
+        code, out, err = said("test", *words, *given, f"--run.experiment={name}")
+        assert code == 0, err
+    its, both = (outcome_of(tmp_path / "mlruns" / name)["metrics"] for name in tests)
+    own = tiny.outcomes["spam-test"]["metrics"]
+    assert own["test/auroc"] != pytest.approx(its["test/auroc"], abs=1e-3)
+    for name in ("accuracy", "precision", "recall", "f1", "auroc"):
+        assert both[f"test/{name}"] == own[f"test/{name}"]
+        for end in ("", "_low", "_high"):
+            key = f"before/{name}{end}"
+            assert both[key] == pytest.approx(its[f"test/{name}{end}"]), key
+        difference = f"test/{name}_minus_before"
+        assert both[difference] == pytest.approx(own[f"test/{name}"] - its[f"test/{name}"])
+        assert both[f"{difference}_low"] <= both[difference] <= both[f"{difference}_high"]
+    assert f"; other {its['test/accuracy']:.3f} [" in out
+    headline = outcome_of(tmp_path / "mlruns" / "both")["headline"]
+    assert headline[2]["metric"] == "test accuracy (before: other)"
+    assert headline[2]["before"] == both["before/accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("pretrain", "/step-00000008 is not a classifier; tune one with configs/spam.yaml."),
+        ("no/such", "no/such"),
+    ],
+)
+def test_what_is_no_classifier_is_compared_with_none(
+    stage: str, message: str, tiny: Journey
+) -> None:
+    before = tiny.best(stage) if stage in tiny.outcomes else Path(stage)
+    words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--before={before}"]
+    code, _, err = said(*words, f"--ckpt={tiny.best('spam')}")
+    assert code == 2
+    assert message in err.splitlines()[-1]
 
 
 def test_texts_without_probabilities_are_no_ham() -> None:

@@ -73,6 +73,9 @@ def answer(
     own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
     keys = held_out.keys(answering.split)
     check_held_out(tuned.meta, own, facts, [answering.split], keys)
+    if before and untuned is not None:  # of a parent the tuned model knows what it learned
+        called = f"before ({before})"
+        check_held_out(untuned.meta, own, facts, [answering.split], keys, called=called)
     prompts = prompts_of(held_out, answering, context)
     after, *earlier = (
         respond(loaded, tuned, held_out, prompts, answering, kept) for loaded in models

@@ -52,7 +52,7 @@ STAGE_COMMANDS = {
     "merge": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("best",)),
     "export": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("exported",)),
     "validate": _EVALUATION,
-    "test": _EVALUATION,
+    "test": replace(_EVALUATION, inputs={**_EVALUATION.inputs, "before": ("--before", ("best",))}),
     "predict": replace(_EVALUATION, outputs=("predictions",)),
     "generate": StageCommand({"ckpt": ("--ckpt", ("best",))}),
     "classify": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("labels",)),

@@ -1,0 +1,235 @@
+"""What a classifier's test says: scores with intervals, beside others' on the same texts."""
+
+import itertools
+import pydoc
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from datamodules.baselines import tfidf_baseline
+from datamodules.text_classification import TextClassificationDataModule
+from pipeline.arguments import construct
+from pipeline.console import say, warn
+from pipeline.evaluation.classification import Labels, classification_statistics
+from pipeline.evaluation.metrics import Array, bootstrap_all, widened
+from pipeline.resume import changed_files
+from pipeline.runs.run_directory import Run
+from pipeline.training.figures import confusion_figure
+from pipeline.training.reports import Prediction, Report, log_predictions, prediction_rows
+
+OWN = "test/{}"  # keys of metrics
+
+
+class Rival(NamedTuple):
+    """What a classifier is compared with.
+
+    Attributes:
+        words: what it is called.
+        own: key of its metrics, with a place for the measure.
+        difference: likewise, of the classifier's minus its own.
+    """
+
+    words: str
+    own: str
+    difference: str
+
+
+TFIDF = Rival("TF-IDF + logistic regression", "baseline/tfidf_{}", "test/{}_minus_tfidf")
+
+
+def before(name: str) -> Rival:
+    """Another classifier, called by its run."""
+    return Rival(name, "before/{}", "test/{}_minus_before")
+
+
+def report_classifier(
+    run: Run,
+    data: TextClassificationDataModule,
+    metrics: dict[str, float],
+    predictions: Sequence[Prediction],
+    training: Mapping[str, Any] | None = None,
+    rivals: Mapping[Rival, Array] | None = None,
+) -> Report:
+    """Scores with 95 % intervals, beside those of a bag of words on the same texts, and of others.
+
+    Args:
+        run: gets the confusion matrix and the predictions.
+        data: the data module whose test set was predicted.
+        metrics: what the module logged itself.
+        predictions: micro-batches of a classifier's `predict_step`.
+        training: `data` and `dataset` of what the classifier learned, where it is known.
+        rivals: probabilities (N, K) of others for the same texts, in their order.
+    """
+    labels, ours = in_order(predictions)
+    predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
+    log_predictions(run, [{**row, "label": data.label_names[label]} for row, label in predicted])
+    counts = np.zeros((len(data.label_names), len(data.label_names)), dtype=int)
+    np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
+    run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
+    say(f"comparing with {TFIDF.words} ...")
+    scores: dict[str, float] = {}
+    rows, lines = [], []
+    for rival, theirs in {TFIDF: _tfidf(data, training), **(rivals or {})}.items():
+        scores |= compare(labels, ours, theirs, data.keys("test"), rival)
+        for name, words in _headline(data.label_names).items():
+            row = {"before": scores[rival.own.format(name)], "after": scores[OWN.format(name)]}
+            rows.append({"metric": f"test {words} (before: {rival.words})", **row})
+            lines.append(beside(scores, name, words, rival))
+    if len(data.label_names) > 2:
+        for name, values in by_label(labels, ours.argmax(1), data.label_names).items():
+            shown = [f"{key} {value:.3f}" for key, value in values.items() if key != "texts"]
+            lines.append(f"  {name}: {', '.join(shown)}, of {values['texts']} texts")
+            scores |= {f"test/{key}/{name}": float(value) for key, value in values.items()}
+    return Report({**metrics, **scores}, rows, lines)
+
+
+def _headline(label_names: Sequence[str]) -> dict[str, str]:
+    """The measures that a chain's table has, and how it calls them."""
+    of = label_names[1] if len(label_names) == 2 else None
+    return {"accuracy": "accuracy", "f1": f"f1 of {of}" if of else "f1, mean of the labels'"}
+
+
+def _tfidf(data: TextClassificationDataModule, training: Mapping[str, Any] | None) -> Array:
+    """(N, K) probabilities of a bag of words that learned what the classifier did."""
+    learned = _learned(data, training)
+    return tfidf_baseline(
+        learned.texts("train"),
+        learned.labels("train"),
+        learned.texts("val"),
+        learned.labels("val"),
+        data.texts("test"),
+    )
+
+
+def _learned(
+    data: TextClassificationDataModule, training: Mapping[str, Any] | None
+) -> TextClassificationDataModule:
+    """The data whose training set a classifier learned: those here, or its own of other files."""
+    if training is None or training["dataset"].get("digest") == data.fingerprint["digest"]:
+        return data
+    kind, given = type(data), training["data"] or {}
+    try:
+        if pydoc.locate(str(given.get("class_path"))) is not kind:
+            raise ValueError("it does not say how they were read.")
+        learned = construct(kind, given["init_args"], "data")
+        learned.read()
+        if changed := changed_files(
+            training["dataset"]["sources"], learned.files.facts()["sources"]
+        ):
+            raise ValueError(f"{', '.join(changed)}: not what was learned.")
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # of another's class
+        warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
+        return data
+    return learned
+
+
+def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Precision, recall and F1 of each label, NaN where there is none, and how many texts it has.
+
+    Args:
+        labels: (N,) true classes.
+        predicted: (N,) classes.
+        names: (K,) of the classes.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    found = precision_recall_fscore_support(
+        labels, predicted, labels=range(len(names)), zero_division=np.nan
+    )
+    return {  # where nothing is right the counts come as floats
+        name: {"precision": precision, "recall": recall, "f1": f1, "texts": int(n)}
+        for name, precision, recall, f1, n in zip(names, *found, strict=True)
+    }
+
+
+def beside(scores: Mapping[str, float], name: str, words: str, rival: Rival) -> str:
+    """A score, called `words`, a rival's, and the paired difference, with 95 % intervals."""
+
+    def shown(of: str, form: str = ".3f") -> str:
+        key = of.format(name)
+        low, high = scores[f"{key}_low"], scores[f"{key}_high"]
+        return f"{scores[key]:{form}} [{low:{form}}, {high:{form}}]"
+
+    return (
+        f"test {words}: {shown(OWN)}; {rival.words} {shown(rival.own)}; difference "
+        f"{shown(rival.difference, '+.3f')}"
+    )
+
+
+def compare(
+    labels: Labels,
+    ours: Array,
+    theirs: Array,
+    keys: Sequence[str] | None = None,
+    rival: Rival = TFIDF,
+) -> dict[str, float]:
+    """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
+
+    Where no resample differs an interval is `widened`: that of accuracy by all items, of precision
+    by those that were given a label, others by those that have it: of two labels the rarer one, of
+    more each, whose mean they are.
+
+    Args:
+        labels: (N,) true classes.
+        ours: (N, K) probabilities.
+        theirs: (N, K) probabilities of the rival.
+        keys: (N,) equal for texts that say the same thing, which are no observations of their own.
+        rival: what the keys of its scores are.
+    """
+    positive = 1 if ours.shape[1] == 2 else None
+    mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
+    base = classification_statistics(labels, theirs.argmax(1), theirs, positive=positive)
+    models = {OWN: ours, rival.own: theirs}
+    units, present = keys or range(len(labels)), set(labels.tolist())
+
+    def both_and_difference(weights: Array) -> Array:
+        values = [(mine[name](weights), base[name](weights)) for name in mine]
+        return np.concatenate([(own, other, own - other) for own, other in values])
+
+    def n_behind(name: str, form: str) -> list[int]:
+        if name == "accuracy":
+            return [len(set(units))]
+        given = [model.argmax(1) for of, model in models.items() if form in (of, rival.difference)]
+        behind = given if name == "precision" else [labels]
+        counts = min((_n_of_each(classes, units, present) for classes in behind), key=min)
+        return counts if positive is None else [min(counts)]
+
+    estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
+    scores: dict[str, float] = {}
+    for (name, form), estimate in zip(
+        itertools.product(mine, (*models, rival.difference)), estimates, strict=True
+    ):
+        lowest = -1.0 if form == rival.difference else 0.0
+        estimate = widened(estimate, *n_behind(name, form), scale=1.0, lowest=lowest)
+        key = form.format(name)
+        scores[key] = estimate.value
+        scores[f"{key}_low"], scores[f"{key}_high"] = estimate.low, estimate.high
+    return scores
+
+
+def _n_of_each(classes: Labels, keys: Iterable[Any], among: Iterable[int]) -> list[int]:
+    """How many different items have each class; at least 1."""
+    counts = Counter(c for c, _ in set(zip(classes.tolist(), keys, strict=True)))
+    return [max(1, counts[c]) for c in among]
+
+
+def in_order(predictions: Sequence[Prediction]) -> tuple[Labels, Array]:
+    """Labels (N,) and probabilities (N, K) by sample id; micro-batches are sorted by length.
+
+    Raises:
+        ValueError: where the model overflowed, and a text has no label.
+    """
+    ids, labels, probabilities = (
+        torch.cat([prediction[key] for prediction in predictions]).cpu().numpy()
+        for key in ("sample_ids", "label", "probabilities")
+    )
+    if len(odd := ids[np.isnan(probabilities).any(axis=1)]):
+        raise ValueError(
+            f"{len(odd)} of {len(ids)} texts, such as sample {odd.min()}, have NaN for "
+            "probabilities: the model overflows on them; give trainer.precision 32-true."
+        )
+    order = ids.argsort()
+    return labels[order], probabilities[order].astype(np.float64)

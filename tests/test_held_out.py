@@ -63,6 +63,18 @@ def test_scores_on_another_split_are_refused(tiny: Journey) -> None:
     assert "what is held out here may have been trained on: data.split_seed was 1, is 7" in err
 
 
+def test_what_a_score_compares_with_has_not_learned_it_either(tiny: Journey) -> None:
+    words = ["fit", f"--config={CONFIGS}/instruct.yaml", *SHORT, *PLAIN, "--data.split_seed=7"]
+    code, out, err = said(*words, f"--model.init_from={tiny.best('pretrain')}")
+    assert code == 0, err
+    before = out.splitlines()[-1]
+    code, _, err = score(tiny, f"--before={before}")
+    assert code == 2
+    error = err.splitlines()[-1]
+    assert "trained on: data.split_seed was 7, is 1" in error
+    assert f"files that before ({before}) has not seen" in error
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [({"sorce": "x"}, "sorce"), ({"max_length": "long"}, "max_length"), ({"batch_size": 0}, "0")],

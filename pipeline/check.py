@@ -19,6 +19,7 @@ from pipeline.console import say
 from pipeline.directories import CHECKPOINTS
 from pipeline.hardware import multiplies_bf16
 from pipeline.runs.journal import JOURNAL
+from pipeline.runs.reuse import Attempt
 from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.stage_run import mlruns_root
 from pipeline.training.memory import GIB
@@ -35,7 +36,7 @@ class CheckCLI(PipelineCLI):
     }
 
     @contextmanager
-    def make_run(self) -> Iterator[Run]:
+    def make_run(self, attempt: Attempt) -> Iterator[Run]:
         """A run that is gone afterwards; MLflow never hears of it."""
         mlruns_root().mkdir(parents=True, exist_ok=True)
         for journal in mlruns_root().glob(f".check-*/*/*/{JOURNAL}"):
@@ -139,7 +140,7 @@ class CheckCLI(PipelineCLI):
             )
 
     def _would_be(self) -> str:
-        path = mlruns_root() / self.stage.run.experiment / self.run_name()
+        path = self.attempt().path
         if read_outcome(path) is not None:
             return f"{path} is finished; fit would do nothing (--run.resume never starts anew)"
         newest = newest_valid(path / CHECKPOINTS, set_aside=False)

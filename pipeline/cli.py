@@ -34,7 +34,7 @@ from pipeline.held_out import check_held_out
 from pipeline.inference import label_probabilities, load_classifier
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
-from pipeline.runs.reuse import find_run, still_holds
+from pipeline.runs.reuse import Attempt, find_run, what_changed
 from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
@@ -206,17 +206,19 @@ class PipelineCLI(LightningCLI):
             logger.trainer = trainer
         return trainer
 
-    def make_run(self) -> AbstractContextManager[Run]:
+    def make_run(self, attempt: Attempt) -> AbstractContextManager[Run]:
         """The run that the command keeps everything in."""
-        return open_run(self.stage.run.experiment, self.run_name(), self.config_dump)
+        if attempt.why and RUN_VARIABLE not in os.environ:  # else the chain has said so
+            say(f"anew: {attempt.why}")
+        return open_run(self.stage.run.experiment, attempt.path.name, self.config_dump)
 
     def _open_on_first_rank(self) -> None:
         """Opens the run in the first of several processes; the others learn where it lies."""
-        experiment, name = self.stage.run.experiment, self.run_name()
+        attempt = self.attempt()
         self.run: Run | None = None
-        self.run_path = Path(os.environ.get(RUN_VARIABLE) or mlruns_root() / experiment / name)
+        self.run_path = Path(os.environ.get(RUN_VARIABLE) or attempt.path)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            run = self.stack.enter_context(self.make_run())
+            run = self.stack.enter_context(self.make_run(attempt))
             run.log_tags({"precision.resolved": self.stage.trainer.precision})
             self.run, self.run_path = run, run.path
             if RUN_VARIABLE not in os.environ:  # for processes that Lightning starts
@@ -225,8 +227,8 @@ class PipelineCLI(LightningCLI):
         elif read_outcome(self.run_path) is not None:  # the first does not wait for the others
             raise AlreadyFinished(self.run_path)
 
-    def run_name(self) -> str:
-        """The same for the same configuration, the content of the starting weights included."""
+    def attempt(self) -> Attempt:
+        """Where it runs: by its configuration and the content of its starting weights."""
         options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         init_from = self.config_dump["model"]["init_args"].get("init_from")
         given = (init_from, self.stage.ckpt_path, self.stage.get("before"))
@@ -235,8 +237,8 @@ class PipelineCLI(LightningCLI):
         stem = self.stage.run.name + ("" if self.subcommand == "fit" else f"-{self.subcommand}")
         name = f"{stem}-{digest(deciding)[:8]}"
         base = mlruns_root() / self.stage.run.experiment / name
-        holds = partial(still_holds, options=decisive(options))
-        return find_run(base, holds, anew=self.stage.run.resume == "never")[0].name
+        change = partial(what_changed, options=decisive(options))
+        return find_run(base, change, anew=self.stage.run.resume == "never")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; what a library says when memory is short or a worker dies becomes one line."""

@@ -165,8 +165,12 @@ def test_lost_output_and_other_options_run_again(
     assert run_chain(chain) == 0
     (big,) = runs(home, "big")
     (big / "tokenizer.json").unlink()
+    capfd.readouterr()
     assert run_chain(chain) == 0
     assert len(runs(home, "big")) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "anew" in line]
+    gone = big / "tokenizer.json"
+    assert lines == [f"[2/2] big: anew, {big} is finished, but {gone} is gone"]
 
     assert main(["run", "-c", str(chain), "--set", "big.vocab_size=275"]) == 0
     outcome = read_outcome(runs(home, "big")[-1])

@@ -8,7 +8,7 @@ import pytest
 from datamodules.files import file_digests
 from datamodules.sources import PYTHON_DOCS, source_digests
 from pipeline.directories import path_digest
-from pipeline.runs.reuse import find_run, still_holds
+from pipeline.runs.reuse import find_run, what_changed
 from pipeline.runs.run_directory import Run
 
 
@@ -22,7 +22,7 @@ def made(sources: dict[str, str] | None = None, **outputs: str) -> dict[str, Any
 
 
 def new_run(base: Path) -> Path:
-    return find_run(base, lambda outcome: True, anew=True)[0]
+    return find_run(base, lambda outcome: "", anew=True).path
 
 
 def attempt(base: Path, *, finished: bool) -> Path:
@@ -35,17 +35,17 @@ def attempt(base: Path, *, finished: bool) -> Path:
 
 
 def found(base: Path, *, stale: tuple[Path, ...] = ()) -> Path:
-    def holds(outcome: object) -> bool:
-        return next(made) not in stale
+    def change(outcome: object) -> str:
+        return "stale" if next(made) in stale else ""
 
     made = iter(sorted(p for p in base.parent.iterdir() if (p / "outcome.json").exists())[::-1])
-    path, outcome = find_run(base, holds)
+    path, outcome, _ = find_run(base, change)
     assert (outcome is not None) == (path / "outcome.json").exists()
     return path
 
 
 def test_the_first_is_new(base: Path) -> None:
-    assert find_run(base, lambda outcome: True) == (base, None)
+    assert find_run(base, lambda outcome: "") == (base, None, "")
 
 
 def test_of_finished_ones_the_last_is_used(base: Path) -> None:
@@ -89,9 +89,9 @@ def test_weights_by_a_relative_path_that_were_joined_by_a_file(
     (tmp_path / "hf" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     outcome = made(file_digests([tmp_path / "hf" / "config.json"]))
-    assert still_holds(outcome, {"source": "hf"})
+    assert not what_changed(outcome, {"source": "hf"})
     (tmp_path / "hf" / "chat_template.jinja").write_text("")
-    assert not still_holds(outcome, {"source": "hf"})
+    assert what_changed(outcome, {"source": "hf"})
 
 
 def test_a_source_that_leads_elsewhere_now_is_a_change(
@@ -103,9 +103,9 @@ def test_a_source_that_leads_elsewhere_now_is_a_change(
     options = {"data.init_args.source": ["$WHERE/x.txt"]}
     monkeypatch.setenv("WHERE", str(tmp_path / "a"))
     outcome = made(source_digests(["$WHERE/x.txt"]))
-    assert still_holds(outcome, options)
+    assert not what_changed(outcome, options)
     monkeypatch.setenv("WHERE", str(tmp_path / "b"))
-    assert not still_holds(outcome, options)
+    assert what_changed(outcome, options)
 
 
 @pytest.mark.parametrize("option", ["data.source", "data.val_source", "data.test_source", "source"])
@@ -113,12 +113,12 @@ def test_a_file_that_changed_or_joined_a_folder_is_a_change(option: str, tmp_pat
     (tmp_path / "a.json").write_text("[1]")
     outcome = made(source_digests([str(tmp_path)]))
     options = {"data.source": None, option: str(tmp_path)}
-    assert still_holds(outcome, options)
+    assert not what_changed(outcome, options)
     (tmp_path / "a.json").write_text("[3]")
-    assert not still_holds(outcome, options)
+    assert what_changed(outcome, options)
     (tmp_path / "a.json").write_text("[1]")
     (tmp_path / "b.json").write_text("[2]")
-    assert not still_holds(outcome, options)
+    assert what_changed(outcome, options)
 
 
 def test_a_finished_run_holds_while_what_it_made_is_as_it_was(tmp_path: Path) -> None:
@@ -127,14 +127,14 @@ def test_a_finished_run_holds_while_what_it_made_is_as_it_was(tmp_path: Path) ->
     (best / "model.safetensors").write_text("weights")
     outcome = made(best=str(best))
     pinned = {**outcome, "digests": {"best": path_digest(best)}}
-    assert still_holds(outcome, {})
-    assert still_holds(pinned, {})
-    assert not still_holds({**outcome, "complete": False}, {})
+    assert not what_changed(outcome, {})
+    assert not what_changed(pinned, {})
+    assert what_changed({**outcome, "complete": False}, {})
     (best / "model.safetensors").write_text("others")
-    assert still_holds(outcome, {})
-    assert not still_holds(pinned, {})
+    assert not what_changed(outcome, {})
+    assert what_changed(pinned, {})
     shutil.rmtree(best)
-    assert not still_holds(outcome, {})
+    assert what_changed(outcome, {})
 
 
 def test_a_folder_whose_files_changed_names_is_another(tmp_path: Path) -> None:
@@ -155,11 +155,13 @@ def test_what_can_be_had_again_may_be_gone(tmp_path: Path, monkeypatch: pytest.M
         docs: True,
         f"{docs}0": False,
     }.items():
-        assert still_holds(made({name: "ab" * 32}), {}) == holds, name
+        assert (not what_changed(made({name: "ab" * 32}), {})) == holds, name
 
 
 def test_weights_are_recorded_by_other_paths_than_they_are_given(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("weights")
     outcome = made()
-    assert still_holds(outcome, {"model.source": str(tmp_path), "source": str(tmp_path / "gone")})
-    assert not still_holds(outcome, {"data.source": str(tmp_path)})
+    assert not what_changed(
+        outcome, {"model.source": str(tmp_path), "source": str(tmp_path / "gone")}
+    )
+    assert what_changed(outcome, {"data.source": str(tmp_path)})

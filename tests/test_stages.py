@@ -547,18 +547,21 @@ def test_other_data_or_another_vocabulary_are_not_the_same(
     words += [f"--ckpt_path={tiny.best('spam')}", f"--data.tokenizer={tokenizer}"]
     tokenizer.write_bytes(tiny.tokenizer.read_bytes())
 
-    def is_finished() -> bool:
+    def run_twice(changed: Path | None = None) -> None:
         code, _, err = said(*words)
-        assert code == 0, err
-        return "already finished" in err
+        assert (code, "already finished" in err) == (0, False), err
+        why = re.search(r"^anew: \S+ is finished, but (\S+) has changed$", err, re.MULTILINE)
+        assert (why and Path(why[1])) == changed
+        code, _, err = said(*words)
+        assert (code, "already finished" in err, "anew: " in err) == (0, True, False), err
 
-    assert [is_finished() for _ in range(2)] == [False, True]
+    run_twice()
     data.write_text("".join(rows).replace("number", "numbers"))
-    assert [is_finished() for _ in range(2)] == [False, True]
+    run_twice(data)
     tokenizer.write_text(tokenizer.read_text() + "\n")
-    assert [is_finished() for _ in range(2)] == [False, True]
+    run_twice(tokenizer)
     data.write_text("".join(rows))  # what was made of it then does not hold: another vocabulary
-    assert [is_finished() for _ in range(2)] == [False, True]
+    run_twice(data)
 
 
 def test_predict_writes_a_line_a_sample(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:

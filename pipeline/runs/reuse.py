@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datamodules.files import cache_dir, digest, sha256
 from datamodules.sources import PYTHON_DOCS, SOURCES, resolve
@@ -17,9 +17,21 @@ from pipeline.runs.run_directory import read_outcome
 Outcome = Mapping[str, Any]
 
 
-def find_run(
-    base: Path, holds: Callable[[Outcome], bool], *, anew: bool = False
-) -> tuple[Path, Outcome | None]:
+class Attempt(NamedTuple):
+    """Where something runs, or has run.
+
+    Attributes:
+        path: the run directory.
+        outcome: of a finished run that may be used again; None where it has to run.
+        why: what keeps the last finished one from that, if there is one.
+    """
+
+    path: Path
+    outcome: Outcome | None
+    why: str = ""
+
+
+def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False) -> Attempt:
     """The last attempt if it was interrupted, else the last that still holds, else a new one.
 
     One that was interrupted in training before it had a checkpoint is not gone on with: another
@@ -27,30 +39,34 @@ def find_run(
 
     Args:
         base: run directory of the first attempt.
-        holds: whether the outcome of a finished run may be used again.
+        change: what keeps the outcome of a finished run from being used again; empty for nothing.
         anew: a new one in any case.
-
-    Returns:
-        The run directory, and its outcome if it may be used.
     """
+    why = ""
     made = list(takewhile(Path.exists, _attempts(base)))
     for path in [] if anew else reversed(made):
         outcome = read_outcome(path)
         if outcome is None and path == made[-1] and not _is_stranded(path):
-            return path, None
-        if outcome is not None and holds(outcome):
-            return path, outcome
-    return next(path for path in _attempts(base) if not path.exists()), None
+            return Attempt(path, None)
+        if outcome is not None and not (found := change(outcome)):
+            return Attempt(path, outcome)
+        if outcome is not None:
+            why = why or f"{path} is finished, but {found}"
+    return Attempt(next(path for path in _attempts(base) if not path.exists()), None, why)
 
 
-def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
-    """Whether a finished run may be used again: complete, outputs and inputs as they were.
+def what_changed(outcome: Outcome, options: Mapping[str, Any]) -> str:
+    """What of a finished run is not as it was; empty where it is whole, and may be used again.
 
     Args:
         outcome: the run's outcome.
         options: by dotted key; where a source is a folder, a file that joined it is a change, and
             of data every file that was not read.
     """
+    return next(_changes(outcome, options), "")
+
+
+def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
     recorded = outcome["sources"]
     sources = [
         (source, key.startswith("data."))
@@ -58,16 +74,19 @@ def still_holds(outcome: Outcome, options: Mapping[str, Any]) -> bool:
         if key.rpartition(".")[2] in SOURCES and value is not None
         for source in (value if isinstance(value, list) else [value])
     ]
-    return (
-        outcome["complete"]
-        and all(Path(path).exists() for path in outcome["outputs"].values())
-        and all(
-            path_digest(Path(outcome["outputs"][name])) == recorded
-            for name, recorded in outcome["digests"].items()
-        )
-        and all(_is_unchanged(name, recorded[name]) for name in recorded)
-        and not any(_has_grown(source, set(recorded), of_data) for source, of_data in sources)
+    if not outcome["complete"]:
+        yield "some of it could not be done"
+    outputs: Mapping[str, str] = outcome["outputs"]
+    yield from (f"{path} is gone" for path in outputs.values() if not Path(path).exists())
+    for name, written in outcome["digests"].items():
+        if path_digest(Path(outputs[name])) != written:
+            yield f"{outputs[name]} is not what it wrote"
+    yield from (
+        f"{name} has changed" for name in recorded if not _is_unchanged(name, recorded[name])
     )
+    for source, of_data in sources:
+        if _has_grown(source, set(recorded), of_data):
+            yield f"{source} has other files"
 
 
 def code_digest() -> str:

@@ -14,7 +14,7 @@ from datamodules.files import digest
 from pipeline.console import say
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.provenance import environment
-from pipeline.runs.reuse import find_run, still_holds
+from pipeline.runs.reuse import find_run, what_changed
 from pipeline.runs.run_directory import AlreadyFinished, Run, flat, read_outcome
 from pipeline.runs.tracking import Replica
 
@@ -50,9 +50,11 @@ def run_once(
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
-    attempt, _ = find_run(base, partial(still_holds, options=flat(config)))
+    attempt = find_run(base, partial(what_changed, options=flat(config)))
+    if attempt.why:
+        say(f"anew: {attempt.why}")
     try:
-        with open_run(experiment, attempt.name, config) as run:
+        with open_run(experiment, attempt.path.name, config) as run:
             make(run)
         path = run.path
     except AlreadyFinished as finished:

@@ -23,7 +23,7 @@ from pipeline.directories import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
 from pipeline.runs.provenance import environment
-from pipeline.runs.reuse import Outcome, code_digest, find_run, still_holds
+from pipeline.runs.reuse import Outcome, code_digest, find_run, what_changed
 from pipeline.runs.run_directory import Run, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.runs.tracking import Replica
@@ -41,6 +41,7 @@ class StageRun:
         inputs: path of each input.
         identity: what decides the result, with digests of the inputs.
         outcome: None where it has to run.
+        why: why an earlier one is not used again, if there is one.
         is_reused: it had its outcome before.
     """
 
@@ -49,6 +50,7 @@ class StageRun:
     inputs: Mapping[str, str]
     identity: Mapping[str, Any]
     outcome: Outcome | None
+    why: str = ""
     is_reused: bool = True
 
     @property
@@ -92,7 +94,11 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
     anew = resume == "never"
     done = {} if anew else _finished(chain, folder)
     runs = _outputs(done)
-    parent_path, outcome = find_run(base, lambda made: bool(made["outputs"] == runs), anew=anew)
+    parent_path, outcome, _ = find_run(
+        base,
+        lambda made: "" if made["outputs"] == runs else "its stages have other runs",
+        anew=anew,
+    )
     if resume == "must" and outcome is None and not (parent_path / JOURNAL).exists():
         raise ValueError(
             f"resume is must, but no run of {path} was interrupted; give auto to start one."
@@ -185,16 +191,19 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     if given := stage.paths():
         identity["given"] = {key: path_digest(path) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
-    path, outcome = find_run(base, partial(_still_holds, stage), anew=anew or stage.starts_anew())
-    return StageRun(stage, path, inputs, identity, outcome)
+    found = find_run(base, partial(_what_changed, stage), anew=anew or stage.starts_anew())
+    return StageRun(stage, found.path, inputs, identity, found.outcome, found.why)
 
 
-def _still_holds(stage: Stage, outcome: Outcome) -> bool:
+def _what_changed(stage: Stage, outcome: Outcome) -> str:
     written = stage.options().get("output")  # a copy, or all that the command makes
-    is_there = written is None or Path(written).exists()
-    if is_there and written and (copied := outcome["outputs"].get("tokenizer")):
-        is_there = path_digest(Path(written)) == path_digest(Path(copied))
-    return is_there and still_holds(outcome, options=stage.options())
+    if written is not None and not Path(written).exists():
+        return f"{written} is gone"
+    if (found := what_changed(outcome, options=stage.options())) or not written:
+        return found
+    copied = outcome["outputs"].get("tokenizer")
+    is_as_it_was = not copied or path_digest(Path(written)) == path_digest(Path(copied))
+    return "" if is_as_it_was else f"{written} is not what it wrote"
 
 
 def _go_on(chain: Chain, folder: Path, parent: Run, anew: bool) -> dict[str, StageRun]:
@@ -242,6 +251,8 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
         StageFailed: it has none, or a signal came.
     """
     words = run.stage.arguments(run.inputs)
+    if run.why:
+        say(f"{title}: anew, {run.why}")
     say(f"{title}: python -m pipeline {shlex.join(words)}")
     record = {**run.identity, "paths": run.inputs, "arguments": words, "code": code_digest()}
     write_atomically(run.path / RECORD, dumps(record, indent=2).encode())

@@ -93,9 +93,10 @@ def check_held_out(
             if split in apart
         ]
         key = " or ".join(named) or "data.source"
+        unknown = "" if dataset.get("learned") else "; which texts it learned is not known"
         warn(
             f"{called} was trained on {', '.join(_learned(dataset))}, and is "
-            f"evaluated on other data, {', '.join(ours)}; {key} says on which."
+            f"evaluated on other data, {', '.join(ours)}; {key} says on which{unknown}."
         )
     for earlier in (training["dataset"] for training in trainings):
         learned, units = earlier.get("learned"), fingerprint.get("split", "")

@@ -305,7 +305,9 @@ def test_pretraining_beside_a_file_of_its_own(tiny: Journey, tmp_path: Path) -> 
     assert code == 0, err
     assert "test/loss: " in out + err
     assert "pretraining has no third split" in out + err
-    assert f"is evaluated on other data, {another}; data.val_source says on which." in err
+    assert (
+        f"is evaluated on other data, {another}; data.val_source says on which; which texts" in err
+    )
 
 
 def test_a_table_needs_something_to_train_on(tiny: Journey, tmp_path: Path) -> None:

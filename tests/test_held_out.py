@@ -233,7 +233,7 @@ def test_a_test_on_other_data_is_said_and_tracked(
     words = ["test", f"--config={CONFIGS}/spam.yaml", *PLAIN, f"--data.source={other}"]
     code, _, err = said(*words, f"--ckpt_path={tiny.best('spam')}")
     assert code == 0, err
-    assert f", and is evaluated on other data, {other}; data.source says on which" in err
+    assert f", and is evaluated on other data, {other}; data.source says on which.\n" in err
     assert learned == [read_meta(tiny.best("spam"))["dataset"]["counts"]["train"]]  # as the model
     (run,) = home.glob("*/*/outcome.json")
     wanted = json.loads(run.read_text())["metrics"]

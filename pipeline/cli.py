@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,14 +23,11 @@ from datamodules.files import digest
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import one_line
-from pipeline.checkpoint import newest_valid, stem_of
+from pipeline.checkpoint import newest_valid
 from pipeline.console import say
 from pipeline.directories import CHECKPOINTS, path_digest
-from pipeline.evaluation.metrics import Array
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.held_out import check_held_out
-from pipeline.inference import label_probabilities, load_classifier
 from pipeline.resume import interrupted_like
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import Attempt, find_run, what_changed
@@ -39,19 +35,21 @@ from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_out
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
-from pipeline.training.classifier_report import Rival, before, report_classifier
+from pipeline.training.classifier_report import report_classifier
 from pipeline.training.lit_model import check_context
 from pipeline.training.lit_step import LitStep
 from pipeline.training.memory import GIB
 from pipeline.training.optim import check_warmup
 from pipeline.training.options import (
     RunConfig,
+    as_list,
     check_callbacks,
     check_processes,
     check_trainer,
     option_names,
     with_options_of_fit,
 )
+from pipeline.training.other_classifier import OtherClassifier
 from pipeline.training.progress import ProgressDisplay, quiet_libraries
 from pipeline.training.reports import (
     PREDICTIONS,
@@ -68,11 +66,6 @@ from pipeline.weights.reading import is_foreign, tokenizer_of
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
 TrainingPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
-
-
-def as_list(value: Any) -> list[Any]:
-    """One, several or none, as Lightning takes plugins and callbacks."""
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class PipelineCLI(LightningCLI):
@@ -301,24 +294,9 @@ class PipelineCLI(LightningCLI):
             self._finish(self.run, Report(self._metrics()))
 
     def before_test(self) -> None:
-        """Loads the classifier to compare with, if one is given: a mistake costs no test.
-
-        Raises:
-            ValueError: it is none, or has other labels.
-        """
-        self.rival = None
-        if self.run is None or self.stage.before is None:
-            return
-        if not isinstance(self.datamodule, TextClassificationDataModule):
-            raise ValueError("--before compares classifiers, this is none; leave it out.")
-        self.rival = load_classifier(self.stage.before)
-        names, own = self.rival.meta["label_names"], self.datamodule.label_names
-        if names != own:  # in another order they would be split otherwise, too
-            raise ValueError(f"{self._called} has the labels {names}, here they are {own}.")
-
-    @property
-    def _called(self) -> str:
-        return f"before ({self.stage.before})"
+        """Reads the classifier to compare with, if one is given."""
+        given = self.stage.before if self.run else None
+        self.other = OtherClassifier(given, self.datamodule) if given else None
 
     def after_test(self) -> None:
         """Scores with intervals, baselines, outcome."""
@@ -329,22 +307,10 @@ class PipelineCLI(LightningCLI):
             self._finish(self.run, report_language_model(data, metrics))
             return
         training = self.model.earlier[-1] if self.model.earlier else None
-        found, rivals = self.model.predictions, self._rivals(data)
+        rivals = self.other.probabilities() if self.other else {}
+        found = self.model.predictions
         report = report_classifier(self.run, data, metrics, found, training, rivals)
         self._finish(self.run, report)
-
-    def _rivals(self, data: TextClassificationDataModule) -> dict[Rival, Array]:
-        """The classifier to compare with, if one is given, and its probabilities.
-
-        Raises:
-            ValueError: it may have learned what is held out.
-        """
-        if self.rival is None:
-            return {}
-        facts, keys = data.fingerprint, data.keys("test")
-        check_held_out(self.rival.meta, data.config, facts, ["test"], keys, called=self._called)
-        found = label_probabilities(self.rival, data.texts("test"), title="before")
-        return {before(stem_of(self.stage.before)): np.array(found)}
 
     def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:
         """Predictions of the test set, one JSON line a sample, in order."""

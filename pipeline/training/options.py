@@ -98,6 +98,11 @@ class RunConfig:
         check_name(self.name, "run.name")
 
 
+def as_list(value: Any) -> list[Any]:
+    """One, several or none, as Lightning takes plugins and callbacks."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def with_options_of_fit(words: Sequence[str]) -> list[str]:
     """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
 

@@ -19,6 +19,7 @@ import torch
 from matplotlib.cbook import is_math_text
 
 from datamodules.tables import read_table
+from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.decoding.packed import PackedLinear
@@ -27,6 +28,7 @@ from pipeline.models import Loaded, load
 from pipeline.runs.journal import read_journal
 from pipeline.training.classifier_report import by_label, in_order
 from pipeline.training.figures import confusion_figure
+from pipeline.training.other_classifier import OtherClassifier
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, outcome_of, said
 from tests.machine import takes_f16_weights
 
@@ -190,6 +192,16 @@ def test_what_is_no_classifier_is_compared_with_none(
     code, _, err = said(*words, f"--ckpt={tiny.best('spam')}")
     assert code == 2
     assert message in err.splitlines()[-1]
+
+
+def test_classifiers_of_other_labels_are_not_compared(tiny: Journey) -> None:
+    source = str(tiny.best("spam"))
+    data = SpamDataModule(**read_meta(tiny.best("spam"))["data"]["init_args"])
+    assert OtherClassifier(source, data).rival.words == "spam"
+    data.label_names = ["spam", "ham"]
+    labels = r"has the labels \['ham', 'spam'\], here they are \['spam', 'ham'\]"
+    with pytest.raises(ValueError, match=labels):
+        OtherClassifier(source, data)
 
 
 def test_texts_without_probabilities_are_no_ham() -> None:

@@ -65,6 +65,7 @@ from pipeline.weights.reading import is_foreign, tokenizer_of
 
 EXIT_TERMINATED = 128 + 15
 RAISE = {"exit_on_error": False, "allow_abbrev": False}  # errors become one line, in __main__
+NO_CONFIG = "options come from a YAML file; give one, for example -c configs/pretrain.yaml."
 TrainingPrecision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -107,10 +108,6 @@ class PipelineCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
-        if len(args) == 1:
-            raise ValueError(
-                "options come from a YAML file; give one, for example -c configs/pretrain.yaml."
-            )
         if self.name != "fit":
             args = [re.sub("^--ckpt(?=$|=)", "--ckpt_path", word) for word in args]  # as elsewhere
             args = with_options_of_fit(args)
@@ -381,6 +378,8 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
                 args=list(args),
             )
     except (ArgumentError, MisconfigurationException) as error:
+        if "are required" in str(error) and not any(re.match("-c|--config", a) for a in args):
+            raise ValueError(NO_CONFIG) from error
         raise ValueError(one_line(str(error), option_names())) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error

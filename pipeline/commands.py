@@ -156,7 +156,7 @@ def chat(
 def classify(
     *,
     ckpt: str,
-    text: str = "",
+    text: str | None = None,
     file: str | None = None,
     column: str = "text",
     output: str | None = None,
@@ -175,7 +175,7 @@ def classify(
         threshold: probability from which on the second of two labels is given; null: the likelier.
         batch_size: texts at a time.
     """
-    if bool(text) == (file is not None):
+    if (text is None) == (file is None):
         raise ValueError("give either --text or --file.")
     if (file is None) != (output is None):
         raise ValueError("--file and --output belong together: give both, or --text.")
@@ -183,7 +183,9 @@ def classify(
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1.")
-    if file is not None and output is not None:
+    if text is None:
+        assert file is not None
+        assert output is not None
         from pipeline.stages.classify_stage import classify_stage
 
         classify_stage(

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypedDict
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from datamodules.tokenizer import Tokenizer
 
 _MAX_ROUNDS = 100_000  # of loops, calls, repetitions and bits of products, for a conversation
+_UNKNOWN = ("pad_token", "unk_token")  # a template that writes them is refused
 _CHARACTERS_A_ROUND = 100  # of texts that are put together, or items
 # of one rendering: several run at once
 _rounds_left: ContextVar[int] = ContextVar("rounds_left", default=0)
@@ -74,6 +75,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
             add_generation_prompt=opening,
             bos_token=vocabulary.bos_token or "",
             eos_token=vocabulary.eos,
+            **{name: StrictUndefined(name=name) for name in _UNKNOWN},
             enable_thinking=False,
             tools=None,
             documents=None,

@@ -11,7 +11,9 @@ Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml O
 style `template` is that of the tokenizer's makers: the Jinja source that they published with it.
 """
 
+import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -198,7 +200,9 @@ def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
     if style is not None:
         check_style(style, tokenizer)
         if style == TEMPLATE:
-            after_reply = _marked(tokenizer, _example(tokenizer).between[2], supervised=True)
+            after_reply = _marked(
+                tokenizer, _example(tokenizer, "?", "!").between[2], supervised=True
+            )
             ends |= {s.text for s in after_reply if s.marker and s.supervised}
         else:
             ends.add(reply_end(tokenizer, STYLES[style]))
@@ -252,9 +256,9 @@ def _by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[
 @functools.lru_cache(maxsize=8)
 def _reply_lead(tokenizer: Tokenizer) -> str:
     """Blanks before a reply that are not in the prompt: Llama 2 writes `[/INST]`, and ` 7 `."""
-    asked = split_by_template(tokenizer, [Message(role="user", content="?")])
+    asked = _example(tokenizer, "?")
     opened = asked.between[1] + asked.reply_opening
-    answered = _example(tokenizer).between[1]
+    answered = _example(tokenizer, "?", "!").between[1]
     lead = answered.removeprefix(opened)
     return lead if answered.startswith(opened) and lead.isspace() else ""
 
@@ -273,16 +277,27 @@ def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> tup
     return tuple(segments)
 
 
-def _example(tokenizer: Tokenizer) -> TemplateParts:
-    """A conversation of two turns, as the template writes it."""
-    user, reply = Message(role="user", content="?"), Message(role="assistant", content="!")
-    return split_by_template(tokenizer, [user, reply])
+def _example(tokenizer: Tokenizer, *said: str) -> TemplateParts:
+    """A conversation of a user's and an assistant's turns, as the template writes it.
+
+    Where it asks for a system message there is one before them, which is left out here.
+    """
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [Message(role=role, content=text) for role, text in zip(roles, said, strict=False)]
+    try:
+        return split_by_template(tokenizer, turns)
+    except ValueError:
+        with_system = [Message(role="system", content="."), *turns]
+        with contextlib.suppress(ValueError):
+            parts = split_by_template(tokenizer, with_system)
+            return TemplateParts(parts.contents[1:], parts.between[1:], parts.reply_opening)
+        raise
 
 
 def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterable[Segment]:
     check_style(style, tokenizer)
     if style == TEMPLATE:
-        return _marked(tokenizer, _example(tokenizer).reply_opening)
+        return _marked(tokenizer, _example(tokenizer, "?", "!").reply_opening)
     return _opening(STYLES[style], "assistant", first=False)
 
 

@@ -156,6 +156,9 @@ def _explain(words: list[str]) -> int:
 def _one_line(error: Exception) -> str:
     """What an error says; of the system's own, the file and what is wrong with it."""
     text = str(error)
+    if isinstance(error, UnicodeEncodeError):
+        near = error.object[max(0, error.start - 40) : error.end + 20]
+        text = f"{near!r} holds bytes that are no UTF-8; rename the file, or write it otherwise."
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
     return " ".join(text.split())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from datamodules.files import expanded
 from pipeline.console import say
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.precision import Precision
@@ -26,7 +27,7 @@ def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"]
     """
     from pipeline.stages.chain import run_chain
 
-    return run_chain(Path(config), set, resume)
+    return run_chain(expanded(config), set, resume)
 
 
 def tokenizer_train(
@@ -56,7 +57,7 @@ def tokenizer_train(
         text_column=text_column,
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        output=Path(output) if output else None,
+        output=_path(output),
     )
 
 
@@ -190,9 +191,9 @@ def classify(
 
         classify_stage(
             ckpt,
-            file=Path(file),
+            file=expanded(file),
             column=column,
-            output=Path(output),
+            output=expanded(output),
             threshold=threshold,
             batch_size=batch_size,
         )
@@ -244,7 +245,7 @@ def score(
     score_stage(
         ckpt=ckpt,
         before=before,
-        responses=Path(responses) if responses else None,
+        responses=_path(responses),
         data=data,
         answering=Answering(split, max_new_tokens, batch_size, inference_precision(precision)),
         judge=judge,
@@ -263,7 +264,7 @@ def import_(*, source: str, output: str | None = None) -> None:
     """
     from pipeline.stages.import_stage import import_stage
 
-    import_stage(source, output=Path(output) if output else None)
+    import_stage(source, output=_path(output))
 
 
 def export(
@@ -286,7 +287,7 @@ def export(
     """
     from pipeline.stages.export_stage import export_stage
 
-    export_stage(ckpt, form=format, dtype=dtype, output=Path(output) if output else None)
+    export_stage(ckpt, form=format, dtype=dtype, output=_path(output))
 
 
 def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None = None) -> None:
@@ -302,7 +303,7 @@ def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None =
     """
     from pipeline.stages.merge_stage import merge_stage
 
-    merge_stage(ckpt, data=data, output=Path(output) if output else None)
+    merge_stage(ckpt, data=data, output=_path(output))
 
 
 def serve(
@@ -371,6 +372,10 @@ def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None
         say(f"{counts['runs']} runs, {counts['lines']} lines sent")
     else:
         open_ui(mlruns_root(), host, port)
+
+
+def _path(given: str | None) -> Path | None:
+    return expanded(given) if given else None
 
 
 def _check_draws(temperature: float, top_k: int, top_p: float, seed: int) -> None:

@@ -18,6 +18,8 @@ from datamodules.files import digest, remembered_sha256, sha256
 
 CHECKPOINTS = "checkpoints"  # of a run, below it
 MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its files
+FOR_PEOPLE = ("README.md", "Modelfile")  # beside weights, to be edited
+ASIDE = ".aside"  # how one ends that is about to be replaced
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 _OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
@@ -65,7 +67,9 @@ def writing_directory(path: Path) -> Iterator[Path]:
 def _draft_of(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, re.escape(path.name))
-    draft, replaced = hidden(path), None
+    draft, aside = hidden(path), path.with_name(f".{path.name}{ASIDE}")
+    with _holding(path.parent):
+        _put_back(aside, path)
     with contextlib.ExitStack() as held:
         with _holding(path.parent):  # no sweep sees the draft before it is held
             draft.mkdir()
@@ -74,13 +78,23 @@ def _draft_of(path: Path) -> Iterator[Path]:
             yield draft
             for file in (*draft.iterdir(), draft):
                 _flush(file)
-            replaced = path.rename(hidden(path)) if path.exists() else None
-            draft.rename(path)
-            _flush(path.parent)
+            with _holding(path.parent):
+                _put_back(aside, path)
+                if path.exists():
+                    path.rename(aside)
+                draft.rename(path)
+                _flush(path.parent)
+                _put_back(aside, path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    if replaced:
-        shutil.rmtree(replaced, ignore_errors=True)  # another's sweep may be at it
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """What was put aside goes back, where who did so was killed before the other took its place."""
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        aside.rename(path)
 
 
 def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
@@ -125,12 +139,15 @@ def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
 
 
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder shows."""
+    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder shows, but for
+    what is there to be edited.
+    """
     if path.is_file():
         return remembered_sha256(path)
     if (path / MANIFEST).is_file():
         return remembered_sha256(path / MANIFEST)
-    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    found = (file for file in path.rglob("*") if file.name not in FOR_PEOPLE and file.is_file())
+    files = {file.relative_to(path): file for file in found}
     shown = [name for name in sorted(files) if not any(part[0] == "." for part in name.parts)]
     return digest([(name.as_posix(), remembered_sha256(files[name])) for name in shown])
 

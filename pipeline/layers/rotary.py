@@ -29,6 +29,15 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"rope scaling has factor {self.factor}, low_freq_factor {self.low_freq_factor}, "
+                f"high_freq_factor {self.high_freq_factor}; give positive ones, high above low."
+            )
+        if self.original_context < 1:
+            raise ValueError(f"rope scaling has original_context {self.original_context}.")
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it.

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import MALFORMED, at, digest, write_atomically
+from datamodules.files import MALFORMED, at, digest, expanded, write_atomically
 from pipeline.commands import FUNCTIONS
 from pipeline.console import say, warn
 from pipeline.directories import path_digest
@@ -129,7 +129,7 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
 
         if (output := stage.options().get("output")) is not None:
             with at(f"stage {stage.name!r}"):
-                check_new(Path(str(output)), folder)
+                check_new(expanded(str(output)), folder)
 
 
 def _foresee(chain: Chain, n_done: int) -> int:
@@ -196,13 +196,14 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
 
 
 def _what_changed(stage: Stage, outcome: Outcome) -> str:
-    written = stage.options().get("output")  # a copy, or all that the command makes
-    if written is not None and not Path(written).exists():
+    given = stage.options().get("output")  # a copy, or all that the command makes
+    written = None if given is None else expanded(given)
+    if written is not None and not written.exists():
         return f"{written} is gone"
     if (found := what_changed(outcome, options=stage.options())) or not written:
         return found
     copied = outcome["outputs"].get("tokenizer")
-    is_as_it_was = not copied or path_digest(Path(written)) == path_digest(Path(copied))
+    is_as_it_was = not copied or path_digest(written) == path_digest(Path(copied))
     return "" if is_as_it_was else f"{written} is not what it wrote"
 
 

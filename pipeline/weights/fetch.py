@@ -213,7 +213,7 @@ def _is_whole(snapshot: Path) -> bool:
     Other tools may have fetched a tokenizer alone, which the hub's client counts as complete.
     """
     weights = {WEIGHTS}
-    if (snapshot / INDEX).is_file():
+    if (snapshot / INDEX).is_file() and not (snapshot / WEIGHTS).is_file():
         index = (snapshot / INDEX).read_text(encoding="utf-8", errors="replace")
         weights = set(re.findall(r'"(model-[^"/]+\.safetensors)"', index))
     return all((snapshot / name).is_file() for name in (CONFIG, TOKENIZER, *weights))

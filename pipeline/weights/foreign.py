@@ -138,6 +138,11 @@ def _check_sizes(foreign: Foreign) -> None:
             raise ValueError(
                 f"its {key} is {getattr(foreign.config, key)}, more than any of its tensors has."
             )
+    n_head, head_size = foreign.config.n_head, foreign.config.head_size
+    if n_head * head_size > longest:
+        raise ValueError(
+            f"its {n_head} heads are {head_size} wide, more than any of its tensors has room for."
+        )
     n_vocab, n_rows = foreign.tokenizer.n_vocab, foreign.config.vocab_size
     if n_rows is None or n_vocab > n_rows:
         raise ValueError(

@@ -19,6 +19,8 @@ from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
 from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
+STRETCH = ("low_freq_factor", "high_freq_factor", "original_context")  # of Llama 3's scaling
+STRETCH_FIELD = "gpt_pipeline.rope.{}"  # where an export of ours says them
 ENDS = ("eot", "eom")  # of a turn, of a message: what ends a text beside EOS
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of tokens
 _KINDS = {
@@ -112,9 +114,16 @@ def _config(
     )
 
 
-def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeScaling:
-    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3."""
-    known = RopeScaling("llama3", factor=math.inf)
+def _llama3_scaling(
+    metadata: _Metadata, factors: Tensor, rope_theta: float, head_size: int
+) -> RopeScaling:
+    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3.
+
+    But where an export of ours says otherwise.
+    """
+    usual = RopeScaling("llama3", factor=math.inf)
+    stated = {key: metadata.fields.get(STRETCH_FIELD.format(key)) for key in STRETCH}
+    known = replace(usual, **{key: value for key, value in stated.items() if value is not None})
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
     kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
     factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0
@@ -126,7 +135,7 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        scaling = _llama3_scaling(factors, rope_theta, head_size)
+        scaling = _llama3_scaling(metadata, factors, rope_theta, head_size)
         expected = stretch_factors(rope_theta, head_size, scaling)
         if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
             return scaling

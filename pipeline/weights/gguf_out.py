@@ -22,7 +22,7 @@ from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import stretch_factors
 from pipeline.models import Loaded
 from pipeline.weights.fetch import EXPORTED_GGUF
-from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS
+from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS, STRETCH, STRETCH_FIELD
 from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
 from pipeline.weights.sentencepiece import scores_of
@@ -57,6 +57,7 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
             "export it with --format huggingface."
         )
     family = family_of(loaded.gpt.config)
+    _check_family(family, loaded.gpt.config)
     add_merging = _merging(loaded.tokenizer.vocabulary)
 
     def write(path: Path) -> None:
@@ -76,6 +77,24 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
 
     text = modelfile(loaded)
     return {MODEL: write, MODELFILE: lambda path: path.write_text(text, encoding="utf-8")}
+
+
+def _check_family(family: str, config: GPTConfig) -> None:
+    """Refuses what llama.cpp has for other families alone."""
+    if family != "llama" and _is_llama3(config):
+        raise ValueError(
+            f"llama.cpp has no {family} with Llama 3's rope scaling; export it with --format "
+            "huggingface."
+        )
+    if family == "qwen2" and config.head_dim is not None:
+        raise ValueError(
+            f"llama.cpp has no qwen2 whose {config.n_head} heads are {config.head_size} wide where "
+            f"the model is {config.n_embd}; export it with --format huggingface."
+        )
+
+
+def _is_llama3(config: GPTConfig) -> bool:
+    return config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
 
 
 def modelfile(loaded: Loaded) -> str:
@@ -117,6 +136,12 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    if config.rope_scaling is not None and _is_llama3(config):
+        low, high, original = (STRETCH_FIELD.format(key) for key in STRETCH)
+        # for our own reader: llama.cpp has the factors alone
+        writer.add_float64(low, config.rope_scaling.low_freq_factor)
+        writer.add_float64(high, config.rope_scaling.high_freq_factor)
+        writer.add_uint32(original, config.rope_scaling.original_context)
 
 
 def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
@@ -181,9 +206,11 @@ def _add_tokenizer(
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id)
     stops = stop_words(tokenizer, loaded.meta.get("prompt_style"))
-    more = [tokenizer.special_ids[stop] for stop in stops if stop != tokenizer.vocabulary.eos]
-    for key, stop_id in zip(ENDS, more, strict=False):  # there is room for no more
-        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", stop_id)
+    more = [stop for stop in stops if stop != tokenizer.vocabulary.eos]
+    for key, stop in zip(ENDS, more, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", tokenizer.special_ids[stop])
+    if left_out := more[len(ENDS) :]:
+        say(f"a GGUF names {len(ENDS) + 1} ends of a text; not among them: {', '.join(left_out)}")
     writer.add_add_bos_token(bool(tokenizer.bos_ids))
     if bos := tokenizer.vocabulary.bos_token:
         writer.add_bos_token_id(tokenizer.special_ids[bos])
@@ -201,7 +228,7 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
     }
     writer.add_file_type(file_types[kind])
     config, tensors = loaded.gpt.config, loaded.gpt.tensors()
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+    if config.rope_scaling is not None and _is_llama3(config):
         factors = stretch_factors(config.rope_theta, config.head_size, config.rope_scaling)
         writer.add_tensor(ROPE_FACTORS, factors.numpy())
     kept = []

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datamodules.tokenizer import Tokenizer
+from pipeline.arguments import load_yaml
 from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
@@ -20,11 +21,26 @@ from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer, 
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
-OPTIONAL_FILES = (CARD, GENERATION_CONFIG)  # a cache of the hub without them is whole
+OPTIONAL_FILES = (
+    CARD,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS,
+)  # a cache of the hub without them is whole
 _HEAD = "lm_head.weight"
+_OF_CLASSES = {  # of tokenizers: what they have where no file says anything
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"),
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
+    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>"},
+}
+_CLASSES = {  # of models that name none
+    "gpt2": "GPT2Tokenizer",
+    **dict.fromkeys(("llama", "mistral"), "LlamaTokenizer"),
+    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
+}
 _KINDS: dict[str, Family] = {**{family: family for family in TRAITS}, "mistral": "llama"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
@@ -146,7 +162,7 @@ def _llama_config(settings: dict[str, Any], family: Family) -> GPTConfig:
     _expect(settings, "mlp_bias", False)
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
     context = settings["max_position_embeddings"]
-    if settings.get("use_sliding_window", settings["model_type"] == "mistral"):
+    if settings["model_type"] == "mistral" or settings.get("use_sliding_window"):
         # in a context that is no longer than the window every token is seen
         context = min(context, settings.get("sliding_window") or context)
     # the older name is what somebody added, where both are there: transformers goes by it too
@@ -199,6 +215,8 @@ class _Stored(NamedTuple):
 
 def _tensor_files(path: Path) -> dict[str, _Stored]:
     """Where every tensor is, by its name there."""
+    if (path / WEIGHTS).is_file():  # of both, what transformers takes
+        return _stored_in(path / WEIGHTS)
     if (path / INDEX).is_file():
         places = _read_json(path / INDEX)["weight_map"]
         outside = [file for file in places.values() if Path(file).name != file]
@@ -206,14 +224,15 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
             raise ValueError(f"its {INDEX} names a file in another folder, {outside[0]!r}.")
         found: dict[str, _Stored] = {}
         for file in sorted(set(places.values())):
-            found |= _stored_in(path / file)
+            stored = _stored_in(path / file)
+            if twice := found.keys() & stored:
+                raise ValueError(f"its tensor {min(twice)} is in two files, {file} the second.")
+            found |= stored
         odd = places.items() ^ {(name, stored.file.name) for name, stored in found.items()}
         if odd:
             raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
         return found
-    if not (path / WEIGHTS).is_file():
-        raise ValueError(no_weights(file.name for file in path.iterdir()))
-    return _stored_in(path / WEIGHTS)
+    raise ValueError(no_weights(file.name for file in path.iterdir()))
 
 
 def no_weights(names: Iterable[str]) -> str:
@@ -247,11 +266,12 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
             f"it has no {TOKENIZER}; a tokenizer.model is not read: write one beside it with "
             "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    content, options = _read_json(path / TOKENIZER), _read_json(path / TOKENIZER_CONFIG, {})
+    content = _read_json(path / TOKENIZER)
     model = content["model"]
     is_sentencepiece = model.get("byte_fallback", False)
     _check_algorithm(model, is_sentencepiece)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
+    options = _tokenizer_options(path, settings, added)
     shown = tuple(name for name, token in added.items() if not token["special"])
     check_markers(shown)
     _check_added(added)
@@ -280,6 +300,18 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     return make_tokenizer(
         **parts, pre=pre, whole_pieces=bool(whole_pieces), nfc=normalizer == "NFC"
     )
+
+
+def _tokenizer_options(
+    path: Path, settings: dict[str, Any], added: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What transformers' class of tokenizer is made with, those of its own defaults that exist."""
+    options = _read_json(path / TOKENIZER_CONFIG, {})
+    if "added_tokens_decoder" not in options:  # else transformers reads no map, either
+        options |= _read_json(path / SPECIAL_TOKENS, {})
+    kind = options.get("tokenizer_class") or _CLASSES[settings["model_type"]]
+    defaults = _OF_CLASSES.get(str(kind).removesuffix("Fast"), {})
+    return {key: token for key, token in defaults.items() if token in added} | options
 
 
 def _check_added(added: Mapping[str, Any]) -> None:
@@ -346,9 +378,13 @@ def _license(path: Path) -> str | None:
     if not (path / CARD).is_file():
         return None
     text = (path / CARD).read_text(encoding="utf-8", errors="replace")
-    head = text.partition("\n---")[0] if text.startswith("---") else ""
-    found = re.search(r"^license:[ \t]*(\S+)", head, re.MULTILINE)
-    return found[1].strip("\"'") if found else None
+    head = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+    try:
+        stated = load_yaml(head)
+    except ValueError:
+        return None
+    found = stated.get("license") if isinstance(stated, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.checkpoint import META, read_meta
 from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.models import Loaded
+from pipeline.runs.journal import metric_history
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign
 
@@ -50,7 +51,6 @@ def _sources(source: str | list[str]) -> str:
 def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     dataset = meta.get("dataset") or {}
     options = (meta.get("data") or {}).get("init_args", {})
-    outcome = read_outcome(path.parents[1]) if path.parent.name == CHECKPOINTS else None
     return {
         "kind": meta["kind"],
         "step": meta.get("step"),
@@ -61,5 +61,17 @@ def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
             "digest": dataset["digest"],
             "counts": dataset["counts"],
         },
-        "metrics": (outcome or {}).get("metrics", {}),
+        "metrics": _metrics(path, meta),
     }
+
+
+def _metrics(path: Path, meta: dict[str, Any]) -> dict[str, float]:
+    """Of the run that made a checkpoint, if it is its best one; else what that step's were."""
+    if path.parent.name != CHECKPOINTS:
+        return {}
+    run = path.parents[1]
+    outcome = read_outcome(run)
+    if outcome and Path(outcome["outputs"].get("best", "")).name == path.name:
+        return outcome["metrics"]
+    history, step = metric_history(run), meta.get("step")
+    return {name: at[step] for name, at in history.items() if name[:4] == "val/" and step in at}

@@ -13,16 +13,15 @@ from torch import Tensor
 from datamodules.files import cache_dir, expanded
 from datamodules.tokenizer import FILE_NAME, Tokenizer
 from pipeline.checkpoint import refuse_folder_of_checkpoints
-from pipeline.directories import damaged
+from pipeline.directories import FOR_PEOPLE, damaged
 from pipeline.gpt import GPT
 from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
-from pipeline.weights.huggingface_in import CARD, CONFIG, open_huggingface
+from pipeline.weights.huggingface_in import CONFIG, open_huggingface
 from pipeline.weights.safetensors_out import write_one_by_one
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
-FOR_PEOPLE = (CARD, "Modelfile")  # among them, to be edited
 
 
 def is_foreign(path: Path) -> bool:
@@ -57,10 +56,13 @@ def _verify_export(path: Path) -> list[dict[str, Any]]:
         return []
     stated = json.loads((folder / EXPORT).read_bytes())
     read = {name: facts for name, facts in stated["files"].items() if name not in FOR_PEOPLE}
+    if path.is_file():
+        if path.name not in read:  # made of it by others, such as llama-quantize
+            return []
+        read = {path.name: read[path.name]}
     for name in damaged(folder, read):
         raise ValueError(f"its {name} is missing or damaged; export it anew.")
-    is_of_it = path.is_dir() or path.name in stated["files"]
-    return list(stated.get("trained_on", [])) if is_of_it else []
+    return list(stated.get("trained_on", []))
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:

@@ -482,6 +482,41 @@ def test_sigkill_while_writing_leaves_no_checkpoint(whole: Path) -> None:
     assert sorted(folder.iterdir()) == [whole, written], "the half-written one is swept away"
 
 
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.directories import writing_directory
+
+rename = Path.rename
+def once(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with writing_directory(Path(sys.argv[1])) as draft:
+    (draft / "a").write_text("new")
+    Path.rename = once
+"""
+
+
+def test_what_is_replaced_is_never_lost(whole: Path) -> None:
+    """Killed while neither stands there, the next one to write finds what was there before."""
+    before = sorted(whole.iterdir())
+    killed = subprocess.run([sys.executable, "-c", KILLED_BETWEEN_RENAMES, whole], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not whole.exists()
+    with (
+        pytest.raises(directories.CheckpointNotWritten),
+        directories.writing_directory(whole),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert sorted(whole.iterdir()) == before
+    verify_checkpoint(whole)
+    with directories.writing_directory(whole) as draft:
+        (draft / "a").write_text("new")
+    assert [path.name for path in whole.iterdir()] == ["a"]
+    assert list(whole.parent.iterdir()) == [whole], "nothing else stays"
+
+
 def test_a_disk_without_locks_takes_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

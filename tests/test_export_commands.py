@@ -27,6 +27,7 @@ from pipeline.checkpoint import read_meta, verify_checkpoint
 from pipeline.directories import path_digest
 from pipeline.inference import label_probabilities
 from pipeline.models import load
+from pipeline.runs.journal import metric_history
 from pipeline.weights.card import card
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
@@ -363,6 +364,48 @@ def test_what_is_there_for_people_may_be_edited(form: str, file: str, tiny: Jour
     with (path / file).open("a") as text:
         text.write("PARAMETER temperature 0.2\n")
     assert load(path).gpt.config == load(tiny.best("instruct")).gpt.config
+    export(tiny.best("instruct"), f"--format={form}")
+    assert (path / file).read_text().endswith("PARAMETER temperature 0.2\n"), "as it was left"
+
+
+def test_a_file_that_others_made_beside_an_export(tiny: Journey, tmp_path: Path) -> None:
+    """As llama-quantize does; what is read is no part of the export."""
+    path = export(tiny.best("pretrain"), "--format=gguf", f"--output={tmp_path / 'out'}")
+    (path / "model.gguf").rename(path / "other.gguf")
+    assert load(path / "other.gguf").gpt.config == load(tiny.best("pretrain")).gpt.config
+    (path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match=r"its model\.gguf is missing or damaged"):
+        load(path / "model.gguf")
+
+
+def test_an_output_in_the_home_folder(
+    tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ~ alone behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = export(tiny.best("pretrain"), "--format=huggingface", "--output=~/out")
+    assert path == tmp_path / "home" / "out"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_card_has_the_metrics_of_its_own_checkpoint(tiny: Journey, tmp_path: Path) -> None:
+    """Not of the best one of its run."""
+    best = tiny.best("pretrain")
+    run = shutil.copytree(best.parents[1], tmp_path / "mlruns" / "default" / "run-01234567")
+    other = run / "checkpoints" / best.name
+    outcome = json.loads((run / "outcome.json").read_text())
+    outcome["outputs"]["best"] = str(other.with_name("step-00000004"))
+    outcome["metrics"]["val/loss"] = 0.25
+    (run / "outcome.json").write_text(json.dumps(outcome))
+    for path, loss in (
+        (best, tiny.outcomes["pretrain"]["metrics"]["val/loss"]),
+        (other, metric_history(run)["val/loss"][read_meta(other)["step"]]),
+    ):
+        exported = export(path, "--format=huggingface")
+        facts = json.loads((exported / "export.json").read_text())["lineage"][0]["metrics"]
+        assert facts["val/loss"] == pytest.approx(loss)
+        assert all(name.startswith("val/") for name in facts) == (path == other)
 
 
 def test_a_full_disk_leaves_nothing(

@@ -98,6 +98,47 @@ def test_all_that_ends_a_text(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     assert len(stop_ids(again, None)) == 3
 
 
+def test_ends_that_have_no_room_are_named(
+    tiny_gpt: MakeGPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = ("<|assistant|>", "<|im_end|>", "<|im_start|>", "<|system|>")
+    known = replace(vocabulary().vocabulary, more_ends=ends)
+    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS), Tokenizer.of(known))
+    path = write(gguf_writers(exported, "f32", name="tiny", license=None), tmp_path / "out")
+    kept = open_foreign(path / "model.gguf").tokenizer.vocabulary.more_ends
+    _, said = capsys.readouterr()
+    assert len(kept) == 2
+    left_out = said.strip().rpartition("not among them: ")[2].split(", ")
+    assert sorted([*kept, *left_out]) == sorted(ends)
+
+
+LLAMA3 = RopeScaling("llama3", 4.0, low_freq_factor=2.0, high_freq_factor=3.0, original_context=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2", {"rope_scaling": LLAMA3}, "no qwen2 with Llama 3's rope scaling"),
+        ("qwen3", {"rope_scaling": LLAMA3}, "no qwen3 with Llama 3's rope scaling"),
+        ("qwen2", {"head_dim": 12}, "no qwen2 whose 4 heads are 12 wide"),
+    ],
+)
+def test_what_llama_cpp_has_for_other_families_alone(
+    family: str, changes: dict[str, Any], message: str, tiny_gpt: MakeGPT
+) -> None:
+    """It would refuse such a file: "wrong number of tensors"."""
+    model = tiny_gpt(family, vocab_size=N_ROWS, n_head=4, **changes)
+    with pytest.raises(ValueError, match=message):
+        gguf_writers(loaded(model, vocabulary()), "f32", name="tiny", license=None)
+
+
+def test_any_scaling_of_llama_3s_kind_is_read_back(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+    """A GGUF has factors alone, from which the usual constants can be told, others not."""
+    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS, rope_scaling=LLAMA3), vocabulary())
+    path = write(gguf_writers(exported, "f32", name="tiny", license=None), tmp_path / "out")
+    assert open_foreign(path / "model.gguf").config.rope_scaling == LLAMA3
+
+
 def test_composed_characters_and_shown_marks(
     tiny_gpt: MakeGPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

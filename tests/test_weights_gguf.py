@@ -214,6 +214,7 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("llama.context_length", 2**31, "context"),
         ("llama.embedding_length", 2**31, "heads are 536870912 wide"),
         ("llama.feed_forward_length", 2**31, "mlp_hidden"),
+        ("llama.attention.head_count", 2**20, "its rope.dimension_count is 8"),
         ("llama.feed_forward_length", 32, "ffn_gate.weight has the shape (64, 32)"),
         ("llama.attention.head_count", 0, "damaged"),
         ("llama.attention.head_count", 2, "its rope.dimension_count is 8"),

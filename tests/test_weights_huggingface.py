@@ -17,6 +17,7 @@ from pipeline.models import load
 from pipeline.weights.huggingface_in import CONFIG, INDEX, WEIGHTS
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.names import entries
+from pipeline.weights.reading import open_foreign
 from tests.exporting import write
 from tests.published import CHATML, EOS, random_model, refusal, said_of, save_tokenizer, train
 
@@ -126,8 +127,9 @@ def test_there_and_back_through_the_exporter(
 
 @pytest.mark.parametrize("window", [None, 48])
 def test_mistral_as_far_as_its_window(window: int | None, tmp_path: Path) -> None:
-    """Up to there it is a Llama, and so it is exported."""
+    """Up to there it is a Llama, and so it is exported; that it be not used is Qwen's to say."""
     theirs = published(tmp_path / "theirs", "mistral", sliding_window=window, head_dim=12)
+    edit(tmp_path / "theirs" / CONFIG, lambda found: found.update(use_sliding_window=False))
     ours = load(tmp_path / "theirs")
     assert ours.gpt.config.block_size == (window or 64)
     input_ids = torch.randint(
@@ -263,6 +265,8 @@ def test_any_path(llama: Path, tmp_path: Path) -> None:
         ("llama", {"model_type": None}, "None"),
         ("llama", {"head_dim": 16}, "q_proj.weight has the shape"),
         ("llama", {"head_dim": 5}, "even head size"),
+        ("qwen3", {"head_dim": 2**40}, "heads are 1099511627776 wide"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor 0.0"),
         ("llama", {"model_type": "qwen2"}, "missing, such as model.layers.0.self_attn.k_proj.bias"),
         ("qwen3", {"model_type": "llama"}, "_norm.weight"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
@@ -369,6 +373,11 @@ def test_an_index_that_lies(damaged: Path) -> None:
     assert "another folder" in said({"model.norm.weight": str(damaged / "model-1.safetensors")})
     assert "model-2.safetensors is missing" in said({"model.norm.weight": "model-2.safetensors"})
     assert "extra" in said({"extra": "model-1.safetensors"})
+    name = "model.norm.weight"
+    save_file({name: tensors[name]}, damaged / "model-2.safetensors")
+    places["extra"] = "model-2.safetensors"
+    assert f"its tensor {name} is in two files, model-2.safetensors" in said({})
+    del places["extra"]
     del places["model.norm.weight"]
     assert "model.norm.weight" in said({})
     (damaged / INDEX).write_text("[]")
@@ -392,3 +401,31 @@ def test_directories_that_hold_nothing(tmp_path: Path) -> None:
         load(tmp_path)
     (tmp_path / CONFIG).write_text("{}")
     assert "architecture is None" in refusal(tmp_path)
+
+
+def test_of_shards_and_one_file_the_one(tmp_path: Path) -> None:
+    """As transformers does, which leaves the index of what it wrote before."""
+    random_model("llama", N_VOCAB).save_pretrained(tmp_path, max_shard_size="20KB")
+    torch.manual_seed(1)
+    model = published(tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2.0)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX).exists()
+    assert logits_differ(tmp_path, model) < LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("head", "license"),
+    [
+        ("license: mit", "mit"),
+        ("license: 'mit'  # SPDX", "mit"),
+        ("license: [mit, apache-2.0]", None),
+        ("license:\n- mit\n- apache-2.0", None),
+        ("license: {", None),
+    ],
+)
+def test_a_license_is_a_name(head: str, license: str | None, tmp_path: Path) -> None:
+    published(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{head}\n---\n# A model\n")
+    assert open_foreign(tmp_path).license == license

@@ -35,6 +35,7 @@ from tests.published import (
     CHATML,
     EOS,
     LLAMA3,
+    START,
     conversation,
     fuzz,
     pre_tokenizer,
@@ -540,3 +541,56 @@ def test_chatml_is_that_of_smollm2(smollm2: Path) -> None:
     named = ", trained by Hugging Face<|im_end|>"
     theirs = open_foreign(smollm2).tokenizer.vocabulary.chat_template or ""
     assert theirs.replace(f" named SmolLM{named}", "<|im_end|>") == CHATML
+
+
+@pytest.mark.parametrize("kind", [None, "GPT2TokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer"])
+@pytest.mark.parametrize("has_map", [True, False])
+def test_special_tokens_that_no_config_names(
+    kind: str | None, has_map: bool, tmp_path: Path
+) -> None:
+    """They stand in a file of their own, or are those of transformers' class of tokenizer."""
+    bpe = train("llama-bpe", ("<|endoftext|>", START, EOS, "<s>", "</s>"))
+    random_model("llama", bpe.get_vocab_size(), eos_token_id=2).save_pretrained(tmp_path)
+    save_tokenizer(bpe, tmp_path, template="{{ bos_token }}{{ eos_token }}" + CHATML)
+    config = {"tokenizer_class": kind} if kind else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if has_map:
+        special = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": EOS}
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    ours, theirs = open_foreign(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+    if kind is None and not has_map:  # transformers takes the class of the model, Llama's
+        assert theirs.eos_token == "</s>"
+    conversation(ours, theirs, [Message(role="user", content="Hi <s> there")], "Yes.")
+
+
+@pytest.mark.parametrize("name", ["pad_token", "unk_token"])
+def test_a_template_that_writes_what_is_not_known_is_refused(name: str, tmp_path: Path) -> None:
+    template = f"{{% if {name} is defined %}}!{{% endif %}}" + CHATML
+    tokenizer = tokenizer_with(template, tmp_path / "asked")
+    assert prompt_of(tokenizer) == prompt_of(tokenizer_with(CHATML, tmp_path / "plain"))
+    with pytest.raises(ValueError, match=f"'{name}' is undefined"):
+        prompt_of(tokenizer_with(f"{{{{ {name} }}}}" + CHATML, tmp_path / "written"))
+
+
+def test_a_template_that_needs_a_system_message(tmp_path: Path) -> None:
+    needs = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    ours, plain = (
+        tokenizer_with(template, tmp_path / str(len(template)))
+        for template in (needs + CHATML, CHATML)
+    )
+    assert stop_ids(ours, TEMPLATE) == stop_ids(plain, TEMPLATE)
+    said = [Message(role="system", content="Be kind."), Message(role="user", content="Hi")]
+    assert encode_prompt(ours, TEMPLATE, said) == encode_prompt(plain, TEMPLATE, said)
+    with pytest.raises(ValueError, match="system first"):
+        prompt_of(ours)
+
+
+def tokenizer_with(template: str, folder: Path) -> Tokenizer:
+    bpe = train("llama-bpe")
+    random_model("llama", bpe.get_vocab_size()).save_pretrained(folder)
+    save_tokenizer(bpe, folder, template=template, pad_token="<|endoftext|>")
+    return open_foreign(folder).tokenizer
+
+
+def prompt_of(tokenizer: Tokenizer) -> list[int]:
+    return encode_prompt(tokenizer, TEMPLATE, [Message(role="user", content="Hi")])

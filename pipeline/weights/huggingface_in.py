@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from yaml import YAMLError
 
 from datamodules.tokenizer import Tokenizer
 from pipeline.arguments import load_yaml
@@ -381,7 +382,7 @@ def _license(path: Path) -> str | None:
     head = text[3:].partition("\n---")[0] if text.startswith("---") else ""
     try:
         stated = load_yaml(head)
-    except ValueError:
+    except (ValueError, YAMLError):
         return None
     found = stated.get("license") if isinstance(stated, dict) else None
     return found if isinstance(found, str) else None

@@ -35,7 +35,6 @@ from tests.published import (
     CHATML,
     EOS,
     LLAMA3,
-    START,
     conversation,
     fuzz,
     pre_tokenizer,
@@ -543,24 +542,23 @@ def test_chatml_is_that_of_smollm2(smollm2: Path) -> None:
     assert theirs.replace(f" named SmolLM{named}", "<|im_end|>") == CHATML
 
 
-@pytest.mark.parametrize("kind", [None, "GPT2TokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer"])
+@pytest.mark.parametrize("kind", [None, "GPT2TokenizerFast", "Qwen2Tokenizer"])
 @pytest.mark.parametrize("has_map", [True, False])
 def test_special_tokens_that_no_config_names(
     kind: str | None, has_map: bool, tmp_path: Path
 ) -> None:
     """They stand in a file of their own, or are those of transformers' class of tokenizer."""
-    bpe = train("llama-bpe", ("<|endoftext|>", START, EOS, "<s>", "</s>"))
+    bpe = train("llama-bpe")
     random_model("llama", bpe.get_vocab_size(), eos_token_id=2).save_pretrained(tmp_path)
-    save_tokenizer(bpe, tmp_path, template="{{ bos_token }}{{ eos_token }}" + CHATML)
+    save_tokenizer(bpe, tmp_path, template="{{ bos_token }}" + CHATML)
     config = {"tokenizer_class": kind} if kind else {}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     if has_map:
         special = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": EOS}
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     ours, theirs = open_foreign(tmp_path).tokenizer, AutoTokenizer.from_pretrained(tmp_path)
-    if kind is None and not has_map:  # transformers takes the class of the model, Llama's
-        assert theirs.eos_token == "</s>"
-    conversation(ours, theirs, [Message(role="user", content="Hi <s> there")], "Yes.")
+    conversation(ours, theirs, [Message(role="user", content="Hi there")], "Yes.")
+    assert ours.vocabulary.eos == (theirs.eos_token or EOS), "by config.json where nothing names it"
 
 
 @pytest.mark.parametrize("name", ["pad_token", "unk_token"])

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from yaml import YAMLError
 
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.arguments import load_yaml
 from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import RopeScaling
@@ -33,15 +33,10 @@ OPTIONAL_FILES = (
 )  # a cache of the hub without them is whole
 _HEAD = "lm_head.weight"
 _OF_CLASSES = {  # of tokenizers: what they have where no file says anything
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"),
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>"},
-    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>"},
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT),
+    "Qwen2Tokenizer": {"eos_token": ENDOFTEXT},
 }
-_CLASSES = {  # of models that name none
-    "gpt2": "GPT2Tokenizer",
-    **dict.fromkeys(("llama", "mistral"), "LlamaTokenizer"),
-    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
-}
+_CLASSES = {"gpt2": "GPT2Tokenizer", **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer")}
 _KINDS: dict[str, Family] = {**{family: family for family in TRAITS}, "mistral": "llama"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
@@ -310,7 +305,7 @@ def _tokenizer_options(
     options = _read_json(path / TOKENIZER_CONFIG, {})
     if "added_tokens_decoder" not in options:  # else transformers reads no map, either
         options |= _read_json(path / SPECIAL_TOKENS, {})
-    kind = options.get("tokenizer_class") or _CLASSES[settings["model_type"]]
+    kind = options.get("tokenizer_class") or _CLASSES.get(settings["model_type"])
     defaults = _OF_CLASSES.get(str(kind).removesuffix("Fast"), {})
     return {key: token for key, token in defaults.items() if token in added} | options
 

@@ -30,7 +30,7 @@ class StepDataModule(pl.LightningDataModule):
         tokenizer: a name (gpt2), a file of `tokenizer train`, or a checkpoint; null: that of
             model.init_from.
         batch_size: samples an optimizer step, over all ranks.
-        max_tokens: padded tokens a micro-batch; memory, not learning.
+        max_tokens: padded tokens a micro-batch; memory, not learning, but for what dropout draws.
         seed: random seed of the order of training samples, or of where blocks begin.
         num_workers: processes that prepare batches.
     """

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -120,6 +121,7 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
             from pyarrow import parquet
 
             columns = parquet.read_table(path)
+            _refuse_twice(columns.column_names)
             numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
             return columns.drop_columns(numbers).to_pandas(
                 integer_object_nulls=True,
@@ -135,12 +137,27 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
             dtype=str,
             keep_default_na=False,
         )
+        if names is None:
+            _refuse_twice(_header(text, suffix))
         if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
             raise ValueError(_surplus(len(table.columns), table.index.nlevels, suffix))
         return table
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
+
+
+def _header(text: str, suffix: str) -> list[str]:
+    """The names of a table's columns as they stand: pandas numbers those that are there twice."""
+    if suffix != ".csv":
+        return text.partition("\n")[0].split("\t")
+    rows = csv.reader(io.StringIO(text), delimiter=_separator(text))
+    return next((row for row in rows if row), [])
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    if twice := [name for name, n in Counter(names).items() if n > 1 and name]:
+        raise ValueError(f"it has {twice[0]!r} twice among its columns; rename one.")
 
 
 def _lines(text: str, suffix: str) -> str:
@@ -184,6 +201,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
 
     try:
         with parquet.ParquetFile(path) as table:
+            _refuse_twice(table.schema_arrow.names)
             wanted = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 yield from batch.to_pylist()

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -159,9 +160,9 @@ class PipelineCLI(LightningCLI):
         """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            if isinstance(error, AlreadyFinished):
-                raise
+        except AlreadyFinished:
+            raise
+        except (ValueError, TypeError) as error:  # the latter Lightning's, of devices
             raise ValueError(one_line(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -175,15 +176,14 @@ class PipelineCLI(LightningCLI):
         self._dump_config()
         self._open_on_first_rank()
         self.datamodule.config = self.config_dump["data"]
-        logger = RunLogger(self.run) if self.run else None
+        logger = RunLogger(self.run) if self.run else DummyLogger()  # which callbacks look for
         callbacks = [*as_list(options.callbacks), LossSpikes(), Lineage()]
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]
         others = [] if options.logger is True else as_list(options.logger)
-        loggers = [logger, *others] if logger else others
         trainer = super().instantiate_trainer(
-            logger=loggers or False,
+            logger=[logger, *others],
             default_root_dir=str(self.run_path),
             callbacks=callbacks,
             plugins=[*as_list(options.plugins), DirectoryCheckpointIO()],
@@ -192,7 +192,7 @@ class PipelineCLI(LightningCLI):
             **kwargs,
         )
         check_processes(trainer)
-        if logger:
+        if isinstance(logger, RunLogger):
             logger.trainer = trainer
         return trainer
 

@@ -7,6 +7,7 @@ from torch.distributed import DistBackendError, DistNetworkError
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")
 _OF_GLOO = "gloo/transport"  # it has no class of its own
+_EARLY_STOPPING = re.compile("Early stopping conditioned on metric .* not available")
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
 
@@ -25,15 +26,17 @@ def explain(
         graphs = "model.cuda_graphs to false or " if torch.cuda.is_available() else ""
         return (
             f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
-            f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and "
-            f"changes no result), set {graphs}model.gradient_checkpointing to true, train adapters "
-            "(model.lora), or take a smaller model."
+            f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and changes "
+            f"no result, but for what dropout draws), set {graphs}model.gradient_checkpointing to "
+            "true, train adapters (model.lora), or take a smaller model."
         )
     if _WORKER.search(str(error)):
         return (
             f"a data worker was killed ({_first_line(error)}), often for too little memory: lower "
             "data.num_workers; the same command goes on from the last checkpoint."
         )
+    if _EARLY_STOPPING.search(str(error)):
+        return f"{_first_line(error)} Correct EarlyStopping.monitor."
     if isinstance(error, DistNetworkError):
         return (
             f"the processes did not meet ({_first_line(error)}): MASTER_ADDR has to be the first "

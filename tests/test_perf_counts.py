@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from torch import Tensor, nn
@@ -27,18 +28,14 @@ from pipeline.decoding.passes import decode, prefill
 from pipeline.gpt import GPT
 from pipeline.layers.unpadding import MULTIPLE
 from pipeline.loss import count_supervised
+from pipeline.runs.journal import metric_history
+from pipeline.runs.run_directory import Run
 from pipeline.training.callbacks import LossSpikes, Throughput
+from pipeline.training.run_logger import RunLogger
 from tests import training
 from tests.journey import CONFIGS, PLAIN, TINY, Journey, outcome_of, said
 from tests.machine import needs_f16_products
-from tests.training import (
-    LORA,
-    Logged,
-    fit,
-    instruction_data,
-    language_model,
-    pretraining_data,
-)
+from tests.training import LORA, fit, instruction_data, language_model, pretraining_data
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 PER_ADAPTED_LINEAR = 3 + 5  # forward: W x, A x, B (A x); backward: 2 for A x, and x, A, B
@@ -240,11 +237,22 @@ def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:
     assert reads == n_micro_batches + 2
 
 
+class Counting(pl.Callback):
+    """Has a journal count optimizer steps, as the command line does."""
+
+    def __init__(self, journal: RunLogger) -> None:
+        self.journal = journal
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.journal.trainer = trainer
+
+
 def test_values_are_logged_where_they_are_written(
     tiny: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`log` costs the better part of a millisecond, also where Lightning drops the value; loggers
-    get what neither the progress bar nor callbacks watch without it."""
+    """`log` costs the better part of a millisecond, also where Lightning drops the value; what
+    nobody watches goes without it to a journal that is alone.
+    """
     log, steps = pl.LightningModule.log, []
 
     def counting(module: pl.LightningModule, name: str, *args: Any, **options: Any) -> None:
@@ -252,26 +260,33 @@ def test_values_are_logged_where_they_are_written(
         log(module, name, *args, **options)
 
     monkeypatch.setattr(pl.LightningModule, "log", counting)
-    data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    logged = Logged()
-    trainer, _ = fit(
-        language_model(),
-        data,
-        tmp_path,
-        callbacks=[Throughput(), LossSpikes()],
-        max_steps=7,
-        limit_val_batches=0,
-        log_every_n_steps=3,
-        logger=logged,
-    )
     watched = {"train/loss", "perf/tokens_per_s"}
-    assert sorted(steps) == sorted((name, step) for name in watched for step in (3, 6, 7))
     figures = {"train/lr", "train/grad_norm", "train/skipped_steps", "train/tokens"}
     figures |= {"train/loss_spikes", "perf/model_flops_utilisation"}
-    for name in figures:
-        assert list(logged.values[name]) == [2, 5, 6], "as Lightning counts"
-    assert list(logged.values["train/loss"]) == [2, 5], "what is logged last it writes if due"
-    assert float(trainer.callback_metrics["train/loss"]) > 0, "of the last step"
+    for n_others, names in ((0, watched), (1, watched | figures)):
+        steps.clear()
+        folder = tmp_path / str(n_others)
+        journal = RunLogger(Run.open(folder / "run"))
+        trainer, _ = fit(
+            language_model(),
+            pretraining_data(tiny.tokenizer, tiny.folder / "prose"),
+            folder,
+            callbacks=[Throughput(), LossSpikes(), Counting(journal)],
+            max_steps=7,
+            limit_val_batches=0,
+            log_every_n_steps=3,
+            logger=[journal, CSVLogger(folder)][: 1 + n_others],
+        )
+        assert sorted(steps) == sorted((name, step) for name in names for step in (3, 6, 7))
+        assert float(trainer.callback_metrics["train/loss"]) > 0, "of the last step"
+        history = metric_history(journal.run.path)
+        for name in watched | figures:
+            assert list(history[name]) == [3, 6], name
+        if n_others:
+            (table,) = folder.glob("**/metrics.csv")
+            header, *rows = table.read_text().splitlines()
+            assert names <= set(header.split(","))
+            assert len(rows) == 2, "all values of a step together"
 
 
 @contextmanager

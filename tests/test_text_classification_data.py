@@ -447,3 +447,19 @@ def test_tfidf_of_many_labels_keeps_its_coefficients_few(monkeypatch: pytest.Mon
     probabilities = tfidf_baseline(texts, labels, texts, labels, texts)
     assert set(shapes) == {20}
     assert probabilities.argmax(1).tolist() == labels
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_a_column_that_is_there_twice_is_refused(suffix: str, tmp_path: Path) -> None:
+    """pandas would number the second, and take the first."""
+    path = tmp_path / f"moods{suffix}"
+    if suffix == ".parquet":
+        columns = [pa.array(["a", "b"])] * 3
+        parquet.write_table(pa.Table.from_arrays(columns, ["text", "label", "label"]), path)
+    else:
+        between = "," if suffix == ".csv" else "\t"
+        rows = (["text", "label", "label"], ["a", "joy", "anger"])
+        path.write_text("\n".join(between.join(row) for row in rows))
+    for read in (lambda: read_table(path), lambda: list(read_rows(path, "text"))):
+        with pytest.raises(ValueError, match="has 'label' twice among its columns; rename one"):
+            read()

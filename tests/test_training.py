@@ -27,7 +27,6 @@ from tests.training import (
     ADAMW,
     LORA,
     TINY,
-    Logged,
     classifier,
     fit,
     instruction_data,
@@ -218,11 +217,11 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     module = language_model()
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    spoil, logged = Spoil({2, 3}), Logged()
-    options: dict[str, Any] = {"max_steps": 6, "limit_val_batches": 0, "logger": logged}
-    _, losses = fit(module, data, tmp_path, callbacks=[spoil], **options)
+    trainer, losses = fit(
+        module, data, tmp_path, max_steps=6, limit_val_batches=0, callbacks=[Spoil({2, 3})]
+    )
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    assert logged.values["train/skipped_steps"] == {5: 2}
+    assert float(trainer.callback_metrics["train/skipped_steps"]) == 2
     first, second = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
     assert "step 3 was skipped: its gradients are not finite" in first
     named = re.findall(r"\d+", second.partition("samples")[2])
@@ -257,17 +256,22 @@ class UnscaledFirst(pl.Callback):
 def test_under_a_scaler_overflows_are_routine_and_losses_are_not(
     tiny: Journey, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def half(callback: pl.Callback) -> Logged:
-        logged = Logged()
+    def half(callback: pl.Callback) -> pl.Trainer:
         data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-        options: dict[str, Any] = {"max_steps": 20, "limit_val_batches": 0, "logger": logged}
+        options: dict[str, Any] = {"max_steps": 20, "limit_val_batches": 0}
         plugins = [MixedPrecision("16-mixed", "cpu")]  # on a GPU, Lightning adds it by itself
         folder = tmp_path / type(callback).__name__
-        callbacks = [callback, UnscaledFirst()]
-        fit(language_model(), data, folder, callbacks=callbacks, plugins=plugins, **options)
-        return logged
+        return fit(
+            language_model(),
+            data,
+            folder,
+            callbacks=[callback, UnscaledFirst()],
+            plugins=plugins,
+            **options,
+        )[0]
 
-    assert half(Spoil({2, 3})).values["train/skipped_steps"] == {19: 0}
+    trainer = half(Spoil({2, 3}))
+    assert float(trainer.callback_metrics["train/skipped_steps"]) == 0
     assert "skipped" not in capsys.readouterr().err
     with pytest.raises(NonFiniteLossError, match="step 7"):
         half(Diverge())
@@ -275,21 +279,20 @@ def test_under_a_scaler_overflows_are_routine_and_losses_are_not(
 
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e9])
 def test_gradients_are_clipped(max_grad_norm: float, tiny: Journey, tmp_path: Path) -> None:
-    gradients, logged = Gradients(), Logged()
+    gradients = Gradients()
     config = OptimizerConfig(**{**ADAMW.__dict__, "max_grad_norm": max_grad_norm})
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose")
-    fit(
+    trainer, _ = fit(
         language_model(optimizer=config),
         data,
         tmp_path,
         max_steps=1,
         limit_val_batches=0,
         callbacks=[gradients],
-        logger=logged,
     )
     norm = nn.utils.get_total_norm(gradients.first.values())
-    before = logged.values["train/grad_norm"][0]
-    assert float(norm) == pytest.approx(min(max_grad_norm, before), rel=1e-3)
+    logged = float(trainer.callback_metrics["train/grad_norm"])  # before it was clipped
+    assert float(norm) == pytest.approx(min(max_grad_norm, logged), rel=1e-3)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import Logger
 
 from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
@@ -135,25 +134,6 @@ class Losses(pl.Callback):
         self.sample_ids.append(sorted(ids.tolist()))
 
 
-class Logged(Logger):
-    """Keeps what it is told: name -> value, by Lightning's number of the step."""
-
-    name, version = "kept", "1"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, dict[int, float]] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step is not None
-        for name, value in metrics.items():
-            assert step not in self.values.setdefault(name, {}), f"{name} was logged twice"
-            self.values[name][step] = value
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 def fit(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
@@ -164,7 +144,7 @@ def fit(
     every_n_steps: int = 1_000,
     plugins: Sequence[Any] = (),
     accelerator: str = "cpu",
-    logger: Logger | bool = False,
+    logger: Any = False,
     **options: Any,
 ) -> tuple[pl.Trainer, Losses]:
     """Trains, seeded; Lightning's own bars and files left out."""

@@ -64,7 +64,7 @@ class Throughput(pl.Callback):
             "train/tokens": float(self.total_tokens),
             "perf/model_flops_utilisation": rate * flops / self.ceiling / trainer.world_size,
         }
-        log_figures(trainer, figures)
+        log_figures(pl_module, figures)
         self.n_tokens, self.since = 0, now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -125,7 +125,7 @@ class LossSpikes(pl.Callback):
             if run := run_of(trainer):
                 run.event("loss_spike", step=step, loss=loss, z=round(z, 1), sample_ids=ids)
         if is_logged_step(trainer):
-            log_figures(trainer, {"train/loss_spikes": float(self.n_spikes)})
+            log_figures(pl_module, {"train/loss_spikes": float(self.n_spikes)})
         if math.isfinite(loss):
             self.window = [*self.window, loss][-SPIKE_WINDOW:]
 

@@ -23,6 +23,7 @@ from pipeline.training.steps import validations
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
+OF_VALIDATION = "val/"  # what its metrics begin with
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
 
@@ -112,6 +113,7 @@ class Checkpoints(pl.Callback):
             raise ValueError(
                 f"checkpoints.keep_last is {keep_last} and keep_best {keep_best}; give at least 1."
             )
+        check_monitor(monitor, "checkpoints.monitor")
         if mode not in ("min", "max"):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
@@ -226,13 +228,13 @@ class Checkpoints(pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
-            logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            logged = sorted(_of_validation(trainer))
             raise ValueError(
                 f"checkpoints.monitor is {self.monitor!r}, but validation logs {logged}; "
                 "name one of them."
             )
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
-        value = float(trainer.callback_metrics[self.monitor])
+        metrics = _of_validation(trainer)
+        value = metrics[self.monitor]
         self.last_validated = trainer.global_step
         self.best[trainer.global_step] = {"value": value, "metrics": metrics}
         best_first = sorted(self.best.items(), key=self._rank, reverse=True)  # of equals the first
@@ -290,7 +292,8 @@ class Checkpoints(pl.Callback):
                 prune()
         if trainer.logger is not None:  # how long training was held up
             seconds = time.perf_counter() - start
-            trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step)
+            # Lightning counts steps from 0
+            trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step - 1)
 
     def _is_beside(self, trainer: pl.Trainer) -> bool:
         """Whether a save is written beside training."""
@@ -359,6 +362,19 @@ class Checkpoints(pl.Callback):
             )
         best = next(iter(self.best), trainer.global_step)
         return {"last": str(last), "best": str(self.path(trainer, best))}
+
+
+def check_monitor(name: str, key: str) -> None:
+    """Refuses metrics of training: at a validation they are of a step before, or after a resume
+    of none.
+    """
+    if not name.startswith(OF_VALIDATION):
+        raise ValueError(f"{key} is {name!r}; name a metric of validation, such as val/loss.")
+
+
+def _of_validation(trainer: pl.Trainer) -> dict[str, float]:
+    known = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in known if name.startswith(OF_VALIDATION)}
 
 
 def _copy(tensor: Tensor) -> Tensor:

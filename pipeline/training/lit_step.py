@@ -101,7 +101,7 @@ class LitStep(LitCheckpoint):
                 "train/grad_norm": self._norm,
                 "train/skipped_steps": float(self._guard.in_all),
             }
-            log_figures(self.trainer, figures)
+            log_figures(self, figures)
         return mean
 
     def over_ranks(self, count: int, operation: str = "sum") -> int:
@@ -159,4 +159,5 @@ class LitStep(LitCheckpoint):
             total_steps=total_steps,
             final=config.final_lr_fraction,
         )
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -35,7 +35,7 @@ from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig
 from pipeline.runs.run_directory import CONFIG, check_name
 from pipeline.runs.stage_run import mlruns_root
-from pipeline.training.checkpoint_callback import Checkpoints
+from pipeline.training.checkpoint_callback import Checkpoints, check_monitor
 from pipeline.training.lit_classifier import LitClassifier
 from pipeline.training.lit_language_model import LitLanguageModel
 from pipeline.training.lit_step import LitStep
@@ -157,6 +157,11 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
             "trainer.val_check_interval is 0; give the steps between validations, or to have "
             "none trainer.limit_val_batches: 0."
         )
+    if options.check_val_every_n_epoch == 0:
+        raise ValueError(
+            "trainer.check_val_every_n_epoch is 0; give the epochs between validations, or null to "
+            "count trainer.val_check_interval over epochs."
+        )
     if options.num_nodes > 1 and n_started() == 1:
         raise ValueError(
             f"trainer.num_nodes is {options.num_nodes}; processes of several machines are started "
@@ -217,4 +222,5 @@ def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
                     "EarlyStopping.check_on_train_epoch_end is true; a resumed run would not know "
                     "what was seen there: leave it out."
                 )
+            check_monitor(callback.monitor, "EarlyStopping.monitor")
             callback._check_on_train_epoch_end = False

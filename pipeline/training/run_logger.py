@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.runs.run_directory import Run
@@ -22,7 +23,7 @@ class RunLogger(Logger):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        # whose optimizer steps count; Lightning counts from 0
+        # whose optimizer steps count
         self.trainer: pl.Trainer | None = None
 
     @property
@@ -49,7 +50,15 @@ class RunLogger(Logger):
             if key != "epoch" and not (is_stale and key.startswith(OF_A_STEP))
         }
         if values:
-            self.run.log_metrics(values, self.trainer.global_step if self.trainer else step or 0)
+            self.run.log_metrics(values, self._step(step))
+
+    def _step(self, step: int | None) -> int:
+        """How many steps were taken, of Lightning's number of one, which counts from 0."""
+        if self.trainer is None:
+            return step or 0
+        if step is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return self.trainer.global_step
+        return step + 1
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

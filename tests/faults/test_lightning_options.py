@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from pipeline.runs.journal import read_journal
+from pipeline.runs.journal import metric_history, read_journal
 from pipeline.training.options import check_processes
 from tests.faults.processes import at
 from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
@@ -38,6 +38,11 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         "--trainer.overfit_batches=1",
         "--trainer.reload_dataloaders_every_n_epochs=1",
         "--trainer.val_check_interval=0",
+        "--trainer.check_val_every_n_epoch=0",
+        "--trainer.devices=0,1",
+        "--checkpoints.monitor=train/loss",
+        "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: train/loss}}",
+        "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/lss}}",
         "--trainer.limit_train_batches=0",
         "--ckpt_path=last",
         pytest.param("--trainer.accelerator=cuda", marks=without_cuda),
@@ -136,6 +141,28 @@ def test_loggers_of_the_users_are_kept_beside_the_journal(words: list[str], tmp_
     assert "val/loss" in outcome_of(tmp_path / "mlruns" / "default")["metrics"]
 
 
+@pytest.mark.parametrize("interval", ["null", "step"])
+def test_a_monitor_of_rates_sees_those_of_the_steps(
+    interval: str, words: list[str], tmp_path: Path
+) -> None:
+    """The schedule moves every step, which is the monitor's interval unless another is given; its
+    values are told before a step, and are of it."""
+    monitor = f"{{class_path: LearningRateMonitor, init_args: {{logging_interval: {interval}}}}}"
+    every = "--trainer.log_every_n_steps=2"
+    code, _, err = said(*words, every, f"--trainer.callbacks+={monitor}")
+    assert code == 0, err
+    (run,) = (tmp_path / "mlruns" / "default").iterdir()
+    history = metric_history(run)
+    (name, *_) = (name for name in history if name.startswith("lr-"))
+    ours = history["train/lr"]
+    assert list(ours) == [2, 4, 6, 8]
+    both = ours.keys() & history[name].keys()
+    assert len(history[name]) >= 4
+    assert {step: history[name][step] for step in both} == pytest.approx(
+        {step: ours[step] for step in both}
+    )
+
+
 @pytest.mark.parametrize("limit", ["2", "0.5", "0"])
 def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
     config, ckpt = f"--config={CONFIGS}/spam.yaml", f"--ckpt_path={tiny.best('spam')}"
@@ -147,6 +174,10 @@ def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
 def test_nothing_is_logged_where_nothing_is_to_be(words: list[str], tmp_path: Path) -> None:
     code, _, err = said(*words, "--trainer.log_every_n_steps=0")
     assert code == 0, err
+    (run,) = (tmp_path / "mlruns" / "default").iterdir()
+    history = metric_history(run)
+    assert not [name for name in history if name.startswith(("train/", "perf/tokens", "perf/mod"))]
+    assert "val/loss" in history
 
 
 def test_a_run_that_is_to_stop_journals_no_value_twice(words: list[str], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def events(home: Path, name: str) -> list[dict[str, Any]]:
 def test_an_allocator_that_refuses_is_one_line(words: list[str], home: Path) -> None:
     line = refused(*words, *at("Allocate", 6), "--data.num_workers=0")
     assert "out of memory" in line
-    assert "data.max_tokens (it is 192, and changes no result)" in line
+    assert "data.max_tokens (it is 192, and changes no result, but for what dropout draws)" in line
     assert re.search(r"needs about \d+\.\d GiB, \d+\.\d GiB are free: lower", line)
     (ended,) = (e for e in read_events(home, "status") if e["status"] == "FAILED")
     assert "out of memory" in ended["reason"]

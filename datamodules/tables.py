@@ -120,8 +120,8 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
         if suffix == ".parquet":
             from pyarrow import parquet
 
+            _refuse_twice(parquet.read_schema(path).names)
             columns = parquet.read_table(path)
-            _refuse_twice(columns.column_names)
             numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
             return columns.drop_columns(numbers).to_pandas(
                 integer_object_nulls=True,

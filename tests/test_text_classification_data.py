@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from sklearn.metrics import f1_score
 
 from datamodules import baselines, progress, splits
 from datamodules.baselines import tfidf_baseline
+from datamodules.tables import read_rows, read_table
 from datamodules.text_classification import SpamDataModule, TextClassificationDataModule
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 

@@ -29,6 +29,7 @@ from tests.training import instruction_data, spam_data
 SAME = 1e-6  # float32: the sums over two processes round otherwise
 BESIDE = ["--checkpoints.asynchronous=true"]
 IDS = ["--trainer.log_every_n_steps=1", "--trainer.callbacks+=tests.faults.processes.Ids"]
+IDS += ["--trainer.callbacks+=LearningRateMonitor"]  # which asks each process for a logger
 NewHome = Callable[[str], Path]  # by a name for it
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, get_loader, set_loader
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    get_loader,
+    set_dumper,
+    set_loader,
+)
 
 from pipeline.safe import refusal
 
@@ -28,13 +35,33 @@ _NOISE = re.compile(
 )
 
 _UNKNOWN_KEY = re.compile("unrecognized arguments|is not accepted|does not accept option")
+# of a parser that looks for some options before the others are parsed
+EARLY: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
 _MAX_DEPTH = 100  # of values in one another: what reads YAML recurses, in C until it crashes
 _PARSERS_LOADER = get_loader("yaml")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 1e5, which jsonargparse takes for numbers when it reads them."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"),
+    list("-+0123456789"),
+)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML of primitives that is read as what it was."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def guard_yaml() -> None:
-    """From now on jsonargparse too refuses what `check_nesting` does."""
+    """From now on jsonargparse too refuses what `check_nesting` does, and writes as `dump_yaml`."""
     set_loader("yaml", _guarded, (yaml.YAMLError,))
+    set_dumper("yaml", dump_yaml)
 
 
 def _guarded(text: str) -> Any:
@@ -75,14 +102,29 @@ def check_configs(words: Sequence[str]) -> None:
     Raises:
         ValueError: naming the file and the place in it.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**EARLY)
     parser.add_argument("-c", "--config", action="append", default=[], type=Path)
-    for path in parser.parse_known_args(words)[0].config:
+    for path in filter(Path.is_file, early(parser, words).config):
         try:
-            if path.is_file():
-                load_yaml(path.read_text("utf-8"))
+            options = load_yaml(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"{path} holds no options; give lines of `key: value`, or leave it out."
+            )
+
+
+def early(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """What a parser made with `EARLY` finds among words of others.
+
+    Raises:
+        ValueError: an option is without its value.
+    """
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
 
 
 def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`fit`, `validate`, `test` and `predict`: LightningCLI, each run in a directory of its own."""
 
+import json
 import os
 import re
 import shlex
@@ -55,6 +56,7 @@ from pipeline.training.progress import ProgressDisplay, quiet_libraries
 from pipeline.training.reports import (
     PREDICTIONS,
     Report,
+    hand_over,
     log_predictions,
     prediction_rows,
     report_fit,
@@ -113,6 +115,12 @@ class PipelineCLI(LightningCLI):
             args = [re.sub("^--ckpt(?=$|=)", "--ckpt_path", word) for word in args]  # as elsewhere
             args = with_options_of_fit(args)
         self.config = parser.parse_args(args)
+
+    def _dump_config(self) -> None:
+        """The options in primitives; from YAML, as Lightning has it, "1e5" would be a number."""
+        if not hasattr(self, "config_dump"):
+            options = {"skip_link_targets": False, "skip_none": False, "format": "json"}
+            self.config_dump = json.loads(self.parser.dump(self.config, **options))[self.name]
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints never override the command line."""
@@ -342,14 +350,6 @@ class PipelineCLI(LightningCLI):
             print(line, file=stream)
         say(f"finished: {run.path}")
         hand_over(run.path)
-
-
-def hand_over(path: Path) -> None:
-    """Says on stdout what the next command takes from a finished run: its best checkpoint."""
-    outcome = read_outcome(path)
-    for name in ("best", "predictions"):
-        if outcome and name in outcome["outputs"]:
-            print(outcome["outputs"][name])
 
 
 def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:

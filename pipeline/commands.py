@@ -157,7 +157,7 @@ def chat(
 def classify(
     *,
     ckpt: str,
-    text: str | None = None,
+    text: str = "",
     file: str | None = None,
     column: str = "text",
     output: str | None = None,
@@ -176,17 +176,15 @@ def classify(
         threshold: probability from which on the second of two labels is given; null: the likelier.
         batch_size: texts at a time.
     """
-    if (text is None) == (file is None):
-        raise ValueError("give either --text or --file.")
+    if bool(text) == (file is not None):
+        raise ValueError("give either --text, which is not empty, or --file.")
     if (file is None) != (output is None):
         raise ValueError("--file and --output belong together: give both, or --text.")
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}; give a probability between 0 and 1.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1.")
-    if text is None:
-        assert file is not None
-        assert output is not None
+    if file is not None and output is not None:
         from pipeline.stages.classify_stage import classify_stage
 
         classify_stage(

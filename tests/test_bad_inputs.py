@@ -259,6 +259,8 @@ def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) 
     path = tmp_path / "options.yaml"
     path.write_bytes(content)
     assert f"{path} is not valid YAML" in refused(command, "-c", str(path))
+    path.write_text("# nothing\n")
+    assert f"{path} holds no options" in refused(command, "-c", str(path))
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "check"])

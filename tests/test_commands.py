@@ -116,6 +116,8 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
         (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is not valid YAML"]),
+        (("test", "--ckpt_path", "--data.seed=1"), ["argument --ckpt_path: expected one argument"]),
+        (("validate", "-c"), ["argument -c/--config: expected one argument"]),
         (("tokenizer", "train", "-c", "good.yaml"), ["source 'nowhere.txt' does not exist"]),
     ],
 )

@@ -227,21 +227,25 @@ def test_each_of_many_labels_is_scored(tiny: Journey, tmp_path: Path) -> None:
 
     table = tmp_path / "moods.csv"
     words = [a + b for a in "abcdefgh" for b in "abcdefgh"]
-    rows = [f"{word} is {mood},{mood}" for word in words for mood in "abc"]
+    names = ["a", "1e5", "12E-3"]  # to a reader of YAML the others are numbers
+    rows = [f"{word} is {mood},{mood}" for word in words for mood in names]
     table.write_text("text,label\n" + "\n".join(rows))
     words = [f"--config={CONFIGS}/spam.yaml", f"--config={CONFIGS}/data/table.yaml", *SHORT, *PLAIN]
-    words += [f"--data.source={table}", "--data.label_names=[a,b,c]"]
+    words += [f"--data.source={table}", f"--data.label_names={json.dumps(names)}"]
     words += ["--run.experiment=moods", f"--model.init_from={tiny.best('pretrain')}"]
     code, out, err = said("fit", *words)
     assert code == 0, err
-    label = ["--text=abcd is a", "--threshold=0.5"]
-    assert "this checkpoint has 3" in said("classify", f"--ckpt={out.strip()}", *label)[2]
-    code, out, err = said("test", *words, f"--ckpt_path={out.strip()}")
+    label, best = ["--text=abcd is a", "--threshold=0.5"], Path(out.strip())
+    assert "this checkpoint has 3" in said("classify", f"--ckpt={best}", *label)[2]
+    code, out, err = said("test", *words, f"--ckpt_path={best}")
     assert code == 0, err
     shown = out.splitlines()
     assert shown[1].startswith("test f1, mean of the labels': ")
-    assert [line.split(":")[0] for line in shown[2:]] == ["  a", "  b", "  c"]
-    (path,) = Path(os.environ["GPT_PIPELINE_HOME"]).glob("moods/*-test-*/outcome.json")
+    assert [line.split(":")[0] for line in shown[2:]] == [f"  {name}" for name in names]
+    alone = said("test", f"--ckpt_path={best}", f"--data.source={table}")
+    assert alone[0] == 0, alone[2]
+    assert read_meta(best)["data"]["init_args"]["label_names"] == names
+    path, *_ = Path(os.environ["GPT_PIPELINE_HOME"]).glob("moods/*-test-*/outcome.json")
     assert json.loads(path.read_text())["metrics"]["test/texts/a"] > 0
 
 

@@ -67,6 +67,9 @@ def judge_responses(
         with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
             judgements.update(_ask_all(endpoint, asked, known))
     silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
+    sent = [judgements[k] for r, k in zip(responses, keys, strict=True) if not r.is_empty]
+    if sent and not any(judgement.verdict for judgement in sent):  # a mean of empty ones alone
+        silent = Judgement((), None, "the response is empty, and no other has a verdict")
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
 

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.console import CONTROL_PICTURES
 from pipeline.evaluation.metrics import RESAMPLES
 from pipeline.evaluation.responses import Response
 from pipeline.evaluation.summary import LOWER_IS_BETTER, MIN_QUESTIONS, Score, Scored, Summary
@@ -31,7 +32,6 @@ MAX_CHARACTERS = 2_000  # of one text; the JSONL files have the rest
 
 INK = "#010203"  # stands for the page's own text colour
 BEFORE, AFTER = "#a0795a", "#3d7fd9"  # apart from each other also without colour vision
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 
 
 @dataclass(frozen=True)

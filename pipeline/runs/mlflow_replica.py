@@ -275,7 +275,10 @@ class _Batch:
             ],
         )
         if self._datasets:
-            client.log_inputs(run_id, self._datasets)
+            try:
+                client.log_inputs(run_id, self._datasets)
+            except MlflowException:  # another run of the same data was sent at the same time
+                client.log_inputs(run_id, self._datasets)
         for name in self._artifacts:
             if (run / name).exists():
                 client.log_artifact(run_id, str(run / name), posixpath.dirname(name) or None)

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from datamodules.files import MALFORMED, write_atomically
+from pipeline.arguments import dump_yaml
 from pipeline.console import warn
 from pipeline.runs.journal import Journal, dumps
 from pipeline.runs.provenance import redact
@@ -157,7 +157,7 @@ class Run:
     def config(self, config: Mapping[str, Any]) -> None:
         """Writes config.yaml, secrets masked; one that differs from it is kept under a number."""
         path = self.path / CONFIG
-        text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(redact(config))
         if path.exists() and path.read_bytes() != text.encode():
             number = len(list(self.path.glob("config-*.yaml"))) + 1
             self.log_artifact(path.replace(self.path / f"config-{number}.yaml").name)

@@ -23,6 +23,7 @@ from pipeline.stages.answering import Answering, answer
 from pipeline.weights.fetch import locate
 
 ANSWERS = "answers.jsonl"  # of a run that goes on
+MEASURES = ("judge", "chrf", "rouge_l", "exact_match", "perplexity")  # of a chain's table
 VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
 
 
@@ -101,6 +102,9 @@ def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[s
     metrics = summary.metrics()
     run.log_metrics(metrics, step=0)
     run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
+    counts = {"answers": len(summary.after.responses)}
+    answered = lineage.get("data", lineage["digest"])
+    run.log_dataset("responses", answered, counts, ", ".join(sources))
     names = {"responses": "responses.jsonl", "scores": "scores.jsonl", "report": "report.html"}
     before = ("responses-before.jsonl", "scores-before.jsonl") if summary.before else ()
     for name in (*names.values(), *before, "summary.json"):
@@ -131,7 +135,7 @@ def result_lines(directory: Path) -> list[str]:
     lines = [f"{n_items} answers, 95 % intervals" + (f"; empty: {empty}" if empty else "")]
     shown = outcome["headline"]
     for values, line in zip(shown, lines_of(shown), strict=True):
-        row = summary["measures"][values["metric"]]
+        row = summary["measures"][values["metric"].partition(" ")[0]]
         apart, n_paired = row["difference"], row["n_paired"]
         if apart is None or None in apart.values():  # what is not finite is null there
             found = row["after"]["estimate"]
@@ -146,12 +150,13 @@ def result_lines(directory: Path) -> list[str]:
 
 def headline(metrics: dict[str, float]) -> list[dict[str, Any]]:
     """Rows of the chain's table."""
+    unscored = {m: int(metrics.get(f"after/{m}_unscored", 0)) for m in MEASURES}
     return [
         {
-            "metric": measure,
+            "metric": f"{measure} ({n} unscored)" if (n := unscored[measure]) else measure,
             "before": metrics.get(f"before/{measure}"),
             "after": metrics[f"after/{measure}"],
         }
-        for measure in ("judge", "chrf", "rouge_l", "exact_match", "perplexity")
+        for measure in MEASURES
         if f"after/{measure}" in metrics
     ]

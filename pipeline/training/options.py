@@ -26,7 +26,7 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
-from pipeline.arguments import load_yaml
+from pipeline.arguments import EARLY, early, load_yaml
 from pipeline.checkpoint import stem_of
 from pipeline.console import say
 from pipeline.directories import CHECKPOINTS
@@ -109,10 +109,10 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: it does not lie with such a run.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**EARLY)
     parser.add_argument("-c", "--config")
     parser.add_argument("--ckpt_path", type=Path)
-    given = parser.parse_known_args(words)[0]
+    given = early(parser, words)
     if given.config or not given.ckpt_path:
         return list(words)
     is_inside = given.ckpt_path.parent.name == CHECKPOINTS

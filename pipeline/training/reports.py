@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from datamodules.text_classification import TextClassificationDataModule
 from pipeline.console import warn
 from pipeline.evaluation.responses import write_lines
 from pipeline.runs.journal import metric_history
-from pipeline.runs.run_directory import Run, lines_of
+from pipeline.runs.run_directory import Run, lines_of, read_outcome
 from pipeline.training.figures import loss_curves
 
 Prediction = dict[str, Tensor]
@@ -110,3 +111,11 @@ def log_predictions(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """Keeps them in the run, one JSON line a sample."""
     write_lines(run.path / PREDICTIONS, rows)
     run.log_artifact(PREDICTIONS)
+
+
+def hand_over(path: Path) -> None:
+    """Says on stdout what the next command takes from a finished run: its best checkpoint."""
+    outcome = read_outcome(path)
+    for name in ("best", "predictions"):
+        if outcome and name in outcome["outputs"]:
+            print(outcome["outputs"][name])

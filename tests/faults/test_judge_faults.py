@@ -165,8 +165,9 @@ def test_an_evaluation_ends_with_what_could_be_scored(
     command: list[str], server: Server, home: Path
 ) -> None:
     server.answers = [chat(verdict(40)), servers.reset(b"{"), chat(verdict(60))]
-    code, _, err = said(*command)
+    code, out, err = said(*command)
     assert code == 0, err
+    assert "\njudge (1 unscored): 50.0000 [" in out
     (path,) = home.glob("score/*/summary.json")
     scored = json.loads(path.read_text())["measures"]["judge"]["after"]
     assert (scored["n_unscored"], scored["estimate"]["value"]) == (1, 50)
@@ -174,6 +175,33 @@ def test_an_evaluation_ends_with_what_could_be_scored(
     (unscored,) = (row for row in rows if row["score"] is None)
     assert (unscored["id"], unscored["scorer"], unscored["status"]) == ("b", "judge", "unscored")
     assert "broke off" in unscored["rationale"]
+
+
+def test_empty_answers_alone_are_no_mean(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They get 0 unasked; where nothing that was asked about has a verdict, that would be all."""
+    config = JudgeConfig(base_url=f"{server.url}/v1", model="judge-1", max_attempts=1)
+    items = [
+        Response(id=i, instruction="?", reference="10", response="" if i else "1") for i in (0, 1)
+    ]
+    scores = {}
+    for name, reply in (("fails", "nonsense"), ("works", verdict(50))):
+        server.answers = [chat(reply)]
+        found = judge_responses(items, config, cache=tmp_path / name)
+        scores[name] = [one.verdict and one.verdict.score for one in found]
+    assert scores == {"fails": [None, None], "works": [50, 0]}
+    found = judge_responses(items[1:], config, cache=tmp_path / "empty")
+    assert [one.verdict and one.verdict.score for one in found] == [0]
+
+
+def test_what_a_judge_says_moves_no_cursor(command: list[str], server: Server) -> None:
+    server.answers = [servers.status(401, b"\x1b]0;owned\x07\x1b[2J all good")]
+    code, _, err = said(*command)
+    assert code == 2
+    assert "\x1b" not in err
+    assert "\x07" not in err
+    assert "all good" in err
 
 
 def test_without_a_judge_there_is_one_line_and_no_report(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.runs.journal import read_journal
-from pipeline.runs.tracking import tracking_uri
+from pipeline.runs.run_directory import Run
+from pipeline.runs.tracking import sync, tracking_uri
 from tests.faults.processes import PATIENCE_S, Started, at, go_on, pauses
 from tests.journey import said
 
@@ -284,6 +286,33 @@ def test_a_full_disk_of_the_store_is_filled_in_by_the_next_run(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_runs_of_the_same_data_are_sent_at_once(home: Path) -> None:
+    """MLflow looks for the data, then adds them: of two that find none, one would fail."""
+    paths = []
+    for i in range(6):
+        run = Run.open(home / "default" / f"run-{i}")
+        run.log_dataset("SpamDataModule", "d" * 64, {"rows": 5}, "sms.tsv")
+        run.finish({}, {}, {})
+        paths.append(run.path)
+    sync(paths[0])
+    client = MlflowClient(tracking_uri(home))
+    (experiment,) = client.search_experiments(filter_string="name = 'default'")
+    for trial in range(3):
+        fresh = home.with_name(f"again-{trial}")
+        shutil.copytree(
+            home / "default", fresh / "default", ignore=shutil.ignore_patterns("mlflow*")
+        )
+        first = Run.open(fresh / "default" / "first")
+        first.finish({}, {}, {})
+        sync(first.path)  # there is a store
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(sync, sorted((fresh / "default").glob("run-*"))))
+        client = MlflowClient(tracking_uri(fresh))
+        (experiment,) = client.search_experiments(filter_string="name = 'default'")
+        runs = client.search_runs([experiment.experiment_id])
+        assert sorted(len(run.inputs.dataset_inputs) for run in runs) == [0] + [1] * 6
+
+
 def test_eight_runs_at_once_make_one_store(
     logging_words: list[str], home: Path, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def run_once(
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
     attempt = find_run(base, partial(what_changed, options=flat(config)))
-    if attempt.why:
+    if attempt.why and RUN_VARIABLE not in os.environ:  # else the chain has said so
         say(f"anew: {attempt.why}")
     try:
         with open_run(experiment, attempt.path.name, config) as run:

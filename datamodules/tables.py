@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import json
@@ -152,7 +153,9 @@ def _header(text: str, suffix: str) -> list[str]:
     if suffix != ".csv":
         return text.partition("\n")[0].split("\t")
     rows = csv.reader(io.StringIO(text), delimiter=_separator(text))
-    return next((row for row in rows if row), [])
+    with contextlib.suppress(csv.Error):  # which pandas reads in its own way
+        return next((row for row in rows if row), [])
+    return []
 
 
 def _refuse_twice(names: Sequence[str]) -> None:

@@ -376,7 +376,8 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     document["stages"] += [spam, tested, {**spam, "name": "twice", "set": {"data.batchsize": 3}}]
     chain.write_text(yaml.safe_dump(document))
     assert run_chain(chain) == 2
-    _, error = capfd.readouterr().err.splitlines()
+    said, error = capfd.readouterr().err.splitlines()
+    assert said == "reading the options and rows of later stages ..."
     assert error.startswith("error: stage 'twice': data: Option 'batchsize' is not accepted")
     assert not home.exists()
 
@@ -396,7 +397,7 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
 def test_parts_of_later_stages_are_checked_before_the_first_runs(
     key: str, value: Any, message: str, chain: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process: the tests above have it started by a chain."""
+    """In this process: the test above has it started by a chain."""
     document = yaml.safe_load(chain.read_text())
     options = {"data.source": ["a.txt"], "model.optimizer.warmup_steps": 20, key: value}
     wrong = {"name": "wrong", "command": "fit", "config": f"{CONFIGS}/pretrain.yaml"}
@@ -444,9 +445,9 @@ def test_files_and_variables_in_options_decide_what_is_reused(
 
 
 def test_rows_of_later_stages_are_read_before_the_first_runs(
-    chain: Path, home: Path, write: Write, capfd: pytest.CaptureFixture[str]
+    chain: Path, home: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their vocabulary is still to be made."""
+    """Their vocabulary is still to be made. In this process, too."""
     moods = write("moods.csv", "text,label\nso glad,good\nso sad,bad\nso so,\n")
     document = yaml.safe_load(chain.read_text())
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
@@ -456,9 +457,10 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     wrong = {**spam, "name": "moods", "config": table, "set": own}
     document["stages"] += [spam, wrong]
     chain.write_text(yaml.safe_dump(document))
-    assert run_chain(chain) == 2
-    said, error = capfd.readouterr().err.splitlines()
-    assert said == "reading the options and rows of later stages ..."
+    read = load_chain(chain)
+    later = {stage.name: _words_to_come(read, stage) for stage in read.stages[2:]}
+    assert foresight.main(later) == 2
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: stage 'moods': {moods}: row 3: it has no 'label'")
     assert not home.exists()
 

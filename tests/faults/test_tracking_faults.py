@@ -297,7 +297,7 @@ def test_runs_of_the_same_data_are_sent_at_once(home: Path) -> None:
     sync(paths[0])
     client = MlflowClient(tracking_uri(home))
     (experiment,) = client.search_experiments(filter_string="name = 'default'")
-    for trial in range(3):
+    for trial in range(2):
         fresh = home.with_name(f"again-{trial}")
         shutil.copytree(
             home / "default", fresh / "default", ignore=shutil.ignore_patterns("mlflow*")

@@ -288,26 +288,18 @@ def test_a_full_disk_of_the_store_is_filled_in_by_the_next_run(
 @pytest.mark.timeout(1800)
 def test_runs_of_the_same_data_are_sent_at_once(home: Path) -> None:
     """MLflow looks for the data, then adds them: of two that find none, one would fail."""
-    paths = []
-    for i in range(6):
-        run = Run.open(home / "default" / f"run-{i}")
-        run.log_dataset("SpamDataModule", "d" * 64, {"rows": 5}, "sms.tsv")
-        run.finish({}, {}, {})
-        paths.append(run.path)
-    sync(paths[0])
-    client = MlflowClient(tracking_uri(home))
-    (experiment,) = client.search_experiments(filter_string="name = 'default'")
     for trial in range(2):
-        fresh = home.with_name(f"again-{trial}")
-        shutil.copytree(
-            home / "default", fresh / "default", ignore=shutil.ignore_patterns("mlflow*")
-        )
-        first = Run.open(fresh / "default" / "first")
-        first.finish({}, {}, {})
-        sync(first.path)  # there is a store
+        root = home.with_name(f"runs-{trial}")
+        paths = [root / "default" / f"run-{i}" for i in range(7)]
+        for path in paths:
+            run = Run.open(path)
+            if path != paths[0]:
+                run.log_dataset("SpamDataModule", "d" * 64, {"rows": 5}, "sms.tsv")
+            run.finish({}, {}, {})
+        sync(paths[0])  # there is a store then
         with ThreadPoolExecutor(6) as pool:
-            list(pool.map(sync, sorted((fresh / "default").glob("run-*"))))
-        client = MlflowClient(tracking_uri(fresh))
+            list(pool.map(sync, paths[1:]))
+        client = MlflowClient(tracking_uri(root))
         (experiment,) = client.search_experiments(filter_string="name = 'default'")
         runs = client.search_runs([experiment.experiment_id])
         assert sorted(len(run.inputs.dataset_inputs) for run in runs) == [0] + [1] * 6

@@ -284,8 +284,6 @@ def test_a_full_disk_of_the_store_is_filled_in_by_the_next_run(
     assert err == "2 runs, 0 lines sent\n"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_runs_of_the_same_data_are_sent_at_once(home: Path) -> None:
     """MLflow looks for the data, then adds them: of two that find none, one would fail."""
     for trial in range(2):
@@ -305,6 +303,8 @@ def test_runs_of_the_same_data_are_sent_at_once(home: Path) -> None:
         assert sorted(len(run.inputs.dataset_inputs) for run in runs) == [0] + [1] * 6
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_eight_runs_at_once_make_one_store(
     logging_words: list[str], home: Path, tmp_path: Path
 ) -> None:

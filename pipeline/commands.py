@@ -334,8 +334,7 @@ def serve(
             where the hardware multiplies it, else f16-weights where that is fast. A classifier
             answers in float32.
         max_rows: texts that are written at the same time.
-        max_tokens: tokens that they may hold, the longest one's room for each, and texts that have
-            ended: decides the memory.
+        max_tokens: that these may hold, by the longest one, and ended ones: decides the memory.
     """
     from pipeline.serving.engine import Limits
     from pipeline.serving.serve import serve

@@ -84,28 +84,55 @@ def check_held_out(
         )
     if not (trainings := trained_on(meta)):  # of others, who do not say
         return
-    dataset, ours = trainings[-1]["dataset"], _files_of(fingerprint, splits)
-    if not _share_files(dataset["sources"], ours):
-        apart = fingerprint.get("apart", {})
-        named = [  # plain text has no third split: test is val
-            f"data.{'val' if apart[split] == apart.get('val') else split}_source"
-            for split in splits
-            if split in apart
-        ]
-        key = " or ".join(named) or "data.source"
-        unknown = "" if dataset.get("learned") else "; which texts it learned is not known"
-        warn(
-            f"{called} was trained on {', '.join(_learned(dataset))}, and is "
-            f"evaluated on other data, {', '.join(ours)}; {key} says on which{unknown}."
-        )
-    for earlier in (training["dataset"] for training in trainings):
-        learned, units = earlier.get("learned"), fingerprint.get("split", "")
+    dataset = trainings[-1]["dataset"]
+    _warn_of_other_data(dataset, fingerprint, splits, called)
+    _warn_of_learned([training["dataset"] for training in trainings], fingerprint, keys, called)
+    _warn_of_repeats(dataset, fingerprint, called)
+
+
+def _warn_of_other_data(
+    dataset: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    splits: Collection[str],
+    called: str,
+) -> None:
+    ours = _files_of(fingerprint, splits)
+    if _share_files(dataset["sources"], ours):
+        return
+    apart = fingerprint.get("apart", {})
+    named = [  # plain text has no third split: test is val
+        f"data.{'val' if apart[split] == apart.get('val') else split}_source"
+        for split in splits
+        if split in apart
+    ]
+    key = " or ".join(named) or "data.source"
+    unknown = "" if dataset.get("learned") else "; which texts it learned is not known"
+    warn(
+        f"{called} was trained on {', '.join(_learned(dataset))}, and is evaluated on other data, "
+        f"{', '.join(ours)}; {key} says on which{unknown}."
+    )
+
+
+def _warn_of_learned(
+    datasets: Iterable[Mapping[str, Any]],
+    fingerprint: Mapping[str, Any],
+    keys: Sequence[str],
+    called: str,
+) -> None:
+    units = fingerprint.get("split", "")
+    for earlier in datasets:
+        learned = earlier.get("learned")
         if learned and earlier["split"] == units and (n_known := n_among(keys, learned)):
             of = f"{n_known} of {len(keys)} {units.partition(' ')[0]}"
             warn(
                 f"{of} that are evaluated on are what {called} was trained on; no score of "
                 "them is held out."
             )
+
+
+def _warn_of_repeats(
+    dataset: Mapping[str, Any], fingerprint: Mapping[str, Any], called: str
+) -> None:
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))
     if n_repeated and is_same_source and _apart(dataset) != _apart(fingerprint):

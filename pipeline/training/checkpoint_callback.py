@@ -227,13 +227,13 @@ class Checkpoints(pl.Callback):
         """Saves the step that was validated."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
-            logged = sorted(_of_validation(trainer))
+        known = trainer.callback_metrics.items()
+        metrics = {name: float(v) for name, v in known if name.startswith(OF_VALIDATION)}
+        if self.monitor not in metrics:
             raise ValueError(
-                f"checkpoints.monitor is {self.monitor!r}, but validation logs {logged}; "
+                f"checkpoints.monitor is {self.monitor!r}, but validation logs {sorted(metrics)}; "
                 "name one of them."
             )
-        metrics = _of_validation(trainer)
         value = metrics[self.monitor]
         self.last_validated = trainer.global_step
         self.best[trainer.global_step] = {"value": value, "metrics": metrics}
@@ -370,11 +370,6 @@ def check_monitor(name: str, key: str) -> None:
     """
     if not name.startswith(OF_VALIDATION):
         raise ValueError(f"{key} is {name!r}; name a metric of validation, such as val/loss.")
-
-
-def _of_validation(trainer: pl.Trainer) -> dict[str, float]:
-    known = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in known if name.startswith(OF_VALIDATION)}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -175,8 +175,11 @@ def test_a_second_tuning_on_another_split_is_warned_of_and_never_tested(
     assert [split.get("split_seed") for split in splits] == [None, 1, 7], "pretraining has none"
     words = ["test", config, *PLAIN, other, f"--ckpt_path={again}"]
     assert "trained on: data.split_seed was 1, is 7" in refused(*words)
-    words = ["test", config, *PLAIN, f"--ckpt_path={tiny.best('spam')}", f"--before={again}"]
-    error = refused(*words)
+    words = ["test", config, f"--ckpt_path={tiny.best('spam')}", f"--before={again}"]
+    code, _, err = said(*words)
+    assert code == 2
+    assert "test ━" not in err, "before any text is looked at"
+    error = err.splitlines()[-1]
     assert "data.split_seed was 7, is 1" in error
     assert f"files that before ({again}) has not seen" in error
 

@@ -197,6 +197,7 @@ def test_what_is_no_classifier_is_compared_with_none(
 def test_classifiers_of_other_labels_are_not_compared(tiny: Journey) -> None:
     source = str(tiny.best("spam"))
     data = SpamDataModule(**read_meta(tiny.best("spam"))["data"]["init_args"])
+    data.config = read_meta(tiny.best("spam"))["data"]
     assert OtherClassifier(source, data).rival.words == "spam"
     data.label_names = ["spam", "ham"]
     labels = r"has the labels \['ham', 'spam'\], here they are \['spam', 'ham'\]"

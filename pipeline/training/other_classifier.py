@@ -19,28 +19,23 @@ class OtherClassifier:
         data: what both are tested on.
 
     Raises:
-        ValueError: it is no classifier, or has other labels.
+        ValueError: it is no classifier, has other labels, or may have learned what is held out.
     """
 
     def __init__(self, source: str, data: StepDataModule) -> None:
         if not isinstance(data, TextClassificationDataModule):
             raise ValueError("--before compares classifiers, this is none; leave it out.")
-        self.data, self.called = data, f"before ({source})"
+        self.data, called = data, f"before ({source})"
         self.rival, self.loaded = before(stem_of(source)), load_classifier(source)
         names = self.loaded.meta["label_names"]
         if names != data.label_names:  # in another order they would be split otherwise, too
-            raise ValueError(
-                f"{self.called} has the labels {names}, here they are {data.label_names}."
-            )
+            raise ValueError(f"{called} has the labels {names}, here they are {data.label_names}.")
+
+        data.setup("test")
+        meta, facts, keys = self.loaded.meta, data.fingerprint, data.keys("test")
+        check_held_out(meta, data.config, facts, ["test"], keys, called=called)
 
     def probabilities(self) -> dict[Rival, Array]:
-        """(N, K) of the test's texts, in their order.
-
-        Raises:
-            ValueError: it may have learned what is held out.
-        """
-        data, keys = self.data, self.data.keys("test")
-        meta, facts = self.loaded.meta, data.fingerprint
-        check_held_out(meta, data.config, facts, ["test"], keys, called=self.called)
-        found = label_probabilities(self.loaded, data.texts("test"), title="before")
+        """(N, K) of the test's texts, in their order."""
+        found = label_probabilities(self.loaded, self.data.texts("test"), title="before")
         return {self.rival: np.array(found)}

@@ -5,12 +5,17 @@ tests/test_export_llama_cpp.py. With q8_0 llama.cpp rounds activations to 8 bits
 greedy chats of SmolLM2-135M goes round in a loop there, though the file, read here, answers.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from gguf import (
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    RopeScalingType,
+    TokenType,
+    quants,
+)
 from torch import Tensor
 
 from datamodules.prompts import TEMPLATE
@@ -19,7 +24,7 @@ from pipeline.classifier import GPTClassifier
 from pipeline.console import say
 from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
-from pipeline.layers.rotary import stretch_factors
+from pipeline.layers.rotary import RopeScaling, stretch_factors
 from pipeline.models import Loaded
 from pipeline.weights.fetch import EXPORTED_GGUF
 from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS, STRETCH, STRETCH_FIELD
@@ -28,9 +33,6 @@ from pipeline.weights.names import entries, family_of
 from pipeline.weights.sentencepiece import scores_of
 from pipeline.weights.templates import default_system, go, stop_words
 from pipeline.weights.vocabulary import merges_of, pre_tokenizer_of, spelled
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 GGUFType = Literal["f32", "f16", "q8_0"]
 MODEL, MODELFILE = EXPORTED_GGUF, "Modelfile"
@@ -58,19 +60,16 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
         )
     family = family_of(loaded.gpt.config)
     _check_family(family, loaded.gpt.config)
-    add_merging = _merging(loaded.tokenizer.vocabulary)
+    writer = GGUFWriter(None, family)
+    writer.add_name(name)
+    if license is not None:
+        writer.add_license(license)
+    _add_config(writer, loaded.gpt.config)
+    _add_tokenizer(writer, loaded)
+    _add_tensors(writer, loaded, kind)
 
     def write(path: Path) -> None:
-        from gguf import GGUFWriter
-
-        writer = GGUFWriter(path, family)
-        writer.add_name(name)
-        if license is not None:
-            writer.add_license(license)
-        _add_config(writer, loaded.gpt.config)
-        _add_tokenizer(writer, loaded, add_merging)
-        _add_tensors(writer, loaded, kind)
-        writer.write_header_to_file()
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
@@ -81,7 +80,7 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
 
 def _check_family(family: str, config: GPTConfig) -> None:
     """Refuses what llama.cpp has for other families alone."""
-    if family != "llama" and _is_llama3(config):
+    if family != "llama" and _llama3(config):
         raise ValueError(
             f"llama.cpp has no {family} with Llama 3's rope scaling; export it with --format "
             "huggingface."
@@ -93,8 +92,9 @@ def _check_family(family: str, config: GPTConfig) -> None:
         )
 
 
-def _is_llama3(config: GPTConfig) -> bool:
-    return config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
+def _llama3(config: GPTConfig) -> RopeScaling | None:
+    scaling = config.rope_scaling
+    return scaling if scaling and scaling.kind == "llama3" else None
 
 
 def modelfile(loaded: Loaded) -> str:
@@ -114,8 +114,6 @@ def modelfile(loaded: Loaded) -> str:
 
 
 def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
-    from gguf import RopeScalingType
-
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -133,61 +131,49 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
     if config.head_dim is not None:
         writer.add_key_length(config.head_size)
         writer.add_value_length(config.head_size)
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_scaling.factor)
-    if config.rope_scaling is not None and _is_llama3(config):
+    if scaling := _llama3(config):
         low, high, original = (STRETCH_FIELD.format(key) for key in STRETCH)
         # for our own reader: llama.cpp has the factors alone
-        writer.add_float64(low, config.rope_scaling.low_freq_factor)
-        writer.add_float64(high, config.rope_scaling.high_freq_factor)
-        writer.add_uint32(original, config.rope_scaling.original_context)
+        writer.add_float64(low, scaling.low_freq_factor)
+        writer.add_float64(high, scaling.high_freq_factor)
+        writer.add_uint32(original, scaling.original_context)
+    elif config.rope_scaling:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
-def _merging(vocabulary: Vocabulary) -> Callable[[GGUFWriter, list[str]], None]:
-    """Writes what makes tokens of a text, given the names of all ids."""
+def _add_merging(writer: GGUFWriter, vocabulary: Vocabulary, names: list[str]) -> None:
+    """What makes tokens, named by their ids, of a text."""
     if form := vocabulary.sentencepiece:
         scores = scores_of(vocabulary, form)
-        if form.prefix in ("always", "first"):
+        if form.prefix in _METASPACE:
             say(
                 "texts that begin with a blank, and conversations, may get other ids: llama.cpp "
                 f"puts a blank before every text and behind every special token, the tokenizer "
                 f"{vocabulary.name} only {_METASPACE[form.prefix]}"
             )
-
-        def by_scores(writer: GGUFWriter, names: list[str]) -> None:
-            writer.add_tokenizer_model("llama")
-            writer.add_tokenizer_pre("default")
-            writer.add_token_scores([scores.get(name, 0.0) for name in names])
-            writer.add_add_space_prefix(form.prefix != "never")
-
-        return by_scores
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([scores.get(name, 0.0) for name in names])
+        writer.add_add_space_prefix(form.prefix != "never")
+        return
     pre, merges = pre_tokenizer_of(vocabulary), merges_of(vocabulary)
     if merges.whole is not None and pre != "llama-bpe":
         raise ValueError(
             f"the tokenizer {vocabulary.name} has a token {merges.whole!r} that no merge makes, "
             "for which llama.cpp would give other ids; export it with --format huggingface."
         )
-
     if vocabulary.nfc:
         say(
             f"the tokenizer {vocabulary.name} first composes characters (NFC), which llama.cpp "
             "does not: texts with combining marks may get other ids there"
         )
-
-    def by_merges(writer: GGUFWriter, names: list[str]) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_merges([" ".join(pair) for pair in merges.pairs])
-
-    return by_merges
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_merges([" ".join(pair) for pair in merges.pairs])
 
 
-def _add_tokenizer(
-    writer: GGUFWriter, loaded: Loaded, add_merging: Callable[[GGUFWriter, list[str]], None]
-) -> None:
-    from gguf import TokenType
-
+def _add_tokenizer(writer: GGUFWriter, loaded: Loaded) -> None:
     tokenizer, n_rows = loaded.tokenizer, loaded.gpt.config.vocab_size
     assert n_rows is not None
     tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding that no text has
@@ -200,7 +186,7 @@ def _add_tokenizer(
     if form := tokenizer.vocabulary.sentencepiece:
         for i in form.byte_ids:
             kinds[i] = TokenType.BYTE
-    add_merging(writer, tokens)
+    _add_merging(writer, tokenizer.vocabulary, tokens)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_eos_token_id(tokenizer.eos_id)
@@ -219,17 +205,10 @@ def _add_tokenizer(
 
 
 def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
-    from gguf import GGMLQuantizationType, LlamaFileType, quants
-
-    file_types = {
-        "f32": LlamaFileType.ALL_F32,
-        "f16": LlamaFileType.MOSTLY_F16,
-        "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    }
-    writer.add_file_type(file_types[kind])
+    writer.add_file_type(LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
     config, tensors = loaded.gpt.config, loaded.gpt.tensors()
-    if config.rope_scaling is not None and _is_llama3(config):
-        factors = stretch_factors(config.rope_theta, config.head_size, config.rope_scaling)
+    if scaling := _llama3(config):
+        factors = stretch_factors(config.rope_theta, config.head_size, scaling)
         writer.add_tensor(ROPE_FACTORS, factors.numpy())
     kept = []
     for entry in entries(config, "gguf"):
@@ -237,10 +216,8 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
         stored = _stored_as(entry.theirs, tensor, kind)
         if kind == "q8_0" and stored == "f16":
             kept.append(entry.theirs)
-        quantised = GGMLQuantizationType[stored.upper()]
-        writer.add_tensor(
-            entry.theirs, quants.quantize(tensor.numpy(), quantised), raw_dtype=quantised
-        )
+        as_kind = GGMLQuantizationType[stored.upper()]
+        writer.add_tensor(entry.theirs, quants.quantize(tensor.numpy(), as_kind), raw_dtype=as_kind)
     if kept:
         say(
             f"{len(kept)} tensors stay f16, as q8_0 needs rows of a multiple of 32 numbers: "

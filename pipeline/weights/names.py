@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from gguf import MODEL_ARCH, get_tensor_name_map
 from torch import Tensor
 
 from pipeline.gpt import GPTConfig
@@ -147,8 +148,6 @@ def _huggingface_gpt2(config: GPTConfig) -> Iterator[Entry]:
 
 def _gguf(config: GPTConfig) -> Iterator[Entry]:
     """Hugging Face's entries under llama.cpp's names, without transposing."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
     family = family_of(config)
     names = get_tensor_name_map(MODEL_ARCH[family.upper()], config.n_layer)
     interleaved = {"q_proj": config.n_head, "k_proj": config.n_kv_head}

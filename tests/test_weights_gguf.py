@@ -207,8 +207,8 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
     ("name", "value", "named"),
     [
         ("general.architecture", "gemma", "architecture is gemma"),
-        ("general.architecture", None, "lacks general.architecture"),
-        ("llama.block_count", None, "lacks llama.block_count"),
+        ("general.architecture", None, "lacks 'general.architecture'"),
+        ("llama.block_count", None, "lacks 'llama.block_count'"),
         ("llama.block_count", 2, "missing"),
         ("llama.block_count", 2**31, "2147483648 layers"),
         ("llama.context_length", 2**31, "context"),

@@ -16,7 +16,7 @@ from pipeline.weights.foreign import Foreign
 from pipeline.weights.gguf_file import read_header
 from pipeline.weights.names import TRAITS, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
-from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer
+from pipeline.weights.vocabulary import Special, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
 STRETCH = ("low_freq_factor", "high_freq_factor", "original_context")  # of Llama 3's scaling
@@ -44,86 +44,66 @@ def open_gguf(path: Path) -> Foreign:
         except ValueError as error:  # an OSError says that the file cannot be read
             raise ValueError(f"its tensor {name}: {error}") from error
 
-    metadata = _Metadata(fields)
     factors = read(ROPE_FACTORS, slice(None)) if ROPE_FACTORS in tensors else None
+    skipped = {} if factors is None else {ROPE_FACTORS: "part of the configuration"}
     is_tied = "output.weight" not in tensors
     vocab_size = shapes.get("token_embd.weight", (0,))[0]
-    config = _config(metadata, vocab_size, is_tied, factors)
     return Foreign(
-        config,
-        _tokenizer(metadata),
-        {name: shape for name, shape in shapes.items() if name != ROPE_FACTORS},
+        _config(fields, vocab_size, is_tied, factors),
+        _tokenizer(fields),
+        {name: shape for name, shape in shapes.items() if name not in skipped},
         read,
         "gguf",
-        skipped={ROPE_FACTORS: "part of the configuration"} if ROPE_FACTORS in shapes else {},
+        skipped=skipped,
         license=fields.get("general.license"),
     )
 
 
-class _Metadata:
-    """Fields by name, with an error that names the one that is missing."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
-        self.architecture = self["general.architecture"]
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.fields:
-            raise ValueError(f"its metadata lacks {key}.")
-        return self.fields[key]
-
-    def of_model(self, key: str, default: Any = None) -> Any:
-        """A field of the architecture's own."""
-        name = f"{self.architecture}.{key}"
-        return self[name] if default is None else self.fields.get(name, default)
-
-
 def _config(
-    metadata: _Metadata, vocab_size: int, is_tied: bool, factors: Tensor | None
+    fields: dict[str, Any], vocab_size: int, is_tied: bool, factors: Tensor | None
 ) -> GPTConfig:
-    if metadata.architecture not in TRAITS:
-        known = ", ".join(TRAITS)
-        raise ValueError(f"its architecture is {metadata.architecture}; supported: {known}.")
-    n_head = metadata.of_model("attention.head_count")
-    n_embd = metadata.of_model("embedding_length")
-    eps = "layer_norm_epsilon" if metadata.architecture == "gpt2" else "layer_norm_rms_epsilon"
-    rope_theta = float(metadata.of_model("rope.freq_base", 10000.0))
-    size = metadata.of_model("attention.key_length", n_embd // n_head)
+    if (family := fields["general.architecture"]) not in TRAITS:
+        raise ValueError(f"its architecture is {family}; supported: {', '.join(TRAITS)}.")
+    n_head, n_embd = fields[f"{family}.attention.head_count"], fields[f"{family}.embedding_length"]
+    eps = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon"
+    rope_theta = float(fields.get(f"{family}.rope.freq_base", 10000.0))
+    size = fields.get(f"{family}.attention.key_length", n_embd // n_head)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := metadata.of_model(key, size)) != size:
+        if (other := fields.get(f"{family}.{key}", size)) != size:
             raise ValueError(f"its heads are {size} wide, but its {key} is {other}.")
-    if metadata.of_model("expert_count", 0):
+    if fields.get(f"{family}.expert_count"):
         raise ValueError("it is a mixture of experts, which is not supported.")
-    if not metadata.of_model("attention.causal", True):
+    if not fields.get(f"{family}.attention.causal", True):
         raise ValueError("its attention sees later tokens too, which is not supported.")
     return GPTConfig(
-        n_layer=metadata.of_model("block_count"),
+        n_layer=fields[f"{family}.block_count"],
         n_head=n_head,
-        n_kv_head=metadata.of_model("attention.head_count_kv", n_head),
+        n_kv_head=fields.get(f"{family}.attention.head_count_kv", n_head),
         n_embd=n_embd,
-        block_size=metadata.of_model("context_length"),
+        block_size=fields[f"{family}.context_length"],
         vocab_size=vocab_size,
-        norm_eps=_shortest(metadata.of_model(f"attention.{eps}")),
+        norm_eps=_shortest(fields[f"{family}.attention.{eps}"]),
         rope_theta=rope_theta,
-        mlp_hidden=metadata.of_model("feed_forward_length"),
+        mlp_hidden=fields[f"{family}.feed_forward_length"],
         tie_embeddings=is_tied,
         dropout=0.0,
-        rope_scaling=_rope_scaling(metadata, rope_theta, size, factors),
+        rope_scaling=_rope_scaling(fields, rope_theta, size, factors),
         head_dim=head_dim(size, n_embd, n_head),
-        **TRAITS[metadata.architecture],
+        **TRAITS[family],
     )
 
 
 def _llama3_scaling(
-    metadata: _Metadata, factors: Tensor, rope_theta: float, head_size: int
+    fields: dict[str, Any], factors: Tensor, rope_theta: float, head_size: int
 ) -> RopeScaling:
     """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3.
 
     But where an export of ours says otherwise.
     """
-    usual = RopeScaling("llama3", factor=math.inf)
-    stated = {key: metadata.fields.get(STRETCH_FIELD.format(key)) for key in STRETCH}
-    known = replace(usual, **{key: value for key, value in stated.items() if value is not None})
+    stated = {key: fields.get(STRETCH_FIELD.format(key)) for key in STRETCH}
+    known = RopeScaling(
+        "llama3", math.inf, **{key: value for key, value in stated.items() if value is not None}
+    )
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
     kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
     factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0
@@ -131,23 +111,23 @@ def _llama3_scaling(
 
 
 def _rope_scaling(
-    metadata: _Metadata, rope_theta: float, head_size: int, factors: Tensor | None
+    fields: dict[str, Any], rope_theta: float, head_size: int, factors: Tensor | None
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        scaling = _llama3_scaling(metadata, factors, rope_theta, head_size)
+        scaling = _llama3_scaling(fields, factors, rope_theta, head_size)
         expected = stretch_factors(rope_theta, head_size, scaling)
         if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
             return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
-    kind = metadata.of_model("rope.scaling.type", "linear")  # as llama.cpp takes it
-    factor = metadata.of_model("rope.scaling.factor", 0.0)
-    factor = float(factor or metadata.of_model("rope.scale_linear", 0.0))
-    if kind == "none" or factor in (0.0, 1.0):
+    rope = f"{fields['general.architecture']}.rope"
+    kind = fields.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
+    factor = fields.get(f"{rope}.scaling.factor") or fields.get(f"{rope}.scale_linear") or 1.0
+    if kind == "none" or factor == 1.0:
         return None
     if kind != "linear":
         raise ValueError(f"its rope scaling is {kind}; supported: linear, Llama 3's.")
-    return RopeScaling("linear", factor)
+    return RopeScaling("linear", float(factor))
 
 
 def _shortest(value: float) -> float:
@@ -155,14 +135,14 @@ def _shortest(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _tokenizer(metadata: _Metadata) -> Tokenizer:
-    model, fields = metadata["tokenizer.ggml.model"], metadata.fields
+def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
+    model = fields["tokenizer.ggml.model"]
     if model not in _KINDS:
         raise ValueError(f"its tokenizer is {model!r}; supported: {', '.join(_KINDS)}.")
-    pre = metadata["tokenizer.ggml.pre"] if model == "gpt2" else ""
+    pre = fields["tokenizer.ggml.pre"] if model == "gpt2" else ""
     is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
-    names: list[str] = metadata["tokenizer.ggml.tokens"]
-    kinds: list[int] = metadata["tokenizer.ggml.token_type"]
+    names: list[str] = fields["tokenizer.ggml.tokens"]
+    kinds: list[int] = fields["tokenizer.ggml.token_type"]
     if len(names) != len(kinds):
         raise ValueError(f"it has {len(names)} tokens, but kinds of {len(kinds)}.")
     odd = [name for name, kind in zip(names, kinds, strict=True) if kind not in _KINDS[model]]
@@ -172,28 +152,25 @@ def _tokenizer(metadata: _Metadata) -> Tokenizer:
     tokens = {names[i]: i for i in used}
     if len(tokens) < len(used):
         raise ValueError("its tokenizer has a token twice.")
-    eos, bos = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "bos"))
-    more_ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS)
-    bos_token = None if bos is None else names[bos]
+    ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", *ENDS)}
+    marks = {key: names[i] for key, i in ids.items() if i is not None}
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", is_llama3 or model == "llama")
-    shown = tuple(names[i] for i in used if kinds[i] == _USER)
-    check_markers(shown)
     special = Special(
         {names[i]: i for i in used if kinds[i] in (_CONTROL, _UNKNOWN, _USER)},
-        eos=None if eos is None else names[eos],
-        ends=tuple(names[i] for i in more_ends if i is not None),
-        bos=bos_token if adds_bos else None,
-        bos_token=bos_token,
+        eos=marks.get("eos"),
+        ends=tuple(marks[key] for key in ENDS if key in marks),
+        bos=marks.get("bos") if adds_bos else None,
+        bos_token=marks.get("bos"),
         chat_template=fields.get("tokenizer.chat_template"),
-        shown=shown,
+        shown=tuple(names[i] for i in used if kinds[i] == _USER),
     )
     if model == "llama":
         normal = {name: i for name, i in tokens.items() if kinds[i] == _NORMAL}
-        merges = merges_of_scores(normal, metadata["tokenizer.ggml.scores"])
+        merges = merges_of_scores(normal, fields["tokenizer.ggml.scores"])
         adds_blank = fields.get("tokenizer.ggml.add_space_prefix", True)
         prefix: Prefix = "prepend" if adds_blank else "never"
         return make_sentencepiece(tokens=tokens, merges=merges, special=special, prefix=prefix)
-    merges = metadata["tokenizer.ggml.merges"]
+    merges = fields["tokenizer.ggml.merges"]
     return make_tokenizer(
         tokens=tokens, merges=merges, special=special, pre=pre, whole_pieces=is_llama3
     )

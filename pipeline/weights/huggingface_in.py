@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pipeline.layers.rotary import RopeScaling
 from pipeline.weights.foreign import Foreign, few_rows
 from pipeline.weights.names import TRAITS, Family, entries, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of
-from pipeline.weights.vocabulary import Special, check_markers, make_tokenizer, name_of_steps
+from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -26,11 +27,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
-OPTIONAL_FILES = (
-    CARD,
-    GENERATION_CONFIG,
-    SPECIAL_TOKENS,
-)  # a cache of the hub without them is whole
+OPTIONAL_FILES = (CARD, GENERATION_CONFIG, SPECIAL_TOKENS)  # a cache without them is whole
 _HEAD = "lm_head.weight"
 _OF_CLASSES = {  # of tokenizers: what they have where no file says anything
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT),
@@ -55,12 +52,13 @@ def open_huggingface(path: Path) -> Foreign:
     settings = _read_json(path / CONFIG)
     _refuse_classifier(settings)
     config = _config(settings)
-    own_prefix = "transformer." if settings["model_type"] == "gpt2" else ""
+    prefix = "transformer." if settings["model_type"] == "gpt2" else ""
     files = _tensor_files(path)
     # the first GPT-2 files name their tensors without the prefix
-    stored = {_with_prefix(name, own_prefix): name for name in files}
+    known = (prefix, "lm_head.")
+    stored = {name if name.startswith(known) else prefix + name: name for name in files}
     if len(stored) < len(files):
-        raise ValueError(f"it has a tensor twice, with and without {own_prefix} before its name.")
+        raise ValueError(f"it has a tensor twice, with and without {prefix} before its name.")
     shapes = {name: files[given].shape for name, given in stored.items()}
     skipped = {name: "computed anew" for name in shapes if _DERIVED.fullmatch(name)}
     is_tied = config.tie_embeddings and _HEAD in shapes
@@ -104,10 +102,6 @@ def _are_equal(
     return shapes[a] == shapes[b] and all(
         torch.equal(read(a, rows).double(), read(b, rows).double()) for rows in few_rows(shapes[a])
     )
-
-
-def _with_prefix(name: str, prefix: str) -> str:
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
 
 def _refuse_classifier(settings: dict[str, Any]) -> None:
@@ -232,11 +226,7 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
 
 
 def no_weights(names: Iterable[str]) -> str:
-    """What is said where there are no weights that are read.
-
-    Args:
-        names: names of the files that there are.
-    """
+    """What is said where files of these names hold no weights that are read."""
     pickles = sorted(name for name in names if name.endswith(".bin"))
     remedy = (
         f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
@@ -268,9 +258,9 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     _check_algorithm(model, is_sentencepiece)
     added = {token["content"]: token for token in content.get("added_tokens", [])}
     options = _tokenizer_options(path, settings, added)
-    shown = tuple(name for name, token in added.items() if not token["special"])
-    check_markers(shown)
-    _check_added(added)
+    for name, token in added.items():
+        if token.get("lstrip") or token.get("rstrip"):
+            raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
     end_ids = _end_ids(path, settings)
@@ -281,7 +271,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
-        shown=shown,
+        shown=tuple(name for name, token in added.items() if not token["special"]),
     )
     parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
     if is_sentencepiece:
@@ -310,19 +300,12 @@ def _tokenizer_options(
     return {key: token for key, token in defaults.items() if token in added} | options
 
 
-def _check_added(added: Mapping[str, Any]) -> None:
-    for name, token in added.items():
-        if token.get("lstrip") or token.get("rstrip"):
-            raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
-
-
 def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
     """Ids that end a text; those that the options of writing name come after the model's own."""
-    found: dict[int, None] = {}
-    for options in (settings, _read_json(path / GENERATION_CONFIG, {})):
-        ids = options.get("eos_token_id")
-        found |= dict.fromkeys(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return list(found)
+    both = (settings, _read_json(path / GENERATION_CONFIG, {}))
+    found = [options.get("eos_token_id") for options in both]
+    lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+    return list(dict.fromkeys(chain(*lists)))
 
 
 def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:

@@ -7,7 +7,7 @@ from the ranks, in tests/test_export_tokenizers.py.
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -172,7 +172,8 @@ class Special:
         bos: the one that stands before every text, if any.
         bos_token: what a chat template calls so, whether or not it stands there.
         chat_template: Jinja source.
-        shown: those that are part of what is written, as `<think>` is, not marks around it.
+        shown: those that are part of what is written, as `<think>` is, not marks around it. Others
+            find them wherever text has them; here marks in angle brackets are never made from text.
     """
 
     ids: Mapping[str, int]
@@ -187,8 +188,14 @@ class Special:
         """Keyword arguments of `Vocabulary`.
 
         Raises:
-            ValueError: where one of them is not special, or none ends a text.
+            ValueError: where one of them is not special, none ends a text, or one is shown that
+                text may well have.
         """
+        for name in self.shown:
+            if not re.fullmatch(r"<\S+>", name):
+                raise ValueError(
+                    f"its tokenizer has {name!r}, added but neither special nor <a mark>."
+                )
         if self.eos is None:
             raise ValueError("it names no token that ends a text (eos_token).")
         # kept only where it decides ids, so that other digests stay as they were
@@ -206,19 +213,6 @@ class Special:
             "template_bos": template_bos,
             "shown": tuple(sorted(self.shown)),
         }
-
-
-def check_markers(added: Iterable[str]) -> None:
-    """Refuses tokens that stand for text wherever it has them, but are made by no merge.
-
-    One in angle brackets is taken for a mark, as special ones are: never made from text here.
-
-    Raises:
-        ValueError: naming one that text may well have.
-    """
-    for name in added:
-        if not re.fullmatch(r"<\S+>", name):
-            raise ValueError(f"its tokenizer has {name!r}, added but neither special nor <a mark>.")
 
 
 def make_tokenizer(

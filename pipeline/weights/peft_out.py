@@ -30,9 +30,6 @@ _SCORE, _NORM = "score", "transformer.ln_f"
 def peft_writers(loaded: Loaded) -> Writers:
     """A writer for each of PEFT's two files, and for the tokenizer's: the base may have another.
 
-    Args:
-        loaded: what was read from a LoRA checkpoint.
-
     Raises:
         ValueError: for another checkpoint, or DoRA on a part of GPT-2's joined matrix.
     """
@@ -49,13 +46,10 @@ def peft_writers(loaded: Loaded) -> Writers:
     tensors: dict[str, Tensor] = {}
     parts: dict[str, int] = {}  # their module -> how many of our adapters are in it
     for entry in entries(loaded.gpt.config, "huggingface"):
-        modules = [name.removesuffix(".weight") for name in entry.ours]
-        adapted = [m for m in modules if f"{m}.lora_A.weight" in adapters]
-        if adapted and entry.theirs.endswith(".weight"):
+        if joined := _joined(entry, adapters, config):
             theirs = entry.theirs.removesuffix(".weight")
-            joined = _joined(entry, adapters, config)
             tensors |= {f"{theirs}.{name}": tensor for name, tensor in joined.items()}
-            parts[theirs] = len(adapted)
+            parts[theirs] = len(joined["lora_A.weight"]) // config.rank
     assert sum(parts.values()) == sum(name.endswith(".lora_A.weight") for name in adapters)
     saved = _beside(loaded)
     values = _config(loaded, config, parts, sorted({n.rpartition(".")[0] for n in saved}))
@@ -68,23 +62,22 @@ def peft_writers(loaded: Loaded) -> Writers:
 
 
 def _joined(entry: Entry, adapters: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """Adapters of the parts of one of their matrices, as one."""
+    """Adapters of the parts of one of their matrices, as one; empty where it has none."""
     modules = [name.removesuffix(".weight") for name in entry.ours]
     if len(modules) == 1:
         prefix = f"{modules[0]}."
         return {n.removeprefix(prefix): t for n, t in adapters.items() if n.startswith(prefix)}
+    adapted = [m for m in modules if f"{m}.lora_A.weight" in adapters]
+    if not adapted:
+        return {}
     if config.dora:
         raise ValueError(
             f"DoRA on {', '.join(modules)} cannot be an adapter on {entry.theirs}, where they are "
             "joined: it normalises each alone. Use merge, and export the result."
         )
-    adapted = [m for m in modules if f"{m}.lora_A.weight" in adapters]
-    widen: list[Tensor] = []
-    for module in modules:  # as wide as one another: GPT-2 has as many key heads as heads
-        if module in adapted:
-            widen.append(adapters[f"{module}.lora_B.weight"])  # (C, rank)
-        else:
-            widen.append(adapters[f"{adapted[0]}.lora_B.weight"][:, :0])
+    # as wide as one another: GPT-2 has as many key heads as heads
+    none = adapters[f"{adapted[0]}.lora_B.weight"][:, :0]
+    widen = [adapters.get(f"{module}.lora_B.weight", none) for module in modules]  # (C, rank)
     return {
         "lora_A.weight": torch.cat([adapters[f"{m}.lora_A.weight"] for m in adapted]),
         "lora_B.weight": torch.block_diag(*widen),  # (3 C, ranks)
@@ -119,9 +112,8 @@ def _config(
     values["fan_in_fan_out"] = family_of(loaded.gpt.config) == "gpt2"  # its Conv1D is (in, out)
     values["task_type"] = "SEQ_CLS" if saved else "CAUSAL_LM"
     name, _, revision = ((loaded.meta["base"] or {}).get("name") or "").partition("@")
-    values["base_model_name_or_path"] = (
-        None if name in ("", *PACKAGED) else name
-    )  # as no hub has it
+    is_on_hub = name not in ("", *PACKAGED)
+    values["base_model_name_or_path"] = name if is_on_hub else None
     values["revision"] = revision or None
     values["inference_mode"] = True
     return values

@@ -13,7 +13,7 @@ from pipeline.held_out import published
 from pipeline.models import Loaded, load
 from pipeline.runs.run_directory import Run
 from pipeline.runs.stage_run import run_once
-from pipeline.weights.card import card, license_of
+from pipeline.weights.card import card
 from pipeline.weights.fetch import locate
 from pipeline.weights.gguf_out import GGUFType, gguf_writers
 from pipeline.weights.huggingface_in import CARD
@@ -47,7 +47,7 @@ def _export(run: Run, ckpt: str, form: Form, kind: str, output: Path | None) -> 
     name = output.name if output else loaded.title
     text = card(loaded, steps, name=name, form=form)
     writers = {
-        **_writers(loaded, form, kind, name, license_of(steps)),
+        **_writers(loaded, form, kind, name, steps[-1].get("license")),
         CARD: lambda path: path.write_text(text, encoding="utf-8"),
     }
     with writing_directory(target) as draft:

@@ -17,14 +17,7 @@ _LIBRARIES = {"huggingface": "transformers", "peft": "peft", "gguf": "gguf"}
 
 
 def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: str) -> str:
-    """The text of a model card.
-
-    Args:
-        loaded: what is exported.
-        steps: its lineage.
-        name: name of the exported directory.
-        form: huggingface, peft or gguf.
-    """
+    """The text of a model card; `steps` are the lineage."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -34,7 +27,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
     )
     is_classifier, config = isinstance(loaded.model, GPTClassifier), loaded.gpt.config
     facts = ModelCardData(
-        license=license_of(steps),
+        license=steps[-1].get("license"),  # of the weights that all began with
         library_name=_LIBRARIES[form],
         pipeline_tag="text-classification" if is_classifier else "text-generation",
         tags=["gpt-pipeline"],
@@ -55,8 +48,3 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
         steps=steps,
         last=steps[0],
     )
-
-
-def license_of(steps: Sequence[dict[str, Any]]) -> str | None:
-    """Licence of the weights that all began with, where that is known."""
-    return steps[-1].get("license")

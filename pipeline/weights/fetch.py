@@ -69,8 +69,8 @@ def locate(source: str | Path) -> Path:
     path = expanded(source)
     if path.exists():
         if outcome := read_outcome(path):  # a finished run: what it hands over
-            made = [outcome["outputs"][n] for n in ("best", "exported") if n in outcome["outputs"]]
-            path = Path(made[0]) if made else path
+            made = outcome["outputs"]
+            path = Path(made.get("best") or made.get("exported") or path)
         exported = path / EXPORTED_GGUF
         return resolved(exported if exported.is_file() else path)
     if str(source) in PACKAGED:

@@ -134,10 +134,8 @@ def _check_sizes(foreign: Foreign) -> None:
         )
     longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
     for key in ("vocab_size", "n_embd", "mlp_hidden"):
-        if getattr(foreign.config, key) > longest:
-            raise ValueError(
-                f"its {key} is {getattr(foreign.config, key)}, more than any of its tensors has."
-            )
+        if (size := getattr(foreign.config, key)) > longest:
+            raise ValueError(f"its {key} is {size}, more than any of its tensors has.")
     n_head, head_size = foreign.config.n_head, foreign.config.head_size
     if n_head * head_size > longest:
         raise ValueError(
@@ -152,10 +150,9 @@ def _check_sizes(foreign: Foreign) -> None:
 
 
 def _check_names(wanted: set[str], found: set[str]) -> None:
-    missing, unknown = sorted(wanted - found), sorted(found - wanted)
-    if missing:
+    if missing := wanted - found:
         raise ValueError(
-            f"{len(missing)} of its {len(wanted)} tensors are missing, such as {missing[0]}."
+            f"{len(missing)} of its {len(wanted)} tensors are missing, such as {min(missing)}."
         )
-    if unknown:
-        raise ValueError(f"{len(unknown)} of its tensors are not known, such as {unknown[0]}.")
+    if unknown := found - wanted:
+        raise ValueError(f"{len(unknown)} of its tensors are not known, such as {min(unknown)}.")

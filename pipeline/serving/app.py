@@ -43,13 +43,7 @@ class Labels(NamedTuple):
 
 
 def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
-    """The server of a model.
-
-    Args:
-        name: what clients call the model.
-        served: the model.
-        key: what clients have to show; empty where they need none.
-    """
+    """The server of a model that clients call `name`; they have to show the key, if any."""
     # FastAPI's pages of documentation would load scripts from elsewhere
     app = FastAPI(title=name, docs_url=None, redoc_url=None)
     app.add_middleware(Bounded)
@@ -58,6 +52,7 @@ def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
     app.add_exception_handler(ValueError, lambda _, error: failure(400, str(error)))
     app.add_exception_handler(Busy, lambda _, error: failure(429, str(error)))
     app.add_exception_handler(EngineError, lambda _, error: failure(503, str(error)))
+    app.add_exception_handler(_HungUpError, lambda *_: Response(status_code=HUNG_UP))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -75,10 +70,13 @@ def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
 
 def failure(status: int, message: str, *, param: str | None = None) -> JSONResponse:
     """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": None}
     headers = {"Retry-After": "1"} if status == 429 else None
-    return JSONResponse({"error": error}, status, headers)
+    return JSONResponse(_error(status, message, param), status, headers)
+
+
+def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 def _add_models(router: APIRouter, name: str) -> None:
@@ -110,7 +108,7 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
             choices = await _unless_gone(request, _collect(deltas, answer))
         except _HungUpError:
             _note(answer, began)
-            return Response(status_code=HUNG_UP)
+            raise
         _note(answer, began)
         return JSONResponse(answer.whole(choices))
 
@@ -127,11 +125,8 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
     @router.post("/classify")
     async def classify(request: Request, asked: ClassifyRequest) -> Response:
         _check_name(asked.model, name)
-        try:
-            work = asyncio.wrap_future(labels.of(asked.input))
-            probabilities = await _unless_gone(request, work)
-        except _HungUpError:
-            return Response(status_code=HUNG_UP)
+        work = asyncio.wrap_future(labels.of(asked.input))
+        probabilities = await _unless_gone(request, work)
         return JSONResponse(label_form(name, labels.names, probabilities))
 
 
@@ -172,7 +167,7 @@ async def _events(
             yield _event({**answer.event(), "usage": answer.usage()})
         yield "data: [DONE]\n\n"
     except EngineError as error:
-        yield _event(json.loads(bytes(failure(503, str(error)).body)))
+        yield _event(_error(503, str(error)))
     finally:
         _note(answer, began)
 
@@ -245,12 +240,11 @@ def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _note(answer: Answer, began: float) -> None:
-    elapsed_s = time.monotonic() - began
-    n = answer.n_completion
-    rate = f"{n / elapsed_s:.0f} tokens/s" if elapsed_s else ""
-    read = f"{answer.n_prompt} tokens read ({answer.n_cached} were known)"
-    line = f"{read}, {n} written in {elapsed_s:.1f} s, {rate}"
-    say(line)
+    elapsed_s, n_written = time.monotonic() - began, answer.n_completion
+    say(
+        f"{answer.n_prompt} tokens read ({answer.n_cached} were known), {n_written} written in "
+        f"{elapsed_s:.1f} s, {n_written / elapsed_s:.0f} tokens/s"
+    )
 
 
 class Bounded:

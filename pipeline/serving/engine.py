@@ -179,11 +179,10 @@ class Engine:
 
     def _advance(self) -> None:
         """Takes in who waits and fits; then everybody in the batch gets a step."""
-        gone = {request for request in self._running if request.is_cancelled}  # looked at once
-        for request in gone:
+        for request in [r for r in self._running if r.is_cancelled]:  # looked at once
+            self._running.remove(request)
             if request.row:
                 self._batch.leave(request.row)
-        self._running = [request for request in self._running if request not in gone]
         if new := self._admit():
             settings = [request.settings for request in new]
             rows = self._batch.join([request.prompt for request in new], settings)

@@ -54,33 +54,26 @@ class Writer:
             return [self._ids(prompt) for prompt in asked.prompt]
         if "prompt_style" not in self.loaded.meta:
             raise ValueError("this model was not tuned to converse; ask /v1/completions.")
-        said = [Message(role=_role(m.role), content=m.text) for m in asked.messages]
+        said = [Message(role=m.role, content=m.text) for m in asked.messages]
         return [encode_prompt(tokenizer, prompt_style(self.loaded), said)]
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         tokenizer = self.loaded.tokenizer
         if isinstance(prompt, str):
             return encode_start(tokenizer, None, prompt)
-        try:
+        with contextlib.suppress(KeyError):
             tokenizer.decode_bytes(prompt)  # there may be no token of an id
-            is_known = max(prompt) < tokenizer.n_vocab
-        except KeyError:
-            is_known = False
-        if not is_known:
-            raise ValueError(
-                f"the prompt has ids that are not among the {tokenizer.n_vocab} tokens."
-            )
-        return prompt
+            if max(prompt) < tokenizer.n_vocab:
+                return prompt
+        raise ValueError(f"the prompt has ids that are not among the {tokenizer.n_vocab} tokens.")
 
     def settings(self, asked: ChatRequest | CompletionRequest) -> Sampling:
         """How tokens are chosen; what is not said is as the server was started."""
-        limit = asked.max_tokens
-        if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
-            limit = asked.max_completion_tokens
+        newer = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
         temperature = self.defaults.temperature if asked.temperature is None else asked.temperature
         return settings_for(
             self.loaded,
-            max_new_tokens=limit or self.defaults.max_new_tokens,
+            max_new_tokens=newer or asked.max_tokens or self.defaults.max_new_tokens,
             temperature=temperature,
             top_k=asked.top_k or 0,
             top_p=asked.top_p or 1.0,
@@ -166,7 +159,3 @@ class SaidText:
         ended = "stop" if stream.stopped else piece.ended
         told = list(map(self._teller.tell, piece.logprobs))
         return Delta(number, text, ended, int(piece.token is not None), piece.n_cached, told)
-
-
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role  # OpenAI's newer name

@@ -216,7 +216,8 @@ def classify_table(
     if column not in frame:
         raise ValueError(f"{file} has no column {column!r}; set --column to one of {list(frame)}.")
     texts = frame[column].tolist()
-    if odd := [i for i, text in enumerate(texts, start=1) if not _is_text(text)]:
+    is_text = [isinstance(cell, str) and bool(cell.strip()) for cell in texts]
+    if odd := [i for i, ok in enumerate(is_text, start=1) if not ok]:
         raise ValueError(
             f"{file}: {column!r} has no text in {len(odd)} rows ({some(odd)}); complete them, or "
             "drop them."
@@ -233,10 +234,6 @@ def classify_table(
         frame[name] = [round(p[i], 6) for p in probabilities]
     write_table(frame, output, like=file)
     say(f"{len(texts)} texts labelled: {output}")
-
-
-def _is_text(cell: Any) -> bool:
-    return isinstance(cell, str) and bool(cell.strip())
 
 
 def load_classifier(source: str, threshold: float | None = None) -> Loaded:
@@ -270,21 +267,17 @@ def label_probabilities(
         ValueError: for a text that is empty, and for damaged weights.
     """
     assert isinstance(loaded.model, GPTClassifier)
-    samples: list[Sample] = []
-    meta, n_cut = loaded.meta, 0
-    for i, text in enumerate(texts):
-        if not text:
-            raise ValueError(f"text {i} is empty; there is nothing to label.")
-        suffix, max_length = meta["suffix"], meta["max_length"]
-        ids, is_cut = encode_text(loaded.tokenizer, text, suffix, max_length)
-        samples.append({"sample_id": i, "input_ids": torch.tensor(ids)})
-        n_cut += is_cut
-    if n_cut:
+    if "" in texts:
+        raise ValueError(f"text {texts.index('')} is empty; there is nothing to label.")
+    suffix, max_length = loaded.meta["suffix"], loaded.meta["max_length"]
+    encoded = [encode_text(loaded.tokenizer, text, suffix, max_length) for text in texts]
+    if n_cut := sum(is_cut for _, is_cut in encoded):
         warn(
             f"{n_cut} of {len(texts)} texts have more than the {max_length} tokens that "
             "the classifier looks at; their end counts for nothing."
         )
-    samples.sort(key=lambda sample: len(sample["input_ids"]))
+    by_length = sorted(enumerate(ids for ids, _ in encoded), key=lambda item: len(item[1]))
+    samples: list[Sample] = [{"sample_id": i, "input_ids": torch.tensor(t)} for i, t in by_length]
     rows: dict[int, list[float]] = {}
     starts, console = range(0, len(samples), batch_size), Console(stderr=True)
     for start in track(starts, title, console=console, disable=not title):

@@ -89,16 +89,14 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
 def foreign_meta(foreign: Foreign) -> dict[str, Any]:
     """What a checkpoint would say of weights of others."""
-    meta = {
+    has_template = foreign.tokenizer.vocabulary.chat_template
+    return {
         "kind": "language_model",
         "gpt": foreign.config.primitives(),
-        "lora": None,
-        "base": None,
-        "parent": None,
+        **dict.fromkeys(("lora", "base", "parent")),
         "earlier": list(foreign.trained_on),
+        **({"prompt_style": TEMPLATE} if has_template else {}),
     }
-    has_template = foreign.tokenizer.vocabulary.chat_template
-    return {**meta, "prompt_style": TEMPLATE} if has_template else meta
 
 
 def load_checkpoint(

@@ -42,11 +42,7 @@ _NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts
 
 
 def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
-    """A writer for every file.
-
-    Args:
-        loaded: the model, plain.
-        dtype: type of the weights.
+    """A writer for every file; weights are of that dtype.
 
     Raises:
         ValueError: where the architecture or the tokenizer has no counterpart there.
@@ -144,10 +140,8 @@ def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[s
         "decoder": parts["decoder"],
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
+            **dict.fromkeys(("dropout", "unk_token")),
+            **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix")),
             "fuse_unk": False,
             "byte_fallback": form is not None,
             "ignore_merges": parts["ignore_merges"],

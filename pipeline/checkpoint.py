@@ -76,10 +76,6 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
 
     What an earlier process left half-written of other steps is removed: one writes at a time.
 
-    Args:
-        path: the checkpoint's directory.
-        writers: what writes each file, by file name.
-
     Raises:
         CheckpointNotWritten: the disk is full, or refuses.
     """
@@ -124,11 +120,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def refuse_folder_of_checkpoints(path: Path) -> None:
-    """Refuses what is taken for a checkpoint and holds some.
-
-    Raises:
-        CheckpointError: naming the newest.
-    """
+    """CheckpointError for what is taken for a checkpoint and holds some; it names the newest."""
     if not (path / MANIFEST).exists():
         found = [*steps_in(path), *steps_in(path / CHECKPOINTS)]
         if found:
@@ -143,9 +135,7 @@ def refuse_folder_of_checkpoints(path: Path) -> None:
 def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
     """The newest whole checkpoint below a folder; damaged ones are set aside, loudly.
 
-    Args:
-        folder: the folder that holds the checkpoints.
-        set_aside: of several processes, one alone does that.
+    Of several processes one alone sets aside.
     """
     for path in reversed(steps_in(folder)):
         try:
@@ -201,11 +191,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Weights by name, on the CPU.
-
-    Raises:
-        CheckpointError: where the file holds something else.
-    """
+    """Weights by name, on the CPU; CheckpointError where the file holds something else."""
     try:
         return load_file(path / name)
     except SafetensorError as error:
@@ -215,11 +201,7 @@ def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """Training state; tensors and primitives only.
-
-    Raises:
-        CheckpointError: where the file holds anything else; it is not executed.
-    """
+    """Training state: tensors and primitives; CheckpointError for all else, and nothing is run."""
     try:
         return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:

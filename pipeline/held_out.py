@@ -16,11 +16,7 @@ SPLIT = (  # arguments of data that decide what is held out
 
 
 def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`data` and `dataset` of every training behind a checkpoint, the first one first.
-
-    Args:
-        meta: the checkpoint's meta.json.
-    """
+    """`data` and `dataset` of every training behind a checkpoint's meta, the first one first."""
     own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
     return [*meta.get("earlier", []), *own]
 

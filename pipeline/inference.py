@@ -134,11 +134,7 @@ def load_for_use(source: str | Path, precision: Precision) -> Loaded:
 
 
 def load_language_model(source: str | Path, precision: Precision) -> Loaded:
-    """A checkpoint that continues text, ready for use.
-
-    Raises:
-        ValueError: for a classifier.
-    """
+    """A checkpoint that continues text, ready for use; ValueError for a classifier."""
     loaded = load_for_use(source, precision)
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(f"{source} is a classifier and writes no text; use the command classify.")
@@ -146,11 +142,7 @@ def load_language_model(source: str | Path, precision: Precision) -> Loaded:
 
 
 def prompt_style(loaded: Loaded) -> str:
-    """The template that the checkpoint was tuned with.
-
-    Raises:
-        ValueError: for one that was not.
-    """
+    """The template that the checkpoint was tuned with; ValueError for one that was not."""
     if "prompt_style" not in loaded.meta:
         raise ValueError(
             f"{loaded.path} was not tuned to follow instructions; give a checkpoint of "

@@ -39,8 +39,7 @@ class Loaded:
 
     Attributes:
         meta: meta.json of its checkpoint; of weights of others the same keys, where they apply.
-        path: where it was read from.
-        name: name that it was fetched by, where it was not asked for by its path.
+        name: that it was fetched by, where it was not asked for by its path.
     """
 
     model: Model
@@ -172,12 +171,7 @@ def _below(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
-    """How an adapter's checkpoint names its base: where it comes from, and its digest.
-
-    Args:
-        loaded: the base, in float32.
-        checkpoint_folder: where the adapter's checkpoints will lie.
-    """
+    """How an adapter's checkpoints in a folder name their base, which is in float32."""
     return {
         "name": loaded.name,
         "path": str(loaded.path),
@@ -187,12 +181,9 @@ def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
 
 
 def base_digest(loaded: Loaded) -> str:
-    """SHA-256 of a base's weights as they are stored, whatever file they came in.
+    """SHA-256 of a base's float32 weights as they are stored, whatever file they came in.
 
     An adapter's are its own and its base's digest: merged, they round as the processor has it.
-
-    Args:
-        loaded: in float32.
     """
     if not loaded.meta["lora"]:
         return tensors_digest(loaded.gpt.tensors())
@@ -201,11 +192,7 @@ def base_digest(loaded: Loaded) -> str:
 
 
 def find_base(path: Path, base: dict[str, Any]) -> Path:
-    """The base of an adapter's checkpoint, also after the whole project moved.
-
-    Raises:
-        ValueError: where it is gone.
-    """
+    """The base of an adapter's checkpoint, moved with it or not; ValueError where it is gone."""
     for candidate in (path.parent / base["relative"], Path(base["path"])):
         if candidate.exists():
             return candidate

@@ -255,8 +255,7 @@ def generate_each(
 def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[int]:
     """The likeliest continuation found, by mean log-probability a token, stop token included.
 
-    Raises:
-        ValueError: for a prompt that is empty or fills the context.
+    ValueError for a prompt that is empty or fills the context.
     """
     cache, logits, _ = prefill(model, [prompt])
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
@@ -287,11 +286,10 @@ class _Step(NamedTuple):
 
 
 def _steps(scores: Tensor, settings: Sampling) -> tuple[list[_Step], list[_Step]]:
-    """The likeliest next steps, best first: those that stop, and num_beams that go on.
+    """From the nats (beams, V) of every continuation, the likeliest next steps, best first.
 
-    Args:
-        scores: (beams, V) nats of every continuation.
-        settings: with beams.
+    Returns:
+        Those that stop, and num_beams that go on.
     """
     # so many that num_beams go on however many stop here
     n_candidates = settings.num_beams * (1 + len(settings.stop_ids))

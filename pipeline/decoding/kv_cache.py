@@ -23,15 +23,13 @@ class KVCache:
     """Keys and values of the tokens seen so far; every row has a place of its own.
 
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
-    Rows come and go in place; of the others only the last one is ever moved.
+    Rows come and go in place; of the others only the last one is ever moved. A model that is not
+    causal is a ValueError: what it has seen changes with every token.
 
     Args:
-        config: configuration of a causal model.
+        config: configuration of the model.
         n_rows: B.
         like: a tensor of the device and dtype wanted.
-
-    Raises:
-        ValueError: where the model is not causal: what it has seen changes with every token.
     """
 
     def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:
@@ -71,11 +69,7 @@ class KVCache:
             self._resize(self.n_rows, n_tokens)
 
     def seek(self, positions: Tensor) -> Tensor:
-        """Goes to positions (B, T), which there is room for.
-
-        Returns:
-            What may be seen from there, (B, 1, T, S) bool.
-        """
+        """Goes to positions (B, T), which have room; what is seen there, (B, 1, T, S) bool."""
         self.is_empty = False
         n_places, n_heads, n_tokens = self.store.shape[2:5]
         seen = torch.arange(n_tokens, device=positions.device) <= positions[:, None, :, None]
@@ -85,14 +79,10 @@ class KVCache:
         return seen
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes heads of keys, then values, where `seek` went; what is there so far of both.
-
-        Args:
-            layer: index of the block.
-            kv: (B, 2 G, T, D).
+        """Writes a layer's heads of keys, then values (B, 2 G, T, D) where `seek` went.
 
         Returns:
-            Keys and values, (B, G, S, D) each.
+            Keys and values so far, (B, G, S, D) each.
         """
         flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)

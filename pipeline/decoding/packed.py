@@ -124,10 +124,10 @@ class PackedBlock(nn.Module):
 
 
 def pack(model: GPT, *, in_f16: bool = False) -> GPT:
-    """Lays a model out for decoding, in place; it can be neither trained nor saved afterwards.
+    """Lays a plain model out for decoding, in place; it can be neither trained nor saved then.
 
     Args:
-        model: plain, without live adapters.
+        model: without live adapters.
         in_f16: hold the weights in float16; where `hardware.multiplies_f16_weights` says so.
 
     Raises:

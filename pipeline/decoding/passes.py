@@ -17,11 +17,7 @@ from pipeline.gpt import GPT
 
 
 def check_prompt(n_tokens: int, block_size: int) -> None:
-    """Refuses a prompt that leaves no room for an answer.
-
-    Raises:
-        ValueError: naming both lengths.
-    """
+    """ValueError for a prompt that leaves no room for an answer."""
     if n_tokens == 0:
         raise ValueError("prompt is empty; give at least one character.")
     if n_tokens >= block_size:
@@ -32,11 +28,7 @@ def check_prompt(n_tokens: int, block_size: int) -> None:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuses to choose by what is no number.
-
-    Raises:
-        ValueError: what it comes of.
-    """
+    """ValueError for logits that are no numbers, of which nothing can be chosen."""
     if not logits.isfinite().all():
         raise ValueError(
             "the model's answer is not made of numbers: some of its weights are not, or are too "

@@ -9,13 +9,10 @@ from torch import Tensor
 
 
 class PrefixCache:
-    """Keys and values of the latest texts that have ended.
+    """Keys and values of the latest texts that have ended, `max_texts` of them.
 
     A conversation is read again with every turn, and questions to one model begin alike: only what
     is new has to be computed.
-
-    Args:
-        max_texts: how many are kept.
     """
 
     def __init__(self, max_texts: int) -> None:

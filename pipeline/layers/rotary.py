@@ -49,13 +49,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
 
 def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (positions, D) float32 each, on the CPU in any case.
+    """Cosines and sines of every position, (positions, D) float32 each, from frequencies (D / 2,).
 
-    Sines of the first half are negative: what `rotate` adds them to is subtracted there.
-
-    Args:
-        frequencies: (D / 2,), as `rotary_frequencies` gives them.
-        n_positions: how many positions there are.
+    On the CPU in any case. Sines of the first half are negative: what `rotate` adds them to is
+    subtracted there.
     """
     angles = torch.outer(torch.arange(n_positions, device="cpu"), frequencies)
     cos, sin = angles.cos(), angles.sin()  # (positions, D / 2)

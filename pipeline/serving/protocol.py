@@ -199,13 +199,7 @@ class Delta(NamedTuple):
 
 
 class Answer:
-    """An answer's form: whole, or in events while it is made.
-
-    Args:
-        model: name of what answers.
-        is_chat: a message, or a text.
-        n_prompt: tokens of all prompts.
-    """
+    """An answer's form, whole or in events while it is made: to a chat a message, else a text."""
 
     def __init__(self, model: str, *, is_chat: bool, n_prompt: int) -> None:
         self.is_chat, self.n_prompt = is_chat, n_prompt

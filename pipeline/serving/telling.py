@@ -25,12 +25,7 @@ class Told(NamedTuple):
 
 
 class Teller:
-    """Tells tokens, one after the other, as pieces of a text.
-
-    Args:
-        tokenizer: whose tokens they are.
-        before: token ids that the first one follows.
-    """
+    """Tells tokens, one after the other, as pieces of a text; the first one follows `before`."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer, self._before = tokenizer, before

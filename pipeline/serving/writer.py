@@ -145,11 +145,7 @@ class SaidText:
             self._echo = tokenizer.decode(prompt[n_bos:])
 
     def read(self, number: int, piece: Piece) -> Delta:
-        """What came of it.
-
-        Raises:
-            EngineError: where the model could not go on.
-        """
+        """What came of it; EngineError where the model could not go on."""
         if isinstance(piece.ended, EngineError):
             raise piece.ended
         stream, text, self._echo = self._stream, self._echo, ""

@@ -21,11 +21,8 @@ class Foreign:
     """A model in a file of others, not read yet.
 
     Attributes:
-        config: configuration of the model.
-        tokenizer: its own.
-        shapes: shapes of the tensors that it has, by name.
+        shapes: of its tensors, by name.
         read: rows of a matrix, or a whole vector, read from the file when they are asked for.
-        form: format of the file.
         skipped: tensors that carry nothing (masks that old files kept), and why they do not.
         stored_as: names in the file, where they are others than in `shapes`.
         license: licence of the weights, where the file says.

@@ -37,13 +37,7 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file.
-
-    Attributes:
-        shape: outermost dimension first, as in torch.
-        kind: how its numbers are stored.
-        offset: place of its first byte.
-    """
+    """Where a tensor lies in a file: its first byte, its kind of numbers, its shape as in torch."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -51,11 +45,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the innermost dimension.
-
-        Raises:
-            ValueError: where it is no whole number of quantised blocks.
-        """
+        """Bytes of the innermost dimension; ValueError where that is no whole number of blocks."""
         n_values, n_bytes = GGML_QUANT_SIZES[self.kind]
         if self.shape[-1] % n_values:
             raise ValueError(f"rows of {self.shape[-1]} cannot be {self.kind.name}.")

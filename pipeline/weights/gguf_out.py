@@ -48,10 +48,11 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
         loaded: a language model, plain.
         kind: type of the matrices; norms and biases stay in float32.
         name: name of the model.
-        license: licence of the weights, as an SPDX identifier, if known.
+        license: of the weights, as an SPDX identifier, if known.
 
     Raises:
-        ValueError: where llama.cpp has no such model, or cannot run its tokenizer.
+        ValueError: where llama.cpp has no such model, or cannot run its tokenizer, or a number is
+            beyond the kind.
     """
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(

@@ -112,13 +112,9 @@ def _suffix_ids(loaded: Loaded) -> list[int]:
 
 
 def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[str, Any]:
-    """The file of the `tokenizers` library.
+    """The file of the `tokenizers` library, which puts the ids of the suffix after every text.
 
     It finds special tokens in the text that it is given, which the tokenizer here never does.
-
-    Args:
-        vocabulary: of a tokenizer.
-        suffix: ids that it is to put after every text, however short that is cut.
 
     Raises:
         ValueError: for a vocabulary that it cannot run with the same ids.

@@ -14,13 +14,7 @@ _BYTES = 4  # of a float32
 def write_one_by_one(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes float32 tensors, in any order: the bytes that `safetensors.torch.save_file` writes.
-
-    Args:
-        path: the file.
-        shapes: shapes of all tensors, by name.
-        tensors: each by its name.
-    """
+    """Writes float32 tensors, in any order: the bytes that `safetensors.torch.save_file` writes."""
     facts: dict[str, dict[str, Any]] = {}
     end = 0
     for name in sorted(shapes):

@@ -31,12 +31,7 @@ class GPTClassifier(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, K) of rows (B, T) that are padded on the right.
-
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T) bool, true where a token is real; not given where all are.
-        """
+        """Logits (B, K) of rows (B, T), padded on the right where a bool mask (B, T) says so."""
         hidden = self.gpt(input_ids, attention_mask)  # (B, T, C)
         if attention_mask is None:
             return self.classifier(hidden[:, -1])

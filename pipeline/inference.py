@@ -200,8 +200,7 @@ def classify_table(
 ) -> None:
     """Copies a table with a label and a probability a class for the texts of a column.
 
-    Raises:
-        ValueError: for a missing column, a cell without text, or a form that cannot be written.
+    ValueError for a missing column, a cell without text, or a form that cannot be written.
     """
     check_writable(output)
     frame = read_table(file)
@@ -229,10 +228,8 @@ def classify_table(
 
 
 def load_classifier(source: str, threshold: float | None = None) -> Loaded:
-    """A checkpoint that labels texts, ready for use.
-
-    Raises:
-        ValueError: for a language model; for a threshold where there are more than two labels.
+    """A checkpoint that labels texts, ready for use; ValueError for any other, and for a threshold
+    where there are not two labels.
     """
     loaded = load_for_use(source, "32-true")
     if not isinstance(loaded.model, GPTClassifier):

@@ -5,14 +5,10 @@ import re
 
 
 def key_from_environment(variable: str, option: str) -> str:
-    """The key in an environment variable, or nothing where no variable is named.
+    """The key in an environment variable that an option names; nothing where it names none.
 
-    Args:
-        variable: its name.
-        option: what named it, for errors, which show neither the key nor the variable.
-
-    Raises:
-        ValueError: for what is not a name, a variable that is not set, or holds no key.
+    ValueError, which shows neither key nor variable, for what is not a name, a variable that is not
+    set, or holds no key.
     """
     if not variable:
         return ""

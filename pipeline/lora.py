@@ -125,11 +125,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Fills attached adapters from PEFT's standard file, strictly.
-
-    Raises:
-        ValueError: naming missing and unexpected tensors, or one of another shape.
-    """
+    """Fills attached adapters from PEFT's standard file; ValueError unless names and shapes fit."""
     own = adapter_state(model)
     check_tensors("the adapter", tensors, own)
     for name, tensor in own.items():

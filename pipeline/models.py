@@ -103,8 +103,7 @@ def load_checkpoint(
 ) -> Loaded:
     """A checkpoint of ours, verified; its adapter merged into its base, or live on it.
 
-    Raises:
-        ValueError: where it is not whole, or an adapter's base is gone or another one.
+    ValueError where it is not whole, or an adapter's base is gone or another one.
     """
     verify_checkpoint(path)
     with _made_here(path):

@@ -79,10 +79,9 @@ class KVCache:
         return seen
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a layer's heads of keys, then values (B, 2 G, T, D) where `seek` went.
+        """Writes heads of keys, then values (B, 2 G, T, D) where `seek` went.
 
-        Returns:
-            Keys and values so far, (B, G, S, D) each.
+        Returns both so far, (B, G, S, D).
         """
         flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)

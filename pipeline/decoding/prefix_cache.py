@@ -25,11 +25,9 @@ class PrefixCache:
         return sum(map(len, self._texts))
 
     def add(self, ids: Sequence[int], kv: Tensor) -> None:
-        """Keeps a text, and gives up what it begins with, or the one that was longest unused.
+        """Keeps N tokens of a text, and a copy of their keys, then values, (L, 2, G, N, D).
 
-        Args:
-            ids: N tokens.
-            kv: their keys, then values, (L, 2, G, N, D); copied.
+        Gives up what it begins with, or the text that was longest unused.
         """
         text = tuple(ids)
         if not self.max_texts or any(kept[: len(text)] == text for kept in self._texts):

@@ -42,9 +42,8 @@ def serve(
 ) -> None:
     """Answers until SIGINT or SIGTERM, which let what is being written come to its end.
 
-    Raises:
-        ValueError: the port is taken, there is no key, ckpt holds no model, or a classifier in
-            another precision.
+    ValueError where the port is taken, there is no key, ckpt holds no model, or a classifier is to
+    answer in another precision.
     """
     key = key_from_environment(api_key_env, "api_key_env")
     listener = listen(*address)

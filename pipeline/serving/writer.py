@@ -20,12 +20,7 @@ from pipeline.serving.telling import Teller
 
 @dataclass(frozen=True)
 class Defaults:
-    """What goes for requests that do not say it.
-
-    Args:
-        max_new_tokens: length limit of an answer.
-        temperature: 0 takes the likeliest token.
-    """
+    """What goes for requests that do not say it; temperature 0 takes the likeliest token."""
 
     max_new_tokens: int
     temperature: float
@@ -45,9 +40,7 @@ class Writer:
     def prompts(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
         """Token ids of what is to be continued.
 
-        Raises:
-            ValueError: for a conversation that the model's template has no form for, or for ids
-                that the vocabulary does not have.
+        ValueError where the model's template has no form for a conversation, its vocabulary no ids.
         """
         tokenizer = self.loaded.tokenizer
         if isinstance(asked, CompletionRequest):
@@ -90,9 +83,8 @@ class Writer:
     ) -> AsyncGenerator[Delta, None]:
         """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
 
-        Raises:
-            ValueError: for a prompt that does not fit, or more texts than may ever wait.
-            EngineError: where the model cannot write, or not go on.
+        ValueError for a prompt that does not fit, or more texts than may ever wait; EngineError
+        where the model cannot write, or not go on.
         """
         events: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -43,11 +43,7 @@ class Foreign:
 
     @property
     def entries(self) -> list[Entry]:
-        """The tensors that it must have.
-
-        Raises:
-            ValueError: for more layers than it has tensors.
-        """
+        """The tensors that it must have; ValueError for more layers than it has tensors."""
         if self.config.n_layer > len(self.shapes):
             raise ValueError(
                 f"its configuration has {self.config.n_layer} layers, but there are only "
@@ -57,11 +53,7 @@ class Foreign:
 
 
 def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
-    """Shapes of every parameter of the model, by our names.
-
-    Raises:
-        ValueError: naming a tensor that is missing, unknown or of another shape.
-    """
+    """Our parameters' shapes; ValueError names a tensor missing, unknown or of another shape."""
     _check_sizes(foreign)
     _check_names({entry.theirs for entry in foreign.entries}, set(foreign.shapes))
     parameters = dict(GPT.skeleton(foreign.config).named_parameters())

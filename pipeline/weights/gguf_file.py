@@ -57,11 +57,7 @@ class StoredTensor:
         return math.prod(self.shape[:-1])
 
     def read(self, path: Path, rows: slice) -> Tensor:
-        """Rows of a matrix, or a whole vector, in float32, dequantised.
-
-        Raises:
-            ValueError: where numbers of that kind cannot be dequantised.
-        """
+        """Rows of a matrix, or a whole vector, in float32; ValueError where none can be had."""
         shape = (self.n_rows, self.row_bytes)
         # torch warns of arrays that cannot be written; nothing is
         stored = np.memmap(path, mode="c", offset=self.offset, shape=shape)
@@ -75,11 +71,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata of a GGUF file, and where its tensors lie.
-
-    Raises:
-        ValueError: where it is none, or not whole.
-    """
+    """Metadata of a whole GGUF file, else ValueError, and where its tensors lie."""
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError("it does not begin as a GGUF file does.")

@@ -30,11 +30,7 @@ _KINDS = {
 
 
 def open_gguf(path: Path) -> Foreign:
-    """A GGUF file, its metadata read and checked.
-
-    Raises:
-        ValueError: where it is no whole GGUF file, or of a kind that is not supported.
-    """
+    """A GGUF file, its metadata read; ValueError where it is damaged, or of no supported kind."""
     fields, tensors = read_header(path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -96,9 +92,8 @@ def _config(
 def _llama3_scaling(
     fields: dict[str, Any], factors: Tensor, rope_theta: float, head_size: int
 ) -> RopeScaling:
-    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3.
-
-    But where an export of ours says otherwise.
+    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3,
+    but where an export of ours says otherwise.
     """
     stated = {key: fields.get(STRETCH_FIELD.format(key)) for key in STRETCH}
     known = RopeScaling(

@@ -43,11 +43,9 @@ _DERIVED = re.compile(
 
 
 def open_huggingface(path: Path) -> Foreign:
-    """A directory that transformers would read, its metadata read and checked.
+    """A directory that transformers would read, its metadata read.
 
-    Raises:
-        ValueError: where a file is missing or damaged, or the model of a kind that is not
-            supported.
+    ValueError where a file is missing or damaged, or the model of a kind that is not supported.
     """
     settings = _read_json(path / CONFIG)
     _refuse_classifier(settings)

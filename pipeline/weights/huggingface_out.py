@@ -42,11 +42,7 @@ _NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts
 
 
 def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
-    """A writer for every file; weights are of that dtype.
-
-    Raises:
-        ValueError: where the architecture or the tokenizer has no counterpart there.
-    """
+    """A writer for every file; ValueError where model or tokenizer has no counterpart there."""
     tensors = {name: t.to(dtype) for name, t in huggingface_tensors(loaded).items()}
     return {
         CONFIG: json_writer(_config(loaded, dtype)),
@@ -56,11 +52,7 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
 
 
 def tokenizer_writers(loaded: Loaded) -> Writers:
-    """A writer for every file of the tokenizer, and what a model that writes text has beside.
-
-    Raises:
-        ValueError: where the tokenizer has no counterpart there.
-    """
+    """A writer for every file of the tokenizer, and of what a model that writes text has beside."""
     vocabulary, suffix = loaded.tokenizer.vocabulary, _suffix_ids(loaded)
     writers = {
         TOKENIZER: json_writer(tokenizer_json(vocabulary, suffix)),
@@ -88,11 +80,7 @@ def huggingface_tensors(loaded: Loaded) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def shifted_bias(model: GPTClassifier) -> Tensor:
-    """The last norm's bias (C,), so shifted that the head needs no bias of its own.
-
-    Raises:
-        ValueError: where the head's rows are not independent, and no shift is exact.
-    """
+    """The last norm's bias (C,), shifted so that the head needs none; ValueError if none can."""
     head, norm = model.classifier, model.gpt.final_norm
     weight, bias = head.weight.double(), head.bias.double()
     shift = torch.linalg.pinv(weight) @ bias

@@ -73,11 +73,7 @@ def _unleave(tensor: Tensor, n_heads: int) -> Tensor:
 
 
 def family_of(config: GPTConfig) -> Family:
-    """Which published architecture a configuration is.
-
-    Raises:
-        ValueError: where it is a mixture that no other tool knows.
-    """
+    """Which published architecture a configuration is; ValueError where no other tool knows it."""
     is_plain = (
         config.n_kv_head == config.n_head and config.n_head * config.head_size == config.n_embd
     )

@@ -30,11 +30,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """Opens weights of others; reads their metadata alone.
-
-    Raises:
-        ValueError: in one line that names the path and what is wrong there.
-    """
+    """Weights of others, their metadata read; ValueError names the path and what is wrong there."""
     if not is_foreign(path):
         raise ValueError(
             f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
@@ -48,8 +44,7 @@ def open_foreign(path: Path) -> Foreign:
 def _verify_export(path: Path) -> list[dict[str, Any]]:
     """What an export of ours was trained on; others do not say, and carry no digests.
 
-    Raises:
-        ValueError: it is not what was written.
+    ValueError where it is not what was written.
     """
     folder = path if path.is_dir() else path.parent
     if not (folder / EXPORT).is_file():
@@ -66,11 +61,7 @@ def _verify_export(path: Path) -> list[dict[str, Any]]:
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
-    """Reads the tensors of opened weights.
-
-    Raises:
-        ValueError: in one line that names the path and what is wrong there.
-    """
+    """Reads the tensors of opened weights; ValueError as from `open_foreign`."""
     with _naming(path):
         return GPT.from_tensors(foreign.config, dict(read_parameters(foreign, dtype)))
 
@@ -109,11 +100,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def tokenizer_of(source: str | Path) -> str:
-    """Where `Tokenizer.load` finds the tokenizer of a checkpoint or of weights of others.
-
-    Args:
-        source: what `fetch.locate` takes.
-    """
+    """Where `Tokenizer.load` finds the tokenizer of a source, which is what `locate` takes."""
     path = locate(source)
     if is_foreign(path):
         return str(_own_copy(open_foreign(path).tokenizer))

@@ -26,11 +26,7 @@ _STEPS: dict[Prefix, tuple[Any, Any]] = {
 
 
 def prefix_of(content: Mapping[str, Any]) -> Prefix:
-    """Where the text of a tokenizer.json is given a blank.
-
-    Raises:
-        ValueError: for steps that are not supported.
-    """
+    """Where the text of a tokenizer.json is given a blank; ValueError for steps not supported."""
     steps = (content.get("normalizer"), content.get("pre_tokenizer"))
     for prefix, known in _STEPS.items():
         if steps == known:
@@ -134,11 +130,7 @@ def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list
 
 
 def scores_of(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, float]:
-    """Score of every token that merges make.
-
-    Raises:
-        ValueError: where scores would give other ids than the merges.
-    """
+    """Score of every token that merges make; ValueError where scores would give other ids."""
     ids = spelled(vocabulary)
     names = {i: name for name, i in ids.items()}
     merges = [(names[left], names[right]) for left, right in form.merges]

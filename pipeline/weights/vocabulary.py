@@ -64,11 +64,7 @@ _BY_PATTERN[r50k_pat_str] = "gpt-2"  # tiktoken's own way of writing it
 
 
 def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
-    """llama.cpp's name of a vocabulary's pre-tokenizer.
-
-    Raises:
-        ValueError: where it is one that only tiktoken can run.
-    """
+    """llama.cpp's name of a pre-tokenizer; ValueError where it is one that only tiktoken runs."""
     if vocabulary.pattern not in _BY_PATTERN:
         raise ValueError(
             f"the tokenizer {vocabulary.name} splits text as none of {', '.join(PRE_TOKENIZERS)} "
@@ -139,11 +135,7 @@ def cuts(token: T, known: Container[T]) -> list[tuple[T, T]]:
 
 
 def name_of_steps(pre_tokenizer: Any) -> str:
-    """llama.cpp's name of what stands under `pre_tokenizer` in a tokenizer.json.
-
-    Raises:
-        ValueError: naming the steps that are not supported.
-    """
+    """llama.cpp's name of a tokenizer.json's `pre_tokenizer`; ValueError for an unsupported one."""
     given = pre_tokenizer or {"type": "none"}
     steps = [
         {key: value for key, value in step.items() if key != "trim_offsets"}
@@ -187,9 +179,7 @@ class Special:
     def fields(self) -> dict[str, Any]:
         """Keyword arguments of `Vocabulary`.
 
-        Raises:
-            ValueError: where one of them is not special, none ends a text, or one is shown that
-                text may well have.
+        ValueError where one is not special, none ends a text, or text may well have one shown.
         """
         for name in self.shown:
             if not re.fullmatch(r"<\S+>", name):
@@ -270,11 +260,7 @@ def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list
 
 
 def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, int]:
-    """The tokens that text is made of.
-
-    Raises:
-        ValueError: where two tokens have one id, or one is out of all proportion.
-    """
+    """The tokens that text is made of; ValueError where two have one id, or one has a huge id."""
     ordinary = {token: i for token, i in tokens.items() if token not in special.ids}
     _check_ids([*ordinary.values(), *special.ids.values()])
     return ordinary

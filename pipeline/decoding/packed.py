@@ -41,22 +41,27 @@ class PackedLinear(nn.Module):
         self.in_f16, self.is_blocked = in_f16, not in_f16 and _has_blocks(weight)
         self.matrix: Any = weight
         if in_f16:
-            _check_range(weight)
+            largest = float(weight.abs().max())
+            if not largest <= torch.finfo(torch.float16).max:  # as NaN is not
+                raise ValueError(
+                    f"a weight is {largest:.3g}, for which f16-weights have no room; give "
+                    "--precision 32-true."
+                )
             self.matrix = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
         elif self.is_blocked:
             self.matrix = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_LAID_OUT_FOR)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O), added to `plus` (..., O) where that is given."""
+        if self.is_blocked and plus is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.matrix, self.bias, "add")
+        if self.is_blocked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
         if self.in_f16:
             y = torch.ops.quantized.linear_dynamic_fp16(x, self.matrix)
-            return y if plus is None else y.add_(plus)
-        if not self.is_blocked:
+        else:
             y = F.linear(x, self.matrix, self.bias)
-            return y if plus is None else y.add_(plus)
-        if plus is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.matrix, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, plus, self.matrix, self.bias, "add")
+        return y if plus is None else y.add_(plus)
 
 
 def _has_blocks(weight: Tensor) -> bool:
@@ -66,15 +71,6 @@ def _has_blocks(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def _check_range(weight: Tensor) -> None:
-    largest = float(weight.abs().max())
-    if not largest <= torch.finfo(torch.float16).max:  # as NaN is not
-        raise ValueError(
-            f"a weight is {largest:.3g}, for which f16-weights have no room; give --precision "
-            "32-true."
-        )
 
 
 class PackedBlock(nn.Module):

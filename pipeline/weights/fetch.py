@@ -165,7 +165,6 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
-    list_files = partial(HfApi().list_repo_files, repository, revision=revision)
     cached: Path | None
     try:
         cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
@@ -180,7 +179,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     try:
         _clear_abandoned(repository)
         fetched = Path(snapshot(allow_patterns=[*FILES, *OPTIONAL_FILES]))
-        names = [] if _has_weights(fetched) else list_files()
+        has_weights = (fetched / WEIGHTS).is_file() or (fetched / INDEX).is_file()
+        names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -201,10 +201,6 @@ def _clear_abandoned(repository: str) -> None:
     for file in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
         if time.time() - file.stat().st_mtime > ABANDONED_AFTER_S:
             file.unlink(missing_ok=True)
-
-
-def _has_weights(snapshot: Path) -> bool:
-    return (snapshot / WEIGHTS).is_file() or (snapshot / INDEX).is_file()
 
 
 def _is_whole(snapshot: Path) -> bool:

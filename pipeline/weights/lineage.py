@@ -43,21 +43,17 @@ def short_name(path: Path) -> str:
     return "/".join(path.parts[-4:]) if path.parent.name == CHECKPOINTS else path.name
 
 
-def _sources(source: str | list[str]) -> str:
-    """Names of the sources of data, without the folders that they lie in here."""
-    return ", ".join(Path(one).name for one in ([source] if isinstance(source, str) else source))
-
-
 def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     dataset = meta.get("dataset") or {}
-    options = (meta.get("data") or {}).get("init_args", {})
+    source = (meta.get("data") or {}).get("init_args", {}).get("source") or []
+    paths = [source] if isinstance(source, str) else source
     return {
         "kind": meta["kind"],
         "step": meta.get("step"),
         "lora": meta["lora"],
         "data": dataset
         and {
-            "source": _sources(options.get("source") or []),
+            "source": ", ".join(Path(path).name for path in paths),  # folders stay untold
             "digest": dataset["digest"],
             "counts": dataset["counts"],
         },

@@ -33,7 +33,8 @@ class Entry:
         theirs: its name in the file.
         ours: the parameters, one behind the other along the output dimension.
         transposed: stored as (in, out), as GPT-2's Conv1D does.
-        rotary_heads: heads whose halves are interleaved, as llama.cpp wants queries and keys.
+        rotary_heads: heads, the halves of whose rows (H D, ...) are interleaved, as llama.cpp wants
+            queries and keys.
     """
 
     theirs: str
@@ -50,26 +51,17 @@ class Entry:
         """Parameters by our names, from the file's tensor."""
         if self.transposed:
             tensor = tensor.T
-        if self.rotary_heads:
-            tensor = _unleave(tensor, self.rotary_heads)
+        if heads := self.rotary_heads:
+            tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return dict(zip(self.ours, tensor.chunk(len(self.ours)), strict=True))
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The file's tensor, from parameters by our names."""
         parts = [tensors[name] for name in self.ours]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if self.rotary_heads:
-            tensor = _interleave(tensor, self.rotary_heads)
+        if heads := self.rotary_heads:
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         return (tensor.T if self.transposed else tensor).contiguous()
-
-
-def _interleave(tensor: Tensor, n_heads: int) -> Tensor:
-    """Rows (H D, ...) with the two halves of each head interleaved."""
-    return tensor.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def _unleave(tensor: Tensor, n_heads: int) -> Tensor:
-    return tensor.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def family_of(config: GPTConfig) -> Family:

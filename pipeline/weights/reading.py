@@ -1,7 +1,8 @@
 """One door to weights of others: a Hugging Face directory or a GGUF file."""
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.files import cache_dir, expanded
-from datamodules.tokenizer import FILE_NAME, Tokenizer
+from datamodules.tokenizer import FILE_NAME
 from pipeline.checkpoint import refuse_folder_of_checkpoints
 from pipeline.directories import FOR_PEOPLE, damaged
 from pipeline.gpt import GPT
@@ -19,9 +20,9 @@ from pipeline.weights.fetch import locate
 from pipeline.weights.foreign import Foreign, parameter_shapes, read_parameters
 from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
-from pipeline.weights.safetensors_out import write_one_by_one
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
+_BYTES = 4  # of a float32
 
 
 def is_foreign(path: Path) -> bool:
@@ -74,7 +75,7 @@ def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
 
     def write(file: Path) -> None:
         with _naming(path):
-            write_one_by_one(file, parameter_shapes(foreign), tensors())
+            _write_one_by_one(file, parameter_shapes(foreign), tensors())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         try:
@@ -83,6 +84,24 @@ def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
             raise ValueError(f"it could not be read ({error}).") from error
 
     return write
+
+
+def _write_one_by_one(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes float32 tensors, in any order: the bytes that `safetensors.torch.save_file` writes."""
+    facts: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + _BYTES * math.prod(shapes[name])
+        facts[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": (start, end)}
+    header = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, tensor in tensors:
+            file.seek(8 + len(header) + facts[name]["data_offsets"][0])
+            file.write(tensor.numpy().data)
 
 
 @contextmanager
@@ -103,12 +122,9 @@ def tokenizer_of(source: str | Path) -> str:
     """Where `Tokenizer.load` finds the tokenizer of a source, which is what `locate` takes."""
     path = locate(source)
     if is_foreign(path):
-        return str(_own_copy(open_foreign(path).tokenizer))
+        tokenizer = open_foreign(path).tokenizer
+        copy = cache_dir() / "tokenizers" / tokenizer.digest[:16] / FILE_NAME
+        tokenizer.save(copy)  # again, too: the one that is there may be damaged
+        return str(copy)
     refuse_folder_of_checkpoints(path)
     return str(source if expanded(source).resolve() == path else path)
-
-
-def _own_copy(tokenizer: Tokenizer) -> Path:
-    file = cache_dir() / "tokenizers" / tokenizer.digest[:16] / FILE_NAME
-    tokenizer.save(file)  # again, too: the one that is there may be damaged
-    return file

@@ -262,15 +262,12 @@ def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list
 def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, int]:
     """The tokens that text is made of; ValueError where two have one id, or one has a huge id."""
     ordinary = {token: i for token, i in tokens.items() if token not in special.ids}
-    _check_ids([*ordinary.values(), *special.ids.values()])
-    return ordinary
-
-
-def _check_ids(ids: Sequence[int]) -> None:
+    ids = [*ordinary.values(), *special.ids.values()]
     if len(set(ids)) < len(ids):
         raise ValueError("its tokenizer gives an id to two tokens.")
     if ids and not 0 <= min(ids) <= max(ids) < _MAX_IDS:
         raise ValueError(f"its tokenizer has ids from {min(ids)} to {max(ids)}.")
+    return ordinary
 
 
 def check_merges(

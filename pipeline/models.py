@@ -13,16 +13,8 @@ from torch import Tensor
 from datamodules.files import digest, expanded
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Tokenizer
+from pipeline import checkpoint as files
 from pipeline import lora
-from pipeline.checkpoint import (
-    ADAPTER_WEIGHTS,
-    WEIGHTS,
-    read_meta,
-    read_tensors,
-    stem_of,
-    tensors_digest,
-    verify_checkpoint,
-)
 from pipeline.classifier import GPTClassifier
 from pipeline.directories import CheckpointError
 from pipeline.gpt import GPT, GPTConfig
@@ -59,7 +51,7 @@ class Loaded:
     @property
     def title(self) -> str:
         """What to call it: the name it was asked for by, else its run's, else its file's."""
-        return self.name or stem_of(self.path)
+        return self.name or files.stem_of(self.path)
 
     @property
     def device(self) -> torch.device:
@@ -105,9 +97,9 @@ def load_checkpoint(
 
     ValueError where it is not whole, or an adapter's base is gone or another one.
     """
-    verify_checkpoint(path)
+    files.verify_checkpoint(path)
     with _made_here(path):
-        meta, tensors = read_meta(path), read_tensors(path, WEIGHTS)
+        meta, tensors = files.read_meta(path), files.read_tensors(path)
         model = _adapted(path, meta, tensors) if meta["lora"] else _whole(meta, tensors)
         if meta["lora"] and merge:
             lora.merge(model)
@@ -149,7 +141,7 @@ def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Mo
         )
     model = base if meta["kind"] == "language_model" else _with_head(base, tensors)
     lora.attach(model, lora.LoRAConfig(**meta["lora"]))
-    lora.load_adapter(model, read_tensors(path, ADAPTER_WEIGHTS))
+    lora.load_adapter(model, files.read_tensors(path, files.ADAPTER_WEIGHTS))
     return model
 
 
@@ -185,8 +177,8 @@ def base_digest(loaded: Loaded) -> str:
     An adapter's are its own and its base's digest: merged, they round as the processor has it.
     """
     if not loaded.meta["lora"]:
-        return tensors_digest(loaded.gpt.tensors())
-    own = tensors_digest(read_tensors(loaded.path, ADAPTER_WEIGHTS))
+        return files.tensors_digest(loaded.gpt.tensors())
+    own = files.tensors_digest(files.read_tensors(loaded.path, files.ADAPTER_WEIGHTS))
     return digest([loaded.meta["base"]["digest"], own, loaded.meta["lora"]])
 
 

@@ -18,15 +18,7 @@ from filelock import FileLock
 from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
 from pipeline.console import say
 from pipeline.runs.run_directory import read_outcome
-from pipeline.weights.huggingface_in import (
-    CONFIG,
-    FILES,
-    INDEX,
-    OPTIONAL_FILES,
-    TOKENIZER,
-    WEIGHTS,
-    no_weights,
-)
+from pipeline.weights import huggingface_in as hf
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
@@ -167,7 +159,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     snapshot = partial(snapshot_download, repository, revision=revision)
     cached: Path | None
     try:
-        cached = Path(snapshot(allow_patterns=list(FILES), local_files_only=True))
+        cached = Path(snapshot(allow_patterns=list(hf.FILES), local_files_only=True))
     except LocalEntryNotFoundError:
         cached = None
     except HFValidationError as error:
@@ -178,8 +170,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     asked = f"{repository}@{revision}" if revision else repository
     try:
         _clear_abandoned(repository)
-        fetched = Path(snapshot(allow_patterns=[*FILES, *OPTIONAL_FILES]))
-        has_weights = (fetched / WEIGHTS).is_file() or (fetched / INDEX).is_file()
+        fetched = Path(snapshot(allow_patterns=[*hf.FILES, *hf.OPTIONAL_FILES]))
+        has_weights = (fetched / hf.WEIGHTS).is_file() or (fetched / hf.INDEX).is_file()
         names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # of its own, of its HTTP library's, of the system's
         reason = " ".join(str(error).split())[:200]
@@ -188,7 +180,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
             "the name, go online once, or give a directory."
         ) from error
     if names:
-        raise ValueError(f"{asked} cannot be used: {no_weights(names)}")
+        raise ValueError(f"{asked} cannot be used: {hf.no_weights(names)}")
     return fetched
 
 
@@ -208,8 +200,8 @@ def _is_whole(snapshot: Path) -> bool:
 
     Other tools may have fetched a tokenizer alone, which the hub's client counts as complete.
     """
-    weights = {WEIGHTS}
-    if (snapshot / INDEX).is_file() and not (snapshot / WEIGHTS).is_file():
-        index = (snapshot / INDEX).read_text(encoding="utf-8", errors="replace")
+    weights = {hf.WEIGHTS}
+    if (snapshot / hf.INDEX).is_file() and not (snapshot / hf.WEIGHTS).is_file():
+        index = (snapshot / hf.INDEX).read_text(encoding="utf-8", errors="replace")
         weights = set(re.findall(r'"(model-[^"/]+\.safetensors)"', index))
-    return all((snapshot / name).is_file() for name in (CONFIG, TOKENIZER, *weights))
+    return all((snapshot / name).is_file() for name in (hf.CONFIG, hf.TOKENIZER, *weights))

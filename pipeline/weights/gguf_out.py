@@ -8,14 +8,8 @@ greedy chats of SmolLM2-135M goes round in a loop there, though the file, read h
 from pathlib import Path
 from typing import Literal
 
-from gguf import (
-    GGMLQuantizationType,
-    GGUFWriter,
-    LlamaFileType,
-    RopeScalingType,
-    TokenType,
-    quants,
-)
+import gguf
+from gguf import GGUFWriter
 from torch import Tensor
 
 from datamodules.prompts import TEMPLATE
@@ -139,7 +133,7 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
         writer.add_float64(high, scaling.high_freq_factor)
         writer.add_uint32(original, scaling.original_context)
     elif config.rope_scaling:
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 
 
@@ -178,15 +172,15 @@ def _add_tokenizer(writer: GGUFWriter, loaded: Loaded) -> None:
     tokenizer, n_rows = loaded.tokenizer, loaded.gpt.config.vocab_size
     assert n_rows is not None
     tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding that no text has
-    kinds = [TokenType.UNUSED] * n_rows
+    kinds = [gguf.TokenType.UNUSED] * n_rows
     for name, i in spelled(tokenizer.vocabulary).items():
-        tokens[i], kinds[i] = name, TokenType.NORMAL
+        tokens[i], kinds[i] = name, gguf.TokenType.NORMAL
         if name in tokenizer.special_ids:
             is_shown = name in tokenizer.vocabulary.shown
-            kinds[i] = TokenType.USER_DEFINED if is_shown else TokenType.CONTROL
+            kinds[i] = gguf.TokenType.USER_DEFINED if is_shown else gguf.TokenType.CONTROL
     if form := tokenizer.vocabulary.sentencepiece:
         for i in form.byte_ids:
-            kinds[i] = TokenType.BYTE
+            kinds[i] = gguf.TokenType.BYTE
     _add_merging(writer, tokenizer.vocabulary, tokens)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -206,7 +200,8 @@ def _add_tokenizer(writer: GGUFWriter, loaded: Loaded) -> None:
 
 
 def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
-    writer.add_file_type(LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
+    share = "ALL" if kind == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{kind.upper()}"])
     config, tensors = loaded.gpt.config, loaded.gpt.tensors()
     if scaling := _llama3(config):
         factors = stretch_factors(config.rope_theta, config.head_size, scaling)
@@ -217,8 +212,9 @@ def _add_tensors(writer: GGUFWriter, loaded: Loaded, kind: GGUFType) -> None:
         stored = _stored_as(entry.theirs, tensor, kind)
         if kind == "q8_0" and stored == "f16":
             kept.append(entry.theirs)
-        as_kind = GGMLQuantizationType[stored.upper()]
-        writer.add_tensor(entry.theirs, quants.quantize(tensor.numpy(), as_kind), raw_dtype=as_kind)
+        as_kind = gguf.GGMLQuantizationType[stored.upper()]
+        stored_tensor = gguf.quantize(tensor.numpy(), as_kind)
+        writer.add_tensor(entry.theirs, stored_tensor, raw_dtype=as_kind)
     if kept:
         say(
             f"{len(kept)} tensors stay f16, as q8_0 needs rows of a multiple of 32 numbers: "

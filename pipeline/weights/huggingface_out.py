@@ -18,14 +18,7 @@ from pipeline.classifier import GPTClassifier
 from pipeline.directories import Writers
 from pipeline.gpt import GPTConfig
 from pipeline.models import Loaded
-from pipeline.weights.huggingface_in import (
-    CHAT_TEMPLATE,
-    CONFIG,
-    GENERATION_CONFIG,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    WEIGHTS,
-)
+from pipeline.weights import huggingface_in as hf
 from pipeline.weights.names import Family, entries, family_of
 from pipeline.weights.sentencepiece import tokenizer_json_parts
 from pipeline.weights.templates import jinja, stop_words
@@ -45,8 +38,8 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
     """A writer for every file; ValueError where model or tokenizer has no counterpart there."""
     tensors = {name: t.to(dtype) for name, t in huggingface_tensors(loaded).items()}
     return {
-        CONFIG: json_writer(_config(loaded, dtype)),
-        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        hf.CONFIG: json_writer(_config(loaded, dtype)),
+        hf.WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
         **tokenizer_writers(loaded),
     }
 
@@ -55,14 +48,14 @@ def tokenizer_writers(loaded: Loaded) -> Writers:
     """A writer for every file of the tokenizer, and of what a model that writes text has beside."""
     vocabulary, suffix = loaded.tokenizer.vocabulary, _suffix_ids(loaded)
     writers = {
-        TOKENIZER: json_writer(tokenizer_json(vocabulary, suffix)),
-        TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
+        hf.TOKENIZER: json_writer(tokenizer_json(vocabulary, suffix)),
+        hf.TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
     }
     if isinstance(loaded.model, GPTClassifier):
         return writers
-    writers[GENERATION_CONFIG] = json_writer(_generation_config(loaded))
+    writers[hf.GENERATION_CONFIG] = json_writer(_generation_config(loaded))
     if template := chat_template(loaded):
-        writers[CHAT_TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
+        writers[hf.CHAT_TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
     return writers
 
 

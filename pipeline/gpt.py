@@ -11,7 +11,7 @@ D head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
@@ -108,13 +108,9 @@ class GPTConfig:
                 f"model.gpt.n_embd / model.gpt.n_head) is {self.head_size}; change one of them."
             )
 
-    def primitives(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return asdict(self)
-
     @classmethod
     def from_primitives(cls, values: dict[str, Any]) -> GPTConfig:
-        """Undoes `primitives`."""
+        """Undoes `asdict`, which a checkpoint keeps."""
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def foreign_meta(foreign: Foreign) -> dict[str, Any]:
     has_template = foreign.tokenizer.vocabulary.chat_template
     return {
         "kind": "language_model",
-        "gpt": foreign.config.primitives(),
+        "gpt": asdict(foreign.config),
         **dict.fromkeys(("lora", "base", "parent")),
         "earlier": list(foreign.trained_on),
         **({"prompt_style": TEMPLATE} if has_template else {}),

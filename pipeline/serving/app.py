@@ -95,21 +95,20 @@ def _add_models(router: APIRouter, name: str) -> None:
 def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
     async def complete(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         _check_name(asked.model, name)
-        began = time.monotonic()
+        answer = Answer(name, is_chat=isinstance(asked, ChatRequest))
         prompts = await run_in_threadpool(writer.prompts, asked)
-        n_prompt = sum(map(len, prompts))
-        answer = Answer(name, is_chat=isinstance(asked, ChatRequest), n_prompt=n_prompt)
+        answer.n_prompt = sum(map(len, prompts))
         deltas = writer.write(prompts, writer.settings(asked), asked)
         try:
             if asked.stream:
                 first = await _unless_gone(request, anext(deltas))  # or else why there is none
-                events = _events(first, deltas, answer, asked.stream_options.include_usage, began)
+                events = _events(first, deltas, answer, asked.stream_options.include_usage)
                 return StreamingResponse(events, media_type="text/event-stream")
             choices = await _unless_gone(request, _collect(deltas, answer))
         except _HungUpError:
-            _note(answer, began)
+            _note(answer)
             raise
-        _note(answer, began)
+        _note(answer)
         return JSONResponse(answer.whole(choices))
 
     @router.post("/v1/chat/completions")
@@ -143,11 +142,7 @@ async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[
 
 
 async def _events(
-    first: Delta,
-    deltas: AsyncGenerator[Delta, None],
-    answer: Answer,
-    include_usage: bool,
-    began: float,
+    first: Delta, deltas: AsyncGenerator[Delta, None], answer: Answer, include_usage: bool
 ) -> AsyncGenerator[str, None]:
     """Server-sent events; an error in the middle is the last of them."""
     no_usage = {"usage": None} if include_usage else {}  # as OpenAI has it
@@ -169,7 +164,7 @@ async def _events(
     except EngineError as error:
         yield _event(_error(503, str(error)))
     finally:
-        _note(answer, began)
+        _note(answer)
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -239,8 +234,8 @@ def _invalid(request: Request, error: Exception) -> Response:
     return failure(400, f"{key}: {said}.", param=key)
 
 
-def _note(answer: Answer, began: float) -> None:
-    elapsed_s, n_written = time.monotonic() - began, answer.n_completion
+def _note(answer: Answer) -> None:
+    elapsed_s, n_written = time.monotonic() - answer.began, answer.n_completion
     say(
         f"{answer.n_prompt} tokens read ({answer.n_cached} were known), {n_written} written in "
         f"{elapsed_s:.1f} s, {n_written / elapsed_s:.0f} tokens/s"

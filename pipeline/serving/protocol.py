@@ -201,12 +201,11 @@ class Delta(NamedTuple):
 class Answer:
     """An answer's form, whole or in events while it is made: to a chat a message, else a text."""
 
-    def __init__(self, model: str, *, is_chat: bool, n_prompt: int) -> None:
-        self.is_chat, self.n_prompt = is_chat, n_prompt
-        self.n_completion = self.n_cached = 0
-        prefix = "chatcmpl" if is_chat else "cmpl"
-        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
-        self._model = model
+    def __init__(self, model: str, *, is_chat: bool) -> None:
+        self.is_chat, self.began = is_chat, time.monotonic()
+        self.n_prompt = self.n_completion = self.n_cached = 0  # tokens
+        name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head = {"id": name, "created": int(time.time()), "model": model}
         self._begun: set[int] = set()  # choices of which an event has said whose they are
 
     def count(self, delta: Delta) -> None:
@@ -216,13 +215,11 @@ class Answer:
 
     def whole(self, choices: Iterable[Delta]) -> dict[str, Any]:
         """The answer, when all of it is there."""
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return self._form(kind, "message", choices) | {"usage": self.usage()}
+        return self._form("chat.completion", "message", choices) | {"usage": self.usage()}
 
     def event(self, *choices: Delta) -> dict[str, Any]:
         """What came of some choices."""
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self._form(kind, "delta", choices)
+        return self._form("chat.completion.chunk", "delta", choices)
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and written."""
@@ -234,19 +231,19 @@ class Answer:
         }
 
     def _form(self, kind: str, key: str, choices: Iterable[Delta]) -> dict[str, Any]:
+        kind = kind if self.is_chat else "text_completion"
         said = [self._choice(key, choice) for choice in choices]
-        return {**self._head, "object": kind, "model": self._model, "choices": said}
+        return {**self._head, "object": kind, "choices": said}
 
-    def _choice(self, key: str, choice: Delta) -> Any:
+    def _choice(self, key: str, choice: Delta) -> dict[str, Any]:
         form = chat_form if self.is_chat else text_form
-        logprobs = form(choice.tokens) if choice.tokens else None
-        place = {"index": choice.number, "finish_reason": choice.ended}
+        said: dict[str, Any] = {"text": choice.text}
         if self.is_chat:
             role = {} if choice.number in self._begun else {"role": "assistant"}
-            said: dict[str, Any] = {key: {**role, "content": choice.text}}
+            said = {key: {**role, "content": choice.text}}
             self._begun.add(choice.number)
-        else:
-            said = {"text": choice.text}
+        logprobs = form(choice.tokens) if choice.tokens else None
+        place = {"index": choice.number, "finish_reason": choice.ended}
         return {**place, **said, "logprobs": logprobs}
 
 

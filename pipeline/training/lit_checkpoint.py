@@ -26,7 +26,7 @@ class LitCheckpoint(LitModel):
         return {
             "kind": self.kind,
             "step": self.global_step,
-            "gpt": self.gpt.config.primitives(),
+            "gpt": asdict(self.gpt.config),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "base": self.base,
             "parent": self.parent,
@@ -45,7 +45,7 @@ class LitCheckpoint(LitModel):
         """
         model = {
             "kind": self.kind,
-            "gpt": self.gpt.config.primitives(),
+            "gpt": asdict(self.gpt.config),
             "lora": asdict(self.lora_config) if self.lora_config else None,
             "optimizer": asdict(self.optimizer_config),
             "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),

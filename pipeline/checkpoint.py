@@ -178,11 +178,7 @@ def training_writer(state: Any) -> Callable[[Path], object]:
 
 def model_writers(tensors: Mapping[str, Tensor], meta: Any, tokenizer: Tokenizer) -> Writers:
     """The files of a checkpoint that is used but not resumed."""
-    return {
-        WEIGHTS: tensors_writer(tensors),
-        META: json_writer(meta),
-        TOKENIZER: tokenizer.save,
-    }
+    return {WEIGHTS: tensors_writer(tensors), META: json_writer(meta), TOKENIZER: tokenizer.save}
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -87,10 +87,7 @@ def check_held_out(
 
 
 def _warn_of_other_data(
-    dataset: Mapping[str, Any],
-    fingerprint: Mapping[str, Any],
-    splits: Collection[str],
-    called: str,
+    dataset: Mapping[str, Any], fingerprint: Mapping[str, Any], splits: Collection[str], called: str
 ) -> None:
     ours = _files_of(fingerprint, splits)
     if _share_files(dataset["sources"], ours):

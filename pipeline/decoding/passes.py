@@ -51,9 +51,7 @@ class Prefilled(NamedTuple):
 
 
 def prefill(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    known: Sequence[Tensor | None] = (),
+    model: GPT, prompts: Sequence[Sequence[int]], known: Sequence[Tensor | None] = ()
 ) -> Prefilled:
     """Runs prompts through the model.
 
@@ -94,10 +92,7 @@ def prefill(
 
 
 def decode(
-    model: GPT,
-    tokens: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    cache: KVCache,
+    model: GPT, tokens: Sequence[Sequence[int]], starts: Sequence[int], cache: KVCache
 ) -> Tensor:
     """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
     cache.reserve(max(starts) + len(tokens[0]))

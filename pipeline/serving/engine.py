@@ -98,11 +98,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        worker: Worker,
-        model: GPT,
-        limits: Limits,
-        on_failure: Callable[[], None],
+        self, worker: Worker, model: GPT, limits: Limits, on_failure: Callable[[], None]
     ) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self.failure: Exception | None = None

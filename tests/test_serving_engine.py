@@ -62,9 +62,9 @@ def model(tiny_gpt: MakeGPT) -> GPT:
 def start(model: GPT) -> Iterator[Callable[..., Engine]]:
     engines = []
 
-    def make(on_failure: Callable[[], None] = lambda: None, **limits: int) -> Engine:
+    def make(**limits: int) -> Engine:
         given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
-        engines.append(Engine(Worker(), model, given, on_failure))
+        engines.append(Engine(Worker(), model, given))
         return engines[-1]
 
     yield make
@@ -379,22 +379,21 @@ def test_out_of_memory_is_told_and_the_next_are_served(
     seen = sizes(monkeypatch)
     assert len(Asked(engine, [3]).whole()) == 20
     assert seen == [1] * 19, "rows that were given up take part"
-    assert engine.failure is None
+    assert not engine.ended.done()
 
 
 def test_any_other_error_ends_it_and_everybody_is_told(
     start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed, error = threading.Event(), KeyError("a bug")
-    engine = start(failed.set, max_rows=1)
+    error = KeyError("a bug")
+    engine = start(max_rows=1)
     gate = Gate(engine)
     waiting = Asked(engine, [4])
     broken_after(1, error, monkeypatch)
     gate.open.set()
     with pytest.raises(EngineError, match="the server has ended"):
         waiting.whole()
-    assert failed.wait(30)
-    assert engine.failure is error
+    assert engine.ended.exception(30) is error
     assert isinstance(gate.pieces[-1].ended, EngineError)
     with pytest.raises(EngineError, match="the server has ended"):
         engine.submit([4], SETTINGS, print)
@@ -409,4 +408,4 @@ def test_closing_tells_who_is_not_done(start: Callable[..., Engine]) -> None:
     closing.join(30)
     with pytest.raises(EngineError, match="the server has ended"):
         waiting.whole()
-    assert engine.failure is None
+    assert engine.ended.exception(30) is None

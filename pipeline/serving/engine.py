@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -90,26 +91,19 @@ class Engine:
     there is room. A long prompt is read in pieces, so that the others go on meanwhile (chunked
     prefill, Agrawal et al. 2023), and no more of it than is wanted if its reader hangs up.
 
-    Args:
-        worker: has nothing else to do.
-        model: laid out for decoding.
-        limits: how much is done at a time.
-        on_failure: called where the thread ends by an error, which is then `failure`.
+    Attributes:
+        ended: done when nothing more is written, by an error or because it was closed.
     """
 
-    def __init__(
-        self, worker: Worker, model: GPT, limits: Limits, on_failure: Callable[[], None]
-    ) -> None:
+    def __init__(self, worker: Worker, model: GPT, limits: Limits) -> None:
         self.limits, self.block_size = limits, model.config.block_size
-        self.failure: Exception | None = None
-        self._on_failure = on_failure
         self._new_batch = lambda: Batch(model, PrefixCache(limits.max_rows))
         self._batch = self._new_batch()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._closing = False
         self._changed = threading.Condition()  # guards _waiting and _closing
-        self._ended = worker.submit(self._run)
+        self.ended = worker.submit(self._run)
 
     def submit(
         self, prompt: Sequence[int], settings: Sampling, deliver: Callable[[Piece], None]
@@ -148,24 +142,23 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._ended.result()
+        wait([self.ended])
 
     def _run(self) -> None:
-        while self._has_work():
-            try:
-                self._advance()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    self.failure = error
-                    break
-                self._give_up("out of memory; ask for less, or start it with fewer --max_tokens.")
-        with self._changed:
-            self._closing = True
-            self._running += self._waiting
-            self._waiting.clear()
-        self._give_up("the server has ended.")
-        if self.failure:
-            self._on_failure()
+        try:
+            while self._has_work():
+                try:
+                    self._advance()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._give_up("out of memory; ask for less, or start with fewer --max_tokens.")
+        finally:
+            with self._changed:
+                self._closing = True
+                self._running += self._waiting
+                self._waiting.clear()
+            self._give_up("the server has ended.")
 
     def _has_work(self) -> bool:
         """Waits for some; false where the thread is to end."""

@@ -61,18 +61,15 @@ def serve(
         server.run([listener])
         return
 
-    def stop() -> None:
-        server.should_exit = True
-
-    engine = Engine(worker, loaded.gpt, limits, on_failure=stop)
+    engine = Engine(worker, loaded.gpt, limits)
     server = _Server(make_app(name, Writer(loaded, engine, defaults), key), engine.close)
+    engine.ended.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         _greet(loaded, name, listener)
         server.run([listener])
     finally:
         engine.close()
-    if engine.failure:
-        raise engine.failure
+    engine.ended.result()
 
 
 class _Server(uvicorn.Server):

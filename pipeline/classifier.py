@@ -10,14 +10,11 @@ from pipeline.gpt import GPT, INIT_STD
 
 
 class GPTClassifier(nn.Module):
-    """The last real token has seen the whole text, so its hidden state is what the head reads.
+    """A GPT, taken over without its language-model head, under a head for so many labels.
 
-    The head has a bias where the model's other linear layers have one. Llama's have none, and no
-    other tool could hold it there; GPT-2's last norm can take it in.
-
-    Args:
-        gpt: taken over; its language-model head is dropped, where it still has one.
-        n_labels: K.
+    The last real token has seen the whole text, so its hidden state is what the head reads. The
+    head has a bias where the model's other linear layers have one. Llama's have none, and no other
+    tool could hold it there; GPT-2's last norm can take it in.
     """
 
     def __init__(self, gpt: GPT, n_labels: int) -> None:

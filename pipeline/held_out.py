@@ -59,16 +59,9 @@ def check_held_out(
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    Data that shares no file with what it was trained on last is said to be other data, and how
-    much of it says what was learned.
-
-    Args:
-        meta: the checkpoint's meta.json.
-        config: configuration of the data here, with `init_args`.
-        fingerprint: fingerprint of the data here.
-        splits: those that are evaluated on.
-        keys: of what is evaluated on; see `StepDataModule.keys`.
-        called: what a message calls the checkpoint.
+    Data that shares no file with what it was trained on last is said to be other data, and how much
+    of it says what was learned, by the `keys` of what is evaluated on (`StepDataModule.keys`). A
+    message calls the checkpoint as `called` does.
 
     Raises:
         ValueError: naming what differs.

@@ -246,14 +246,7 @@ def label_probabilities(
 ) -> list[list[float]]:
     """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with.
 
-    Args:
-        loaded: a classifier.
-        texts: none of them empty.
-        batch_size: texts at a time.
-        title: of a bar on stderr; empty for none.
-
-    Raises:
-        ValueError: for a text that is empty, and for damaged weights.
+    A title is that of a bar on stderr. ValueError for an empty text, and for damaged weights.
     """
     assert isinstance(loaded.model, GPTClassifier)
     if "" in texts:

@@ -108,12 +108,10 @@ class Batch:
             n_cached = len(prompt) - 1 if place in places[:i] else n_known[place]
             new.append(Row(own, [*prompt], limit, n_cached))
         _take(new, read.logits[places])
-        for row, prompt, own, place in zip(new, prompts, settings, places, strict=True):
-            if own.echo:
-                of_prompt = prompt_logprobs(
-                    self.model, read.hidden[place], prompt, own.n_likeliest or 0
-                )
-                row.logprobs = of_prompt + row.logprobs
+        for row, prompt, place in zip(new, prompts, places, strict=True):
+            if row.settings.echo:
+                n_best = row.settings.n_likeliest or 0
+                row.logprobs[:0] = prompt_logprobs(self.model, read.hidden[place], prompt, n_best)
         if self._cache is None:
             self._cache = read.cache
         else:
@@ -216,8 +214,8 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -
     """New token ids of every prompt, without the stop token; all of them are written together."""
     if settings.num_beams > 1:
         return [beam_search(model, prompt, settings) for prompt in prompts]
-    written = dict(generate_each(model, prompts, settings, max_rows=len(prompts)))
-    return [written[i] for i in range(len(prompts))]
+    done = generate_each(model, prompts, settings, max_rows=len(prompts))
+    return [ids for _, ids in sorted(done)]
 
 
 def generate_each(
@@ -225,11 +223,7 @@ def generate_each(
 ) -> Iterator[tuple[int, list[int]]]:
     """Number and new token ids of every prompt, without the stop token, as each is done.
 
-    Args:
-        model: put into eval mode.
-        prompts: token ids, one list a row, of unequal length; taken in this order.
-        settings: how tokens are chosen; without beams. Row i draws with seed + i.
-        max_rows: rows that are written at a time; those that end make room for others.
+    At most `max_rows` are written at a time, the first ones first; row i draws with seed + i.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context.

@@ -23,13 +23,9 @@ class KVCache:
     """Keys and values of the tokens seen so far; every row has a place of its own.
 
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
-    Rows come and go in place; of the others only the last one is ever moved. A model that is not
-    causal is a ValueError: what it has seen changes with every token.
-
-    Args:
-        config: configuration of the model.
-        n_rows: B.
-        like: a tensor of the device and dtype wanted.
+    Rows come and go in place; of the others only the last one is ever moved. Device and dtype are
+    those of `like`. A model that is not causal is a ValueError: what it has seen changes with every
+    token.
     """
 
     def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:

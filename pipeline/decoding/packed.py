@@ -25,12 +25,8 @@ ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.
 class PackedLinear(nn.Module):
     """Linear layers that read the same input, as one. For inference: its weight is no parameter.
 
-    Args:
-        layers: with biases, or without.
-        in_f16: hold the weights in float16, for products with float32.
-
-    Raises:
-        ValueError: where float16 has no room for a weight.
+    With `in_f16` weights are held in float16, for products with float32; ValueError where it has no
+    room for one.
     """
 
     def __init__(self, *layers: nn.Linear, in_f16: bool = False) -> None:
@@ -120,10 +116,10 @@ class PackedBlock(nn.Module):
 
 
 def pack(model: GPT, *, in_f16: bool = False) -> GPT:
-    """Lays a plain model out for decoding, in place; it can be neither trained nor saved then.
+    """Lays a model out for decoding, in place; it can be neither trained nor saved then.
 
     Args:
-        model: without live adapters.
+        model: plain, without live adapters.
         in_f16: hold the weights in float16; where `hardware.multiplies_f16_weights` says so.
 
     Raises:

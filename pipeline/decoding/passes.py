@@ -68,10 +68,9 @@ def prefill(
         check_prompt(len(prompt), model.config.block_size)
     weight = model.token_embedding.weight
     cache = KVCache(model.config, len(prompts), like=weight)
-    starts = [0] * len(prompts)
-    if any(kv is not None for kv in known):
+    starts = [0 if kv is None else kv.shape[3] for kv in known] or [0] * len(prompts)
+    if any(starts):
         cache.begin(known)
-        starts = [0 if kv is None else kv.shape[3] for kv in known]
     new = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
     longest = max(map(len, new))
     padded = [[*ids, *[0] * (longest - len(ids))] for ids in new]

@@ -7,18 +7,13 @@ from datamodules.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text that never has to be taken back.
+    """Turns tokens into text, behind a prompt's, that never has to be taken back.
 
     A character whose bytes span tokens waits until it is whole; what may be the start of a stop
     text waits until it is not.
 
-    Args:
-        tokenizer: whose tokens they are.
-        prompt: token ids that the text continues.
-        stops: texts that end it; they are not part of it.
-
     Attributes:
-        stopped: whether one of the stops came.
+        stopped: whether one of the stops came, which end the text and are no part of it.
     """
 
     def __init__(

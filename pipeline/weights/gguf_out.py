@@ -36,13 +36,9 @@ _METASPACE = {"always": "where there is none", "first": "before a text that begi
 
 
 def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | None) -> Writers:
-    """A writer for each of the two files.
+    """A writer for each of the two files of a plain language model.
 
-    Args:
-        loaded: a language model, plain.
-        kind: type of the matrices; norms and biases stay in float32.
-        name: name of the model.
-        license: of the weights, as an SPDX identifier, if known.
+    Norms and biases stay in float32, whatever the kind; the license is an SPDX identifier.
 
     Raises:
         ValueError: where llama.cpp has no such model, or cannot run its tokenizer, or a number is

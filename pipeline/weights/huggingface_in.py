@@ -327,9 +327,10 @@ def _leading_token(processor: Any) -> str | None:
     leading: str | None = None
     for step in steps:
         match step:
-            case {"type": "ByteLevel"}:
-                pass
-            case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+            case {"type": "ByteLevel"} | {
+                "single": [{"Sequence": _}],
+                "type": "TemplateProcessing",
+            }:
                 pass
             case {
                 "type": "TemplateProcessing",

@@ -67,11 +67,7 @@ def make_sentencepiece(
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json has; see `merges_of_scores` for GGUF's.
 
-    Args:
-        tokens: id of every token, blanks written ▁; special ones may be among them.
-        merges: pairs, in their order.
-        special: the special tokens.
-        prefix: where a text is given a blank.
+    Tokens have blanks written ▁, special ones may be among them.
 
     Raises:
         ValueError: where a byte has no token, or a token is none that text could be made of.
@@ -107,13 +103,11 @@ def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list
 
     Of equal scores the leftmost pair is merged first, which a list cannot say. But runs of blanks,
     of one score with Llama 2 and Mistral, then grow from the left: the longest pair is the next.
+    Where no list gives these ids, it is a ValueError.
 
     Args:
         tokens: id of every token that text is made of, but for those of bytes.
         scores: of every id.
-
-    Raises:
-        ValueError: where no list does.
     """
     _check_characters(tokens)
     pairs = [pair for token in tokens for pair in cuts(token, tokens)]

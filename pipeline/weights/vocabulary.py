@@ -216,13 +216,9 @@ def make_tokenizer(
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json and GGUF both have.
 
-    Args:
-        tokens: id of every token, in GPT-2's spelling of bytes; special ones may be among them.
-        merges: pairs, in their order.
-        special: the special tokens.
-        pre: llama.cpp's name of the pre-tokenizer.
-        whole_pieces: a piece that is a token is not merged; tokens may be made by no merge.
-        nfc: characters are composed first.
+    Tokens are in GPT-2's spelling of bytes, special ones may be among them; `pre` is llama.cpp's
+    name of the pre-tokenizer. With `whole_pieces` a piece that is a token is not merged, so that
+    tokens may be made by no merge; with `nfc` characters are composed first.
 
     Raises:
         ValueError: for a vocabulary that tiktoken cannot run with the same ids.

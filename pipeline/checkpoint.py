@@ -122,8 +122,7 @@ def verify_checkpoint(path: Path) -> None:
 def refuse_folder_of_checkpoints(path: Path) -> None:
     """CheckpointError for what is taken for a checkpoint and holds some; it names the newest."""
     if not (path / MANIFEST).exists():
-        found = [*steps_in(path), *steps_in(path / CHECKPOINTS)]
-        if found:
+        if found := [*steps_in(path), *steps_in(path / CHECKPOINTS)]:
             newest = max(found, key=lambda step: step.name)
             raise CheckpointError(
                 f"{path} is not a checkpoint but holds some; give one, as {newest}."
@@ -169,11 +168,6 @@ def json_writer(value: Any) -> Callable[[Path], object]:
 def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
     """Writes tensors as safetensors."""
     return lambda path: save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
-
-
-def training_writer(state: Any) -> Callable[[Path], object]:
-    """Writes training state with torch.save."""
-    return lambda path: torch.save(state, path)
 
 
 def model_writers(tensors: Mapping[str, Tensor], meta: Any, tokenizer: Tokenizer) -> Writers:

@@ -44,13 +44,12 @@ class DirectoryCheckpointIO(CheckpointIO):
         if storage_options is not None:
             changing = {key: v for key, v in checkpoint.items() if key != "tokenizer"}
             checkpoint = {**checkpoint, **tree_map_only(Tensor, _copy, changing)}
-        writers = {
+        state = {key: value for key, value in checkpoint.items() if key not in _IN_FILES}
+        writers: dict[str, Any] = {
             **files.model_writers(
                 checkpoint["state_dict"], checkpoint["meta"], checkpoint["tokenizer"]
             ),
-            files.TRAINING: files.training_writer(
-                {key: value for key, value in checkpoint.items() if key not in _IN_FILES}
-            ),
+            files.TRAINING: partial(torch.save, state),
         }
         if "adapter" in checkpoint:
             writers[files.ADAPTER_WEIGHTS] = files.tensors_writer(checkpoint["adapter"])

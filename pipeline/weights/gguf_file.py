@@ -20,19 +20,8 @@ from torch import Tensor
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
-_FORMS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
+# of `struct`, for GGUFValueType from UINT8 to BOOL, and behind STRING and ARRAY UINT64 to FLOAT64
+_FORMS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", start=10))
 
 
 @dataclass(frozen=True)
@@ -152,4 +141,4 @@ class _Header:
 def _form(kind: int) -> str:
     if kind not in _FORMS:
         raise ValueError(f"it is damaged: a field is of kind {kind}.")
-    return _FORMS[GGUFValueType(kind)]
+    return _FORMS[kind]

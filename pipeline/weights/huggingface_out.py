@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datamodules.prompts import stop_ids
 from datamodules.tokenizer import Vocabulary
 from pipeline.checkpoint import json_writer
 from pipeline.classifier import GPTClassifier
@@ -21,7 +22,7 @@ from pipeline.models import Loaded
 from pipeline.weights import huggingface_in as hf
 from pipeline.weights.names import Family, entries, family_of
 from pipeline.weights.sentencepiece import tokenizer_json_parts
-from pipeline.weights.templates import jinja, stop_words
+from pipeline.weights.templates import jinja
 from pipeline.weights.vocabulary import PRE_TOKENIZERS, merges_of, pre_tokenizer_of, spelled
 
 _CLASSES = {
@@ -46,14 +47,16 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
 
 def tokenizer_writers(loaded: Loaded) -> Writers:
     """A writer for every file of the tokenizer, and of what a model that writes text has beside."""
-    vocabulary, suffix = loaded.tokenizer.vocabulary, _suffix_ids(loaded)
+    tokenizer, meta = loaded.tokenizer, loaded.meta
+    suffix = tokenizer.encode(meta.get("suffix") or "", tokenizer.encode("a"))  # behind any text
     writers = {
-        hf.TOKENIZER: json_writer(tokenizer_json(vocabulary, suffix)),
+        hf.TOKENIZER: json_writer(tokenizer_json(tokenizer.vocabulary, suffix)),
         hf.TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
     }
     if isinstance(loaded.model, GPTClassifier):
         return writers
-    writers[hf.GENERATION_CONFIG] = json_writer(_generation_config(loaded))
+    ends = {"eos_token_id": stop_ids(tokenizer, meta.get("prompt_style"))}
+    writers[hf.GENERATION_CONFIG] = json_writer(_token_ids(loaded) | ends)
     if template := chat_template(loaded):
         writers[hf.CHAT_TEMPLATE] = lambda path: path.write_text(template, encoding="utf-8")
     return writers
@@ -84,12 +87,6 @@ def shifted_bias(model: GPTClassifier) -> Tensor:
         )
     assert isinstance(norm.bias, Tensor)
     return (norm.bias.double() + shift).to(norm.bias.dtype)
-
-
-def _suffix_ids(loaded: Loaded) -> list[int]:
-    """Ids that a classifier has after every text, whatever the text."""
-    tokenizer = loaded.tokenizer
-    return tokenizer.encode(loaded.meta.get("suffix") or "", tokenizer.encode("a"))
 
 
 def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[str, Any]:
@@ -185,12 +182,6 @@ def _tokenizer_config(loaded: Loaded) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": loaded.meta.get("max_length", _NEVER_SHORTENS),
     }
-
-
-def _generation_config(loaded: Loaded) -> dict[str, Any]:
-    special = loaded.tokenizer.special_ids
-    stops = stop_words(loaded.tokenizer, loaded.meta.get("prompt_style"))
-    return {**_token_ids(loaded), "eos_token_id": [special[name] for name in stops]}
 
 
 def _token_ids(loaded: Loaded) -> dict[str, Any]:

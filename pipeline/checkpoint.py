@@ -75,9 +75,7 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
     """Writes a directory of files, whole or not at all, its manifest last.
 
     What an earlier process left half-written of other steps is removed: one writes at a time.
-
-    Raises:
-        CheckpointNotWritten: the disk is full, or refuses.
+    CheckpointNotWritten where the disk is full, or refuses.
     """
     if path.parent.is_dir():
         sweep(path.parent, _STEP)
@@ -92,11 +90,9 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Checks every file against the manifest.
+    """Checks every file against the manifest: CheckpointError names what is missing or differs.
 
-    Raises:
-        CheckpointError: naming what is missing or differs.
-        ValueError: where it is of another version's format.
+    ValueError where it is of another version's format.
     """
     refuse_folder_of_checkpoints(path)
     try:

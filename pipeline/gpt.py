@@ -284,12 +284,8 @@ class GPT(nn.Module):
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
         """A model around given weights, which are taken as they are, not copied.
 
-        Args:
-            config: with `vocab_size` resolved.
-            tensors: every parameter by name; without `head.weight` where it is tied.
-
-        Raises:
-            ValueError: naming missing and unexpected tensors, or one of another shape.
+        Tensors are every parameter by name, without `head.weight` where it is tied; ValueError
+        names missing and unexpected ones, or one of another shape.
         """
         model = cls.skeleton(config)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -59,12 +59,9 @@ def check_held_out(
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    Data that shares no file with what it was trained on last is said to be other data, and how much
-    of it says what was learned, by the `keys` of what is evaluated on (`StepDataModule.keys`). A
-    message calls the checkpoint as `called` does.
-
-    Raises:
-        ValueError: naming what differs.
+    ValueError names what differs. Data that shares no file with what it was trained on last is said
+    to be other data; how much of it was learned is told by the `keys` of what is evaluated on
+    (`StepDataModule.keys`). Messages call the checkpoint as `called` does.
     """
     if found := split_otherwise(meta, config, fingerprint, splits):
         raise ValueError(

@@ -50,11 +50,8 @@ class LoRAConfig:
 def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """Puts adapters on the targets, in place, and freezes all else; outputs stay as they were.
 
-    Returns:
-        The configuration with `all-linear` spelled out.
-
-    Raises:
-        ValueError: where a target names no linear layer of the blocks.
+    Returns the configuration with `all-linear` spelled out; ValueError where a target names no
+    linear layer of the blocks.
     """
     from peft import inject_adapter_in_model
 
@@ -142,8 +139,7 @@ def adapter_config_json(config: LoRAConfig) -> str:
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its base weight, in place, and removes it; all is trainable again.
 
-    Raises:
-        ValueError: where a weight is not float32: merging in bf16 moves logits visibly.
+    ValueError where a weight is not float32: merging in bf16 moves logits visibly.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -62,12 +62,11 @@ class Loaded:
 def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
     """Reads whatever holds a model; an adapter is merged into its base in float32.
 
+    ValueError where it is no whole model, or an adapter's base is gone or another one.
+
     Args:
         source: a checkpoint directory, verified; or what `weights.fetch.locate` takes.
         dtype: type of the weights of a language model; a classifier's are float32.
-
-    Raises:
-        ValueError: where it is no whole model, or an adapter's base is gone or another one.
     """
     path = locate(source)
     if not is_foreign(path):

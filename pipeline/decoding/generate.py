@@ -87,14 +87,10 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[Row]:
-        """New rows, each with its first token.
+        """New rows, each with its first token, of prompts of unequal length.
 
-        Args:
-            prompts: token ids, one list a row, of unequal length.
-            settings: how their tokens are chosen, without beams; one for each.
-
-        Raises:
-            ValueError: for a prompt that is empty or fills the context.
+        Each has settings of its own, without beams. ValueError for a prompt that is empty, or that
+        fills the context.
         """
         different = list(dict.fromkeys(map(tuple, prompts)))
         places = [different.index(tuple(prompt)) for prompt in prompts]
@@ -224,9 +220,7 @@ def generate_each(
     """Number and new token ids of every prompt, without the stop token, as each is done.
 
     At most `max_rows` are written at a time, the first ones first; row i draws with seed + i.
-
-    Raises:
-        ValueError: for a prompt that is empty or fills the context.
+    ValueError for a prompt that is empty or fills the context.
     """
     batch = Batch(model)
     waiting = deque(enumerate(prompts))
@@ -247,10 +241,7 @@ def generate_each(
 
 @torch.inference_mode()
 def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[int]:
-    """The likeliest continuation found, by mean log-probability a token, stop token included.
-
-    ValueError for a prompt that is empty or fills the context.
-    """
+    """The likeliest continuation found, by mean log-probability a token, stop token included."""
     cache, logits, _ = prefill(model, [prompt])
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
     scores = logits.log_softmax(dim=-1)  # (beams, V) nats of the whole continuation

@@ -116,14 +116,10 @@ class PackedBlock(nn.Module):
 
 
 def pack(model: GPT, *, in_f16: bool = False) -> GPT:
-    """Lays a model out for decoding, in place; it can be neither trained nor saved then.
+    """Lays a plain model out for decoding, in place; it can be neither trained nor saved then.
 
-    Args:
-        model: plain, without live adapters.
-        in_f16: hold the weights in float16; where `hardware.multiplies_f16_weights` says so.
-
-    Raises:
-        ValueError: where float16 has no room for a weight.
+    Weights may be held in float16 where `hardware.multiplies_f16_weights` says so; ValueError where
+    it has no room for one.
     """
     for i, block in enumerate(cast("list[Block]", model.blocks)):
         model.blocks[i] = PackedBlock(block, in_f16=in_f16)

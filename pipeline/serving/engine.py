@@ -110,10 +110,7 @@ class Engine:
     ) -> Request:
         """Asks for a text.
 
-        Raises:
-            ValueError: for one that does not fit.
-            Busy: where too many wait.
-            EngineError: where nothing more is taken.
+        ValueError for one that does not fit, Busy where too many wait, EngineError at the end.
         """
         check_prompt(len(prompt), self.block_size)
         request = Request(prompt, settings, deliver)

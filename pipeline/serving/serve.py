@@ -75,9 +75,7 @@ def serve(
 class _Server(uvicorn.Server):
     """uvicorn's, which since Python 3.12 would wait for connections after a second Ctrl-C too.
 
-    Args:
-        app: what answers.
-        give_up: tells those who wait that they will get no more, after the patience with them.
+    `give_up` tells those who wait that they will get no more, after the patience with them.
     """
 
     def __init__(self, app: FastAPI, give_up: Callable[[], None] | None = None) -> None:

@@ -82,9 +82,8 @@ def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
 def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter with our name for it, in that dtype; those of one of their tensors at a time.
 
-    Raises:
-        ValueError: as `parameter_shapes`; or for a tensor that is not finite, or that should
-            equal another and does not.
+    ValueError as from `parameter_shapes`; or for a tensor that is not finite, or that should equal
+    another and does not.
     """
     shapes = parameter_shapes(foreign)
     foreign.check()

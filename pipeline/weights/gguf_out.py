@@ -39,10 +39,8 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
     """A writer for each of the two files of a plain language model.
 
     Norms and biases stay in float32, whatever the kind; the license is an SPDX identifier.
-
-    Raises:
-        ValueError: where llama.cpp has no such model, or cannot run its tokenizer, or a number is
-            beyond the kind.
+    ValueError where llama.cpp has no such model, or cannot run its tokenizer, or a number is beyond
+    the kind.
     """
     if isinstance(loaded.model, GPTClassifier):
         raise ValueError(

@@ -93,9 +93,7 @@ def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[s
     """The file of the `tokenizers` library, which puts the ids of the suffix after every text.
 
     It finds special tokens in the text that it is given, which the tokenizer here never does.
-
-    Raises:
-        ValueError: for a vocabulary that it cannot run with the same ids.
+    ValueError for a vocabulary that it cannot run with the same ids.
     """
     form = vocabulary.sentencepiece
     parts = tokenizer_json_parts(vocabulary, form) if form else _byte_level_parts(vocabulary)

@@ -30,8 +30,7 @@ _SCORE, _NORM = "score", "transformer.ln_f"
 def peft_writers(loaded: Loaded) -> Writers:
     """A writer for each of PEFT's two files, and for the tokenizer's: the base may have another.
 
-    Raises:
-        ValueError: for another checkpoint, or DoRA on a part of GPT-2's joined matrix.
+    ValueError for another checkpoint, or DoRA on a part of GPT-2's joined matrix.
     """
     if not loaded.meta["lora"]:
         raise ValueError(

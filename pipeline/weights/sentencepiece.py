@@ -67,10 +67,8 @@ def make_sentencepiece(
 ) -> Tokenizer:
     """A tokenizer from the parts that tokenizer.json has; see `merges_of_scores` for GGUF's.
 
-    Tokens have blanks written ▁, special ones may be among them.
-
-    Raises:
-        ValueError: where a byte has no token, or a token is none that text could be made of.
+    Tokens have blanks written ▁, special ones may be among them. ValueError where a byte has no
+    token, or a token is none that text could be made of.
     """
     fields, ordinary = special.fields(), ordinary_tokens(tokens, special)
     if missing := [name for name in BYTES if name not in ordinary]:

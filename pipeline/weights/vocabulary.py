@@ -74,10 +74,7 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
 
 
 def spelled(vocabulary: Vocabulary) -> dict[str, int]:
-    """Id of every token that has one, special ones included, as tokenizer.json and GGUF write it.
-
-    At byte level that is GPT-2's spelling of bytes.
-    """
+    """Id of every token that has one, special ones too, as tokenizer.json and GGUF write it."""
     if form := vocabulary.sentencepiece:
         names = spell(vocabulary.tokens, form.byte_ids)
     else:
@@ -218,10 +215,8 @@ def make_tokenizer(
 
     Tokens are in GPT-2's spelling of bytes, special ones may be among them; `pre` is llama.cpp's
     name of the pre-tokenizer. With `whole_pieces` a piece that is a token is not merged, so that
-    tokens may be made by no merge; with `nfc` characters are composed first.
-
-    Raises:
-        ValueError: for a vocabulary that tiktoken cannot run with the same ids.
+    tokens may be made by no merge; with `nfc` characters are composed first. ValueError for a
+    vocabulary that tiktoken cannot run with the same ids.
     """
     if pre not in PRE_TOKENIZERS:
         raise ValueError(

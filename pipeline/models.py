@@ -79,13 +79,12 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
 def foreign_meta(foreign: Foreign) -> dict[str, Any]:
     """What a checkpoint would say of weights of others."""
-    has_template = foreign.tokenizer.vocabulary.chat_template
     return {
         "kind": "language_model",
         "gpt": asdict(foreign.config),
         **dict.fromkeys(("lora", "base", "parent")),
         "earlier": list(foreign.trained_on),
-        **({"prompt_style": TEMPLATE} if has_template else {}),
+        **({"prompt_style": TEMPLATE} if foreign.tokenizer.vocabulary.chat_template else {}),
     }
 
 

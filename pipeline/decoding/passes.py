@@ -84,8 +84,7 @@ def prefill(
     cache.reserve(int(positions.max()) + 1)
     hidden = model(input_ids, is_real, positions=positions, cache=cache)
     last = is_real.sum(dim=1) - 1
-    ends = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
-    logits = model.logits(ends)
+    logits = model.logits(hidden[torch.arange(len(last), device=last.device), last])
     check_finite(logits)
     return Prefilled(cache, logits, hidden)
 

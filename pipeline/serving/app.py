@@ -124,8 +124,7 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
     @router.post("/classify")
     async def classify(request: Request, asked: ClassifyRequest) -> Response:
         _check_name(asked.model, name)
-        work = asyncio.wrap_future(labels.of(asked.input))
-        probabilities = await _unless_gone(request, work)
+        probabilities = await _unless_gone(request, asyncio.wrap_future(labels.of(asked.input)))
         return JSONResponse(label_form(name, labels.names, probabilities))
 
 

@@ -123,5 +123,4 @@ def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
         route, asked["prompt"] = "/v1/completions", "Every effort moves you"
     print(url, flush=True)
     words = ["curl", url + route, "-H", "Content-Type: application/json", "-d", json.dumps(asked)]
-    hint = f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}"
-    say(hint)
+    say(f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}")

@@ -83,8 +83,7 @@ class _Header:
         for _ in range(n_fields):
             name = self.text()
             fields[name] = self.value(*self.numbers("I"))
-        found = [self.tensor() for _ in range(n_tensors)]
-        tensors = dict(found)
+        tensors = dict(self.tensor() for _ in range(n_tensors))
         if len(tensors) < n_tensors:
             raise ValueError("it has two tensors of the same name.")
         alignment = fields.get("general.alignment", 32)

@@ -112,21 +112,18 @@ def _refuse_classifier(settings: dict[str, Any]) -> None:
 
 
 def _config(settings: dict[str, Any]) -> GPTConfig:
-    _expect(settings, "is_causal", True)
+    _expect(settings, is_causal=True)
     kind = str(settings.get("model_type"))
     if kind not in _KINDS:
         raise ValueError(
             f"its architecture is {kind} ({CONFIG}: model_type); supported: {', '.join(_KINDS)}."
         )
-    if kind == "gpt2":
-        return _gpt2_config(settings)
-    return _llama_config(settings, _KINDS[kind])
+    return _gpt2_config(settings) if kind == "gpt2" else _llama_config(settings, _KINDS[kind])
 
 
 def _gpt2_config(settings: dict[str, Any]) -> GPTConfig:
-    _expect(settings, "activation_function", "gelu_new")
-    _expect(settings, "scale_attn_weights", True)
-    _expect(settings, "scale_attn_by_inverse_layer_idx", False)
+    _expect(settings, activation_function="gelu_new")
+    _expect(settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     width, n_head = settings["n_embd"], settings["n_head"]
     return GPTConfig(
         n_layer=settings["n_layer"],
@@ -145,9 +142,7 @@ def _gpt2_config(settings: dict[str, Any]) -> GPTConfig:
 
 
 def _llama_config(settings: dict[str, Any], family: Family) -> GPTConfig:
-    _expect(settings, "hidden_act", "silu")
-    _expect(settings, "attention_bias", False)
-    _expect(settings, "mlp_bias", False)
+    _expect(settings, hidden_act="silu", attention_bias=False, mlp_bias=False)
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
     context = settings["max_position_embeddings"]
     if settings["model_type"] == "mistral" or settings.get("use_sliding_window"):
@@ -190,10 +185,10 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise ValueError(f"its rope scaling is {kind}; supported: linear, llama3.")
 
 
-def _expect(settings: dict[str, Any], key: str, value: Any, file: str = CONFIG) -> None:
-    found = settings.get(key)
-    if found is not None and found != value:
-        raise ValueError(f"its {file} has {key} {found}; only {value} is supported.")
+def _expect(settings: dict[str, Any], file: str = CONFIG, **supported: Any) -> None:
+    for key, value in supported.items():
+        if settings.get(key) not in (None, value):
+            raise ValueError(f"its {file} has {key} {settings[key]}; only {value} is supported.")
 
 
 class _Stored(NamedTuple):
@@ -274,9 +269,9 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
     if is_sentencepiece:
         prefix = prefix_of(content)
-        _expect(options, "add_prefix_space", prefix != "never", TOKENIZER_CONFIG)
+        _expect(options, TOKENIZER_CONFIG, add_prefix_space=prefix != "never")
         return make_sentencepiece(**parts, prefix=prefix)
-    _expect(options, "add_prefix_space", False, TOKENIZER_CONFIG)
+    _expect(options, TOKENIZER_CONFIG, add_prefix_space=False)
     normalizer = (content.get("normalizer") or {"type": None})["type"]
     if normalizer not in (None, "NFC"):
         raise ValueError(f"its tokenizer normalises text ({normalizer}); only NFC is supported.")

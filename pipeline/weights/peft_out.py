@@ -111,8 +111,7 @@ def _config(
     values["fan_in_fan_out"] = family_of(loaded.gpt.config) == "gpt2"  # its Conv1D is (in, out)
     values["task_type"] = "SEQ_CLS" if saved else "CAUSAL_LM"
     name, _, revision = ((loaded.meta["base"] or {}).get("name") or "").partition("@")
-    is_on_hub = name not in ("", *PACKAGED)
-    values["base_model_name_or_path"] = name if is_on_hub else None
+    values["base_model_name_or_path"] = name if name not in ("", *PACKAGED) else None
     values["revision"] = revision or None
     values["inference_mode"] = True
     return values

@@ -9,19 +9,20 @@ from datamodules.splits import n_among
 from pipeline.console import warn
 from pipeline.resume import changed_files, differences
 
+Facts = Mapping[str, Any]  # a meta.json, a configuration, a fingerprint
 SPLIT = (  # arguments of data that decide what is held out
     *("split_seed", "train_fraction", "val_fraction", "shuffle_split", "near_duplicates"),
     *("text_column", "label_column"),
 )
 
 
-def trained_on(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+def trained_on(meta: Facts) -> list[dict[str, Any]]:
     """`data` and `dataset` of every training behind a checkpoint's meta, the first one first."""
     own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
     return [*meta.get("earlier", []), *own]
 
 
-def published(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+def published(meta: Facts) -> list[dict[str, Any]]:
     """`trained_on` for an export: names of files without the folders that they lie in here."""
     shown = []
     for training in trained_on(meta):
@@ -49,9 +50,9 @@ def _names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def check_held_out(
-    meta: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    fingerprint: Mapping[str, Any],
+    meta: Facts,
+    config: Facts | None,
+    fingerprint: Facts,
     splits: Collection[str],
     keys: Sequence[str] = (),
     *,
@@ -77,7 +78,7 @@ def check_held_out(
 
 
 def _warn_of_other_data(
-    dataset: Mapping[str, Any], fingerprint: Mapping[str, Any], splits: Collection[str], called: str
+    dataset: Facts, fingerprint: Facts, splits: Collection[str], called: str
 ) -> None:
     ours = _files_of(fingerprint, splits)
     if _share_files(dataset["sources"], ours):
@@ -97,10 +98,7 @@ def _warn_of_other_data(
 
 
 def _warn_of_learned(
-    datasets: Iterable[Mapping[str, Any]],
-    fingerprint: Mapping[str, Any],
-    keys: Sequence[str],
-    called: str,
+    datasets: Iterable[Facts], fingerprint: Facts, keys: Sequence[str], called: str
 ) -> None:
     units = fingerprint.get("split", "")
     for earlier in datasets:
@@ -113,9 +111,7 @@ def _warn_of_learned(
             )
 
 
-def _warn_of_repeats(
-    dataset: Mapping[str, Any], fingerprint: Mapping[str, Any], called: str
-) -> None:
+def _warn_of_repeats(dataset: Facts, fingerprint: Facts, called: str) -> None:
     n_repeated = fingerprint.get("counts", {}).get("n_repeated")
     is_same_source = _share_files(_learned(dataset), _learned(fingerprint))
     if n_repeated and is_same_source and _apart(dataset) != _apart(fingerprint):
@@ -125,12 +121,7 @@ def _warn_of_repeats(
         )
 
 
-def warn_of_split(
-    source: str,
-    meta: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    fingerprint: Mapping[str, Any],
-) -> None:
+def warn_of_split(source: str, meta: Facts, config: Facts | None, fingerprint: Facts) -> None:
     """Says where weights from a source are trained on with another split than before."""
     if found := split_otherwise(meta, config, fingerprint, ("val", "test")):
         warn(
@@ -140,7 +131,7 @@ def warn_of_split(
         )
 
 
-def check_form(source: str, meta: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_form(source: str, meta: Facts, ours: Facts) -> None:
     """ValueError where data would be given to weights from a source otherwise than in training."""
     for key, value in ours.items():
         if key in meta and meta[key] != value:
@@ -151,10 +142,7 @@ def check_form(source: str, meta: Mapping[str, Any], ours: Mapping[str, Any]) ->
 
 
 def split_otherwise(
-    meta: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    fingerprint: Mapping[str, Any],
-    splits: Collection[str],
+    meta: Facts, config: Facts | None, fingerprint: Facts, splits: Collection[str]
 ) -> str:
     """How data here is split otherwise than where a checkpoint, or one before it, trained on it.
 
@@ -180,19 +168,19 @@ def split_otherwise(
     return "; ".join(dict.fromkeys(found))
 
 
-def _learned(dataset: Mapping[str, Any]) -> dict[str, str]:
+def _learned(dataset: Facts) -> dict[str, str]:
     """Files, by digest, that training has a share of, or all."""
     apart = {path for files in dataset.get("apart", {}).values() for path in files}
     return {path: digest for path, digest in dataset["sources"].items() if path not in apart}
 
 
-def _files_of(dataset: Mapping[str, Any], splits: Collection[str]) -> dict[str, str]:
+def _files_of(dataset: Facts, splits: Collection[str]) -> dict[str, str]:
     apart, shared = dataset.get("apart", {}), _learned(dataset)
     files = [apart.get(split, shared) for split in splits]
     return {path: digest for of_split in files for path, digest in of_split.items()}
 
 
-def _apart(dataset: Mapping[str, Any]) -> dict[str, list[str]]:
+def _apart(dataset: Facts) -> dict[str, list[str]]:
     return {split: list(files.values()) for split, files in dataset.get("apart", {}).items()}
 
 

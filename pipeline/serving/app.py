@@ -21,6 +21,7 @@ from pipeline.console import say
 from pipeline.serving.engine import Busy, EngineError
 from pipeline.serving.protocol import (
     Answer,
+    Asked,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -93,7 +94,7 @@ def _add_models(router: APIRouter, name: str) -> None:
 
 
 def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
-    async def complete(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+    async def complete(request: Request, asked: Asked) -> Response:
         _check_name(asked.model, name)
         answer = Answer(name, is_chat=isinstance(asked, ChatRequest))
         prompts = await run_in_threadpool(writer.prompts, asked)

@@ -172,6 +172,9 @@ class CompletionRequest(WritingRequest):
         return self.logprobs
 
 
+Asked = ChatRequest | CompletionRequest
+
+
 class ClassifyRequest(Strict):
     """POST /classify, in vLLM's form."""
 

@@ -14,7 +14,7 @@ from pipeline.decoding.text_stream import TextStream
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
-from pipeline.serving.protocol import ChatRequest, CompletionRequest, Delta
+from pipeline.serving.protocol import Asked, ChatRequest, CompletionRequest, Delta
 from pipeline.serving.telling import Teller
 
 
@@ -37,7 +37,7 @@ class Writer:
     engine: Engine
     defaults: Defaults
 
-    def prompts(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
+    def prompts(self, asked: Asked) -> list[list[int]]:
         """Token ids of what is to be continued.
 
         ValueError where the model's template has no form for a conversation, its vocabulary no ids.
@@ -60,7 +60,7 @@ class Writer:
                 return prompt
         raise ValueError(f"the prompt has ids that are not among the {tokenizer.n_vocab} tokens.")
 
-    def settings(self, asked: ChatRequest | CompletionRequest) -> Sampling:
+    def settings(self, asked: Asked) -> Sampling:
         """How tokens are chosen; what is not said is as the server was started."""
         newer = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
         temperature = self.defaults.temperature if asked.temperature is None else asked.temperature
@@ -76,10 +76,7 @@ class Writer:
         )
 
     async def write(
-        self,
-        prompts: Sequence[list[int]],
-        settings: Sampling,
-        asked: ChatRequest | CompletionRequest,
+        self, prompts: Sequence[list[int]], settings: Sampling, asked: Asked
     ) -> AsyncGenerator[Delta, None]:
         """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
 
@@ -126,9 +123,7 @@ class Writer:
 class SaidText:
     """What is said of a text while it is written."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], asked: ChatRequest | CompletionRequest
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], asked: Asked) -> None:
         self._stream = TextStream(tokenizer, prompt, asked.stop)
         self._teller = Teller(tokenizer, () if asked.echo else prompt)
         self._echo = ""

@@ -200,22 +200,17 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
     """Where every tensor is, by its name there."""
     if (path / WEIGHTS).is_file():  # of both, what transformers takes
         return _stored_in(path / WEIGHTS)
-    if (path / INDEX).is_file():
-        places = _read_json(path / INDEX)["weight_map"]
-        outside = [file for file in places.values() if Path(file).name != file]
-        if outside:
-            raise ValueError(f"its {INDEX} names a file in another folder, {outside[0]!r}.")
-        found: dict[str, _Stored] = {}
-        for file in sorted(set(places.values())):
-            stored = _stored_in(path / file)
-            if twice := found.keys() & stored:
-                raise ValueError(f"its tensor {min(twice)} is in two files, {file} the second.")
-            found |= stored
-        odd = places.items() ^ {(name, stored.file.name) for name, stored in found.items()}
-        if odd:
-            raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
-        return found
-    raise ValueError(no_weights(file.name for file in path.iterdir()))
+    if not (path / INDEX).is_file():
+        raise ValueError(no_weights(file.name for file in path.iterdir()))
+    places = _read_json(path / INDEX)["weight_map"]
+    if outside := [file for file in places.values() if Path(file).name != file]:
+        raise ValueError(f"its {INDEX} names a file in another folder, {outside[0]!r}.")
+    files = sorted(set(places.values()))
+    found = [item for file in files for item in _stored_in(path / file).items()]
+    # a tensor that is in two files, too
+    if odd := places.items() ^ {(name, stored.file.name) for name, stored in found}:
+        raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
+    return dict(found)
 
 
 def no_weights(names: Iterable[str]) -> str:

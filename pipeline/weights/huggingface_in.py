@@ -316,16 +316,10 @@ def _leading_token(processor: Any) -> str | None:
     steps = given["processors"] if given["type"] == "Sequence" else [given]
     leading: str | None = None
     for step in steps:
-        match step:
-            case {"type": "ByteLevel"} | {
-                "single": [{"Sequence": _}],
-                "type": "TemplateProcessing",
-            }:
+        match step["type"], step.get("single"):
+            case ("ByteLevel", _) | ("TemplateProcessing", [{"Sequence": _}]):
                 pass
-            case {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": token}, {"Sequence": _}],
-            }:
+            case "TemplateProcessing", [{"SpecialToken": token}, {"Sequence": _}]:
                 leading = token["id"]
             case _:
                 raise ValueError(f"its post-processor {step['type']} adds more than a first token.")

@@ -336,9 +336,9 @@ def serve(
         max_rows: texts that are written at the same time.
         max_tokens: that these may hold, by the longest one, and ended ones: decides the memory.
     """
+    from pipeline.decoding.sampling import Sampling
     from pipeline.serving.engine import Limits
     from pipeline.serving.serve import serve
-    from pipeline.serving.writer import Defaults
 
     serve(
         ckpt,
@@ -347,7 +347,7 @@ def serve(
         api_key_env=api_key_env,
         precision=precision,
         limits=Limits(max_rows, max_tokens),
-        defaults=Defaults(max_new_tokens, temperature),
+        defaults=Sampling(max_new_tokens, temperature),
     )
 
 

@@ -21,7 +21,7 @@ from pipeline.gpt import GPT
 from pipeline.serving.engine import Piece
 from pipeline.serving.protocol import CompletionRequest
 from pipeline.serving.telling import Teller, Told, chat_form, text_form
-from pipeline.serving.writer import Defaults, SaidText, Writer
+from pipeline.serving.writer import SaidText, Writer
 from tests.exporting import loaded, vocabulary
 from tests.sentencepieces import of_others, sentencepiece
 
@@ -206,7 +206,7 @@ def test_ids_that_are_no_tokens_are_refused(
     """The model has no row for the first, and what the second stands for nobody knows."""
     tokenizer, hole = lacking
     model = loaded(tiny_gpt("llama", vocab_size=tokenizer.n_vocab), tokenizer)
-    writer = Writer(model, None, Defaults(4, 0.0))  # type: ignore[arg-type]
+    writer = Writer(model, None, Sampling(4, 0.0))  # type: ignore[arg-type]
     for ids in ([tokenizer.n_vocab], [5, hole], [5, tokenizer.n_vocab + 9]):
         with pytest.raises(ValueError, match=f"not among the {tokenizer.n_vocab} tokens"):
             writer.prompts(CompletionRequest(model="it", prompt=[ids]))

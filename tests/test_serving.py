@@ -34,7 +34,6 @@ from pipeline.models import Loaded, load
 from pipeline.serving import serve
 from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Limits
-from pipeline.serving.writer import Defaults
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
 from tests.journey import ROOT, Journey, said
@@ -608,7 +607,7 @@ def test_one_thread_loads_and_runs_the_model(
         api_key_env="",
         precision="32-true",
         limits=Limits(max_rows=4, max_tokens=1024),
-        defaults=Defaults(max_new_tokens=4, temperature=0.0),
+        defaults=Sampling(max_new_tokens=4, temperature=0.0),
     )
     assert len(threads) >= 3
     assert set(threads) == {"model"}

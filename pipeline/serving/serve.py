@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from pipeline.classifier import GPTClassifier
 from pipeline.console import say, warn
+from pipeline.decoding.sampling import Sampling
 from pipeline.inference import label_probabilities, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
@@ -24,7 +25,7 @@ from pipeline.precision import Precision
 from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.worker import Worker
-from pipeline.serving.writer import Defaults, Writer
+from pipeline.serving.writer import Writer
 
 PATIENCE_S = 30  # with texts that are being written when the server is stopped
 TO_BE_TOLD_S = 5  # for those who are not done to hear of it
@@ -38,7 +39,7 @@ def serve(
     api_key_env: str,
     precision: Precision,
     limits: Limits,
-    defaults: Defaults,
+    defaults: Sampling,
 ) -> None:
     """Answers until SIGINT or SIGTERM, which let what is being written come to its end.
 

@@ -19,23 +19,12 @@ from pipeline.serving.telling import Teller
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What goes for requests that do not say it; temperature 0 takes the likeliest token."""
-
-    max_new_tokens: int
-    temperature: float
-
-    def __post_init__(self) -> None:
-        Sampling(self.max_new_tokens, self.temperature)  # refuses what makes no sense
-
-
-@dataclass(frozen=True)
 class Writer:
-    """A model that writes."""
+    """A model that writes; requests that name no length or temperature take the defaults'."""
 
     loaded: Loaded
     engine: Engine
-    defaults: Defaults
+    defaults: Sampling
 
     def prompts(self, asked: Asked) -> list[list[int]]:
         """Token ids of what is to be continued.

@@ -122,21 +122,13 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention must know of the rows that it sees, the same in every block.
+    """What attention must know of the rows that it sees, the same in every block."""
 
-    Attributes:
-        rotation: cosines and sines of their places, where positions are rotary.
-        mask: what may be seen, broadcast to (B, 1, T, S); it replaces the causal rule.
-        additive: the same to add to scores, (B G, H/G T, S), where attention is two products.
-        cache: keys and values of what was seen before.
-        unpadding: where the tokens lie that all but attention works on.
-    """
-
-    rotation: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
-    additive: Tensor | None = None
-    cache: KVCache | None = None
-    unpadding: Unpadding | None = None
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of their places, if rotary
+    mask: Tensor | None = None  # what may be seen, if not by the causal rule; (B, 1, T, S)
+    additive: Tensor | None = None  # the same, to add to scores of two products, (B G, H/G T, S)
+    cache: KVCache | None = None  # keys and values of what was seen before
+    unpadding: Unpadding | None = None  # where the tokens lie that all but attention works on
 
 
 class Attention(nn.Module):
@@ -234,21 +226,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids to hidden states; `head` turns those into logits.
-
-    Args:
-        config: with `vocab_size` resolved.
-
-    Attributes:
-        n_tokens: rows of the head that are tokens, where the vocabulary is rounded up; None: all.
-        draws_dropout: whether it, or an adapter on it, has dropout in training.
-        gradient_checkpointing: keep what enters a block for the backward pass and compute the rest
-            again there (Chen et al. 2016): less memory, a second forward pass, the same numbers.
-    """
+    """Token ids to hidden states; `head` turns those into logits."""
 
     cos: Tensor
     sin: Tensor
-    n_tokens: int | None = None
+    n_tokens: int | None = None  # rows of the head that are tokens, if it is rounded up; None: all
+    draws_dropout: bool  # in training, by itself or an adapter on it
+    # keep what enters a block for the backward pass and compute the rest again there (Chen et al.
+    # 2016): less memory, a second forward pass, the same numbers
     gradient_checkpointing = False
 
     def __init__(self, config: GPTConfig) -> None:

@@ -27,18 +27,13 @@ Model = GPT | GPTClassifier
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer.
-
-    Attributes:
-        meta: meta.json of its checkpoint; of weights of others the same keys, where they apply.
-        name: that it was fetched by, where it was not asked for by its path.
-    """
+    """A model with its tokenizer."""
 
     model: Model
     tokenizer: Tokenizer
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # meta.json; of weights of others the same keys, where they apply
     path: Path
-    name: str | None = None
+    name: str | None = None  # that it was fetched by, where it was not asked for by its path
 
     def __post_init__(self) -> None:
         self.gpt.n_tokens = self.tokenizer.n_vocab

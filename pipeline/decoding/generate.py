@@ -24,25 +24,16 @@ JOIN_SHARE = 4  # places that are filled at a time: one in so many, as a prefill
 
 @dataclass(eq=False)
 class Row:
-    """A text that is being written.
-
-    Attributes:
-        settings: how its tokens are chosen.
-        ids: its tokens so far, the prompt's included.
-        limit: the length at which it ends: its own, or that of the context.
-        n_cached: tokens of the prompt that were not computed for it.
-        token: the newest; None where a stop token came.
-        ended: why it has: a stop token, or its length; None while it goes on.
-        logprobs: of what came last, where its settings have it reported: the newest token, a stop
-            token too; at first, with `echo`, those of the prompt before it.
-    """
+    """A text that is being written."""
 
     settings: Sampling
-    ids: list[int]
-    limit: int
-    n_cached: int
-    token: int | None = None
-    ended: Literal["stop", "length"] | None = None
+    ids: list[int]  # its tokens so far, the prompt's included
+    limit: int  # the length at which it ends: its own, or that of the context
+    n_cached: int  # tokens of the prompt that were not computed for it
+    token: int | None = None  # the newest; None where a stop token came
+    ended: Literal["stop", "length"] | None = None  # by what; None while it goes on
+    # where settings have them reported, those of the newest token, a stop token too; at first,
+    # with `echo`, those of the prompt before it
     logprobs: list[TokenLogprob] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
 
@@ -64,19 +55,13 @@ class Batch:
     """Rows that get a token each a step; others join and leave between steps.
 
     Continuous batching (Yu et al. 2022). What a row gets does not depend on its neighbours. A row
-    that is alone has its next tokens guessed, so that some steps cost nothing.
-
-    Args:
-        model: put into eval mode.
-        prefixes: keeps the texts of rows that leave, for others that begin alike.
-
-    Attributes:
-        rows: those that go on.
+    that is alone has its next tokens guessed, so that some steps cost nothing. `prefixes` keeps the
+    texts of rows that leave, for others that begin alike. The model is put into eval mode.
     """
 
     def __init__(self, model: GPT, prefixes: PrefixCache | None = None) -> None:
         self.model, self.prefixes = model, prefixes or PrefixCache(0)
-        self.rows: list[Row] = []
+        self.rows: list[Row] = []  # those that go on
         self._cache: KVCache | None = None  # of `rows`, in their order
         self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and logits (1, V) after each
 

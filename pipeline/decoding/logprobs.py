@@ -15,17 +15,11 @@ PLACES_AT_A_TIME = 64  # whose logits are held: 12 MB with a vocabulary of 50,00
 
 
 class TokenLogprob(NamedTuple):
-    """What the model gave a token, in nats: before temperature, top-k and top-p.
-
-    Attributes:
-        token: its id.
-        logprob: None where nothing comes before it.
-        likeliest: ids and log-probabilities of as many tokens as were asked for, best first.
-    """
+    """What the model gave a token, in nats: before temperature, top-k and top-p."""
 
     token: int
-    logprob: float | None
-    likeliest: list[tuple[int, float]]
+    logprob: float | None  # None where nothing comes before it
+    likeliest: list[tuple[int, float]]  # as many as were asked for in its place, best first
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> list[TokenLogprob]:

@@ -37,17 +37,11 @@ def check_finite(logits: Tensor) -> None:
 
 
 class Prefilled(NamedTuple):
-    """What became of prompts.
+    """What became of prompts."""
 
-    Attributes:
-        cache: with room for answers.
-        logits: (B, V) after each prompt.
-        hidden: (B, T, C) of the tokens that were not known, without meaning at pads.
-    """
-
-    cache: KVCache
-    logits: Tensor
-    hidden: Tensor
+    cache: KVCache  # with room for answers
+    logits: Tensor  # (B, V) after each prompt
+    hidden: Tensor  # (B, T, C) of the tokens that were not known, without meaning at pads
 
 
 def prefill(

@@ -11,9 +11,6 @@ class TextStream:
 
     A character whose bytes span tokens waits until it is whole; what may be the start of a stop
     text waits until it is not.
-
-    Attributes:
-        stopped: whether one of the stops came, which end the text and are no part of it.
     """
 
     def __init__(
@@ -22,7 +19,7 @@ class TextStream:
         self._tokenizer, self._before, self._stops = tokenizer, prompt, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False
+        self.stopped = False  # by a stop text, which is no part of it
 
     def push(self, token: int) -> str:
         """What is certain after one more token."""

@@ -30,34 +30,20 @@ class Busy(EngineError):
 
 
 class Piece(NamedTuple):
-    """What became of a request in a step.
+    """What became of a request in a step."""
 
-    Attributes:
-        token: one more, if any.
-        ended: why there will be no more; None while it goes on.
-        n_cached: tokens of the prompt that were not computed for it; with the first piece.
-        logprobs: as `Row` has them.
-    """
-
-    token: int | None
-    ended: Literal["stop", "length"] | EngineError | None
-    n_cached: int = 0
-    logprobs: Sequence[TokenLogprob] = ()
+    token: int | None  # one more, if any
+    ended: Literal["stop", "length"] | EngineError | None  # why no more come; None while they do
+    n_cached: int = 0  # tokens of the prompt that were not computed for it; with the first piece
+    logprobs: Sequence[TokenLogprob] = ()  # as `Row` has them
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is done at a time; it decides memory and waiting, and no answer.
+    """How much is done at a time; it decides memory and waiting, and no answer."""
 
-    Args:
-        max_rows: texts that are written at the same time; as many that have ended are kept, for
-            those that begin alike.
-        max_tokens: tokens that all of them may hold together, the longest one's room counted for
-            each that is written.
-    """
-
-    max_rows: int
-    max_tokens: int
+    max_rows: int  # written at the same time; as many that ended are kept, for those begun alike
+    max_tokens: int  # that all of them hold, the longest one's room counted for each being written
     max_waiting: int = 256  # texts; more are turned away
 
     def __post_init__(self) -> None:
@@ -68,19 +54,13 @@ class Limits:
 
 @dataclass(eq=False)
 class Request:
-    """A text to be written.
-
-    Attributes:
-        deliver: called in the engine's thread with every `Piece`.
-        row: its place in the batch, once it has one.
-        n_read: tokens that were computed before it had one.
-    """
+    """A text to be written."""
 
     prompt: Sequence[int]
     settings: Sampling
-    deliver: Callable[[Piece], None]
-    row: Row | None = None
-    n_read: int = 0
+    deliver: Callable[[Piece], None]  # called in the engine's thread
+    row: Row | None = None  # its place in the batch, once it has one
+    n_read: int = 0  # tokens that were computed before it had one
     is_cancelled: bool = False
 
 
@@ -90,9 +70,6 @@ class Engine:
     Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
     there is room. A long prompt is read in pieces, so that the others go on meanwhile (chunked
     prefill, Agrawal et al. 2023), and no more of it than is wanted if its reader hangs up.
-
-    Attributes:
-        ended: done when nothing more is written, by an error or because it was closed.
     """
 
     def __init__(self, worker: Worker, model: GPT, limits: Limits) -> None:
@@ -103,7 +80,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._closing = False
         self._changed = threading.Condition()  # guards _waiting and _closing
-        self.ended = worker.submit(self._run)
+        self.ended = worker.submit(self._run)  # done by an error, or when it is closed
 
     def submit(
         self, prompt: Sequence[int], settings: Sampling, deliver: Callable[[Piece], None]

@@ -183,21 +183,15 @@ class ClassifyRequest(Strict):
 
 
 class Delta(NamedTuple):
-    """What came of one of the texts asked for, or all of it.
-
-    Attributes:
-        ended: why there will be no more of it; None while it goes on.
-        n_tokens: tokens that were written for it.
-        n_cached: tokens of its prompt that were computed for another text; once for all choices.
-        tokens: where they are to be told: those written, the one that ended the text and those of a
-            stop text too; with `echo` the prompt's before them.
-    """
+    """What came of one of the texts asked for, or all of it."""
 
     number: int
     text: str
-    ended: str | None
-    n_tokens: int
-    n_cached: int
+    ended: str | None  # why there will be no more of it; None while it goes on
+    n_tokens: int  # that were written for it
+    n_cached: int  # of its prompt, that were computed for another text; once for all choices
+    # where they are to be told: those written, the one that ended the text and those of a stop
+    # text too; with `echo` the prompt's before them
     tokens: list[Told]
 
 

@@ -9,19 +9,12 @@ from pipeline.decoding.logprobs import TokenLogprob
 
 
 class Told(NamedTuple):
-    """A token of a text.
+    """A token of a text."""
 
-    Attributes:
-        piece: its bytes, which may be half a character.
-        offset: characters of the text before it.
-        logprob: in nats; None where nothing comes before it.
-        likeliest: bytes and log-probabilities of those that were likeliest in its place.
-    """
-
-    piece: bytes
-    offset: int
-    logprob: float | None
-    likeliest: list[tuple[bytes, float]]
+    piece: bytes  # which may be half a character
+    offset: int  # characters of the text before it
+    logprob: float | None  # in nats; None where nothing comes before it
+    likeliest: list[tuple[bytes, float]]  # those in its place, with their log-probabilities
 
 
 class Teller:

@@ -18,28 +18,18 @@ _MAX_CONTEXT = 1 << 20  # a table of rotations this long takes a GiB; no model i
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model in a file of others, not read yet.
-
-    Attributes:
-        shapes: of its tensors, by name.
-        read: rows of a matrix, or a whole vector, read from the file when they are asked for.
-        skipped: tensors that carry nothing (masks that old files kept), and why they do not.
-        stored_as: names in the file, where they are others than in `shapes`.
-        license: licence of the weights, where the file says.
-        trained_on: `held_out.published` of an export of ours.
-        check: refuses what no tensor shows alone: two that must be equal, and are not.
-    """
+    """A model in a file of others, not read yet."""
 
     config: GPTConfig
     tokenizer: Tokenizer
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str, slice], Tensor]
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by name
+    read: Callable[[str, slice], Tensor]  # rows of a matrix, or a whole vector, from the file
     form: Format
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    stored_as: Mapping[str, str] = field(default_factory=dict)
-    license: str | None = None
-    trained_on: Sequence[Mapping[str, Any]] = ()
-    check: Callable[[], None] = lambda: None
+    skipped: Mapping[str, str] = field(default_factory=dict)  # what carries nothing, and why
+    stored_as: Mapping[str, str] = field(default_factory=dict)  # other names than in `shapes`
+    license: str | None = None  # of the weights, where the file says
+    trained_on: Sequence[Mapping[str, Any]] = ()  # `held_out.published` of an export of ours
+    check: Callable[[], None] = lambda: None  # refuses two tensors that must be equal, and are not
 
     @property
     def entries(self) -> list[Entry]:

@@ -27,19 +27,12 @@ TRAITS: dict[Family, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, and the parameters that it holds.
+    """One tensor of a file, and the parameters that it holds."""
 
-    Attributes:
-        theirs: its name in the file.
-        ours: the parameters, one behind the other along the output dimension.
-        transposed: stored as (in, out), as GPT-2's Conv1D does.
-        rotary_heads: heads, the halves of whose rows (H D, ...) are interleaved, as llama.cpp wants
-            queries and keys.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
+    theirs: str  # its name in the file
+    ours: tuple[str, ...]  # parameters, one behind the other along the output dimension
+    transposed: bool = False  # stored as (in, out), as GPT-2's Conv1D does
+    # heads, the halves of whose rows (H D, ...) llama.cpp wants interleaved, of queries and keys
     rotary_heads: int | None = None
 
     @property

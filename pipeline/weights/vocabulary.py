@@ -83,15 +83,11 @@ def spelled(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 class Merges(NamedTuple):
-    """A list of merges as tokenizer.json and GGUF hold it.
+    """A list of merges as tokenizer.json and GGUF hold it."""
 
-    Attributes:
-        pairs: in GPT-2's spelling of bytes, in their order.
-        whole: a token that no merge makes; it is had only where a piece that is a token is not
-            merged (`ignore_merges`). None where merges make all.
-    """
-
-    pairs: list[tuple[str, str]]
+    pairs: list[tuple[str, str]]  # in GPT-2's spelling of bytes, in their order
+    # a token that no merge makes, None where merges make all; it is had only where a piece that is
+    # a token is not merged (`ignore_merges`)
     whole: bytes | None
 
 
@@ -152,25 +148,16 @@ def name_of_steps(pre_tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class Special:
-    """What a tokenizer's makers say of its special tokens.
+    """What a tokenizer's makers say of its special tokens."""
 
-    Attributes:
-        ids: of each, by its name.
-        eos: the one that ends a text.
-        ends: those that end it too, `eos` among them or not.
-        bos: the one that stands before every text, if any.
-        bos_token: what a chat template calls so, whether or not it stands there.
-        chat_template: Jinja source.
-        shown: those that are part of what is written, as `<think>` is, not marks around it. Others
-            find them wherever text has them; here marks in angle brackets are never made from text.
-    """
-
-    ids: Mapping[str, int]
-    eos: str | None
-    ends: tuple[str, ...]
-    bos: str | None
-    bos_token: str | None
-    chat_template: str | None
+    ids: Mapping[str, int]  # of each, by its name
+    eos: str | None  # the one that ends a text
+    ends: tuple[str, ...]  # those that end it too, `eos` among them or not
+    bos: str | None  # the one that stands before every text, if any
+    bos_token: str | None  # what a chat template calls so, whether or not it stands there
+    chat_template: str | None  # Jinja source
+    # those that are part of what is written, as `<think>` is, not marks around it; others find them
+    # wherever text has them, here marks in angle brackets are never made from text
     shown: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:

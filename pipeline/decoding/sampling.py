@@ -14,30 +14,18 @@ MIN_TEMPERATURE = 1e-30  # of the division: float32 would make a smaller one nou
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Args:
-        max_new_tokens: length limit of each row.
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 is all.
-        top_p: only the likeliest tokens that together reach this probability; 1 is all.
-        num_beams: beams of beam search; 1 is none. Needs temperature 0.
-        stop_ids: tokens that end a row; they are not part of the text.
-        seed: random seed of the draws.
-        n_likeliest: report the log-probability of each token, and of so many that were likeliest
-            in its place; None reports nothing.
-        echo: report those of the prompt too.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beams: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    seed: int = 0
+    max_new_tokens: int  # length limit of each row
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # only the k likeliest tokens; 0 is all
+    top_p: float = 1.0  # only the likeliest that together reach this probability; 1 is all
+    num_beams: int = 1  # of beam search, which needs temperature 0; 1 is none
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a row; they are not part of the text
+    seed: int = 0  # of the draws
+    # each token's log-probability is reported, and those of so many likeliest in its place; or none
     n_likeliest: int | None = None
-    echo: bool = False
+    echo: bool = False  # the same of the prompt's tokens
 
     def __post_init__(self) -> None:
         for key, ok, wanted in (

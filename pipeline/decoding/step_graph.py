@@ -15,20 +15,16 @@ from pipeline.decoding.kv_cache import KVCache
 
 WARM_UP = 2  # steps before it is captured: libraries load, and a store may grow at once
 
+# from tokens (R, T), positions (R,) of the first of them, and a cache, to logits (R, T, V); never
+# waits for the device
 Step = Callable[[Tensor, Tensor, KVCache], Tensor]
 
 
 class StepGraph:
-    """Steps of T tokens on one store of keys and values.
+    """Steps of T tokens on the store of a cache.
 
     All of its places are computed, so that rows may leave and others join; what is in a place
     without a row does not matter.
-
-    Args:
-        step: from tokens (R, T), positions (R,) of the first of them, and a cache, to logits
-            (R, T, V); it never waits for the device.
-        cache: on the store.
-        n_tokens: T.
     """
 
     def __init__(self, step: Step, cache: KVCache, n_tokens: int) -> None:

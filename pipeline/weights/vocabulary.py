@@ -20,6 +20,7 @@ from datamodules.sentencepiece import spell
 from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary
 
 T = TypeVar("T", str, bytes)
+Pair = tuple[int, int]  # ids that a merge joins
 _MAX_IDS = 1 << 20  # a list of all ids is made
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -257,8 +258,8 @@ def check_merges(
     neighbours that tiktoken would merge to a token then are the pair that the list names for it.
     So it is with the scores of a GGUF file, given ids in their order.
     """
-    made: dict[tuple[int, int], int] = {}
-    halves: dict[int, tuple[int, int]] = {}  # of every token that the list makes of its text
+    made: dict[Pair, int] = {}
+    halves: dict[int, Pair] = {}  # of every token that the list makes of its text
     last = -1
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -280,11 +281,7 @@ def check_merges(
 
 
 def _meet(
-    left: int,
-    right: int,
-    limit: int,
-    made: Mapping[tuple[int, int], int],
-    halves: Mapping[int, tuple[int, int]],
+    left: int, right: int, limit: int, made: Mapping[Pair, int], halves: Mapping[int, Pair]
 ) -> bool:
     """Whether two tokens come to stand side by side: no merge before `limit` reaches across.
 
@@ -301,6 +298,6 @@ def _meet(
             right, limit = halves[right][0], right + 1
 
 
-def _is_split(token: str, tokens: Mapping[str, int], made: Mapping[tuple[int, int], int]) -> bool:
+def _is_split(token: str, tokens: Mapping[str, int], made: Mapping[Pair, int]) -> bool:
     """Whether any two tokens that spell a token are a pair of the list, so that none is special."""
     return all((tokens[a], tokens[b]) in made for a, b in cuts(token, tokens))

@@ -116,7 +116,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def refuse_folder_of_checkpoints(path: Path) -> None:
-    """CheckpointError for what is taken for a checkpoint and holds some; it names the newest."""
+    """CheckpointError, naming the newest, for a folder that holds checkpoints and is none."""
     if not (path / MANIFEST).exists():
         if found := [*steps_in(path), *steps_in(path / CHECKPOINTS)]:
             newest = max(found, key=lambda step: step.name)

@@ -10,7 +10,7 @@ from pipeline.gpt import GPT, INIT_STD
 
 
 class GPTClassifier(nn.Module):
-    """A GPT, taken over without its language-model head, under a head for so many labels.
+    """A GPT that labels: it is taken over, and its language-model head, if any, is dropped.
 
     The last real token has seen the whole text, so its hidden state is what the head reads. The
     head has a bias where the model's other linear layers have one. Llama's have none, and no other
@@ -28,7 +28,7 @@ class GPTClassifier(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, K) of rows (B, T), padded on the right where a bool mask (B, T) says so."""
+        """Logits (B, K) of ids (B, T), padded on the right; a bool mask (B, T) has what is real."""
         hidden = self.gpt(input_ids, attention_mask)  # (B, T, C)
         if attention_mask is None:
             return self.classifier(hidden[:, -1])

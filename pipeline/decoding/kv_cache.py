@@ -77,7 +77,7 @@ class KVCache:
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Writes heads of keys, then values (B, 2 G, T, D) where `seek` went.
 
-        Returns both so far, (B, G, S, D).
+        Returns keys and values so far, (B, G, S, D) each.
         """
         flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)

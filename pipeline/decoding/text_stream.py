@@ -7,7 +7,7 @@ from datamodules.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text, behind a prompt's, that never has to be taken back.
+    """Turns the tokens behind a prompt into text that never has to be taken back.
 
     A character whose bytes span tokens waits until it is whole; what may be the start of a stop
     text waits until it is not.

@@ -26,7 +26,7 @@ _FORMS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", start=10))
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file: its first byte, its kind of numbers, its shape as in torch."""
+    """How a tensor lies in a file: its shape as in torch, its kind of numbers, its first byte."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType

@@ -132,7 +132,7 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
 
 
 def _add_merging(writer: GGUFWriter, vocabulary: Vocabulary, names: list[str]) -> None:
-    """What makes tokens, named by their ids, of a text."""
+    """Says how a text becomes tokens; `names` are those of all ids."""
     if form := vocabulary.sentencepiece:
         scores = scores_of(vocabulary, form)
         if form.prefix in _METASPACE:

@@ -135,13 +135,11 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
     for path in reversed(steps_in(folder)):
         try:
             verify_checkpoint(path)
-        except CheckpointError as error:
-            if not set_aside:
-                continue
-            aside = path.rename(path.parent / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
-            warn(f"{error} Set aside as {aside.name}.")
-        else:
             return path
+        except CheckpointError as error:
+            if set_aside:
+                aside = path.rename(path.parent / f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+                warn(f"{error} Set aside as {aside.name}.")
     return None
 
 

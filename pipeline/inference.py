@@ -163,8 +163,7 @@ def pieces(
 ) -> Iterator[str]:
     """Text as it is made, never half a character; `prefixes` as in `Batch`."""
     text = TextStream(loaded.tokenizer, ids)
-    for token in _new_tokens(loaded, ids, settings, prefixes):
-        yield text.push(token)
+    yield from map(text.push, _new_tokens(loaded, ids, settings, prefixes))
     yield text.close()
 
 

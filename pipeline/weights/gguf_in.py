@@ -95,10 +95,8 @@ def _llama3_scaling(
     """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3,
     but where an export of ours says otherwise.
     """
-    stated = {key: fields.get(STRETCH_FIELD.format(key)) for key in STRETCH}
-    known = RopeScaling(
-        "llama3", math.inf, **{key: value for key, value in stated.items() if value is not None}
-    )
+    stated = {key: fields[at] for key in STRETCH if (at := STRETCH_FIELD.format(key)) in fields}
+    known = RopeScaling("llama3", math.inf, **stated)
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
     kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
     factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0

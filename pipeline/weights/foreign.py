@@ -105,21 +105,19 @@ def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
 
 
 def _check_sizes(foreign: Foreign) -> None:
-    if foreign.config.block_size > _MAX_CONTEXT:
-        raise ValueError(
-            f"its context is {foreign.config.block_size} tokens; {_MAX_CONTEXT:,} is the most "
-            "that is supported."
-        )
+    config = foreign.config
+    if config.block_size > _MAX_CONTEXT:
+        raise ValueError(f"its context is {config.block_size} tokens; supported: {_MAX_CONTEXT:,}.")
     longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
     for key in ("vocab_size", "n_embd", "mlp_hidden"):
-        if (size := getattr(foreign.config, key)) > longest:
+        if (size := getattr(config, key)) > longest:
             raise ValueError(f"its {key} is {size}, more than any of its tensors has.")
-    n_head, head_size = foreign.config.n_head, foreign.config.head_size
-    if n_head * head_size > longest:
+    if config.n_head * config.head_size > longest:
         raise ValueError(
-            f"its {n_head} heads are {head_size} wide, more than any of its tensors has room for."
+            f"its {config.n_head} heads are {config.head_size} wide, more than any of its tensors "
+            "has room for."
         )
-    n_vocab, n_rows = foreign.tokenizer.n_vocab, foreign.config.vocab_size
+    n_vocab, n_rows = foreign.tokenizer.n_vocab, config.vocab_size
     if n_rows is None or n_vocab > n_rows:
         raise ValueError(
             f"its tokenizer has {n_vocab} tokens but its embedding only {n_rows} rows; "

@@ -166,18 +166,13 @@ def split_heads(x: Tensor, size: int, context: AttentionContext) -> Tensor:
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: AttentionContext,
-    is_causal: bool,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, causal: bool, dropout: float = 0.0
 ) -> Tensor:
     """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, H D), or (1, N, H D)."""
     if context.additive is not None:
         y = attention_products(q, k, v, context.additive, dropout)
     else:
-        is_causal, is_grouped = is_causal and context.mask is None, q.shape[1] != k.shape[1]
+        is_causal, is_grouped = causal and context.mask is None, q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
             q, k, v, context.mask, dropout, is_causal, enable_gqa=is_grouped
         )  # (B, H, T, D)

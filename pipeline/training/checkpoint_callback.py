@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ from pipeline.console import say, warn
 from pipeline.directories import CHECKPOINTS, CheckpointError, CheckpointNotWritten
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
-from pipeline.training.background import Background
 from pipeline.training.sharding import of_ranks
 from pipeline.training.steps import validations
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
 OF_VALIDATION = "val/"  # what its metrics begin with
+_STATE = ("best", "last_step", "last_validated", "should_stop")
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
 
@@ -31,14 +33,17 @@ class DirectoryCheckpointIO(CheckpointIO):
     """Lightning's checkpoint dictionary as a checkpoint directory, and back."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Background | None = None
+        self,
+        checkpoint: dict[str, Any],
+        path: Any,
+        storage_options: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Writes the directory, whole or not at all.
 
         Args:
             checkpoint: the dictionary that Lightning makes.
             path: the checkpoint directory.
-            storage_options: what is to write it, from a copy on the CPU, while training goes on;
+            storage_options: has it written while training goes on, from a copy on the CPU;
                 without, it is written when this returns.
         """
         if storage_options is not None:
@@ -57,7 +62,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             writers[files.ADAPTER_CONFIG] = lambda file: file.write_text(config)
         write = partial(files.write_checkpoint, Path(path), writers)
         if storage_options is not None:
-            storage_options.add(write)
+            storage_options(write)
         else:
             write()
 
@@ -118,7 +123,8 @@ class Checkpoints(pl.Callback):
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[int, dict[str, Any]] = {}  # step -> value and metrics, best first
         self.keep_last, self.keep_best = keep_last, keep_best
-        self.asynchronous, self._background = asynchronous, Background()
+        self.asynchronous, self._thread = asynchronous, ThreadPoolExecutor(max_workers=1)
+        self._saving: Future[Any] | None = None  # beside training
         self.last_step: int | None = None
         self.last_validated = 0  # step
         self.should_stop = False  # something had asked for the run's end, as early stopping does
@@ -155,8 +161,11 @@ class Checkpoints(pl.Callback):
         self._stop.listen()
         is_own = self.last_step is not None and self.path(trainer, self.last_step).exists()
         trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
-        if trainer.enable_validation and trainer.is_global_zero and not self.is_quiet:
+        if self._tells_of_validation(trainer):
             self._foresee(trainer)
+
+    def _tells_of_validation(self, trainer: pl.Trainer) -> bool:
+        return trainer.enable_validation and trainer.is_global_zero and not self.is_quiet
 
     def _foresee(self, trainer: pl.Trainer) -> None:
         """Says where the best checkpoint will be without the last steps."""
@@ -188,34 +197,26 @@ class Checkpoints(pl.Callback):
         due = trainer.global_step % self.every_n_steps == 0
         self._is_due = due and not _validation_follows(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Saves the step before, if it is due: by now its metrics are in the journal.
 
         Raises:
             SystemExit: a signal came; that step is saved, and the code is 128 + the signal.
             CheckpointNotWritten: an asynchronous save has failed.
         """
-        self._background.check()
-        number = self._agreed_signal(trainer)
+        if self._saving is not None and self._saving.done():
+            self._end_saving()
+        number = pl_module.over_ranks(self._stop.signal or 0, "max")  # all stop at the same step
         if self._is_due or (number and self._at_step_end):
             self._save(trainer)
         if number:
-            self._background.wait()
+            self._end_saving()
             trainer.strategy.barrier()  # launchers end all once one has ended
             say(
                 f"stopped after step {trainer.global_step}; the same command goes on (not with "
                 "--run.resume never)"
             )
             raise SystemExit(128 + number)
-
-    def _agreed_signal(self, trainer: pl.Trainer) -> int:
-        """The signal that any rank got, 0 for none: all stop at the same step."""
-        number = self._stop.signal or 0
-        if trainer.world_size == 1:
-            return number
-        signal = torch.tensor(number, device=trainer.strategy.root_device)
-        largest = trainer.strategy.reduce(signal, reduce_op="max")
-        return int(largest)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the epoch's last step, if it is due."""
@@ -251,10 +252,9 @@ class Checkpoints(pl.Callback):
         if not self._at_step_end:  # none was taken
             return
         self._save(trainer)
-        self._background.wait()
+        self._end_saving()
         n_since = trainer.global_step - self.last_validated
-        is_heard = trainer.is_global_zero and not self.is_quiet
-        if n_since and trainer.enable_validation and is_heard:
+        if n_since and self._tells_of_validation(trainer):
             last = self.path(trainer, trainer.global_step)
             said = (
                 f"the last {n_since} steps were not validated, so the best checkpoint is without "
@@ -269,44 +269,50 @@ class Checkpoints(pl.Callback):
     ) -> None:
         """Lets the save that is being written end."""
         try:
-            self._background.wait()
+            self._end_saving()
         except CheckpointNotWritten as error:
             warn(error)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._is_due, step, start = False, trainer.global_step, time.perf_counter()
         path = self.path(trainer, step)
-        self._background.wait()  # for the save before
+        self._end_saving()
         if trainer.strategy.broadcast(self.last_step == step and path.exists()):
             return
         self.last_step, self.should_stop = step, trainer.should_stop
-        background = self._background if self._is_beside(trainer) else None
-        trainer.save_checkpoint(path, weights_only=False, storage_options=background)
-        if trainer.is_global_zero:
-            best = {files.step_name(step) for step in self.best}
-            prune = partial(self._prune, trainer, path, best)
-            if background:
-                background.add(prune)
-            else:
-                prune()
+        best = {files.step_name(step) for step in self.best}
+
+        def beside(write: Callable[[], None]) -> None:
+            self._saving = self._thread.submit(lambda: (write(), self._prune(trainer, path, best)))
+
+        is_beside = self._is_beside(trainer)
+        options = beside if is_beside else None
+        trainer.save_checkpoint(path, weights_only=False, storage_options=options)
+        if trainer.is_global_zero and not is_beside:
+            self._prune(trainer, path, best)
         if trainer.logger is not None:  # how long training was held up
             seconds = time.perf_counter() - start
             # Lightning counts steps from 0
             trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step - 1)
 
+    def _end_saving(self) -> None:
+        """Waits for the save that is written beside training; raises its error."""
+        if saving := self._saving:
+            wait([saving])
+            self._saving = None
+            saving.result()
+
     def _is_beside(self, trainer: pl.Trainer) -> bool:
         """Whether a save is written beside training."""
         if self.asynchronous is None:
-            bytes_ = sum(
-                p.numel() * p.element_size() * (1 + N_MOMENTS * p.requires_grad)
-                for p in trainer.lightning_module.parameters()
-            )
+            parameters = trainer.lightning_module.parameters()
+            copied = sum(p.nbytes * (1 + N_MOMENTS * p.requires_grad) for p in parameters)
             free = available_memory_bytes(torch.device("cpu"))
-            self.asynchronous = bytes_ < COPY_FRACTION * free
+            self.asynchronous = copied < COPY_FRACTION * free
         return self.asynchronous
 
     def _prune(self, trainer: pl.Trainer, newest: Path, best: set[str]) -> None:
-        """Removes what is neither among the last nor the best, once the newest is known whole."""
+        """Removes what is neither among the last nor the best, if the newest is whole."""
         try:
             files.verify_checkpoint(newest)
         except CheckpointError as error:
@@ -334,14 +340,11 @@ class Checkpoints(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and whether the run was to end."""
-        names = ("best", "last_step", "last_validated", "should_stop")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.best, self.last_step = state_dict["best"], state_dict["last_step"]
-        self.should_stop = state_dict["should_stop"]
-        self.last_validated = state_dict["last_validated"]
+        vars(self).update({name: state_dict[name] for name in _STATE})
 
     def best_metrics(self) -> dict[str, float]:
         """Validation metrics of the best checkpoint."""

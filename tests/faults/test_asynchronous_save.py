@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from pipeline import checkpoint as files
 from pipeline.training import checkpoint_callback
-from pipeline.training.background import Background
 from pipeline.training.memory import GIB
 from tests.faults.processes import Started, at
 from tests.faults.test_checkpoint_faults import Keep
@@ -126,23 +124,3 @@ def test_a_copy_is_made_unasked_where_there_is_memory(
     options = {"max_steps": 4, "limit_val_batches": 0}
     fit(classifier(), spam_data(tiny.tokenizer), tmp_path, every_n_steps=2, **options)
     assert [thread is not threading.main_thread() for thread in threads] == [is_beside] * 2
-
-
-def test_work_is_done_in_order_and_none_after_a_failure() -> None:
-    background, done = Background(), []
-    release = threading.Event()
-
-    def fail() -> None:
-        raise ValueError("no")
-
-    works: list[Callable[[], object]] = [release.wait, lambda: done.append(1), fail]
-    for work in [*works, lambda: done.append(2)]:
-        background.add(work)
-    background.check()
-    assert done == [], "nothing was waited for"
-    release.set()
-    with pytest.raises(ValueError, match="no"):
-        background.wait()
-    background.add(lambda: done.append(3))
-    background.wait()
-    assert done == [1, 3]

@@ -11,6 +11,7 @@ from pipeline.resume import check_base, check_resumable, check_tensors
 from pipeline.runs.run_directory import flat
 from pipeline.training import sharding
 from pipeline.training.lit_model import LitModel
+from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.steps import run_of
 
 
@@ -59,7 +60,7 @@ class LitCheckpoint(LitModel):
         checkpoint["state_dict"] = self._gathered(self._own_tensors())
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
-        checkpoint["skipped"] = self._guard.state_dict()
+        checkpoint["skipped"] = asdict(self._guard)
         if self.lora_config is not None:
             checkpoint["adapter"] = self._gathered(lora.adapter_state(self.model))
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
@@ -73,7 +74,7 @@ class LitCheckpoint(LitModel):
         self._remember_trainings(checkpoint["meta"])
         tensors = checkpoint["state_dict"]
         check_tensors("the checkpoint", tensors, self._own_tensors())
-        self._guard.load_state_dict(checkpoint["skipped"])
+        self._guard = NonFiniteGuard(**checkpoint["skipped"])
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.lora_config is not None:
             own = lora.adapter_state(self.model)

@@ -37,7 +37,7 @@ from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_out
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
-from pipeline.training.classifier_report import report_classifier
+from pipeline.training.classifier_report import read_rival, report_classifier
 from pipeline.training.lit_model import check_context
 from pipeline.training.lit_step import LitStep
 from pipeline.training.memory import GIB
@@ -51,7 +51,6 @@ from pipeline.training.options import (
     option_names,
     with_options_of_fit,
 )
-from pipeline.training.other_classifier import OtherClassifier
 from pipeline.training.progress import ProgressDisplay, quiet_libraries
 from pipeline.training.reports import (
     PREDICTIONS,
@@ -301,7 +300,7 @@ class PipelineCLI(LightningCLI):
     def before_test(self) -> None:
         """Reads the classifier to compare with, if one is given."""
         given = self.stage.before if self.run else None
-        self.other = OtherClassifier(given, self.datamodule) if given else None
+        self.other = read_rival(given, self.datamodule) if given else None
 
     def after_test(self) -> None:
         """Scores with intervals, baselines, outcome."""
@@ -312,9 +311,8 @@ class PipelineCLI(LightningCLI):
             self._finish(self.run, report_language_model(data, metrics))
             return
         training = self.model.earlier[-1] if self.model.earlier else None
-        rivals = self.other.probabilities() if self.other else {}
         found = self.model.predictions
-        report = report_classifier(self.run, data, metrics, found, training, rivals)
+        report = report_classifier(self.run, data, metrics, found, training, self.other)
         self._finish(self.run, report)
 
     def predict(self, model: Any, datamodule: Any, **kwargs: Any) -> None:

@@ -26,9 +26,8 @@ from pipeline.decoding.packed import PackedLinear
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
 from pipeline.runs.journal import read_journal
-from pipeline.training.classifier_report import by_label, in_order
+from pipeline.training.classifier_report import by_label, in_order, read_rival
 from pipeline.training.figures import confusion_figure
-from pipeline.training.other_classifier import OtherClassifier
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, outcome_of, said
 from tests.machine import takes_f16_weights
 
@@ -198,11 +197,11 @@ def test_classifiers_of_other_labels_are_not_compared(tiny: Journey) -> None:
     source = str(tiny.best("spam"))
     data = SpamDataModule(**read_meta(tiny.best("spam"))["data"]["init_args"])
     data.config = read_meta(tiny.best("spam"))["data"]
-    assert OtherClassifier(source, data).rival.words == "spam"
+    assert read_rival(source, data)[0].words == "spam"
     data.label_names = ["spam", "ham"]
     labels = r"has the labels \['ham', 'spam'\], here they are \['spam', 'ham'\]"
     with pytest.raises(ValueError, match=labels):
-        OtherClassifier(source, data)
+        read_rival(source, data)
 
 
 def test_texts_without_probabilities_are_no_ham() -> None:

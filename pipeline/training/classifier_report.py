@@ -10,11 +10,16 @@ import numpy as np
 import torch
 
 from datamodules.baselines import tfidf_baseline
+from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import construct
+from pipeline.checkpoint import stem_of
 from pipeline.console import say, warn
 from pipeline.evaluation.classification import Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap_all, widened
+from pipeline.held_out import check_held_out
+from pipeline.inference import label_probabilities, load_classifier
+from pipeline.models import Loaded
 from pipeline.resume import changed_files
 from pipeline.runs.run_directory import Run
 from pipeline.training.figures import confusion_figure
@@ -40,9 +45,22 @@ class Rival(NamedTuple):
 TFIDF = Rival("TF-IDF + logistic regression", "baseline/tfidf_{}", "test/{}_minus_tfidf")
 
 
-def before(name: str) -> Rival:
-    """Another classifier, called by its run."""
-    return Rival(name, "before/{}", "test/{}_minus_before")
+def read_rival(source: str, data: StepDataModule) -> tuple[Rival, Loaded]:
+    """Another classifier, by its checkpoint; read before a test, so that a mistake costs none.
+
+    Raises:
+        ValueError: it is no classifier, has other labels, or may have learned what is held out.
+    """
+    if not isinstance(data, TextClassificationDataModule):
+        raise ValueError("--before compares classifiers, this is none; leave it out.")
+    loaded, called = load_classifier(source), f"before ({source})"
+    names = loaded.meta["label_names"]
+    if names != data.label_names:  # in another order they would be split otherwise, too
+        raise ValueError(f"{called} has the labels {names}, here they are {data.label_names}.")
+    data.setup("test")
+    facts, keys = data.fingerprint, data.keys("test")
+    check_held_out(loaded.meta, data.config, facts, ["test"], keys, called=called)
+    return Rival(stem_of(source), "before/{}", "test/{}_minus_before"), loaded
 
 
 def report_classifier(
@@ -51,9 +69,9 @@ def report_classifier(
     metrics: dict[str, float],
     predictions: Sequence[Prediction],
     training: Mapping[str, Any] | None = None,
-    rivals: Mapping[Rival, Array] | None = None,
+    other: tuple[Rival, Loaded] | None = None,
 ) -> Report:
-    """Scores with 95 % intervals, beside those of a bag of words on the same texts, and of others.
+    """Scores with 95 % intervals, beside a bag of words' on the same texts, and another's.
 
     Args:
         run: gets the confusion matrix and the predictions.
@@ -61,7 +79,7 @@ def report_classifier(
         metrics: what the module logged itself.
         predictions: micro-batches of a classifier's `predict_step`.
         training: `data` and `dataset` of what the classifier learned, where it is known.
-        rivals: probabilities (N, K) of others for the same texts, in their order.
+        other: what `read_rival` gave.
     """
     labels, ours = in_order(predictions)
     predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
@@ -70,9 +88,14 @@ def report_classifier(
     np.add.at(counts, (labels, ours.argmax(axis=1)), 1)
     run.log_figure(confusion_figure(counts.tolist(), data.label_names), "figures/confusion.png")
     say(f"comparing with {TFIDF.words} ...")
+    rivals = {TFIDF: _tfidf(data, training)}
+    if other is not None:
+        rival, loaded = other
+        found = label_probabilities(loaded, data.texts("test"), title="before")
+        rivals[rival] = np.array(found)
     scores: dict[str, float] = {}
     rows, lines = [], []
-    for rival, theirs in {TFIDF: _tfidf(data, training), **(rivals or {})}.items():
+    for rival, theirs in rivals.items():
         scores |= compare(labels, ours, theirs, data.keys("test"), rival)
         for name, words in _headline(data.label_names).items():
             row = {"before": scores[rival.own.format(name)], "after": scores[OWN.format(name)]}

@@ -61,18 +61,13 @@ def validations(
         every_n_epochs: Lightning's `check_val_every_n_epoch`; None counts over epochs.
     """
     if every_n_epochs is None:
-        n_in_all = n_steps // n_between
-        return n_in_all, n_in_all * n_between
-    n_in_epoch = n_per_epoch // n_between
-    n_epochs, n_left = divmod(n_steps, n_per_epoch)
-    n_validated, n_in_last = n_epochs // every_n_epochs, n_left // n_between
-    if n_in_last and (n_epochs + 1) % every_n_epochs == 0:
-        last = n_epochs * n_per_epoch + n_in_last * n_between
-        return n_validated * n_in_epoch + n_in_last, last
-    if not n_validated or not n_in_epoch:
-        return 0, 0
-    start = (n_validated * every_n_epochs - 1) * n_per_epoch
-    return n_validated * n_in_epoch, start + n_in_epoch * n_between
+        every_n_epochs, n_per_epoch = 1, max(1, n_steps)
+    in_epoch = range(n_between, n_per_epoch + 1, n_between)
+    starts = range((every_n_epochs - 1) * n_per_epoch, n_steps, every_n_epochs * n_per_epoch)
+    n_behind_end = sum(starts[-1] + step > n_steps for step in in_epoch) if starts else 0
+    backwards = (start + step for start in reversed(starts) for step in reversed(in_epoch))
+    last = next((step for step in backwards if step <= n_steps), 0)
+    return len(starts) * len(in_epoch) - n_behind_end, last
 
 
 def sample_ids(trainer: pl.Trainer, batch: list[MicroBatch]) -> list[int]:

@@ -101,16 +101,6 @@ class Run:
         return cls(path, lock, parent, command)
 
     @property
-    def name(self) -> str:
-        """The directory's name."""
-        return self.path.name
-
-    @property
-    def experiment(self) -> str:
-        """The name of the folder that the run directory lies in."""
-        return self.path.parent.name
-
-    @property
     def elapsed_s(self) -> float:
         """Seconds that the run was at work, interrupted attempts included."""
         return self._journal.active_s + time.monotonic() - self._opened

@@ -5,7 +5,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
 from pipeline.runs.run_directory import Run
 from pipeline.training.steps import is_logged_step
@@ -23,20 +22,18 @@ class RunLogger(Logger):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        # whose optimizer steps count
-        self.trainer: pl.Trainer | None = None
+        self.trainer: pl.Trainer | None = None  # whose optimizer steps count
 
     @property
     def name(self) -> str:
         """The experiment."""
-        return self.run.experiment
+        return self.run.path.parent.name
 
     @property
     def version(self) -> str:
         """The run's name."""
-        return self.run.name
+        return self.run.path.name
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends to the journal.
 
@@ -60,6 +57,5 @@ class RunLogger(Logger):
             return self.trainer.global_step
         return step + 1
 
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved YAML is the parameters, and the command line logs it."""

@@ -12,15 +12,7 @@ from typing import Any
 
 import psutil
 
-PACKAGES = (
-    "torch",
-    "lightning",
-    "peft",
-    "mlflow",
-    "torchmetrics",
-    "tiktoken",
-    "transformers",
-)
+PACKAGES = ("torch", "lightning", "peft", "mlflow", "torchmetrics", "tiktoken", "transformers")
 _GIT_TIMEOUT_S = 10
 
 _NO_SECRET = r"(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!tik)"  # before "token"

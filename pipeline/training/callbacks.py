@@ -171,8 +171,7 @@ class SampleTexts(pl.Callback):
         gather_shared(pl_module.model)  # so every rank generates, where each has a share
         tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
         settings = Sampling(
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=frozenset(stop_ids(tokenizer, style)),
+            max_new_tokens=self.max_new_tokens, stop_ids=frozenset(stop_ids(tokenizer, style))
         )
         ids = self._ids(pl_module.data)
         plain = uncompiled(pl_module.is_compiled)

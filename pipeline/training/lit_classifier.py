@@ -39,9 +39,7 @@ class LitClassifier(LitStep):
     model: GPTClassifier
 
     def __init__(
-        self,
-        trainable: Literal["head", "last_block", "all", "lora"],
-        **options: Any,
+        self, trainable: Literal["head", "last_block", "all", "lora"], **options: Any
     ) -> None:
         super().__init__(**options)
         if (trainable == "lora") != (self.lora_config is not None):

@@ -22,6 +22,7 @@ from pipeline.runs.journal import JOURNAL
 from pipeline.runs.reuse import Attempt
 from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.stage_run import mlruns_root
+from pipeline.training.flops import flops_per_token
 from pipeline.training.memory import GIB
 from pipeline.training.steps import validations
 from pipeline.training.trial import N_VAL_BATCHES, Epoch, Trial
@@ -132,7 +133,8 @@ class CheckCLI(PipelineCLI):
             batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
             n_validations = self._n_validations(training)
             validation = n_validations * (n_val_batches * batch_s + trial.val_rest_s)
-            yield f"compute     {trial.flops_per_token * n_tokens / 1e12:,.1f} TFLOP"
+            n_flops = flops_per_token(self.model.gpt, epoch.n_tokens // epoch.n_samples) * n_tokens
+            yield f"compute     {n_flops / 1e12:,.1f} TFLOP"
             yield (
                 f"time        {trial.start_s + training + validation:,.0f} s: start "
                 f"{trial.start_s:,.0f}, training {training:,.0f}, "

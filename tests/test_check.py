@@ -15,14 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.gpt import GPT
 from pipeline.hardware import default_device, used_memory_bytes
-from pipeline.lora import LoRAConfig, attach
 from pipeline.runs.run_directory import Run
 from pipeline.training.steps import validations
-from pipeline.training.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes, operation_counter
+from pipeline.training.trial import N_WARMUP, QUANTILES, Epoch, kept_bytes
 from tests.faults.processes import Started, at
 from tests.journey import CONFIGS, PLAIN, SHORT, TINY, Journey, said
 from tests.training import instruction_data, pretraining_data
@@ -248,24 +246,6 @@ def test_what_rows_keep_is_counted_to_the_byte(tiny_gpt: MakeGPT) -> None:
     plain = kept(4)
     model.gradient_checkpointing = True
     assert kept(4) < plain / 3
-
-
-def test_operations_of_attention_and_of_adapters_are_counted(tiny_gpt: MakeGPT) -> None:
-    """As torch counts them unfused, and the scores that the fused kernel computes once more."""
-    n_rows, n_tokens = 2, 48
-    ids = torch.arange(n_rows * n_tokens).view(n_rows, n_tokens) % 96
-
-    def counted(counter: FlopCounterMode, dropout: float) -> int:
-        model = tiny_gpt("llama").train()
-        attach(model, LoRAConfig(4, 8, dropout, ["all-linear"], rslora=False, dora=False))
-        with counter:
-            model(ids).sum().backward()
-        return counter.get_total_flops()
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        unfused = counted(FlopCounterMode(display=False), dropout=1e-9)  # PEFT's own layers
-    scores = 2 * n_rows * n_tokens**2 * 32  # a layer's
-    assert counted(operation_counter(), dropout=0.0) == unfused + 2 * scores
 
 
 def test_what_was_counted_is_freed(tiny_gpt: MakeGPT) -> None:

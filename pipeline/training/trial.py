@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batching import MicroBatch, cut, pad
 from datamodules.step_data_module import StepDataModule
@@ -99,7 +97,6 @@ class Trial(pl.Callback):
         kept_bytes: what the largest micro-batch keeps for the backward pass, by count.
         needed_bytes: the memory that the run needs at least, by count.
         peak_bytes: the memory that was used.
-        flops_per_token: of passes and optimizer, counted on a step of median size.
         step_s, step_tokens: seconds and tokens of the timed steps.
         val_batch_s: seconds of each batch of validation.
         val_rest_s: seconds of what a validation does beside its batches: checkpoint, sample texts.
@@ -107,14 +104,12 @@ class Trial(pl.Callback):
 
     def __init__(self, epoch: Epoch) -> None:
         self.epoch = epoch
-        self.start_s = self.val_rest_s = self.flops_per_token = 0.0
+        self.start_s = self.val_rest_s = 0.0
         self.kept_bytes = self.needed_bytes = self.peak_bytes = self.total_bytes = 0
         self.step_s: list[float] = []
         self.step_tokens: list[int] = []
         self.val_batch_s: list[float] = []
-        self._n_steps, self._since = 0, 0.0
-        self._counter: FlopCounterMode | None = None
-        self._counting, self._n_prepared = ExitStack(), 0
+        self._n_steps, self._since, self._n_prepared = 0, 0.0, 0
 
     @property
     def fits(self) -> bool:
@@ -141,29 +136,17 @@ class Trial(pl.Callback):
         trainer.should_stop = not self.fits
         self._since = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the operations of a step of median size."""
-        if self._n_steps == 1:
-            self._counting.enter_context(left_out(pl_module.gpt))
-            self._counter = self._counting.enter_context(operation_counter())
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
         """Times steps until there are enough of them."""
-        n_tokens, now = n_real_tokens(batch), time.perf_counter()
-        if self._counter is not None:
-            self._counting.close()
-            self.flops_per_token = self._counter.get_total_flops() / n_tokens
-            self._counter = None
+        now = time.perf_counter()
         self._n_steps += 1
         n_before = self._n_prepared
         self._n_prepared = getattr(pl_module.gpt.forward, "n_prepared", 0)
         if self._n_steps > N_WARMUP and self._n_prepared == n_before:  # each shape twice
             self.step_s.append(now - self._since)
-            self.step_tokens.append(n_tokens)
+            self.step_tokens.append(n_real_tokens(batch))
         is_long = len(self.step_s) >= 3 and sum(self.step_s) > TRIAL_S
         trainer.should_stop = is_long or len(self.step_s) == N_TIMED
         self._since = time.perf_counter()
@@ -187,19 +170,6 @@ class Trial(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reads the peak."""
         self.peak_bytes = peak_memory_bytes(pl_module.device)
-
-
-def operation_counter() -> FlopCounterMode:
-    """Counts floating-point operations of matrix products, those too that torch's table lacks."""
-    counter, attention = FlopCounterMode(display=False), "_scaled_dot_product_flash_attention"
-    for lacking, alike in (
-        ("addmm_", "addmm"),  # of adapters
-        (f"{attention}_for_cpu", attention),
-        (f"{attention}_for_cpu_backward", f"{attention}_backward"),
-    ):
-        known = counter.flop_registry[getattr(torch.ops.aten, alike)]
-        counter.flop_registry[getattr(torch.ops.aten, lacking)] = known
-    return counter
 
 
 def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:

@@ -83,7 +83,16 @@ class CheckCLI(PipelineCLI):
         self._get(self.config_init, "checkpoints").is_quiet = True
         self.trainer.fit_loop.min_epochs = self.trainer.fit_loop.epoch_loop.min_steps = None
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
-        for line in [*self._facts(trial, n_val_batches), *self._warnings(trial)]:
+        n_epochs = self._n_steps / len(epoch.keys)
+        training_s = trial.training_s(n_epochs * epoch.n_tokens)
+        n_validations, last = self._validations(training_s)
+        val_batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
+        validation_s = n_validations * (n_val_batches * val_batch_s + trial.val_rest_s)
+        time = (
+            f"{trial.start_s + training_s + validation_s:,.0f} s: start {trial.start_s:,.0f}, "
+            f"training {training_s:,.0f}, {n_validations} validations {validation_s:,.0f}"
+        )
+        for line in [*self._facts(trial, n_epochs, time), *self._warnings(trial, n_epochs, last)]:
             print(line)
 
     def after_fit(self) -> None:
@@ -97,20 +106,17 @@ class CheckCLI(PipelineCLI):
     def _n_steps(self) -> int:
         return int(self.trainer.estimated_stepping_batches)
 
-    def _n_validations(self, training_s: float) -> int:
+    def _validations(self, training_s: float) -> tuple[int, int]:
+        """How many there are, and after which step the last; by the clock that is not known."""
         if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
-            return int(training_s // interval_s)
-        return self._validations()[0]
-
-    def _validations(self) -> tuple[int, int]:
-        """How many there are, and after which step the last."""
+            n_validations = int(training_s // interval_s)
+            return n_validations, self._n_steps * bool(n_validations)
         n_between = int(self.trainer.val_check_batch or 1)  # set once the loaders are made
         n_per_epoch = int(self.trainer.num_training_batches)
         return validations(self._n_steps, n_between, n_per_epoch, self._val_every)
 
-    def _facts(self, trial: Trial, n_val_batches: int) -> Iterator[str]:
+    def _facts(self, trial: Trial, n_epochs: float, time: str) -> Iterator[str]:
         epoch, parameters = trial.epoch, list(self.model.parameters())
-        n_epochs = self._n_steps / len(epoch.keys)
         n_tokens = n_epochs * epoch.n_tokens
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         yield f"run         {self._would_be()}"
@@ -129,17 +135,9 @@ class CheckCLI(PipelineCLI):
         if not trial.step_s:
             yield "time        not measured: no step could be timed"
         else:
-            training = trial.training_s(n_tokens)
-            batch_s = sum(trial.val_batch_s) / max(1, len(trial.val_batch_s))
-            n_validations = self._n_validations(training)
-            validation = n_validations * (n_val_batches * batch_s + trial.val_rest_s)
             n_flops = flops_per_token(self.model.gpt, epoch.n_tokens // epoch.n_samples) * n_tokens
             yield f"compute     {n_flops / 1e12:,.1f} TFLOP"
-            yield (
-                f"time        {trial.start_s + training + validation:,.0f} s: start "
-                f"{trial.start_s:,.0f}, training {training:,.0f}, "
-                f"{n_validations} validations {validation:,.0f}"
-            )
+            yield f"time        {time}"
 
     def _would_be(self) -> str:
         path = self.attempt().path
@@ -148,23 +146,22 @@ class CheckCLI(PipelineCLI):
         newest = newest_valid(path / CHECKPOINTS, set_aside=False)
         return f"{path} would go on from {newest.name}" if newest else f"{path}, new"
 
-    def _warnings(self, trial: Trial) -> Iterator[str]:
+    def _warnings(self, trial: Trial, n_epochs: float, last_validated: int) -> Iterator[str]:
         data, counts = self.datamodule, self.datamodule.fingerprint["counts"]
-        n_epochs = self._n_steps / len(trial.epoch.keys)
-        n_tokens = n_epochs * trial.epoch.n_tokens
         if not trial.fits:
             yield (
                 "warning: this needs more memory than there is; lower data.max_tokens, set "
                 "model.gradient_checkpointing, or take a smaller model"
             )
-        if self.trainer.enable_validation and not self._n_validations(trial.training_s(n_tokens)):
+        n_left = self._n_steps - last_validated if self.trainer.enable_validation else 0
+        if n_left and not last_validated:
             yield (
                 "warning: the run ends before its first validation; lower "
                 "trainer.val_check_interval, or raise trainer.max_steps"
             )
-        elif self.trainer.enable_validation and (left := self._n_steps - self._validations()[1]):
+        elif n_left:
             yield (
-                f"warning: the last {left} steps come after the last validation, so the best "
+                f"warning: the last {n_left} steps come after the last validation, so the best "
                 "checkpoint is without them (trainer.val_check_interval)"
             )
         if n_epochs < 1:

@@ -18,17 +18,11 @@ Outcome = Mapping[str, Any]
 
 
 class Attempt(NamedTuple):
-    """Where something runs, or has run.
-
-    Attributes:
-        path: the run directory.
-        outcome: of a finished run that may be used again; None where it has to run.
-        why: what keeps the last finished one from that, if there is one.
-    """
+    """Where something runs, or has run."""
 
     path: Path
-    outcome: Outcome | None
-    why: str = ""
+    outcome: Outcome | None  # of a finished run that may be used again; None where it has to run
+    why: str = ""  # what keeps the last finished one from that, if there is one
 
 
 def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False) -> Attempt:
@@ -39,7 +33,7 @@ def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False
 
     Args:
         base: run directory of the first attempt.
-        change: what keeps the outcome of a finished run from being used again; empty for nothing.
+        change: what keeps an outcome from being used again; empty for nothing.
         anew: a new one in any case.
     """
     why = ""
@@ -58,10 +52,8 @@ def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False
 def what_changed(outcome: Outcome, options: Mapping[str, Any]) -> str:
     """What of a finished run is not as it was; empty where it is whole, and may be used again.
 
-    Args:
-        outcome: the run's outcome.
-        options: by dotted key; where a source is a folder, a file that joined it is a change, and
-            of data every file that was not read.
+    Of sources among its options (by dotted key) that are folders a file that joined is a change,
+    and of data every file that was not read.
     """
     return next(_changes(outcome, options), "")
 
@@ -81,9 +73,7 @@ def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
     for name, written in outcome["digests"].items():
         if path_digest(Path(outputs[name])) != written:
             yield f"{outputs[name]} is not what it wrote"
-    yield from (
-        f"{name} has changed" for name in recorded if not _is_unchanged(name, recorded[name])
-    )
+    yield from (f"{n} has changed" for n, was in recorded.items() if not _is_unchanged(n, was))
     for source, of_data in sources:
         if _has_grown(source, set(recorded), of_data):
             yield f"{source} has other files"

@@ -37,11 +37,7 @@ _LOCK_TIMEOUT_S = 6  # data workers of a killed process may hold on for five sec
 
 
 class AlreadyFinished(ValueError):
-    """The run has its outcome, and is not written any more.
-
-    Attributes:
-        path: the run directory.
-    """
+    """The run in the directory `path` has its outcome, and is not written any more."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"run {path} is finished; to run it again, give it another name.")
@@ -80,7 +76,7 @@ class Run:
         Args:
             path: `<root>/<experiment>/<run>`.
             parent: directory of the run that this one is a part of.
-            command: the command line, for the record.
+            command: the command line.
 
         Raises:
             AlreadyFinished: the run has an outcome.
@@ -223,11 +219,7 @@ def is_open(path: Path) -> bool:
 
 
 def read_outcome(path: Path) -> dict[str, Any] | None:
-    """The outcome of a run directory, None where it has not finished.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """The outcome of a run directory, None where it has not finished; ValueError if damaged."""
     if not (path / OUTCOME).exists():
         return None
     try:

@@ -35,7 +35,7 @@ def run_once(
     make: Callable[[Run], None],
     output: str,
 ) -> Path:
-    """Makes something in a run of its own, unless that was done and still holds.
+    """Makes something in a run of its own, unless that was done and still holds; where it lies.
 
     Args:
         experiment: folder below `mlruns_root()`.
@@ -44,9 +44,6 @@ def run_once(
         config: resolved options, primitives.
         make: makes it, and finishes the run.
         output: its key among the outputs of the run.
-
-    Returns:
-        Where it lies.
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
@@ -69,16 +66,8 @@ def run_once(
 def open_run(experiment: str, name: str, config: Mapping[str, Any]) -> Iterator[Run]:
     """The run of a command, its configuration and environment recorded; it fails with the block.
 
-    MLflow is kept up to date meanwhile; in a chain the chain does that.
-
-    Args:
-        experiment: folder below `mlruns_root()`, unless a chain gives the run directory.
-        name: name of the run, likewise.
-        config: resolved options, primitives.
-
-    Raises:
-        AlreadyFinished: the run has an outcome.
-        ValueError: another process has the run open.
+    MLflow is kept up to date meanwhile; in a chain the chain does that, and gives the directory.
+    Takes what `run_once` does, and raises what `Run.open` does.
     """
     given, parent = os.environ.get(RUN_VARIABLE), os.environ.get(PARENT_VARIABLE)
     run = Run.open(

@@ -40,7 +40,7 @@ def database_uri(path: Path) -> str:
 
 
 def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0) -> int:
-    """Sends what the store lacks of a run's journal, its parent's first.
+    """Sends what the store lacks of a run's journal, its parent's first; how many lines.
 
     A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
     left alone.
@@ -52,20 +52,16 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: fl
         patience_s: leave out an open run that is younger and has measured nothing: it may yet end
             by a mistake, and not be worth a place there.
 
-    Returns:
-        The number of lines sent.
-
     Raises:
         ValueError: the journal is damaged.
         OSError: the store cannot be reached, or refuses.
     """
-    _prepare_mlflow()
-    from pipeline.runs.mlflow_replica import send_missing
-
     run = run.resolve()
     root = run.parent.parent
     uri = uri or tracking_uri(root)
-    with _one_error(root, uri):
+    with _reaching(root, uri):
+        from pipeline.runs.mlflow_replica import send_missing
+
         return send_missing(run, uri, ask=ask, patience_s=patience_s)
 
 
@@ -75,10 +71,8 @@ class Replica:
     Another thread fills in what the store lacks of earlier runs of the same root.
 
     Args:
-        run: the run directory, in which the run is open.
-        uri: address of the store; by default `tracking_uri` of the root.
+        run, uri, patience_s: as in `sync`.
         interval_s: between looks at the journal.
-        patience_s: as in `sync`.
         whole_root: follow all runs of the root, as a chain does whose stages are other processes.
     """
 
@@ -96,12 +90,9 @@ class Replica:
         self.uri = uri or tracking_uri(self.root)
         self.interval_s, self.patience_s = interval_s, patience_s
         self._stop, self._warned = threading.Event(), False
-        followed = (sync_all, self.root) if whole_root else (sync, self.run)
-        self._follower = threading.Thread(target=self._follow, args=followed, daemon=True)
-        self._threads = [self._follower]
-        if not whole_root:
-            earlier = (sync_all, self.root)
-            self._threads.append(threading.Thread(target=self._try, args=earlier, daemon=True))
+        root, own = (sync_all, self.root), (sync, self.run)
+        works = [(self._follow, root)] if whole_root else [(self._follow, own), (self._try, root)]
+        self._threads = [threading.Thread(target=f, args=args, daemon=True) for f, args in works]
         for thread in self._threads:
             thread.start()
 
@@ -111,7 +102,7 @@ class Replica:
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        if self._follower.is_alive():
+        if self._threads[0].is_alive():
             self._warn(_unreachable(self.root, self.uri, f"not done within {timeout_s:g} s"))
 
     def _follow(self, send: Callable[..., Any], path: Path) -> None:
@@ -135,28 +126,18 @@ class Replica:
 def sync_all(
     root: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0
 ) -> dict[str, int]:
-    """Sends what the store lacks of any run below a root.
-
-    Args:
-        root: folder of all runs.
-        uri: address of the store; by default `tracking_uri` of the root.
-        ask: as in `sync`.
-        patience_s: likewise.
+    """Sends what the store lacks of any run below a root, as `sync` does; OSError likewise.
 
     Returns:
         How many `runs` there are, the `lines` sent, and how many journals are `damaged`,
         each of which is warned about.
-
-    Raises:
-        OSError: the store cannot be reached.
     """
     root = root.resolve()
     uri = uri or tracking_uri(root)
     counts = {"runs": 0, "lines": 0, "damaged": 0}
-    _prepare_mlflow()
-    from pipeline.runs.mlflow_store import open_store
+    with _reaching(root, uri):
+        from pipeline.runs.mlflow_store import open_store
 
-    with _one_error(root, uri):
         open_store(uri)
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
         counts["runs"] += 1
@@ -186,10 +167,8 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     listen(host, port).close()
     address = f"http://{host}:{port}"
     print(address, flush=True)
-    runs = (
-        f"{address}/#/experiments?workflowType=machine_learning"  # MLflow opens on its GenAI side
-    )
-    say(f"runs: {runs}")
+    # MLflow opens on its GenAI side
+    say(f"runs: {address}/#/experiments?workflowType=machine_learning")
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_BACKEND_STORE_URI": uri,
@@ -201,14 +180,11 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     os.execve(sys.executable, [sys.executable, *command], environment)  # it gets our signals
 
 
-def _prepare_mlflow() -> None:
-    """Sets what MLflow reads when it is imported."""
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-
-
 @contextmanager
-def _one_error(root: Path, uri: str) -> Iterator[None]:
+def _reaching(root: Path, uri: str) -> Iterator[None]:
+    """Within it MLflow may be imported; what it raises is one OSError."""
+    for key, value in _ENVIRONMENT.items():  # read when it is imported
+        os.environ.setdefault(key, value)
     try:
         yield
     except ValueError:  # about the run, not about the store

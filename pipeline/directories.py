@@ -108,17 +108,13 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
 def check_output(path: Path, *, is_own: bool) -> Path:
     """A directory that is this command's to write, or to replace; absolute, as others look for it.
 
-    Args:
-        path: the directory.
-        is_own: whether what lies there is this command's.
-
-    Raises:
-        ValueError: it is not.
+    ValueError where something lies there that is not the command's own.
     """
     absolute = path.resolve()
     if Path.cwd().is_relative_to(absolute):
         raise ValueError(f"output {path} holds the current directory; give a new one.")
-    if path.exists() and not is_own and not _is_empty(path):
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_own and not is_empty:
         raise ValueError(f"output {path} exists and was not written by this command; give another.")
     return absolute
 
@@ -152,22 +148,13 @@ def path_digest(path: Path) -> str:
     return digest([(name.as_posix(), remembered_sha256(files[name])) for name in shown])
 
 
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def hidden(path: Path) -> Path:
     """A name beside a directory for it on its way in or out."""
     return path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}{DRAFT}"
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Removes what `hidden` named and nobody holds.
-
-    Args:
-        folder: where to look.
-        name: pattern of the directories' names.
-    """
+    """Removes what `hidden` named in a folder, of directories by a pattern, and nobody holds."""
     pattern = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(DRAFT)}")
     with _holding(folder):
         for leftover in [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]:

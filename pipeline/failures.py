@@ -16,11 +16,7 @@ def explain(
 ) -> str | None:
     """What happened and what to do, for known errors of libraries; None for any other.
 
-    Args:
-        error: the error that was raised.
-        max_tokens: the limit of a micro-batch.
-        needed_gib: see `memory.estimate_gib`.
-        free_gib: at the time.
+    `max_tokens` is a micro-batch's limit, `needed_gib` by `memory.estimate_gib`.
     """
     if is_out_of_memory(error):
         graphs = "model.cuda_graphs to false or " if torch.cuda.is_available() else ""

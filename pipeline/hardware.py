@@ -50,9 +50,7 @@ def inference_precision(precision: Precision) -> Precision:
 def resolve_precision(precision: str, accelerator: object) -> str:
     """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
 
-    Args:
-        precision: what is asked for.
-        accelerator: Lightning's: its name, or an object, which is believed to be the default.
+    Lightning's accelerator is a name, or an object, which is believed to be the default.
 
     Raises:
         ValueError: 16-mixed on a CPU, which Lightning would take for bf16-mixed.
@@ -149,16 +147,10 @@ def available_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free, limit = int(psutil.virtual_memory().available), _container_limit()
     if limit is not None:
-        used = int((_CONTAINER / "memory.current").read_text())
-        free = min(free, limit - used + _reclaimable())
+        used, stat = ((_CONTAINER / f"memory.{name}").read_text() for name in ("current", "stat"))
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given up if needed
+        free = min(free, limit - int(used) + (int(cached[1]) if cached else 0))
     return free
-
-
-def _reclaimable() -> int:
-    """Bytes of files that the container keeps in memory, and gives up where it needs them."""
-    text = (_CONTAINER / "memory.stat").read_text()
-    found = re.search(r"^inactive_file (\d+)$", text, re.MULTILINE)
-    return int(found[1]) if found else 0
 
 
 def _container_limit() -> int | None:

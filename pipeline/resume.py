@@ -20,16 +20,15 @@ _DIGEST_LENGTH = 64
 
 def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
     """Key -> what the checkpoint has and what this run has, wherever they are not the same."""
-    keys = [*theirs, *(key for key in ours if key not in theirs)]
     return {
         key: f"{key} was {_shown(theirs.get(key))}, is {_shown(ours.get(key))}"
-        for key in keys
+        for key in {**theirs, **ours}
         if theirs.get(key) != ours.get(key)
     }
 
 
 def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool) -> str:
-    """Refuses a checkpoint that another run made.
+    """Refuses a checkpoint that another run made, with a ValueError that names every difference.
 
     Args:
         theirs: the checkpoint's meta: `identity`, and `dataset` with the digests of its files.
@@ -38,14 +37,12 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
 
     Returns:
         The differences that were allowed; empty where there are none.
-
-    Raises:
-        ValueError: naming every difference, and what can be done.
     """
     found = differences(theirs.get("identity", {}), ours["identity"])
     text = "; ".join(found.values())
-    if files := changed_files(theirs["dataset"]["sources"], ours["dataset"]["sources"]):
-        text += f" (changed: {', '.join(files)})" if "data.samples" in found else ""
+    files = changed_files(theirs["dataset"]["sources"], ours["dataset"]["sources"])
+    if files and "data.samples" in found:
+        text += f" (changed: {', '.join(files)})"
     if any(key.startswith(FIXED) for key in found):
         raise ValueError(
             f"the checkpoint is of another run: {text}. An optimizer goes on as it began: restore "
@@ -61,16 +58,7 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
 
 
 def check_alike(first: Mapping[str, str], other: Mapping[str, str], rank: int) -> None:
-    """Refuses a process that would train something else than the first.
-
-    Args:
-        first: what all must share, in the first process, by key.
-        other: the same in another.
-        rank: of that one.
-
-    Raises:
-        ValueError: naming every difference.
-    """
+    """ValueError where the process of a rank would train something else than the first."""
     if found := differences(first, other):
         raise ValueError(
             f"process {rank} is not like the first: {'; '.join(found.values())} there. Give all of "
@@ -79,11 +67,7 @@ def check_alike(first: Mapping[str, str], other: Mapping[str, str], rank: int) -
 
 
 def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> None:
-    """Refuses an adapter's checkpoint on another base; None where a run has no adapter.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """ValueError for an adapter's checkpoint on another base; None where a run has no adapter."""
     if (theirs or {}).get("digest") != (ours or {}).get("digest"):
         raise ValueError(
             f"the checkpoint belongs to the base {theirs and theirs['path']}, "
@@ -92,16 +76,7 @@ def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None)
 
 
 def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Refuses tensors of other names or shapes than the model's.
-
-    Args:
-        what: what holds theirs, for the message.
-        theirs: tensors by name.
-        ours: the model's.
-
-    Raises:
-        ValueError: naming missing and unexpected tensors, or one of another shape.
-    """
+    """ValueError for tensors, of `what`, of other names or shapes than the model's."""
     if theirs.keys() != ours.keys():
         missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         raise ValueError(
@@ -149,8 +124,7 @@ def _options(run: Path) -> dict[str, str]:
 
 def changed_files(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
     """Names of the files that were changed, removed or added."""
-    names = sorted(theirs.keys() | ours.keys())
-    return [name for name in names if theirs.get(name) != ours.get(name)]
+    return [name for name in sorted({**theirs, **ours}) if theirs.get(name) != ours.get(name)]
 
 
 def _shown(value: str | None) -> str:

@@ -29,17 +29,11 @@ OWN = "test/{}"  # keys of metrics
 
 
 class Rival(NamedTuple):
-    """What a classifier is compared with.
+    """What a classifier is compared with; its keys have a place for the measure."""
 
-    Attributes:
-        words: what it is called.
-        own: key of its metrics, with a place for the measure.
-        difference: likewise, of the classifier's minus its own.
-    """
-
-    words: str
-    own: str
-    difference: str
+    words: str  # what it is called
+    own: str  # key of its metrics
+    difference: str  # of the classifier's minus its own
 
 
 TFIDF = Rival("TF-IDF + logistic regression", "baseline/tfidf_{}", "test/{}_minus_tfidf")
@@ -75,7 +69,7 @@ def report_classifier(
 
     Args:
         run: gets the confusion matrix and the predictions.
-        data: the data module whose test set was predicted.
+        data: whose test set was predicted.
         metrics: what the module logged itself.
         predictions: micro-batches of a classifier's `predict_step`.
         training: `data` and `dataset` of what the classifier learned, where it is known.
@@ -118,13 +112,8 @@ def _headline(label_names: Sequence[str]) -> dict[str, str]:
 def _tfidf(data: TextClassificationDataModule, training: Mapping[str, Any] | None) -> Array:
     """(N, K) probabilities of a bag of words that learned what the classifier did."""
     learned = _learned(data, training)
-    return tfidf_baseline(
-        learned.texts("train"),
-        learned.labels("train"),
-        learned.texts("val"),
-        learned.labels("val"),
-        data.texts("test"),
-    )
+    train, val = ((learned.texts(split), learned.labels(split)) for split in ("train", "val"))
+    return tfidf_baseline(*train, *val, data.texts("test"))
 
 
 def _learned(
@@ -152,10 +141,7 @@ def _learned(
 def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Precision, recall and F1 of each label, NaN where there is none, and how many texts it has.
 
-    Args:
-        labels: (N,) true classes.
-        predicted: (N,) classes.
-        names: (K,) of the classes.
+    Labels are true classes (N,), as those predicted; names are (K,).
     """
     from sklearn.metrics import precision_recall_fscore_support
 

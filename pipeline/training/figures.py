@@ -14,10 +14,7 @@ def loss_curves(
 ) -> Figure:
     """Training and validation loss over optimizer steps, and over tokens on a second axis.
 
-    Args:
-        train: (step, tokens seen, loss in nats) of every step.
-        val: (step, loss in nats) of every validation.
-        unit: what each loss is of.
+    Of every step (its number, tokens seen, loss in nats a unit), of every validation (step, loss).
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

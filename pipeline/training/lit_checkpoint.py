@@ -1,6 +1,7 @@
 """What a LightningModule's checkpoints hold, and when one may be gone on with."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -57,12 +58,13 @@ class LitCheckpoint(LitModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
         sharding.share_out_again(self.model)
-        checkpoint["state_dict"] = self._gathered(self._own_tensors())
+        gathered = partial(sharding.gathered, keep=self.trainer.is_global_zero)
+        checkpoint["state_dict"] = gathered(self._own_tensors())
         checkpoint["meta"] = self.meta()
         checkpoint["tokenizer"] = self.data.tokenizer
         checkpoint["skipped"] = asdict(self._guard)
         if self.lora_config is not None:
-            checkpoint["adapter"] = self._gathered(lora.adapter_state(self.model))
+            checkpoint["adapter"] = gathered(lora.adapter_state(self.model))
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +72,9 @@ class LitCheckpoint(LitModel):
         check_base(checkpoint["meta"]["base"], self.base)
         changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
         if changes:
-            self._say_what_changed(changes)
+            warn(f"this run goes on with another: {changes}")
+            if run := run_of(self.trainer):
+                run.event("changes_allowed", changes=changes)
         self._remember_trainings(checkpoint["meta"])
         tensors = checkpoint["state_dict"]
         check_tensors("the checkpoint", tensors, self._own_tensors())
@@ -79,11 +83,6 @@ class LitCheckpoint(LitModel):
         if self.lora_config is not None:
             own = lora.adapter_state(self.model)
             lora.load_adapter(self.model, sharding.shares(checkpoint["adapter"], own))
-
-    def _say_what_changed(self, changes: str) -> None:
-        warn(f"this run goes on with another: {changes}")
-        if run := run_of(self.trainer):
-            run.event("changes_allowed", changes=changes)
 
     def _remember_trainings(self, meta: dict[str, Any]) -> None:
         """What the checkpoint was trained on, should it not be this run's data, was learned too."""
@@ -94,11 +93,6 @@ class LitCheckpoint(LitModel):
                 self.earlier.append(training)
         if self.trainer.is_global_zero:
             held_out.warn_of_split(str(self.ckpt_path), meta, config, fingerprint)
-
-    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, on the rank that writes them."""
-        whole: dict[str, Tensor] = sharding.gathered(tensors, keep=self.trainer.is_global_zero)
-        return whole
 
     def _own_tensors(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()

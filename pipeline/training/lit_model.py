@@ -109,7 +109,12 @@ class LitModel(pl.LightningModule):
         """The model, with its adapters."""
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
-        self._check_fit(gpt.config, loaded)
+        if loaded is not None and not loaded.tokenizer.is_like(self.data.tokenizer):
+            raise ValueError(
+                f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
+                f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
+            )
+        check_context(self.data, gpt.config.block_size)
         gpt.n_tokens = self.data.tokenizer.n_vocab
         gpt.gradient_checkpointing = self.gradient_checkpointing
         if loaded is not None:
@@ -127,22 +132,13 @@ class LitModel(pl.LightningModule):
     def _new_gpt(self) -> GPT:
         assert self.gpt_config is not None
         n_vocab = self.data.tokenizer.n_vocab
-        rounded = -(-n_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        vocab_size = self.gpt_config.vocab_size or rounded
+        vocab_size = self.gpt_config.vocab_size or n_vocab + -n_vocab % VOCAB_MULTIPLE
         if vocab_size < n_vocab:
             raise ValueError(
                 f"model.gpt.vocab_size is {vocab_size} but the tokenizer has {n_vocab} tokens; "
                 "leave it null to take the tokenizer's."
             )
         return GPT(replace(self.gpt_config, vocab_size=vocab_size))
-
-    def _check_fit(self, config: GPTConfig, loaded: Loaded | None) -> None:
-        if loaded is not None and not loaded.tokenizer.is_like(self.data.tokenizer):
-            raise ValueError(
-                f"data.tokenizer ({self.data.tokenizer.name}) is not the tokenizer of "
-                f"{self.init_from} ({loaded.tokenizer.name}); leave it null to take that."
-            )
-        check_context(self.data, config.block_size)
 
     def _check_held_out(self, meta: dict[str, Any]) -> None:
         """Refuses to evaluate on data that the weights were trained on, or in another form.
@@ -151,23 +147,19 @@ class LitModel(pl.LightningModule):
         """
         assert self.init_from is not None
         data, fn = self.data, self.trainer.state.fn
+        facts = (meta, data.config, data.fingerprint)
         if fn == TrainerFn.FITTING:
             if self.trainer.is_global_zero:
-                held_out.warn_of_split(self.init_from, meta, data.config, data.fingerprint)
+                held_out.warn_of_split(self.init_from, *facts)
             return
         if meta.get("dataset") is not None:
             held_out.check_form(self.init_from, meta, data.meta())
         split = "val" if fn == TrainerFn.VALIDATING else "test"
-        keys = data.keys(split)
-        held_out.check_held_out(meta, data.config, data.fingerprint, [split], keys)
+        held_out.check_held_out(*facts, [split], data.keys(split))
 
 
 def check_context(data: StepDataModule, block_size: int) -> None:
-    """Refuses rows that do not fit in the model's context.
-
-    Raises:
-        ValueError: naming both keys.
-    """
+    """ValueError for rows that do not fit in the model's context."""
     key, n_tokens = data.context
     if n_tokens > block_size:
         raise ValueError(

@@ -14,13 +14,8 @@ _VECTORS = 16  # of n_embd that a block keeps for the backward pass, for every t
 def estimate_gib(model: nn.Module, gpt: GPT, max_tokens: int, *, half: bool) -> float:
     """What a training step keeps in memory: weights, gradients, optimizer, one micro-batch.
 
-    Coarse, by counting; `check` measures it.
-
-    Args:
-        model: with the gradients that it needs.
-        gpt: its transformer.
-        max_tokens: the limit of a micro-batch.
-        half: whether it computes in two bytes a number.
+    Coarse, by counting; `check` measures it. A micro-batch has `max_tokens` at most, computed in
+    two bytes a number (`half`) or four.
     """
     parameters = [local(p) for p in model.parameters()]
     weights = sum(p.numel() * p.element_size() for p in parameters)

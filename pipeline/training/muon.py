@@ -75,15 +75,9 @@ def _alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 def orthogonalize(
     matrices: Tensor, coefficients: tuple[float, float, float], n_steps: int
 ) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
+    """The nearest semi-orthogonal matrices (B, M, N), roughly: singular values of 0.7 to 1.2.
 
-    Args:
-        matrices: (B, M, N).
-        coefficients: a, b, c of the quintic x -> a x + b x^3 + c x^5, applied to singular values.
-        n_steps: how often.
-
-    Returns:
-        (B, M, N).
+    To these the quintic x -> a x + b x^3 + c x^5 is applied `n_steps` times.
     """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -101,16 +95,8 @@ def orthogonalize(
 def _factor(gram: Tensor, coefficients: tuple[float, float, float], n_steps: int) -> Tensor:
     """What all steps together multiply matrices with, from their products with themselves.
 
-    A step multiplies with a polynomial p of that product, which becomes p gram p: all of these are
-    small where a matrix is wide, 1.8 times as fast for (384, 1536).
-
-    Args:
-        gram: (B, M, M).
-        coefficients: of the quintic.
-        n_steps: how many steps.
-
-    Returns:
-        (B, M, M).
+    A step multiplies with a polynomial p of that product (B, M, M), which becomes p gram p: all of
+    these are small where a matrix is wide, 1.8 times as fast for (384, 1536).
     """
     a, b, c = coefficients
 

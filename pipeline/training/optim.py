@@ -52,11 +52,7 @@ class OptimizerConfig:
 
 
 def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """Refuses a warm-up that would not end.
-
-    Raises:
-        ValueError: naming both keys.
-    """
+    """ValueError for a warm-up that would not end."""
     if 0 <= total_steps <= warmup_steps:
         raise ValueError(
             f"model.optimizer.warmup_steps is {warmup_steps} but the run has only {total_steps} "
@@ -67,11 +63,7 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, final: float) -> float:
     """What the peak rate is multiplied with: linear warm-up, then a cosine down to `final`.
 
-    Args:
-        step: optimizer steps taken so far; step 0 already has a rate above 0.
-        warmup_steps: optimizer steps until the peak.
-        total_steps: optimizer steps of the run.
-        final: fraction of the peak that is left at the end.
+    `step` optimizer steps were taken so far; the first already has a rate above 0.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -84,10 +76,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all that is trainable, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Args:
-        module: what is trained.
-        config: how.
-        is_scaled: whether gradients are, as in 16-mixed.
+    Gradients that are scaled, as in 16-mixed, go to no fused AdamW: it unscales them itself, which
+    is after they were clipped.
 
     Raises:
         ValueError: where nothing is trainable, or nothing that Muon can take.
@@ -131,16 +121,9 @@ def _adamw(
 ) -> torch.optim.Optimizer:
     decayed = [p for p in parameters if p.dim() >= 2]
     others = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        fused=is_fused,  # a fused AdamW unscales gradients itself, which is after they were clipped
-    )
+    decays = ((decayed, config.weight_decay), (others, 0.0))
+    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=is_fused)
 
 
 class Chained(torch.optim.Optimizer):

@@ -138,15 +138,7 @@ def option_names() -> list[str]:
 
 
 def check_trainer(options: Any, *, is_test: bool) -> None:
-    """Refuses what cannot be meant here.
-
-    Args:
-        options: those of the trainer, parsed.
-        is_test: they are for `test`.
-
-    Raises:
-        ValueError: naming the key, and what to use instead.
-    """
+    """ValueError for options of the trainer that cannot be meant here, of `test` or others."""
     for key, usual, remedy in _NOT_HERE:
         if options[key] not in usual:
             raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
@@ -176,11 +168,7 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
 
 
 def check_processes(trainer: pl.Trainer) -> None:
-    """Refuses processes that would train side by side, or that would share this one's open run.
-
-    Raises:
-        ValueError: naming the key, and what to use instead.
-    """
+    """ValueError for processes that would train side by side, or share this one's open run."""
     n_processes = n_started()
     if n_processes > 1 and n_processes != trainer.world_size:
         raise ValueError(

@@ -28,34 +28,21 @@ NO_THIRD_SPLIT = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage hands to the journal and to the chain's table.
-
-    Attributes:
-        metrics: the stage's result.
-        headline: rows {"metric", "before", "after"} of the chain's table.
-        lines: what is said of it, where that is more.
-    """
+    """What a stage hands to the journal and to the chain's table."""
 
     metrics: dict[str, float]
-    headline: list[dict[str, Any]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
+    headline: list[dict[str, Any]] = field(default_factory=list)  # rows: metric, before, after
+    lines: list[str] = field(default_factory=list)  # what is said of it, where that is more
 
 
 def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Report:
-    """Loss curves; for pretraining, what a compressor and a 5-gram model reach on the same text.
+    """Loss curves, from the run's journal, and the validation metrics of the best checkpoint.
 
-    Args:
-        run: the run, whose journal holds the losses.
-        data: the data that was trained on.
-        metrics: validation metrics of the best checkpoint.
+    For pretraining, also what a compressor and a 5-gram model reach on the same text.
     """
     history = metric_history(run.path)
-    tokens = history.get("train/tokens", {})
-    losses = [
-        (step, int(tokens[step]), loss)
-        for step, loss in history.get("train/loss", {}).items()
-        if step in tokens
-    ]
+    tokens, known = history.get("train/tokens", {}), history.get("train/loss", {})
+    losses = [(n, int(tokens[n]), loss) for n, loss in known.items() if n in tokens]
     if losses:
         val = list(history.get("val/loss", {}).items())
         unit = "text" if isinstance(data, TextClassificationDataModule) else "token"

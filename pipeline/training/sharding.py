@@ -69,9 +69,7 @@ class FullySharded(ModelParallelStrategy):
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shares out a model in place, block by block, then the rest; it begins as on the first rank.
 
-    Args:
-        model: with the gradients that it will need, and in the dtypes that it will have.
-        mesh: device mesh of one dimension, all processes.
+    It needs to have its final dtypes and `requires_grad`; the mesh is of one dimension.
     """
     model.to(mesh.device_type)
     for tensor in model.parameters():
@@ -107,9 +105,7 @@ def share_out_again(model: nn.Module) -> None:
 def gathered(tree: Any, *, keep: bool) -> Any:
     """A tree with its shared-out tensors whole, on the CPU; all ranks must call it.
 
-    Args:
-        tree: containers and tensors; plain tensors stay as they are.
-        keep: false where whole tensors are not wanted: they are left empty, to save memory.
+    Plain tensors stay as they are; where whole ones are not kept, they are empty, to save memory.
     """
 
     def gather(leaf: Any) -> Any:
@@ -122,12 +118,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 
 
 def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, which every rank has, as this rank's shares of them.
-
-    Args:
-        tensors: by name.
-        like: tensors of the same names, shared out or not.
-    """
+    """Whole tensors, which every rank has, as this rank's shares: `share` by name."""
     return {name: share(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 

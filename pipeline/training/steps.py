@@ -54,11 +54,8 @@ def validations(
 ) -> tuple[int, int]:
     """How often a run validates, and after which step it does so last.
 
-    Args:
-        n_steps: of the run.
-        n_between: Lightning's `val_check_batch`.
-        n_per_epoch: steps of an epoch.
-        every_n_epochs: Lightning's `check_val_every_n_epoch`; None counts over epochs.
+    Between are Lightning's `val_check_batch` steps; epochs are every `check_val_every_n_epoch`, of
+    which None counts over them.
     """
     if every_n_epochs is None:
         every_n_epochs, n_per_epoch = 1, max(1, n_steps)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -18,7 +19,6 @@ from pipeline.decoding.passes import check_prompt
 from pipeline.decoding.sampling import Sampling
 from pipeline.decoding.text_stream import text_of
 from pipeline.hardware import matrix_product_ceiling
-from pipeline.training.compiling import uncompiled
 from pipeline.training.flops import flops_per_token
 from pipeline.training.sharding import gather_shared
 from pipeline.training.steps import is_logged_step, log_figures, n_real_tokens, run_of, sample_ids
@@ -37,44 +37,44 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.total_tokens = 0  # of all ranks, since the run began; n_tokens come on top
-        self.n_tokens, self.since, self.ceiling = 0, time.perf_counter(), 0.0
+        self.total_tokens, self.ceiling = 0, 0.0  # of all ranks, since the run began
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.tokens_before, self.since = self.total_tokens, time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures the ceiling."""
         half = {"bf16": torch.bfloat16, "16-m": torch.float16, "16-t": torch.float16}
         dtype = half.get(str(trainer.precision)[:4], torch.float32)
         self.ceiling = matrix_product_ceiling(pl_module.device, dtype)
-        self.n_tokens, self.since = 0, time.perf_counter()
+        self._restart_clock()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
         """Counts; logs where Lightning logs."""
-        self.n_tokens += pl_module.over_ranks(n_real_tokens(batch))
+        self.total_tokens += pl_module.over_ranks(n_real_tokens(batch))
         if not is_logged_step(trainer):
             return
-        now = time.perf_counter()
-        rate = self.n_tokens / (now - self.since)
+        rate = (self.total_tokens - self.tokens_before) / (time.perf_counter() - self.since)
+        self._restart_clock()
         n_context = max((mb["input_ids"].shape[1] for mb in batch), default=0)
         flops = flops_per_token(pl_module.gpt, n_context)
-        self.total_tokens += self.n_tokens
         pl_module.log("perf/tokens_per_s", rate, prog_bar=True)
         figures = {
             "train/tokens": float(self.total_tokens),
             "perf/model_flops_utilisation": rate * flops / self.ceiling / trainer.world_size,
         }
         log_figures(pl_module, figures)
-        self.n_tokens, self.since = 0, now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Validation's time is not training's."""
-        self.total_tokens += self.n_tokens
-        self.n_tokens, self.since = 0, time.perf_counter()
+        self._restart_clock()
 
     def state_dict(self) -> dict[str, int]:
         """Tokens so far."""
-        return {"total_tokens": self.total_tokens + self.n_tokens}
+        return {"total_tokens": self.total_tokens}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restores what `state_dict` gave."""
@@ -174,8 +174,9 @@ class SampleTexts(pl.Callback):
             max_new_tokens=self.max_new_tokens, stop_ids=frozenset(stop_ids(tokenizer, style))
         )
         ids = self._ids(pl_module.data)
-        plain = uncompiled(pl_module.is_compiled)
-        with trainer.precision_plugin.forward_context(), plain:  # adapters' base may be bf16
+        is_compiled = pl_module.is_compiled  # which decoding is not
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        with trainer.precision_plugin.forward_context(), eager:  # adapters' base may be bf16
             new = generate(pl_module.model, ids, settings)
         pl_module.train()
         if run is None:

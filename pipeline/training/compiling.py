@@ -1,8 +1,5 @@
 """torch.compile where it pays: blocks, of whose many small kernels it makes few."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
 from pipeline.gpt import GPT
@@ -18,8 +15,3 @@ def compile_blocks(gpt: GPT) -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in gpt.blocks:
         block.forward = torch.compile(block.forward)
-
-
-def uncompiled(is_compiled: bool) -> AbstractContextManager[Any]:
-    """A context in which compiled blocks run eagerly, as decoding needs."""
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

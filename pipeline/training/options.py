@@ -42,13 +42,10 @@ from pipeline.training.lit_step import LitStep
 from pipeline.training.optim import OptimizerConfig
 from pipeline.training.sharding import FullySharded
 
+A_STEP = "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
 # an option, its values without effect, and what to use instead
 _NOT_HERE = (
-    (
-        "accumulate_grad_batches",
-        (1,),
-        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
-    ),
+    ("accumulate_grad_batches", (1,), A_STEP),
     ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
     ("overfit_batches", (0,), "steps are drawn anew every epoch: give a data.source of few rows."),
     ("reload_dataloaders_every_n_epochs", (0,), "data stay as they are; leave it out."),
@@ -56,6 +53,14 @@ _NOT_HERE = (
     ("enable_checkpointing", (None, True), "a run goes on from its own; see checkpoints."),
     ("default_root_dir", (None,), "runs lie below GPT_PIPELINE_HOME, or else mlruns: set that."),
 )
+# an option that is not to be 0 or false, and what to use instead
+_NOT_OFF = {
+    "logger": "a run always keeps a journal: leave it out.",
+    "val_check_interval": "give the steps between validations, or to have none "
+    "trainer.limit_val_batches: 0.",
+    "check_val_every_n_epoch": "give the epochs between validations, or null to count "
+    "trainer.val_check_interval over epochs.",
+}
 # callbacks, and what to use instead
 _NO_CALLBACKS = (
     (
@@ -67,10 +72,7 @@ _NO_CALLBACKS = (
         (StochasticWeightAveraging, WeightAveraging),
         "a checkpoint holds the weights that were trained, so the average would be lost.",
     ),
-    (
-        (BatchSizeFinder, GradientAccumulationScheduler),
-        "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory.",
-    ),
+    ((BatchSizeFinder, GradientAccumulationScheduler), A_STEP),
     (LearningRateFinder, "it trains outside of the run: give model.optimizer.lr."),
     (ModelPruning, "a checkpoint has no place for masks."),
 )
@@ -142,18 +144,9 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
     for key, usual, remedy in _NOT_HERE:
         if options[key] not in usual:
             raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
-    if options.logger is False:
-        raise ValueError("trainer.logger is False; a run always keeps a journal: leave it out.")
-    if options.val_check_interval == 0:
-        raise ValueError(
-            "trainer.val_check_interval is 0; give the steps between validations, or to have "
-            "none trainer.limit_val_batches: 0."
-        )
-    if options.check_val_every_n_epoch == 0:
-        raise ValueError(
-            "trainer.check_val_every_n_epoch is 0; give the epochs between validations, or null to "
-            "count trainer.val_check_interval over epochs."
-        )
+    for key, remedy in _NOT_OFF.items():
+        if options[key] == 0:
+            raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
     if options.num_nodes > 1 and n_started() == 1:
         raise ValueError(
             f"trainer.num_nodes is {options.num_nodes}; processes of several machines are started "

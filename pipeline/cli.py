@@ -205,9 +205,7 @@ class PipelineCLI(LightningCLI):
 
     def make_run(self, attempt: Attempt) -> AbstractContextManager[Run]:
         """The run that the command keeps everything in."""
-        if attempt.why and RUN_VARIABLE not in os.environ:  # else the chain has said so
-            say(f"anew: {attempt.why}")
-        return open_run(self.stage.run.experiment, attempt.path.name, self.config_dump)
+        return open_run(attempt, self.config_dump)
 
     def _open_on_first_rank(self) -> None:
         """Opens the run in the first of several processes; the others learn where it lies."""

@@ -14,7 +14,7 @@ from datamodules.files import digest
 from pipeline.console import say
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.provenance import environment
-from pipeline.runs.reuse import find_run, what_changed
+from pipeline.runs.reuse import Attempt, find_run, what_changed
 from pipeline.runs.run_directory import AlreadyFinished, Run, flat, read_outcome
 from pipeline.runs.tracking import Replica
 
@@ -48,10 +48,8 @@ def run_once(
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
     attempt = find_run(base, partial(what_changed, options=flat(config)))
-    if attempt.why and RUN_VARIABLE not in os.environ:  # else the chain has said so
-        say(f"anew: {attempt.why}")
     try:
-        with open_run(experiment, attempt.path.name, config) as run:
+        with open_run(attempt, config) as run:
             make(run)
         path = run.path
     except AlreadyFinished as finished:
@@ -63,18 +61,17 @@ def run_once(
 
 
 @contextmanager
-def open_run(experiment: str, name: str, config: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(attempt: Attempt, config: Mapping[str, Any]) -> Iterator[Run]:
     """The run of a command, its configuration and environment recorded; it fails with the block.
 
-    MLflow is kept up to date meanwhile; in a chain the chain does that, and gives the directory.
-    Takes what `run_once` does, and raises what `Run.open` does.
+    MLflow is kept up to date meanwhile. In a chain the chain does that, gives another directory,
+    and has said why it runs anew. Raises what `Run.open` does.
     """
     given, parent = os.environ.get(RUN_VARIABLE), os.environ.get(PARENT_VARIABLE)
-    run = Run.open(
-        Path(given) if given else mlruns_root() / experiment / name,
-        parent=Path(parent) if parent else None,
-        command=shlex.join(sys.argv[1:]),
-    )
+    if attempt.why and not given:
+        say(f"anew: {attempt.why}")
+    path, command = Path(given) if given else attempt.path, shlex.join(sys.argv[1:])
+    run = Run.open(path, parent=Path(parent) if parent else None, command=command)
     replica = None if parent else Replica(run.path)
     try:
         run.config(config)

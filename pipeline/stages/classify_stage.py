@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datamodules.files import file_digests, sha256
 from pipeline.inference import classify_table
+from pipeline.runs.reuse import Attempt
 from pipeline.runs.run_directory import OUTCOME, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, open_run
 
@@ -34,7 +35,7 @@ def classify_stage(
         "output": str(output),
         "threshold": threshold,
     }
-    with open_run("classify", output.stem, options) as run:
+    with open_run(Attempt(Path(os.environ[RUN_VARIABLE]), None), options) as run:
         check_new(output, run.path.parent)
         label()
         run.finish(

@@ -33,14 +33,10 @@ def end_with_parent() -> None:
 
 
 class StopRequest:
-    """SIGTERM, or Ctrl-C, while a model is trained; a second Ctrl-C stops at once.
-
-    Attributes:
-        signal: number of the signal that came, None before.
-    """
+    """SIGTERM, or Ctrl-C, while a model is trained; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # number of the one that came
 
     def listen(self) -> None:
         """Takes both signals from now on; one that is ignored (nohup) stays so."""
@@ -63,13 +59,10 @@ class Child:
 
     The children have a process group of their own: Ctrl-C reaches them once, through here. Signals
     that are ignored (nohup) stay so; outside the main thread nothing is forwarded.
-
-    Attributes:
-        signal: number of the last signal, None before; from then on nothing is started.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # number of the last; from then on nothing is started
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -85,11 +78,7 @@ class Child:
             signal.signal(number, handler)
 
     def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Starts a command without stdin and waits for it.
-
-        Returns:
-            Its exit code, 128 + n where signal n ended it (as shells have it).
-        """
+        """Exit code of a command without stdin; 128 + n, as in shells, where signal n ended it."""
         if self.signal is not None:
             return 128 + self.signal
         self._process = subprocess.Popen(

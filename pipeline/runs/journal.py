@@ -25,17 +25,12 @@ JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """The journal of a run directory, open for writing; threads may share it.
-
-    Attributes:
-        is_new: it had no line before.
-        active_s: seconds that the run was at work before.
-    """
+    """The journal of a run directory, open for writing; threads may share it."""
 
     def __init__(self, run: Path) -> None:
         path = run / JOURNAL
         path.touch()
-        end, self.active_s = _recover(run)
+        end, self.active_s = _recover(run)  # how long the run was at work before
         os.truncate(path, end)
         self.is_new = end == 0
         self._file = path.open("ab")  # buffered writers lock themselves

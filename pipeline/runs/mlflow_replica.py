@@ -80,8 +80,11 @@ def send_missing(run: Path, uri: str, *, ask: bool, patience_s: float = 0.0) -> 
             replicated.offset = some[-1][1]
             _remember(run, replicated)
             n_lines += len(some)
-        if replicated.status == "RUNNING" and not is_open(run):
-            _end_dead(client, run, replicated)
+        if replicated.status == "RUNNING" and not is_open(run):  # it ended without a word
+            *_, (last, _) = read_journal(run)
+            status = "KILLED" if read_outcome(run) is None else "FINISHED"
+            _set_status(client, replicated, status, int(last["time"] * 1000))
+            _remember(run, replicated)
     return n_lines
 
 
@@ -160,14 +163,6 @@ def _parent_id(parent: Path, uri: str) -> str | None:
     return replicated.run_id if replicated else None
 
 
-def _end_dead(client: MlflowClient, run: Path, replicated: _Replicated) -> None:
-    """Ends in MLflow what ended without a word."""
-    *_, (last, _) = read_journal(run)
-    status = "KILLED" if read_outcome(run) is None else "FINISHED"
-    _set_status(client, replicated, status, int(last["time"] * 1000))
-    _remember(run, replicated)
-
-
 def _store_name(run: Path, uri: str) -> str:
     """The store as mlflow.json names it: without login, and the same where the root was moved."""
     return redact(uri.replace(str(run.parent.parent), "."))
@@ -187,15 +182,11 @@ def _remember(run: Path, replicated: _Replicated) -> None:
 
 
 class _Batch:
-    """Lines of one journal, taken in by `add`, that `send` writes to a store.
-
-    Attributes:
-        parent: path of the parent run, relative to the run, if these lines name one.
-    """
+    """Lines of one journal, taken in by `add`, that `send` writes to a store."""
 
     def __init__(self, replicated: _Replicated) -> None:
         self.replicated = replicated
-        self.parent: str | None = None
+        self.parent: str | None = None  # path of the parent run, relative to the run, if named
         self.tags: dict[str, str] = {}
         self._metrics: list[Metric] = []
         self._params: list[tuple[str, str]] = []

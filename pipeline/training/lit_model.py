@@ -121,9 +121,9 @@ class LitModel(pl.LightningModule):
             self._check_held_out(loaded.meta)
             self.earlier = held_out.trained_on(loaded.meta)
             self.parent = {"path": str(loaded.path), "digest": path_digest(loaded.path)}
-        if loaded is not None and self.lora_config is not None:
-            folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
-            self.base = describe_base(loaded, folder)
+            if self.lora_config is not None:
+                folder = Path(self.trainer.default_root_dir) / CHECKPOINTS
+                self.base = describe_base(loaded, folder)
         model = self.wrap(gpt, loaded)
         if self.lora_config is not None:
             self.lora_config = lora.attach(model, self.lora_config)

@@ -39,10 +39,6 @@ class ProgressDisplay(ProgressBar):
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
 
-    def enable(self) -> None:
-        """Shows what starts from here on."""
-        self.is_enabled = True
-
     def disable(self) -> None:
         """Shows nothing that starts from here on; Lightning asks for it on all ranks but one."""
         self.is_enabled = False

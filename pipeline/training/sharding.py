@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from pipeline.gpt import Block
 
@@ -108,13 +108,11 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     Plain tensors stay as they are; where whole ones are not kept, they are empty, to save memory.
     """
 
-    def gather(leaf: Any) -> Any:
-        if not isinstance(leaf, DTensor):
-            return leaf
-        tensor = whole(leaf).detach()
+    def gather(shared: DTensor) -> Tensor:
+        tensor = shared.full_tensor().detach()
         return tensor.cpu() if keep else tensor.new_empty(0)
 
-    return tree_map(gather, tree)
+    return tree_map_only(DTensor, gather, tree)
 
 
 def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,21 +31,13 @@ N_VAL_BATCHES = 5
 
 @dataclass(frozen=True)
 class Epoch:
-    """The first pass over the training samples, in numbers.
+    """The first pass over the training samples, in numbers."""
 
-    Attributes:
-        keys: keys of its samples, in order, step by step.
-        step_tokens: (steps,) tokens without padding.
-        n_padded: tokens in all with padding.
-        largest: rows and tokens a row of the micro-batch with the most tokens.
-        heaviest: the step that it belongs to.
-    """
-
-    keys: tuple[Tensor, ...]
-    step_tokens: Tensor
-    n_padded: int
-    largest: tuple[int, int]
-    heaviest: int
+    keys: tuple[Tensor, ...]  # of its samples, in order, step by step
+    step_tokens: Tensor  # (steps,) without padding
+    n_padded: int  # tokens in all with padding
+    largest: tuple[int, int]  # rows and tokens a row of the micro-batch with the most tokens
+    heaviest: int  # the step that it belongs to
 
     @classmethod
     def of(cls, data: StepDataModule) -> Epoch:
@@ -91,24 +83,18 @@ class Trial(pl.Callback):
     """Takes the steps of `Epoch.trial_order`, times them, validates a little, and ends the run.
 
     Where the run needs more memory than there is, no step is taken.
-
-    Attributes:
-        start_s: from the start of the process to the first step.
-        kept_bytes: what the largest micro-batch keeps for the backward pass, by count.
-        needed_bytes: the memory that the run needs at least, by count.
-        peak_bytes: the memory that was used.
-        step_s, step_tokens: seconds and tokens of the timed steps.
-        val_batch_s: seconds of each batch of validation.
-        val_rest_s: seconds of what a validation does beside its batches: checkpoint, sample texts.
     """
 
     def __init__(self, epoch: Epoch) -> None:
         self.epoch = epoch
-        self.start_s = self.val_rest_s = 0.0
-        self.kept_bytes = self.needed_bytes = self.peak_bytes = self.total_bytes = 0
-        self.step_s: list[float] = []
-        self.step_tokens: list[int] = []
+        self.start_s = 0.0  # from the start of the process to the first step
+        self.kept_bytes = 0  # by the largest micro-batch for the backward pass, by count
+        self.needed_bytes = 0  # by the run at least, by count
+        self.peak_bytes = self.total_bytes = 0  # that were used, that there are
+        self.step_s: list[float] = []  # of the timed steps
+        self.step_tokens: list[int] = []  # likewise
         self.val_batch_s: list[float] = []
+        self.val_rest_s = 0.0  # of what a validation does beside: checkpoint, sample texts
         self._n_steps, self._since, self._n_prepared = 0, 0.0, 0
 
     @property

@@ -344,11 +344,12 @@ def test_sample_texts_of_adapters_under_autocast(tiny: Journey, tmp_path: Path) 
     module = language_model(gpt=None, init_from=str(tiny.best("pretrain")), lora=LORA)
     data = instruction_data(tiny.tokenizer)
     run = Run.open(tmp_path / "mlruns" / "default" / "run")
+    journal = RunLogger(run)
     trainer = pl.Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
         max_steps=1,
-        logger=RunLogger(run),
+        logger=journal,
         enable_checkpointing=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
@@ -357,6 +358,7 @@ def test_sample_texts_of_adapters_under_autocast(tiny: Journey, tmp_path: Path) 
         default_root_dir=str(run.path),
         callbacks=[SampleTexts(prompts=["Hello"], max_new_tokens=3)],
     )
+    journal.trainer = trainer
     trainer.fit(module, datamodule=data)
     assert list((run.path / "samples").glob("*.json"))
     run.finish({}, {}, {})

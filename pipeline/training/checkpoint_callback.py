@@ -48,7 +48,8 @@ class DirectoryCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             changing = {key: v for key, v in checkpoint.items() if key != "tokenizer"}
-            checkpoint = {**checkpoint, **tree_map_only(Tensor, _copy, changing)}
+            copied = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), changing)
+            checkpoint = {**checkpoint, **copied}
         state = {key: value for key, value in checkpoint.items() if key not in _IN_FILES}
         writers: dict[str, Any] = {
             **files.model_writers(
@@ -187,15 +188,16 @@ class Checkpoints(pl.Callback):
         Whenever the file is written after that, training resumes from here: Lightning then knows
         that the step's validation, if any, is over, and neither repeats nor loses it.
         """
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        loops, epoch = trainer.fit_loop.state_dict(), data.state_dict()["epoch"]
+        data, fit_loop = trainer.datamodule, trainer.fit_loop  # type: ignore[attr-defined]
+        loops, epoch = fit_loop.state_dict(), data.state_dict()["epoch"]
         for progress in loops["epoch_progress"].values():  # lags after a resume at an epoch's end
             progress |= {"ready": epoch + 1, "started": epoch + 1}
             progress |= {"processed": epoch, "completed": epoch}
         data.advance(int(trainer.num_training_batches))
         self._at_step_end = {"loops": loops, "data": data.state_dict()}
-        due = trainer.global_step % self.every_n_steps == 0
-        self._is_due = due and not _validation_follows(trainer)
+        fetcher: Any = fit_loop._data_fetcher
+        is_validated = fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        self._is_due = trainer.global_step % self.every_n_steps == 0 and not is_validated
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Saves the step before, if it is due: by now its metrics are in the journal.
@@ -282,8 +284,12 @@ class Checkpoints(pl.Callback):
         self.last_step, self.should_stop = step, trainer.should_stop
         best = {files.step_name(step) for step in self.best}
 
+        def write_and_prune(write: Callable[[], None]) -> None:
+            write()
+            self._prune(trainer, path, best)
+
         def beside(write: Callable[[], None]) -> None:
-            self._saving = self._thread.submit(lambda: (write(), self._prune(trainer, path, best)))
+            self._saving = self._thread.submit(write_and_prune, write)
 
         is_beside = self._is_beside(trainer)
         options = beside if is_beside else None
@@ -374,10 +380,6 @@ def check_monitor(name: str, key: str) -> None:
         raise ValueError(f"{key} is {name!r}; name a metric of validation, such as val/loss.")
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
     """State of torch's generators, of the CPU and of a device that is a GPU."""
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -390,8 +392,3 @@ def set_random_state(state: dict[str, Tensor | None], device: torch.device) -> N
     torch.set_rng_state(state["cpu"].cpu())
     if state["gpu"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["gpu"].cpu(), device)
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    epoch_loop = trainer.fit_loop.epoch_loop
-    return epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]

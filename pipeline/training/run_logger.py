@@ -19,10 +19,11 @@ class RunLogger(Logger):
         run: the open run, of the first rank.
     """
 
+    trainer: pl.Trainer  # whose optimizer steps count; it is made later
+
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.trainer: pl.Trainer | None = None  # whose optimizer steps count
 
     @property
     def name(self) -> str:
@@ -40,22 +41,16 @@ class RunLogger(Logger):
         Once a run is to stop, Lightning logs every step, with what it remembers of earlier ones:
         such values are left out.
         """
-        is_stale = self.trainer is not None and not is_logged_step(self.trainer)
+        is_stale = not is_logged_step(self.trainer)
         values = {
             key: float(value)
             for key, value in metrics.items()
             if key != "epoch" and not (is_stale and key.startswith(OF_A_STEP))
         }
         if values:
-            self.run.log_metrics(values, self._step(step))
-
-    def _step(self, step: int | None) -> int:
-        """How many steps were taken, of Lightning's number of one, which counts from 0."""
-        if self.trainer is None:
-            return step or 0
-        if step is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return self.trainer.global_step
-        return step + 1
+            fits = self.trainer.state.fn == TrainerFn.FITTING  # and counts steps from 0
+            n_steps = step + 1 if fits and step is not None else self.trainer.global_step
+            self.run.log_metrics(values, n_steps)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved YAML is the parameters, and the command line logs it."""

@@ -168,27 +168,17 @@ def sweep(folder: Path, name: str) -> None:
 @contextmanager
 def _holding(folder: Path, how: int = 0) -> Iterator[None]:
     """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        is_held = _lock(descriptor, fcntl.LOCK_EX | how)
+    with contextlib.ExitStack() as after:
+        descriptor = os.open(folder, os.O_RDONLY)
+        after.callback(os.close, descriptor)
         try:
-            yield
-        finally:
-            if is_held:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork has the descriptor, too
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, how: int) -> bool:
-    """Locks a folder, if its file system can; over NFS one that is open to read cannot be."""
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+            fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+            after.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a fork has it, too
+        except BlockingIOError:
+            raise
+        except OSError:  # over NFS what is open to read cannot be locked
+            pass
+        yield
 
 
 def _facts(path: Path) -> dict[str, Any]:

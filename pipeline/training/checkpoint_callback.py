@@ -373,9 +373,7 @@ class Checkpoints(pl.Callback):
 
 
 def check_monitor(name: str, key: str) -> None:
-    """Refuses metrics of training: at a validation they are of a step before, or after a resume
-    of none.
-    """
+    """ValueError for a metric of training: at a validation it is of a step before, or of none."""
     if not name.startswith(OF_VALIDATION):
         raise ValueError(f"{key} is {name!r}; name a metric of validation, such as val/loss.")
 

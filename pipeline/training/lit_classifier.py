@@ -51,7 +51,7 @@ class LitClassifier(LitStep):
         self.predictions: list[dict[str, Tensor]] = []
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
-        """The transformer with a head; everything that is not trained is frozen."""
+        """The transformer with a head; what is not trained below that is frozen."""
         names = self.data.meta()["label_names"]
         if loaded is not None and isinstance(loaded.model, GPTClassifier):
             if loaded.meta["label_names"] != names:
@@ -66,11 +66,14 @@ class LitClassifier(LitStep):
             model = GPTClassifier(gpt, n_labels=len(names))
         self.metrics = make_metrics(len(names))
         self.loss_mean = MeanMetric(nan_strategy=math.nan)  # "disable" drops weights, others NaN
-        freeze(model, self.trainable)
+        model.requires_grad_(self.trainable == "all")
+        if self.trainable == "last_block":
+            model.gpt.blocks[-1].requires_grad_(True)
+            model.gpt.final_norm.requires_grad_(True)
         return model
 
     def build(self) -> nn.Module:
-        """The model, whose head is trained with adapters too."""
+        """The model, whose head is always trained; adapters would freeze it."""
         model: Any = super().build()
         model.classifier.requires_grad_(True)
         return model
@@ -159,12 +162,3 @@ class MeanAUROC(MulticlassAUROC):
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of absent labels
             each = super().compute()
         return each[(counts > 0) & (counts < len(targets))].mean()
-
-
-def freeze(model: GPTClassifier, trainable: str) -> None:
-    """Leaves trainable what `LitClassifier.trainable` names; the head always is."""
-    model.requires_grad_(trainable == "all")
-    model.classifier.requires_grad_(True)
-    if trainable == "last_block":
-        model.gpt.blocks[-1].requires_grad_(True)
-        model.gpt.final_norm.requires_grad_(True)

@@ -60,12 +60,6 @@ def what_changed(outcome: Outcome, options: Mapping[str, Any]) -> str:
 
 def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
     recorded = outcome["sources"]
-    sources = [
-        (source, key.startswith("data."))
-        for key, value in options.items()
-        if key.rpartition(".")[2] in SOURCES and value is not None
-        for source in (value if isinstance(value, list) else [value])
-    ]
     if not outcome["complete"]:
         yield "some of it could not be done"
     outputs: Mapping[str, str] = outcome["outputs"]
@@ -74,9 +68,11 @@ def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
         if path_digest(Path(outputs[name])) != written:
             yield f"{outputs[name]} is not what it wrote"
     yield from (f"{n} has changed" for n, was in recorded.items() if not _is_unchanged(n, was))
-    for source, of_data in sources:
-        if _has_grown(source, set(recorded), of_data):
-            yield f"{source} has other files"
+    for key, value in options.items():
+        if key.rpartition(".")[2] in SOURCES and value is not None:
+            for source in value if isinstance(value, list) else [value]:
+                if _has_grown(source, set(recorded), of_data=key.startswith("data.")):
+                    yield f"{source} has other files"
 
 
 def code_digest() -> str:
@@ -115,7 +111,7 @@ def _is_unchanged(name: str, recorded: str) -> bool:
     return path_digest(path) == recorded
 
 
-def _has_grown(source: str, recorded: set[str], of_data: bool) -> bool:
+def _has_grown(source: str, recorded: set[str], *, of_data: bool) -> bool:
     """Whether a source has files besides those recorded; weights are recorded by other paths."""
     if source.startswith(("bundled:", "download:")):
         return False

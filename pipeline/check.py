@@ -107,7 +107,7 @@ class CheckCLI(PipelineCLI):
         return int(self.trainer.estimated_stepping_batches)
 
     def _validations(self, training_s: float) -> tuple[int, int]:
-        """How many there are, and after which step the last; by the clock that is not known."""
+        """How many there are, and after which step the last; by the clock as if after the last."""
         if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
             n_validations = int(training_s // interval_s)
             return n_validations, self._n_steps * bool(n_validations)

@@ -52,7 +52,7 @@ def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False
 def what_changed(outcome: Outcome, options: Mapping[str, Any]) -> str:
     """What of a finished run is not as it was; empty where it is whole, and may be used again.
 
-    Of sources among its options (by dotted key) that are folders a file that joined is a change,
+    Where a source among `options` (by dotted key) is a folder, a file that joined it is a change,
     and of data every file that was not read.
     """
     return next(_changes(outcome, options), "")

@@ -112,18 +112,15 @@ class Checkpoints(pl.Callback):
         keep_best: int = 1,
         asynchronous: bool | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}; give at least 1.")
-        if keep_last < 1 or keep_best < 1:
-            raise ValueError(
-                f"checkpoints.keep_last is {keep_last} and keep_best {keep_best}; give at least 1."
-            )
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.keep_last, self.keep_best = keep_last, keep_best
+        for key in ("every_n_steps", "keep_last", "keep_best"):
+            if (count := getattr(self, key)) < 1:
+                raise ValueError(f"checkpoints.{key} is {count}; give at least 1.")
         check_monitor(monitor, "checkpoints.monitor")
         if mode not in ("min", "max"):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
-        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: dict[int, dict[str, Any]] = {}  # step -> value and metrics, best first
-        self.keep_last, self.keep_best = keep_last, keep_best
         self.asynchronous, self._thread = asynchronous, ThreadPoolExecutor(max_workers=1)
         self._saving: Future[Any] | None = None  # beside training
         self.last_step: int | None = None

@@ -141,7 +141,7 @@ def _learned(
 def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Precision, recall and F1 of each label, NaN where there is none, and how many texts it has.
 
-    Labels are true classes (N,), as those predicted; names are (K,).
+    `labels` (N,) are the true classes, `predicted` (N,) the model's, `names` (K,) all of them.
     """
     from sklearn.metrics import precision_recall_fscore_support
 

@@ -14,7 +14,8 @@ def loss_curves(
 ) -> Figure:
     """Training and validation loss over optimizer steps, and over tokens on a second axis.
 
-    Of every step (its number, tokens seen, loss in nats a unit), of every validation (step, loss).
+    `train` has (step, tokens seen, loss) of every step, `val` (step, loss) of every validation; a
+    loss is in nats a `unit`.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

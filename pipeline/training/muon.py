@@ -77,7 +77,7 @@ def orthogonalize(
 ) -> Tensor:
     """The nearest semi-orthogonal matrices (B, M, N), roughly: singular values of 0.7 to 1.2.
 
-    To these the quintic x -> a x + b x^3 + c x^5 is applied `n_steps` times.
+    The quintic x -> a x + b x^3 + c x^5 (`coefficients`) is applied to these `n_steps` times.
     """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]

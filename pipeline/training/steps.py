@@ -54,8 +54,8 @@ def validations(
 ) -> tuple[int, int]:
     """How often a run validates, and after which step it does so last.
 
-    Between are Lightning's `val_check_batch` steps; epochs are every `check_val_every_n_epoch`, of
-    which None counts over them.
+    `n_between` is Lightning's `val_check_batch`, `every_n_epochs` its `check_val_every_n_epoch`, of
+    which None counts over epochs.
     """
     if every_n_epochs is None:
         every_n_epochs, n_per_epoch = 1, max(1, n_steps)

@@ -15,11 +15,7 @@ from pipeline.training.lit_step import LitStep
 
 
 class LitLanguageModel(LitStep):
-    """Next-token prediction.
-
-    Args:
-        **options: those of `LitStep`.
-    """
+    """Next-token prediction."""
 
     kind = "language_model"
     model: GPT

@@ -13,11 +13,7 @@ OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # what metrics of training 
 
 
 class RunLogger(Logger):
-    """Writes to a run directory; never to a server, so it never waits and never fails with one.
-
-    Args:
-        run: the open run, of the first rank.
-    """
+    """Writes to the open run, of the first rank, not to a server that may be slow or down."""
 
     trainer: pl.Trainer  # whose optimizer steps count; it is made later
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import torch
 
-from datamodules import apart, chat_template, splits
-from datamodules.batching import Sample, Samples, digest_of
+from datamodules import chat_template, splits
+from datamodules.batching import Sample
 from datamodules.entries import Item, make_item, read_entries
 from datamodules.progress import with_progress
 from datamodules.prompts import (
@@ -22,7 +22,8 @@ from datamodules.prompts import (
     stop_ids,
     surplus,
 )
-from datamodules.step_data_module import StepDataModule, check_seed, described, report
+from datamodules.split_data_module import SplitDataModule
+from datamodules.step_data_module import report
 from datamodules.tables import refused_together
 
 Turn = tuple[str, str]  # the question's key, and the answer
@@ -30,7 +31,7 @@ Turn = tuple[str, str]  # the question's key, and the answer
 LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
 
 
-class InstructionDataModule(StepDataModule):
+class InstructionDataModule(SplitDataModule):
     """Prompts and responses in one prompt style; the test set is what the other two leave.
 
     Entries that begin with the same question (but for case, punctuation and spacing), or answer one
@@ -49,22 +50,19 @@ class InstructionDataModule(StepDataModule):
             be missing), `output`; of `messages`; or as others have it: TRL's `prompt` and
             `completion` (texts, or lists of messages, of which the prompt's are not learned),
             ShareGPT's `conversations`. null to train on nothing, and answer all of test_source.
-        val_source: files of the validation set alone, likewise; null: a share of source.
-        test_source: files of the test set alone; what asks what it asks is left out of the others.
         prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
         supervise: "response" for a loss on what the assistant says, "all" for one on every token.
         max_length: tokens of a sample; at most the model's block_size.
-        train_fraction: share of source's entries to train on.
-        val_fraction: share of them to validate on. Where a set has a source of its own, the others
-            divide all of these entries in proportion to their shares.
-        shuffle_split: split at random; otherwise in file order.
-        split_seed: random seed of the split, where it is shuffled.
-        **options: those of `StepDataModule`.
+        shuffle_split: split at random, by split_seed; otherwise in file order.
+        **options: those of `SplitDataModule`.
 
     Raises:
         ValueError: for an argument that cannot be, before any data is read; from `read` and
             `setup`, for data that cannot be used, naming file and entry.
     """
+
+    units = "questions"
+    order = ("train", "test", "val")  # the book's
 
     def __init__(
         self,
@@ -73,34 +71,19 @@ class InstructionDataModule(StepDataModule):
         prompt_style: str,
         supervise: Supervise,
         max_length: int,
-        train_fraction: float,
-        val_fraction: float,
         shuffle_split: bool,
-        split_seed: int,
-        val_source: str | None = None,
-        test_source: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(source=source, **options)
         check_style(prompt_style)
-        splits.check_fractions(train_fraction, val_fraction)
-        check_seed("split_seed", split_seed)
         if supervise not in get_args(Supervise):
             raise ValueError(f"data.supervise is {supervise!r}; choose response or all.")
         if max_length < 2:
             raise ValueError(f"data.max_length is {max_length}; give at least 2 tokens.")
-        if source is None and test_source is None:
+        if source is None and self.test_source is None:
             raise ValueError("data.source is null, and so is data.test_source; give one of them.")
-        self.source, self.max_length = source, max_length
+        self.max_length, self.shuffle_split = max_length, shuffle_split
         self.prompt_style, self.supervise = prompt_style, supervise
-        self.train_fraction, self.val_fraction = train_fraction, val_fraction
-        self.shuffle_split, self.split_seed = shuffle_split, split_seed
-        self.val_source, self.test_source = val_source, test_source
-        self._items: list[Item] = []
-
-    def prepare_data(self) -> None:
-        """Downloads, on one process."""
-        apart.Files.of(self.source, self.val_source, self.test_source)
 
     def check(self) -> None:
         """Refuses a tokenizer without the template that is asked for, too."""
@@ -108,15 +91,16 @@ class InstructionDataModule(StepDataModule):
 
     def read(self) -> None:
         """Reads and splits the entries."""
-        self.files = apart.Files.of(self.source, self.val_source, self.test_source)
-        entries, self._own = self.files.read(read_entries)
+        entries = self._read(read_entries)
         items: list[Item] = []
         with refused_together() as row:
             for place, entry in entries:
                 with row(place):
                     items.append(make_item(len(items), entry))
         self._items, self._places = items, [place for place, _ in entries]
-        self._split(items)
+        turns = [_turns(item) for item in items]
+        self._asked = [[asked for asked, _ in conversation] for conversation in turns]
+        self._split(_question_keys(turns))
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes the entries; there is nothing to do a second time."""
@@ -127,29 +111,10 @@ class InstructionDataModule(StepDataModule):
         self.check()
         self.read()
         samples, n_cut = self._encode()
-        sets = [Samples([samples[i] for i in self._rows[split]]) for split in splits.SPLITS]
-        self.train_set, self.val_set, self.test_set = sets
-        counts = {
-            "items": len(samples),
-            **{split: len(rows) for split, rows in self._rows.items()},
-            "n_cut": n_cut,
-            "n_leaked_naive": self._n_leaked_naive,
-        }
-        if self._n_repeated:
-            counts["n_repeated"] = self._n_repeated
-            report(apart.left_out(self._n_repeated))
-        self.fingerprint = {
-            "digest": digest_of(sets),
-            "split": f"questions ({splits.KEYS})",
-            "learned": splits.packed([q for row in self._rows["train"] for q in self._asked[row]]),
-            "counts": counts,
-            **self.files.facts(),
-        }
         del self._places
-        report(
-            f"{self.source or self.test_source}: {described(counts)}; with a naive split "
-            f"{self._n_leaked_naive} test prompts would be in training too, here none is."
-        )
+        n_rows = {split: len(rows) for split, rows in self._rows.items()}
+        learned = [asked for row in self._rows["train"] for asked in self._asked[row]]
+        self._finish(samples, learned, {"items": len(samples), **n_rows, "n_cut": n_cut})
         if n_cut:
             report(
                 f"{n_cut} of {len(samples)} samples are longer than data.max_length "
@@ -170,30 +135,6 @@ class InstructionDataModule(StepDataModule):
             "prompt_style": self.prompt_style,
             "stop_ids": stop_ids(self.tokenizer, self.prompt_style),
         }
-
-    def _split(self, items: list[Item]) -> None:
-        """Decides what is in each split, and counts what a naive one would have leaked."""
-        turns = [_turns(item) for item in items]
-        self._asked = [[asked for asked, _ in conversation] for conversation in turns]
-        keys = _question_keys(turns)
-        shared = keys[: len(self._own["train"])]
-        named = apart.named(self.val_source, self.test_source)
-        of_source = apart.shares(self.train_fraction, self.val_fraction, named)
-        order = ("train", "test", "val")  # the book's
-        fractions = [of_source[split] for split in order]
-        if self.shuffle_split:
-            parts = splits.split_groups(shared, fractions, self.split_seed)
-        else:
-            parts = splits.split_in_order(shared, fractions)
-        rows = dict(zip(order, parts, strict=True))
-        self._rows, self._n_repeated = apart.keep(rows, self._own, keys)
-        with splits.emptied_by(self._n_repeated):
-            splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
-        naive_seed = self.split_seed if self.shuffle_split else None
-        train, test, _ = splits.naive_split(len(shared), fractions, naive_seed)
-        self._n_leaked_naive = splits.count_leaked(
-            keys, train, self._own["test"] if "test" in named else test
-        )
 
     def _encode(self) -> tuple[list[Sample], int]:
         """A sample for each item, and how many of them were cut."""

@@ -7,8 +7,7 @@ import base64
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +94,41 @@ def check_fractions(train_fraction: float, val_fraction: float) -> None:
         )
 
 
+def shares(train_fraction: float, val_fraction: float, apart: Collection[str]) -> dict[str, float]:
+    """Each split's share of `data.source`: where some are apart, the others have it all."""
+    fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
+    given = dict(zip(SPLITS, fractions, strict=True))
+    if not apart:
+        return given
+    left = {split: fraction for split, fraction in given.items() if split not in apart}
+    return {split: left.get(split, 0.0) / sum(left.values()) for split in SPLITS}
+
+
+def keep_apart(
+    shared: Mapping[str, Positions], own: Mapping[str, Positions], keys: Sequence[str]
+) -> tuple[dict[str, Positions], int]:
+    """Splits that do not leak: a test set stays whole, what repeats it is left out of the others.
+
+    Args:
+        shared: what each split has of `data.source`, by position.
+        own: what it has of files of its own.
+        keys: of all items; those of equal key say the same.
+
+    Returns:
+        Positions by split, and how many items were left out.
+    """
+    if not any(len(own[split]) for split in ("val", "test")):  # nothing of source repeats itself
+        return {split: shared[split] for split in SPLITS}, 0
+    kept: dict[str, Positions] = {}
+    seen: set[str] = set()
+    for split in reversed(SPLITS):
+        rows = shared[split] if split == "train" else np.concatenate([shared[split], own[split]])
+        kept[split] = rows[np.array([keys[row] not in seen for row in rows], bool)]
+        seen.update(keys[row] for row in kept[split])
+    n_left_out = len(keys) - sum(map(len, kept.values()))
+    return {split: kept[split] for split in SPLITS}, n_left_out
+
+
 def split_groups(
     keys: Sequence[str],
     fractions: Sequence[float],
@@ -164,20 +198,6 @@ def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
                 "them different, is empty; give more that differ (in more than punctuation), or "
                 "change data.train_fraction and data.val_fraction."
             )
-
-
-@contextmanager
-def emptied_by(n_repeated: int) -> Iterator[None]:
-    """Says of a refused split how many items were left out because they are held out elsewhere."""
-    try:
-        yield
-    except ValueError as error:
-        if not n_repeated:
-            raise
-        raise ValueError(
-            f"{error} {n_repeated} rows were left out: they repeat what data.val_source or "
-            "data.test_source holds out."
-        ) from error
 
 
 def count_leaked(keys: Sequence[str], train: Positions, test: Positions) -> int:

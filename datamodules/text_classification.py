@@ -9,16 +9,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datamodules import apart, splits
-from datamodules.batching import Sample, Samples, digest_of
+from datamodules import splits
+from datamodules.batching import Sample
 from datamodules.files import at
 from datamodules.progress import with_progress
 from datamodules.prompts import encode_text
-from datamodules.step_data_module import StepDataModule, check_seed, described, report
+from datamodules.split_data_module import SplitDataModule
+from datamodules.step_data_module import report
 from datamodules.tables import read_table, refused_together, some
 
 
-class TextClassificationDataModule(StepDataModule):
+class TextClassificationDataModule(SplitDataModule):
     """Texts of any number of classes; the test set is what training and validation leave.
 
     Texts that are equal but for case, digits and punctuation stay on one side of the split, which
@@ -27,20 +28,15 @@ class TextClassificationDataModule(StepDataModule):
     Args:
         source: a file, folder or glob, bundled:sms, or download:sms-spam; every file a .csv, .tsv,
             .jsonl or .parquet table.
-        val_source: files of the validation set alone, likewise; null: a share of source.
-        test_source: files of the test set alone; what repeats it is left out of the others.
         text_column: column of the texts.
         label_column: column of the labels.
         label_names: the labels as they stand in the table; their order gives the class indices.
         max_length: tokens of a text that are kept; at most the model's block_size.
         suffix: what every text ends with; a head on the last token reads better from a token that
             is always the same, such as a line end.
-        train_fraction: share of source's rows to train on.
-        val_fraction: share of them to validate on. Where a set has a source of its own, the others
-            divide all of these rows in proportion to their shares.
-        balance: in each split, keep as many rows of every class as the rarest one has.
-        split_seed: random seed of the split and of balancing.
-        **options: those of `StepDataModule`.
+        balance: in each split, keep as many rows of every class as the rarest one has; split_seed
+            decides which.
+        **options: those of `SplitDataModule`.
 
     Raises:
         ValueError: for an argument that cannot be, before any data is read; from `read` and
@@ -56,42 +52,28 @@ class TextClassificationDataModule(StepDataModule):
         label_names: list[str | int],
         max_length: int,
         suffix: str,
-        train_fraction: float,
-        val_fraction: float,
         balance: bool,
-        split_seed: int,
-        val_source: str | None = None,
-        test_source: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        splits.check_fractions(train_fraction, val_fraction)
-        check_seed("split_seed", split_seed)
+        super().__init__(source=source, **options)
         if max_length < 1:
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
         if len(label_names) < 2 or len(set(map(str, label_names))) < len(label_names):
             raise ValueError(f"data.label_names is {label_names}; give two or more, all different.")
-        self.source, self.max_length, self.suffix = source, max_length, suffix
+        self.max_length, self.suffix, self.balance = max_length, suffix, balance
         self.text_column, self.label_column = text_column, label_column
         self.label_names = [str(name) for name in label_names]
-        self.val_source, self.test_source = val_source, test_source
-        own = apart.named(val_source, test_source)
-        self.fractions = tuple(apart.shares(train_fraction, val_fraction, own).values())
-        self.balance, self.split_seed = balance, split_seed
-        self._texts: list[str] = []
-        self._labels: list[int] = []
-
-    def prepare_data(self) -> None:
-        """Downloads, on one process."""
-        apart.Files.of(self.source, self.val_source, self.test_source)
 
     def read(self) -> None:
         """Reads and splits the texts."""
-        self.files = apart.Files.of(self.source, self.val_source, self.test_source)
-        rows, self._own = self.files.read(self._read)
+        rows = self._read(self._rows_of)
         self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
-        self._rows, self._n_repeated = self._split(self._keys)
+        self._split(self._keys, self._labels[: len(self._own["train"])])
+        if self.balance:
+            for split, part in self._rows.items():
+                labels = np.asarray(self._labels)[part]
+                self._rows[split] = part[splits.balance(labels, self.split_seed)]
 
     def setup(self, stage: str) -> None:
         """Reads, splits and encodes the texts; there is nothing to do a second time."""
@@ -99,32 +81,9 @@ class TextClassificationDataModule(StepDataModule):
             return
         self.check()
         self.read()
-        sets, n_cut = self._encode()
-        self.train_set, self.val_set, self.test_set = (sets[split] for split in splits.SPLITS)
-        train, _, test = splits.naive_split(
-            len(self._own["train"]), self.fractions, self.split_seed
-        )
-        test = self._own["test"] if self.test_source else test
-        counts = {
-            "rows": len(self._texts),
-            **self._class_counts(),
-            "n_cut": n_cut,
-            "n_leaked_naive": splits.count_leaked(self._keys, train, test),
-        }
-        if self._n_repeated:
-            counts["n_repeated"] = self._n_repeated
-            report(apart.left_out(self._n_repeated))
-        self.fingerprint = {
-            "digest": digest_of(sets.values()),
-            "split": f"texts ({splits.KEYS})",
-            "learned": splits.packed(self.keys("train")),
-            "counts": counts,
-            **self.files.facts(),
-        }
-        report(
-            f"{self.source}: {described(counts)}; with a naive split {counts['n_leaked_naive']} of "
-            f"its {len(test)} test texts would be in training too, here none is."
-        )
+        samples, n_cut = self._encode()
+        counts = {"rows": len(self._texts), **self._class_counts(), "n_cut": n_cut}
+        self._finish(samples, self.keys("train"), counts)
         if odd := self._contradictions():
             report(f"{len(odd)} texts appear with different labels: {some(odd)}.")
         if n_cut:
@@ -161,7 +120,7 @@ class TextClassificationDataModule(StepDataModule):
         """The table in a file; a preset overrides it where a file has no header."""
         return read_table(path)
 
-    def _read(self, path: Path) -> Iterator[tuple[str, int]]:
+    def _rows_of(self, path: Path) -> Iterator[tuple[str, int]]:
         """Text and class index of every row of a file."""
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
@@ -199,36 +158,20 @@ class TextClassificationDataModule(StepDataModule):
             )
         return self.label_names.index(str(label))
 
-    def _split(self, keys: list[str]) -> tuple[dict[str, splits.Positions], int]:
-        """Positions of each split, and how many rows repeat one that is held out."""
-        n = len(self._own["train"])
-        parts = splits.split_groups(
-            keys[:n], self.fractions, self.split_seed, labels=self._labels[:n]
-        )
-        shared = dict(zip(splits.SPLITS, parts, strict=True))
-        rows, n_repeated = apart.keep(shared, self._own, keys)
-        with splits.emptied_by(n_repeated):
-            self._refuse_empty(rows, keys)
-        if self.balance:
-            labels = np.asarray(self._labels)
-            for split, part in rows.items():
-                rows[split] = part[splits.balance(labels[part], self.split_seed)]
-        return rows, n_repeated
-
-    def _refuse_empty(self, rows: dict[str, splits.Positions], keys: list[str]) -> None:
+    def _refuse_empty(self, keys: list[str]) -> None:
         for split in splits.SPLITS if self.balance else ("train",):
-            present = {self._labels[row] for row in rows[split]}
+            present = set(self.labels(split))
             for label, name in enumerate(self.label_names):
                 if label not in present:
                     raise ValueError(
                         f"the {split} split of {self.source} has no row of label {name!r}; "
                         "add such rows, or take it out of data.label_names."
                     )
-        splits.refuse_empty(rows, keys)
+        super()._refuse_empty(keys)
 
-    def _encode(self) -> tuple[dict[str, Samples], int]:
-        """The samples of each split, and how many texts were cut."""
-        sets: dict[str, list[Sample]] = {split: [] for split in self._rows}
+    def _encode(self) -> tuple[dict[int, Sample], int]:
+        """Samples of all splits by row, and how many texts were cut."""
+        samples: dict[int, Sample] = {}
         n_cut = 0
         for split, rows in self._rows.items():
             for row in with_progress(rows.tolist(), f"{split} texts encoded", report):
@@ -237,10 +180,9 @@ class TextClassificationDataModule(StepDataModule):
                         self.tokenizer, self._texts[row], self.suffix, self.max_length
                     )
                 n_cut += is_cut
-                sets[split].append(
-                    Sample(sample_id=row, input_ids=torch.tensor(ids), label=self._labels[row])
-                )
-        return {split: Samples(samples) for split, samples in sets.items()}, n_cut
+                input_ids, label = torch.tensor(ids), self._labels[row]
+                samples[row] = Sample(sample_id=row, input_ids=input_ids, label=label)
+        return samples, n_cut
 
     def _class_counts(self) -> dict[str, int]:
         """Rows of each split, and of each class in it."""

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from datamodules import apart
-from datamodules.splits import SPLITS
+from datamodules.splits import SPLITS, shares
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.checkpoint import read_meta
 from pipeline.held_out import check_held_out
@@ -44,11 +43,11 @@ def questions(folder: Path, name: str, asked: list[str]) -> str:
 
 
 def test_shares_of_what_is_left() -> None:
-    plain = apart.shares(0.7, 0.1, ())
+    plain = shares(0.7, 0.1, ())
     assert tuple(plain.values()) == (0.7, 0.1, 1 - 0.7 - 0.1), "the same to the last bit"
-    left = apart.shares(0.7, 0.1, {"test"})
+    left = shares(0.7, 0.1, {"test"})
     assert left == pytest.approx({"train": 0.875, "val": 0.125, "test": 0})
-    assert apart.shares(0.7, 0.1, {"val", "test"}) == {"train": 1, "val": 0, "test": 0}
+    assert shares(0.7, 0.1, {"val", "test"}) == {"train": 1, "val": 0, "test": 0}
 
 
 @pytest.mark.parametrize("own", [{"test"}, {"val"}, {"val", "test"}])

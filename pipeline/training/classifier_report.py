@@ -128,9 +128,8 @@ def _learned(
             raise ValueError("it does not say how they were read.")
         learned = construct(kind, given["init_args"], "data")
         learned.read()
-        if changed := changed_files(
-            training["dataset"]["sources"], learned.files.facts()["sources"]
-        ):
+        sources = training["dataset"]["sources"]
+        if changed := changed_files(sources, learned.file_facts()["sources"]):
             raise ValueError(f"{', '.join(changed)}: not what was learned.")
     except (OSError, ValueError, AttributeError, TypeError) as error:  # of another's class
         warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")

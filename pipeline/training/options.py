@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from datamodules.instruction import InstructionDataModule
 from datamodules.pretraining import PretrainingDataModule
+from datamodules.split_data_module import SplitDataModule
 from datamodules.step_data_module import StepDataModule
 from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import EARLY, early, load_yaml
@@ -133,7 +134,7 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
 
 def option_names() -> list[str]:
     """Names of options, without those of the groups that they stand in."""
-    data = (StepDataModule, InstructionDataModule, PretrainingDataModule)
+    data = (StepDataModule, SplitDataModule, InstructionDataModule, PretrainingDataModule)
     models = (LitStep, LitClassifier, LitLanguageModel, GPTConfig, LoRAConfig, OptimizerConfig)
     kinds = (pl.Trainer, RunConfig, Checkpoints, *models, *data, TextClassificationDataModule)
     return [name for kind in kinds for name in inspect.signature(kind).parameters]

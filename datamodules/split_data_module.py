@@ -1,0 +1,151 @@
+"""What the data modules of rows have in common: files of rows, split so that nothing leaks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules import splits
+from datamodules.batching import Sample, Samples, digest_of
+from datamodules.files import file_digests
+from datamodules.sources import resolve
+from datamodules.splits import SPLITS, Positions
+from datamodules.step_data_module import StepDataModule, check_seed, described, report
+
+
+class SplitDataModule(StepDataModule):
+    """Base of the data modules of rows; the test set is what training and validation leave.
+
+    Args:
+        source: files of all sets that have none of their own.
+        train_fraction: share of source's rows to train on.
+        val_fraction: share of them to validate on. Where a set has a source of its own, the others
+            divide all of these rows in proportion to their shares.
+        split_seed: random seed of the split.
+        val_source: files of the validation set alone, likewise; null: a share of source.
+        test_source: files of the test set alone; what repeats it is left out of the others.
+        **options: those of `StepDataModule`.
+    """
+
+    units = "texts"  # that one split alone has
+    order: Sequence[str] = SPLITS  # in which they get their shares
+    shuffle_split = True
+
+    def __init__(
+        self,
+        *,
+        source: str | None,
+        train_fraction: float,
+        val_fraction: float,
+        split_seed: int,
+        val_source: str | None = None,
+        test_source: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        splits.check_fractions(train_fraction, val_fraction)
+        check_seed("split_seed", split_seed)
+        self.source, self.val_source, self.test_source = source, val_source, test_source
+        self.train_fraction, self.val_fraction = train_fraction, val_fraction
+        self.split_seed = split_seed
+        named = {"val": val_source, "test": test_source}
+        own = [split for split, given in named.items() if given is not None]
+        self.fractions = tuple(splits.shares(train_fraction, val_fraction, own).values())
+
+    def prepare_data(self) -> None:
+        """Downloads, on one process."""
+        self._resolve()
+
+    def _resolve(self) -> dict[str, list[Path]]:
+        """Files by split; "train" has those of `source`, which other splits may have shares of."""
+        given = zip(SPLITS, (self.source, self.val_source, self.test_source), strict=True)
+        return {split: [] if name is None else resolve(name) for split, name in given}
+
+    def _read(self, rows_of: Callable[[Path], Iterable[Any]]) -> list[Any]:
+        """The rows of all files, those of `source` first."""
+        rows: list[Any] = []
+        self._files, self._own = self._resolve(), dict[str, Positions]()
+        for split, paths in self._files.items():
+            start = len(rows)
+            rows += [row for path in paths for row in rows_of(path)]
+            self._own[split] = np.arange(start, len(rows))
+        return rows
+
+    def file_facts(self) -> dict[str, Any]:
+        """SHA-256 of all `sources` by path; and, if there are any, of those `apart` by split."""
+        files = {split: file_digests(paths) for split, paths in self._files.items() if paths}
+        sources = {path: sha256 for found in files.values() for path, sha256 in found.items()}
+        files.pop("train", None)
+        return {"sources": sources, **({"apart": files} if files else {})}
+
+    def _split(self, keys: list[str], labels: Sequence[int] | None = None) -> None:
+        """Decides what is in each split, and counts what a naive one would have leaked.
+
+        Args:
+            keys: of all rows; those of equal key say the same.
+            labels: where given, each is split on its own.
+        """
+        shared = keys[: len(self._own["train"])]
+        share = dict(zip(SPLITS, self.fractions, strict=True))
+        fractions, seed = [share[split] for split in self.order], self.split_seed
+        if self.shuffle_split:
+            parts = splits.split_groups(shared, fractions, seed, labels=labels)
+        else:
+            parts = splits.split_in_order(shared, fractions)
+        self._rows, self._n_repeated = splits.keep_apart(self._by_name(parts), self._own, keys)
+        try:
+            self._refuse_empty(keys)
+        except ValueError as error:
+            if not self._n_repeated:
+                raise
+            raise ValueError(
+                f"{error} {self._n_repeated} rows were left out: they repeat what data.val_source "
+                "or data.test_source holds out."
+            ) from error
+        naive = self._by_name(
+            splits.naive_split(len(shared), fractions, seed if self.shuffle_split else None)
+        )
+        test = self._own["test"] if self.test_source else naive["test"]
+        self._leaked_naive = splits.count_leaked(keys, naive["train"], test), len(test)
+
+    def _by_name(self, parts: Sequence[Positions]) -> dict[str, Positions]:
+        return dict(zip(self.order, parts, strict=True))
+
+    def _refuse_empty(self, keys: list[str]) -> None:
+        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
+
+    def _finish(
+        self,
+        samples: Mapping[int, Sample] | Sequence[Sample],
+        learned: Sequence[str],
+        counts: dict[str, int],
+    ) -> None:
+        """Makes the sets and the fingerprint, and says what is in them.
+
+        Args:
+            samples: by position of their rows.
+            learned: keys of all that is trained on.
+            counts: of the rows.
+        """
+        sets = [Samples([samples[row] for row in self._rows[split].tolist()]) for split in SPLITS]
+        self.train_set, self.val_set, self.test_set = sets
+        n_leaked, n_test = self._leaked_naive
+        counts["n_leaked_naive"] = n_leaked
+        if self._n_repeated:
+            counts["n_repeated"] = self._n_repeated
+            report(
+                f"{self._n_repeated} rows repeat what is held out in files of its own, and are "
+                "left out."
+            )
+        self.fingerprint = {
+            "digest": digest_of(sets),
+            "split": f"{self.units} ({splits.KEYS})",
+            "learned": splits.packed(learned),
+            "counts": counts,
+            **self.file_facts(),
+        }
+        report(
+            f"{self.source or self.test_source}: {described(counts)}; with a naive split "
+            f"{n_leaked} of its {n_test} test {self.units} would be in training too, here none is."
+        )

@@ -12,7 +12,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +95,12 @@ class Vocabulary:
 
     def content(self) -> dict[str, Any]:
         """The vocabulary in primitives; what is at its default is left out."""
-        optional = {
-            "eos": self.eos,
-            "bos": self.bos,
-            "chat_template": self.chat_template,
-            "template_bos": self.template_bos,
-            "more_ends": list(self.more_ends) or None,
-            "sentencepiece": vars(self.sentencepiece) if self.sentencepiece else None,
-            "shown": list(self.shown) or None,
-            "nfc": self.nfc or None,
-        }
-        defaults = {"eos": ENDOFTEXT}
-        return {
-            "format": _FORMAT,
-            "name": self.name,
-            "pattern": self.pattern,
-            "special_tokens": self.special_tokens,
-            "tokens": [base64.b64encode(token).decode() for token in self.tokens],
-            **{key: value for key, value in optional.items() if value != defaults.get(key)},
-        }
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        content = {name: value for name, (value, default) in values.items() if value != default}
+        content["tokens"] = [base64.b64encode(token).decode() for token in self.tokens]
+        if self.sentencepiece:
+            content["sentencepiece"] = vars(self.sentencepiece)
+        return {"format": _FORMAT, **content}
 
 
 @dataclass(frozen=True)
@@ -287,8 +274,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
     )
     bpe.train_from_iterator((part for text in texts for part in _lines(text)), trainer)
     ids = bpe.get_vocab()
-    by_id = sorted(ids, key=ids.__getitem__)
-    return _trained([token_bytes(token) for token in by_id if len(token) > 1])
+    merged = [token_bytes(token) for token in sorted(ids, key=ids.__getitem__) if len(token) > 1]
+    tokens = [*map(_byte, range(256)), *merged]
+    specials = {name: len(tokens) + i for i, name in enumerate((ENDOFTEXT, *CHAT_MARKERS))}
+    name = f"bpe-{len(tokens) + len(specials)}"
+    return Tokenizer.of(Vocabulary(name, PATTERN, tokens, specials))
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -300,13 +290,6 @@ def _lines(text: str) -> Iterator[str]:
         yield text[start : end.end()]
         start = end.end()
     yield text[start:]
-
-
-def _trained(merged: list[bytes]) -> Tokenizer:
-    tokens = [*map(_byte, range(256)), *merged]
-    specials = {name: len(tokens) + i for i, name in enumerate((ENDOFTEXT, *CHAT_MARKERS))}
-    name = f"bpe-{len(tokens) + len(specials)}"
-    return Tokenizer.of(Vocabulary(name, PATTERN, tokens, specials))
 
 
 def _byte(value: int) -> bytes:

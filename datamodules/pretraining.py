@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,23 +24,24 @@ class Blocks:
         OSError, ValueError: from an index, where the file is gone or was cut.
     """
 
-    path: Path
-    dtype: str
-    n_tokens: int
+    corpus: Corpus
+    split: str
     block_size: int
     stride: int
 
     def __len__(self) -> int:
-        return -(-(self.n_tokens - 1) // self.stride)  # a block of one token has nothing to predict
+        n_tokens = self.corpus.facts["tokens"][self.split]
+        return -(-(n_tokens - 1) // self.stride)  # a block of one token has nothing to predict
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, dtype = index * self.stride, np.dtype(self.dtype)
-        n_tokens = min(self.block_size, self.n_tokens - start)
-        block = np.fromfile(self.path, dtype, n_tokens, offset=start * dtype.itemsize)
+        start, path = index * self.stride, self.corpus.path(self.split)
+        dtype = np.dtype(self.corpus.facts["dtype"])
+        n_tokens = min(self.block_size, self.corpus.facts["tokens"][self.split] - start)
+        block = np.fromfile(path, dtype, n_tokens, offset=start * dtype.itemsize)
         if len(block) < n_tokens:
-            raise ValueError(f"{self.path} was cut while in use; the same command makes it anew.")
+            raise ValueError(f"{path} was cut while in use; the same command makes it anew.")
         input_ids = torch.from_numpy(block.astype(np.int64))  # (T,)
         return Sample(sample_id=index, input_ids=input_ids, labels=input_ids)
 
@@ -122,8 +122,8 @@ class PretrainingDataModule(StepDataModule):
                 f"{kept} documents are too few to hold out whole ones by data.val_fraction: the "
                 f"last {self.val_fraction:.0%} of each is held out."
             )
-        self.train_set = self._blocks(corpus, "train", stride=1)  # by the token it starts with
-        self.val_set = self._blocks(corpus, "val", stride=self.block_size - 1)
+        self.train_set = Blocks(corpus, "train", self.block_size, stride=1)  # by its first token
+        self.val_set = Blocks(corpus, "val", self.block_size, stride=self.block_size - 1)
         self.test_set = self.val_set
         self.fingerprint = {
             "digest": corpus.key,
@@ -150,15 +150,6 @@ class PretrainingDataModule(StepDataModule):
                 f"the held-out text has {n_tokens['val']} tokens; "
                 "raise data.val_fraction or give more text."
             )
-
-    def _blocks(self, corpus: Corpus, split: str, stride: int) -> Blocks:
-        return Blocks(
-            path=corpus.path(split),
-            dtype=corpus.facts["dtype"],
-            n_tokens=corpus.facts["tokens"][split],
-            block_size=self.block_size,
-            stride=stride,
-        )
 
     def train_order(self) -> Callable[[int], Tensor]:
         """Epoch -> first tokens of disjoint blocks, shuffled; every epoch cuts at other places."""

@@ -60,11 +60,9 @@ def resolve(source: str) -> list[Path]:
 def check(source: str) -> None:
     """Raises what `resolve` would for a source that is unknown or not there; fetches nothing."""
     kind, _, name = source.partition(":")
-    if kind == "bundled":
-        _known(_samples(), name, kind)
-    elif kind == "download":
+    if kind == "download":
         _known(DOWNLOADS, name, kind)
-    else:
+    elif source != PYTHON_DOCS:
         resolve(source)
 
 

@@ -148,21 +148,17 @@ class StepDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test, in order; all of it on every rank."""
-        return self._in_order(self.test_set)
+        return self._loader(self.test_set, batch_size=self.batch_size)
 
     predict_dataloader = test_dataloader  # predictions are of the test set
 
     def _dealt(
         self, dataset: SampleSet, order: Callable[[int], Tensor], **at: int
     ) -> DataLoader[Any]:
-        world_size = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        ranks = {"rank": rank, "world_size": world_size}
-        sampler = StepSampler(order, batch_size=self.batch_size, **ranks, **at)
+        if trainer := self.trainer:
+            at |= {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        sampler = StepSampler(order, batch_size=self.batch_size, **at)
         return self._loader(dataset, batch_sampler=sampler)
-
-    def _in_order(self, dataset: SampleSet) -> DataLoader[Any]:
-        return self._loader(dataset, batch_size=self.batch_size)
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(

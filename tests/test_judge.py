@@ -651,11 +651,11 @@ def test_a_damaged_cache_costs_one_question(server: Server, tmp_path: Path, dama
 SHORT = """
 import resource, sys
 from pathlib import Path
-from pipeline.evaluation.judge import Judgement, VerdictCache
-cache = VerdictCache(Path(sys.argv[1]))
-cache.append("a", Judgement(("x" * 50,), None))
+from pipeline.evaluation.kept import Kept
+kept = Kept(Path(sys.argv[1]))
+kept.append("a", replies=["x" * 50])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-cache.append("b", Judgement(("y" * 50,), None))
+kept.append("b", replies=["y" * 50])
 """
 
 

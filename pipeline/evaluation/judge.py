@@ -56,16 +56,16 @@ def judge_responses(
     """
     config.check()
     keys = [_key(config, response) for response in responses]
-    known = VerdictCache(cache)
+    kept = Kept(cache)
+    judgements = _known(kept)
     asked = {
         key: response
         for key, response in zip(keys, responses, strict=True)
-        if key not in known.judgements and not response.is_empty
+        if key not in judgements and not response.is_empty
     }
-    judgements = dict(known.judgements)
     if asked:
         with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
-            judgements.update(_ask_all(endpoint, asked, known))
+            judgements.update(_ask_all(endpoint, asked, kept))
     silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
     sent = [judgements[k] for r, k in zip(responses, keys, strict=True) if not r.is_empty]
     if sent and not any(judgement.verdict for judgement in sent):  # a mean of empty ones alone
@@ -73,37 +73,31 @@ def judge_responses(
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
 
-class VerdictCache:
-    """Judgements by key, on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._kept = Kept(path)
-        self.judgements: dict[str, Judgement] = {}
-        for key, row in self._kept.rows.items():
-            try:
-                replies = tuple(row["replies"])
-                self.judgements[key] = Judgement(replies, parse_verdict(replies[-1]))
-            except MALFORMED:
-                self._kept.pass_over()
-
-    def append(self, key: str, judgement: Judgement) -> None:
-        """Adds one."""
-        self._kept.append(key, replies=judgement.replies)
+def _known(kept: Kept) -> dict[str, Judgement]:
+    """Judgements of earlier evaluations, by key."""
+    known = {}
+    for key, row in kept.rows.items():
+        try:
+            replies = tuple(row["replies"])
+            known[key] = Judgement(replies, parse_verdict(replies[-1]))
+        except MALFORMED:
+            kept.pass_over()
+    return known
 
 
 def _ask_all(
-    endpoint: Endpoint, asked: Mapping[str, Response], cache: VerdictCache
+    endpoint: Endpoint, asked: Mapping[str, Response], kept: Kept
 ) -> Iterator[tuple[str, Judgement]]:
     """Yields judgements as they come; the first item goes alone, to see if there is a judge."""
     (first_key, first), *others = asked.items()
-    judgement = _ask_and_keep(endpoint, cache, first_key, first)
+    judgement = _ask_and_keep(endpoint, kept, first_key, first)
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
         raise ValueError(judgement.problem) from judgement.error
     yield first_key, judgement
     pool = ThreadPoolExecutor(endpoint.config.max_concurrency, thread_name_prefix="judge")
     try:
         futures: dict[Future[Judgement], str] = {
-            pool.submit(_ask_and_keep, endpoint, cache, key, response): key
+            pool.submit(_ask_and_keep, endpoint, kept, key, response): key
             for key, response in others
         }
         console = Console(stderr=True)
@@ -114,13 +108,11 @@ def _ask_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ask_and_keep(
-    endpoint: Endpoint, cache: VerdictCache, key: str, response: Response
-) -> Judgement:
+def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) -> Judgement:
     """One item; a verdict is on disk before whoever asked goes on to the next."""
     judgement = _ask(endpoint, response)
     if judgement.verdict:
-        cache.append(key, judgement)
+        kept.append(key, replies=judgement.replies)
     return judgement
 
 

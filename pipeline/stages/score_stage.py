@@ -1,7 +1,6 @@
 """`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from pipeline.evaluation.endpoint import connection_problem
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.kept import Kept
 from pipeline.evaluation.report import before_and_after, score_histogram
-from pipeline.evaluation.responses import read_responses
+from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
-from pipeline.evaluation.summary import Summary
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import Run, lines_of, read_outcome
 from pipeline.runs.stage_run import mlruns_root, run_once
@@ -51,16 +49,18 @@ def score_stage(
         "judge": judge and vars(judge),
     }
     deciding = [decisive(options), content, before and path_digest(locate(before))]
-    make = partial(
-        _score,
-        source=source,
-        content=content,
-        is_model=ckpt is not None,
-        before=before,
-        data=data,
-        answering=answering,
-        judge=judge,
-    )
+
+    def make(run: Run) -> None:
+        if ckpt is None:
+            after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
+            sources = {source: content}
+        else:
+            if judge is not None and (problem := connection_problem(judge)):
+                warn(f"{problem} Only answers that it has judged before can be scored.")
+            kept = Kept(run.path / ANSWERS)
+            after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
+        _score(run, after, earlier, judge, {**lineage, "digest": content}, sources)
+
     report = run_once("score", f"{stem_of(source)}-score", deciding, options, make, "report")
     print(*result_lines(report.parent), sep="\n")
     say(f"report: {report}")
@@ -68,37 +68,18 @@ def score_stage(
 
 def _score(
     run: Run,
-    source: str,
-    content: str,
-    is_model: bool,
-    before: str | None,
-    data: dict[str, Any] | None,
-    answering: Answering,
+    after: list[Response],
+    earlier: list[Response] | None,
     judge: JudgeConfig | None,
+    lineage: dict[str, str],
+    sources: dict[str, str],
 ) -> None:
-    if is_model:
-        if judge is not None and (problem := connection_problem(judge)):
-            warn(f"{problem} Only answers that it has judged before can be scored.")
-        kept = Kept(run.path / ANSWERS)
-        after, earlier, lineage, sources = answer(source, before, data, answering, kept)
-    else:
-        after, earlier, lineage = read_responses(Path(source)), None, {"responses": source}
-        sources = {source: content}
-    lineage["digest"] = content
+    """Scores responses, and records what came of it."""
+    cache = mlruns_root() / VERDICTS
     summary = evaluate(
-        after,
-        before=earlier,
-        judge=judge,
-        directory=run.path,
-        verdicts=mlruns_root() / VERDICTS,
-        lineage=lineage,
+        after, before=earlier, judge=judge, directory=run.path, verdicts=cache, lineage=lineage
     )
     (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
-    _record(run, summary, lineage, sources)
-
-
-def _record(run: Run, summary: Summary, lineage: dict[str, str], sources: dict[str, str]) -> None:
-    """Metrics, files, figures and the outcome; what `evaluate` wrote lies in the run already."""
     metrics = summary.metrics()
     run.log_metrics(metrics, step=0)
     run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})

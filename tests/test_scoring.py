@@ -5,7 +5,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.evaluation.report import (
     render_report,
     score_histogram,
 )
-from pipeline.evaluation.responses import Response, read_responses, write_responses
+from pipeline.evaluation.responses import Response, read_responses, write_lines
 from pipeline.evaluation.score import evaluate, score_responses
 from pipeline.evaluation.summary import Score, Scored, Summary, summarize
 
@@ -82,7 +82,7 @@ def test_responses_come_back_as_they_were(tmp_path: Path) -> None:
             reference_tokens=2,
         ),
     ]
-    write_responses(path, items)
+    write_lines(path, map(asdict, items))
     assert read_responses(path) == items
     assert "猫头鹰" in path.read_text(encoding="utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["responses.jsonl"]
@@ -418,8 +418,8 @@ def test_the_best_and_the_worst_are_shown() -> None:
     chrf = [Score(r.id, "chrf", s) for r, s in zip(items, (2.0, 0.0, 1.0, 99.0), strict=True)]
     scored = Scored(items, [*judged(items, [50, 90, 50, None]).scores, *chrf])
     best, worst = _best_and_worst(summarize(scored, before=None))
-    assert [example.response.response for example in best] == ["two"]
-    assert [example.response.response for example in worst] == ["three", "one"]
+    assert [example["response"].response for example in best] == ["two"]
+    assert [example["response"].response for example in worst] == ["three", "one"]
 
 
 def test_real_responses(real_data: Path, tmp_path: Path) -> None:

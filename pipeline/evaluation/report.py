@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -32,16 +32,6 @@ MAX_CHARACTERS = 2_000  # of one text; the JSONL files have the rest
 
 INK = "#010203"  # stands for the page's own text colour
 BEFORE, AFTER = "#a0795a", "#3d7fd9"  # apart from each other also without colour vision
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item as the report shows it."""
-
-    response: Response
-    score: Score
-    response_before: Response | None
-    score_before: Score | None
 
 
 def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
@@ -151,7 +141,7 @@ def _column(scored: Scored, scorer: str) -> np.ndarray:
     return np.array([np.nan if score is None else score for score in scores])
 
 
-def _best_and_worst(summary: Summary) -> tuple[list[Example], list[Example]]:
+def _best_and_worst(summary: Summary) -> tuple[list[Any], list[Any]]:
     """The two ends of the ranking by headline score; ties are broken by chrF."""
     column = _column(summary.after, summary.headline)
     ranked = np.lexsort((_column(summary.after, "chrf"), column))  # NaN last
@@ -161,14 +151,15 @@ def _best_and_worst(summary: Summary) -> tuple[list[Example], list[Example]]:
     return [_example(summary, i) for i in best], [_example(summary, i) for i in worst]
 
 
-def _example(summary: Summary, index: int) -> Example:
-    before, scorer = summary.before, summary.headline
-    return Example(
-        summary.after.responses[index],
-        summary.after.by(scorer)[index],
-        before.responses[index] if before else None,
-        before.by(scorer)[index] if before else None,
-    )
+def _example(summary: Summary, index: int) -> dict[str, Response | Score | None]:
+    """One item as the report shows it."""
+    before, after, scorer = summary.before, summary.after, summary.headline
+    return {
+        "response": after.responses[index],
+        "score": after.by(scorer)[index],
+        "response_before": before.responses[index] if before else None,
+        "score_before": before.by(scorer)[index] if before else None,
+    }
 
 
 def _shown(text: str) -> str:

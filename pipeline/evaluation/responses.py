@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Response:
     reference_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.id, int) and not isinstance(self.id, str):
+        if type(self.id) not in (int, str):  # nor is it True
             raise ValueError(f"'id' is {self.id!r}; it must be a number or a string.")
         for name in ("instruction", "input", "reference", "response"):
             if not isinstance(value := getattr(self, name), str):
@@ -49,7 +49,7 @@ class Response:
         nats, tokens = self.reference_nats, self.reference_tokens
         if nats is None and tokens is None:
             return
-        if not (_is_number(nats, int, float) and _is_number(tokens, int)):
+        if type(nats) not in (int, float) or type(tokens) is not int:
             raise ValueError(
                 "'reference_nats' and 'reference_tokens' must be numbers, or both left out."
             )
@@ -88,13 +88,8 @@ def read_responses(path: Path) -> list[Response]:
     return responses
 
 
-def write_responses(path: Path, responses: Sequence[Response]) -> None:
-    """Writes `responses.jsonl` in one move, so that it is whole or not there."""
-    write_lines(path, [asdict(response) for response in responses])
-
-
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON Lines (UTF-8) in one move."""
+    """Writes JSON Lines (UTF-8) in one move, so that the file is whole or not there."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, (line.encode() for line in lines))
 
@@ -104,7 +99,3 @@ def _response(row: Mapping[str, Any]) -> Response:
     if missing:
         raise ValueError(f"missing {', '.join(map(repr, sorted(missing)))}.")
     return Response(**{f.name: row[f.name] for f in fields(Response) if f.name in row})
-
-
-def _is_number(value: object, *types: type) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool)

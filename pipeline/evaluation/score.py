@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from datamodules.files import write_atomically
 from pipeline.evaluation import metrics
 from pipeline.evaluation.judge import Judgement, judge_responses
 from pipeline.evaluation.judge_config import JudgeConfig
-from pipeline.evaluation.responses import Response, write_lines, write_responses
+from pipeline.evaluation.responses import Response, write_lines
 from pipeline.evaluation.rubric import RUBRIC_DIGEST
 from pipeline.evaluation.summary import Score, Scored, Summary, summarize
 
@@ -43,7 +44,7 @@ def evaluate(
 
     sides = {"": after} | ({"-before": before} if before is not None else {})
     for side, responses in sides.items():
-        write_responses(directory / f"responses{side}.jsonl", responses)
+        write_lines(directory / f"responses{side}.jsonl", map(asdict, responses))
     scored = {
         side: Scored(responses, score_responses(responses, judge=judge, cache=verdicts))
         for side, responses in sides.items()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from datamodules.splits import canonical_key
 from pipeline.evaluation import metrics
-from pipeline.evaluation.metrics import Array, Estimate
+from pipeline.evaluation.metrics import Array, Estimate, Statistic
 from pipeline.evaluation.responses import Response
 
 Keys = NDArray[np.object_]  # of the items: equal where they ask the same
@@ -187,8 +187,16 @@ _OF_CORPUS: Mapping[str, Callable[[Array], Array]] = {  # others are means over 
 }
 
 
-def _value(measure: str) -> Callable[[Array], Array]:
-    return _OF_CORPUS.get(measure, metrics.mean)
+def _statistic(measure: str, table: Array) -> Statistic:
+    return metrics.of_sums(table, _OF_CORPUS.get(measure, metrics.mean))
+
+
+def _estimate(measure: str, of: Statistic, keys: list[str], lowest: float = 0.0) -> Estimate:
+    """With its interval, which where all items agree holds what was never seen, too."""
+    estimate = metrics.bootstrap(of, len(keys), keys=keys)
+    if measure in _OF_CORPUS:
+        return estimate
+    return metrics.widened(estimate, len(set(keys)), scale=SCALE, lowest=lowest)
 
 
 def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
@@ -198,25 +206,18 @@ def _row(measure: str, before: Array | None, after: Array, keys: Keys) -> Row:
         return Row(measure, None, cell, None, n_paired=0, n_questions=0, is_equal=False)
     is_paired = _is_known(before) & _is_known(after)
     paired, difference = keys[is_paired].tolist(), None
-    n_questions, tables = len(set(paired)), (before[is_paired], after[is_paired])
+    tables = before[is_paired], after[is_paired]
     if paired:
-        of_each = [metrics.of_sums(table, _value(measure)) for table in tables]
-        difference = metrics.bootstrap(metrics.difference(*of_each), len(paired), keys=paired)
-        if measure not in _OF_CORPUS:
-            difference = metrics.widened(difference, n_questions, scale=SCALE, lowest=-SCALE)
+        change = metrics.difference(*(_statistic(measure, table) for table in tables))
+        difference = _estimate(measure, change, paired, lowest=-SCALE)
     of_before, is_equal = _cell(measure, before, keys), np.array_equal(*tables)
-    return Row(measure, of_before, cell, difference, len(paired), n_questions, is_equal)
+    return Row(measure, of_before, cell, difference, len(paired), len(set(paired)), is_equal)
 
 
 def _cell(measure: str, table: Array, keys: Keys) -> Cell:
     is_known = _is_known(table)
-    known, estimate = table[is_known], None
-    if len(known):
-        statistic = metrics.of_sums(known, _value(measure))
-        scored = keys[is_known].tolist()
-        estimate = metrics.bootstrap(statistic, len(known), keys=scored)
-        if measure not in _OF_CORPUS:
-            estimate = metrics.widened(estimate, len(set(scored)), scale=SCALE)
+    known, statistic = keys[is_known].tolist(), _statistic(measure, table[is_known])
+    estimate = _estimate(measure, statistic, known) if known else None
     return Cell(estimate, len(known), len(table) - len(known))
 
 

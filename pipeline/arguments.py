@@ -6,10 +6,9 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import (
@@ -23,10 +22,6 @@ from jsonargparse import (
 
 from pipeline.safe import refusal
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-D = TypeVar("D", bound="DataclassInstance")
 T = TypeVar("T")
 
 _NOISE = re.compile(
@@ -148,7 +143,7 @@ def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict
     return {name: options[name] for name in inspect.signature(function).parameters}
 
 
-def build(kind: type[D], values: Any, key: str) -> D:
+def build(kind: type[T], values: Any, key: str) -> T:
     """A dataclass from what stands under a key of a YAML file.
 
     Raises:
@@ -156,7 +151,7 @@ def build(kind: type[D], values: Any, key: str) -> D:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{key}: {values!r} is not a mapping of keys to values.")
-    known = [field.name for field in fields(kind)]
+    known = inspect.signature(kind).parameters
     for name in values:
         if name not in known:
             raise ValueError(f"{key}.{name}: unknown key; known: {', '.join(known)}.")

@@ -78,8 +78,7 @@ def generate(
     """Continue a text; the continuation alone goes to stdout, as it is made.
 
     Args:
-        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
-            file, smollm2-135m-instruct.
+        ckpt: checkpoint directory, or what `import` takes as a source.
         prompt: the text, as it stands; - reads it from stdin.
         max_new_tokens: length limit of the continuation.
         temperature: 0 takes the likeliest token.
@@ -128,8 +127,7 @@ def chat(
     Ctrl-C ends an answer. What no longer fits into the context is forgotten, the oldest first.
 
     Args:
-        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
-            file, smollm2-135m-instruct.
+        ckpt: checkpoint directory, or what `import` takes as a source.
         system: what the model is told before the conversation.
         max_new_tokens: length limit of each answer.
         temperature: 0 takes the likeliest token.
@@ -322,8 +320,7 @@ def serve(
     Requests are written together, a token of each a step, and join and leave at any time.
 
     Args:
-        ckpt: checkpoint directory, or published weights: a Hugging Face directory or name, a .gguf
-            file, smollm2-135m-instruct.
+        ckpt: checkpoint directory, or what `import` takes as a source.
         name: what clients call the model; by default its run, or what it was asked for by.
         host: address to listen on.
         port: to listen on; 0 takes a free one.
@@ -385,16 +382,7 @@ def _check_draws(temperature: float, top_k: int, top_p: float, seed: int) -> Non
         )
 
 
+_NAMED = (run, tokenizer_train, score, generate, chat, classify, import_, export, merge, serve, ui)
 FUNCTIONS: dict[str, Callable[..., int | None]] = {
-    "run": run,
-    "tokenizer train": tokenizer_train,
-    "score": score,
-    "generate": generate,
-    "chat": chat,
-    "classify": classify,
-    "import": import_,
-    "export": export,
-    "merge": merge,
-    "serve": serve,
-    "ui": ui,
+    function.__name__.rstrip("_").replace("_", " "): function for function in _NAMED
 }

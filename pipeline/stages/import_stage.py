@@ -32,16 +32,12 @@ def import_stage(source: str, *, output: Path | None) -> None:
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path} is a checkpoint of ours already; use it as it is.")
     if output is not None:
-        output = check_output(output, is_own=_was_imported(output))
+        is_own = (output / MANIFEST).is_file() and "source" in read_meta(output)
+        output = check_output(output, is_own=is_own)
     options = {"source": source, "output": output and str(output)}
     content = path_digest(path)
     make = partial(_import, source=source, path=path, content=content, output=output)
     print(run_once("import", Path(source).name, [options, content], options, make, "best"))
-
-
-def _was_imported(path: Path) -> bool:
-    """Whether a checkpoint is of weights of others, as they came."""
-    return (path / MANIFEST).is_file() and "source" in read_meta(path)
 
 
 def _import(run: Run, source: str, path: Path, content: str, output: Path | None) -> None:

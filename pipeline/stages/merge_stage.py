@@ -3,8 +3,8 @@
 Shapes: V vocabulary, K labels, P positions.
 """
 
-import importlib
 import math
+import pydoc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,13 +125,7 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
 
 def _our_data_module(class_path: str) -> type[StepDataModule] | None:
     """The class, if it is a data module of this project: the checkpoint may be a stranger's."""
-    module, _, name = class_path.rpartition(".")
-    if not module.startswith("datamodules."):
-        return None
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
+    found = pydoc.locate(class_path) if class_path.startswith("datamodules.") else None
     return found if isinstance(found, type) and issubclass(found, StepDataModule) else None
 
 

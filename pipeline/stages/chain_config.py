@@ -41,6 +41,8 @@ class StageCommand:
 
 
 _TOKENIZER = ("--data.tokenizer", ("tokenizer", "best"))  # a checkpoint holds its tokenizer
+_BEFORE = ("--before", ("best",))
+_CKPT = {"ckpt": ("--ckpt", ("best",))}
 _EVALUATION = StageCommand({"ckpt": ("--ckpt_path", ("best",)), "tokenizer": _TOKENIZER})
 STAGE_COMMANDS = {
     "tokenizer train": StageCommand({}, outputs=("tokenizer",)),
@@ -49,19 +51,15 @@ STAGE_COMMANDS = {
         outputs=("best", "last"),
     ),
     "import": StageCommand({}, outputs=("best",)),
-    "merge": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("best",)),
-    "export": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("exported",)),
+    "merge": StageCommand(_CKPT, outputs=("best",)),
+    "export": StageCommand(_CKPT, outputs=("exported",)),
     "validate": _EVALUATION,
-    "test": replace(_EVALUATION, inputs={**_EVALUATION.inputs, "before": ("--before", ("best",))}),
+    "test": replace(_EVALUATION, inputs={**_EVALUATION.inputs, "before": _BEFORE}),
     "predict": replace(_EVALUATION, outputs=("predictions",)),
-    "generate": StageCommand({"ckpt": ("--ckpt", ("best",))}),
-    "classify": StageCommand({"ckpt": ("--ckpt", ("best",))}, outputs=("labels",)),
+    "generate": StageCommand(_CKPT),
+    "classify": StageCommand(_CKPT, outputs=("labels",)),
     "score": StageCommand(
-        {
-            "ckpt": ("--ckpt", ("best",)),
-            "before": ("--before", ("best",)),
-            "responses": ("--responses", ("responses",)),
-        },
+        {**_CKPT, "before": _BEFORE, "responses": ("--responses", ("responses",))},
         outputs=("responses", "scores", "report"),
     ),
 }
@@ -103,8 +101,7 @@ class Stage:
     def paths(self) -> dict[str, Path]:
         """Files and folders that options name, inputs and data apart: these have a home each."""
         given = {key: v for key, v in self.options().items() if key.rpartition(".")[2] in PATHS}
-        texts = {key: value for key, value in given.items() if isinstance(value, str)}
-        paths = {key: expanded(value) for key, value in texts.items()}
+        paths = {key: expanded(value) for key, value in given.items() if isinstance(value, str)}
         return {key: path for key, path in paths.items() if path.exists()}
 
     def identity(self) -> dict[str, Any]:

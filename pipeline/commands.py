@@ -91,7 +91,7 @@ def generate(
         chat: take the prompt as a user's message, in the checkpoint's template.
         system: what the model is told before that message.
     """
-    _check_draws(temperature, top_k, top_p, seed)
+    draws = _draws(temperature, top_k, top_p, seed)
     if system and not chat:
         raise ValueError("--system comes before a user's message; add --chat.")
     from pipeline.inference import print_continuation
@@ -103,11 +103,8 @@ def generate(
         is_message=chat,
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         num_beams=num_beams,
-        seed=seed,
+        **draws,
     )
 
 
@@ -137,7 +134,7 @@ def chat(
         precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
             where the hardware multiplies it, else f16-weights where that is fast.
     """
-    _check_draws(temperature, top_k, top_p, seed)
+    draws = _draws(temperature, top_k, top_p, seed)
     from pipeline.inference import converse
 
     converse(
@@ -145,10 +142,7 @@ def chat(
         precision=precision,
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        **draws,
     )
 
 
@@ -372,7 +366,7 @@ def _path(given: str | None) -> Path | None:
     return expanded(given) if given else None
 
 
-def _check_draws(temperature: float, top_k: int, top_p: float, seed: int) -> None:
+def _draws(temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1.")
     if temperature == 0 and (top_k > 0 or top_p < 1):
@@ -380,6 +374,7 @@ def _check_draws(temperature: float, top_k: int, top_p: float, seed: int) -> Non
             f"top_k {top_k} and top_p {top_p} shape draws, but temperature 0 draws nothing; "
             "give a temperature above 0."
         )
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
 _NAMED = (run, tokenizer_train, score, generate, chat, classify, import_, export, merge, serve, ui)

@@ -33,6 +33,7 @@ class Kept:
         """Adds a row; a single write, so that lines of two processes do not mix."""
         row = {"key": key, **facts}
         self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.rows[key] = row
 
     def pass_over(self) -> None:
         """Says that a line cannot be used."""

@@ -36,14 +36,7 @@ _ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split
 
 @dataclass(frozen=True)
 class Answering:
-    """How responses are made.
-
-    Attributes:
-        split: which split is answered: train, val or test.
-        max_new_tokens: length limit; less where the context is full.
-        batch_size: answers that are written at a time.
-        precision: arithmetic of the models; not auto.
-    """
+    """How responses are made; see `pipeline.commands.score`. `precision` is not auto."""
 
     split: str
     max_new_tokens: int
@@ -165,28 +158,20 @@ def respond(
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 
-    Args:
-        loaded: the model that answers.
-        tuned: the one whose prompt style and stop tokens are used, also for the untuned model.
-        data: set up.
-        prompts: ids of every item's prompt.
-        answering: how.
-        kept: answers of this run, as they were made before it was stopped and as they are made now.
+    Prompt style and stop tokens are those of the `tuned` one, also for the untuned model. Answers
+    are `kept` as they are made; those that were made before the run was stopped are used again.
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
     keys = [digest([str(loaded.path), ids]) for ids in prompts]
-    answers = {key: row["text"] for key, row in kept.rows.items()}
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
-    left = [i for i in by_length if keys[i] not in answers]
+    left = [i for i in by_length if keys[i] not in kept.rows]
     written = generate_each(
         loaded.gpt, [prompts[i] for i in left], settings, max_rows=answering.batch_size
     )
     title, console = f"answering with {loaded.path.name}", Console(stderr=True)
     for i, ids in track(written, title, total=len(left), console=console):
-        key = keys[left[i]]
-        answers[key] = text_of(loaded.tokenizer, ids).strip()
-        kept.append(key, text=answers[key])
+        kept.append(keys[left[i]], text=text_of(loaded.tokenizer, ids).strip())
     nats = reference_nats(loaded, data, answering.split)
     return [
         Response(
@@ -194,7 +179,7 @@ def respond(
             instruction=item["instruction"],
             input=item["input"],
             reference=item["reference"],
-            response=answers[keys[i]],
+            response=kept.rows[keys[i]]["text"],
             settings={"max_new_tokens": max_new_tokens, "temperature": 0.0},
             reference_nats=nats[i][0],
             reference_tokens=nats[i][1],
@@ -204,12 +189,8 @@ def respond(
 
 
 def prompts_of(data: InstructionDataModule, answering: Answering, context: int) -> list[list[int]]:
-    """Ids of every item's prompt; where an answer would find no room, its middle is taken out.
-
-    Args:
-        data: set up.
-        answering: how.
-        context: tokens that prompt and answer share.
+    """Ids of every item's prompt; where the `context`, in tokens, has no room for an answer beside
+    it, its middle is taken out.
 
     Raises:
         ValueError: the answer is to have all of the context, or nearly.

@@ -106,12 +106,9 @@ class StepDataModule(pl.LightningDataModule):
         return torch.tensor([len(self.train_set[key]["input_ids"]) for key in keys.tolist()])
 
     def advance(self, n_steps: int) -> None:
-        """Moves the position past an optimizer step, into the next epoch behind its last one.
+        """Moves the position past an optimizer step, of `n_steps` an epoch.
 
         Lightning's own counters are no help: after a resume at an epoch's end they lag behind.
-
-        Args:
-            n_steps: optimizer steps that this run takes an epoch.
         """
         self._at["position"] += 1
         if self._at["position"] >= n_steps:
@@ -200,17 +197,12 @@ def report(message: str) -> None:
 
 def described(counts: Mapping[str, Any]) -> str:
     """Counts in a line: of labels (`train/spam`) and parts in brackets, without `n_` notes."""
-    words: dict[str, str] = {}
-    parts: dict[str, list[str]] = {}
+    words = []
     for name, count in counts.items():
-        whole, _, part = name.partition("/")
-        if part:
-            parts.setdefault(whole, []).append(f"{part} {count:,}")
-        elif isinstance(count, Mapping):
-            words[name], parts[name] = name, [described(count)]
-        elif not name.startswith("n_"):
-            words[name] = f"{name} {count:,}"
-    return ", ".join(
-        f"{text} ({', '.join(parts[name])})" if name in parts else text
-        for name, text in words.items()
-    )
+        if isinstance(count, Mapping):
+            words.append(f"{name} ({described(count)})")
+        elif "/" not in name and not name.startswith("n_"):
+            of_it = {k.partition("/")[2]: n for k, n in counts.items() if k.startswith(f"{name}/")}
+            parts = ", ".join(f"{part} {n:,}" for part, n in of_it.items())
+            words.append(f"{name} {count:,}" + (f" ({parts})" if parts else ""))
+    return ", ".join(words)

@@ -125,11 +125,8 @@ class TextClassificationDataModule(SplitDataModule):
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
             raise ValueError(f"{path} holds no rows; fill it, or leave it out.")
-        for key, column in (
-            ("text_column", self.text_column),
-            ("label_column", self.label_column),
-        ):
-            if column not in frame:
+        for key in ("text_column", "label_column"):
+            if (column := getattr(self, key)) not in frame:
                 raise ValueError(
                     f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
                 )

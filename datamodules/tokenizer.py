@@ -23,14 +23,7 @@ from datamodules.files import MALFORMED, digest, expanded, replacing
 from datamodules.sentencepiece import CharacterLevel, SentencePiece
 
 ENDOFTEXT = "<|endoftext|>"
-CHAT_MARKERS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|end|>",
-)
+CHAT_MARKERS = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 FILE_NAME = "tokenizer.json"
 
 _FORMAT = "gpt-pipeline tokenizer 1"
@@ -107,9 +100,7 @@ class Vocabulary:
 class Tokenizer:
     """A vocabulary that is run, with a digest.
 
-    Attributes:
-        vocabulary: everything that decides ids.
-        digest: SHA-256 of its canonical file content; equal digests encode equally.
+    `digest` is the SHA-256 of its canonical file content; equal digests encode equally.
     """
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
@@ -162,11 +153,8 @@ class Tokenizer:
     def encode(self, text: str, before: Sequence[int] = ()) -> list[int]:
         """Ids of a text, all of it ordinary; bytes that the vocabulary cannot spell are left out.
 
-        Vocabularies made here spell every byte.
-
-        Args:
-            text: any.
-            before: ids that it follows; some vocabularies begin a text otherwise than go on in one.
+        Vocabularies made here spell every byte. `before` are the ids that it follows: some
+        vocabularies begin a text otherwise than go on in one.
         """
         return self.encoder.encode(text, before)
 
@@ -179,11 +167,7 @@ class Tokenizer:
         return self.decode_bytes(ids, before).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int], before: Sequence[int] = ()) -> bytes:
-        """Bytes of ids, exactly.
-
-        Args:
-            ids: ordinary ones alone, where bytes of a text are asked for.
-            before: ids that they follow; a blank that `encode` put there is taken away.
+        """Bytes of ids, exactly; a blank that `encode` put there after `before` is taken away.
 
         Raises:
             KeyError: for an id that the vocabulary does not have.

@@ -18,13 +18,7 @@ from datamodules.batching import MicroBatch
 from datamodules.step_data_module import StepDataModule
 from pipeline import lora
 from pipeline.arguments import construct
-from pipeline.checkpoint import (
-    json_writer,
-    model_writers,
-    stem_of,
-    step_name,
-    write_checkpoint,
-)
+from pipeline.checkpoint import json_writer, model_writers, stem_of, step_name, write_checkpoint
 from pipeline.classifier import GPTClassifier
 from pipeline.console import say
 from pipeline.decoding.generate import generate

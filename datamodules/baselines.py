@@ -25,10 +25,6 @@ _XZ_MIN_DICTIONARY = 4096
 def compression_baselines(train: bytes, heldout: bytes) -> dict[str, float]:
     """Bits a byte that held-out text costs where the training text is known.
 
-    Args:
-        train: its last MAX_TRAIN_BYTES count.
-        heldout: its first MAX_HELDOUT_BYTES count.
-
     Returns:
         `xz`: of the held-out text compressed alone; `xz_primed`: what it adds to the compressed
         training text, all of which xz may copy from; `5gram`: cross-entropy under `ByteNgram`,

@@ -58,10 +58,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
     A template that can have its model think first (Qwen3's) is told not to: what is learned from,
     and asked for, are answers.
 
-    Args:
-        tokenizer: with a chat template.
-        messages: the conversation.
-        opening: whether the assistant's next turn is opened.
+    With `opening` the assistant's next turn is opened.
 
     Raises:
         ValueError: the template refuses these messages, or is no template.

@@ -15,10 +15,6 @@ _NO_TEXT = {".json", ".gz", ".zip", ".zst"}
 def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
     """Documents of the sources, streamed: a text file, a line of JSONL or a row of a table each.
 
-    Args:
-        sources: see `datamodules.sources.resolve`.
-        text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
-
     Raises:
         FileNotFoundError: for a source that is not there.
         ValueError: naming the file and byte, line or row that is not text.

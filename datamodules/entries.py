@@ -62,10 +62,6 @@ def _json_list(path: Path) -> list[Any]:
 def make_item(index: int, entry: Any) -> Item:
     """An entry in one of the forms that `InstructionDataModule` takes.
 
-    Args:
-        index: its position in the data.
-        entry: as it was read.
-
     Raises:
         ValueError: it has no prompt or response, or something that would not be read.
     """

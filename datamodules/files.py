@@ -101,12 +101,7 @@ def at(place: str) -> Iterator[None]:
 
 
 def decode(data: bytes, path: Path, offset: int = 0) -> str:
-    """Text of UTF-8 bytes, without a byte-order mark at the start of the file.
-
-    Args:
-        data: bytes that stand at `offset` in the file.
-        path: for the message.
-        offset: place of its first byte in the file.
+    """Text of UTF-8 bytes that stand at `offset` in a file, without a byte-order mark at its start.
 
     Raises:
         ValueError: naming the file and the first byte that is not UTF-8.

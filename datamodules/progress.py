@@ -12,13 +12,7 @@ Item = TypeVar("Item")
 def with_progress(
     items: Iterable[Item], what: str, tell: Callable[[str], object]
 ) -> Iterator[Item]:
-    """The items; every 20 s it is told how many of them have been taken.
-
-    Args:
-        items: consumed once, streamed.
-        what: they are, and what is done with them: `documents read`.
-        tell: gets the line.
-    """
+    """The items; `tell` gets a line every 20 s: how many are what (`documents read`) so far."""
     due = time.monotonic() + TELL_S
     for number, item in enumerate(items, start=1):
         if time.monotonic() >= due:

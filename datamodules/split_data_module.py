@@ -80,11 +80,9 @@ class SplitDataModule(StepDataModule):
         return {"sources": sources, **({"apart": files} if files else {})}
 
     def _split(self, keys: list[str], labels: Sequence[int] | None = None) -> None:
-        """Decides what is in each split, and counts what a naive one would have leaked.
+        """Decides what is in each split, by keys of all rows, and by labels of those of `source`.
 
-        Args:
-            keys: of all rows; those of equal key say the same.
-            labels: where given, each is split on its own.
+        What a split blind to the keys would have leaked is counted.
         """
         shared = keys[: len(self._own["train"])]
         share = dict(zip(SPLITS, self.fractions, strict=True))
@@ -123,10 +121,7 @@ class SplitDataModule(StepDataModule):
     ) -> None:
         """Makes the sets and the fingerprint, and says what is in them.
 
-        Args:
-            samples: by position of their rows.
-            learned: keys of all that is trained on.
-            counts: of the rows.
+        Samples are by position of their rows, `learned` are the keys of all that is trained on.
         """
         sets = [Samples([samples[row] for row in self._rows[split].tolist()]) for split in SPLITS]
         self.train_set, self.val_set, self.test_set = sets

@@ -273,11 +273,7 @@ def _in_json(value: Any) -> Any:
 
 
 def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = None) -> None:
-    """Refuses what `write_table` could not write, before much was done for it.
-
-    Args:
-        path: the output.
-        columns: cells by column, as far as they are known.
+    """Refuses what `write_table` could not write, as far as it is known, before much was done.
 
     Raises:
         ValueError: for another suffix, a text that a tab-separated file, which has no quotes,

@@ -91,8 +91,7 @@ def check_nesting(text: str) -> None:
 def check_configs(words: Sequence[str]) -> None:
     """Refuses a file of options that is not valid YAML by its name, which jsonargparse leaves out.
 
-    Args:
-        words: the command line after the command; a missing file is left to jsonargparse.
+    A missing file is left to jsonargparse.
 
     Raises:
         ValueError: naming the file and the place in it.
@@ -177,9 +176,7 @@ def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
 def one_line(message: str, known: Sequence[str] = ()) -> str:
     """The nested message of jsonargparse as `key: what is wrong`, without the types it tried.
 
-    Args:
-        message: of one of its errors.
-        known: names of options, of which the nearest is told for one that is unknown.
+    Of `known` names of options the nearest is told for one that is unknown.
     """
     if refused := refusal(message):
         return refused

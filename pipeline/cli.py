@@ -349,11 +349,7 @@ class PipelineCLI(LightningCLI):
 
 
 def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
-    """Runs `fit`, `validate`, `test` or `predict`.
-
-    Args:
-        args: the command and its options.
-        cli: what runs it.
+    """Runs `fit`, `validate`, `test` or `predict` with its options.
 
     Raises:
         ValueError: for a user's mistake, in one line that names the key.

@@ -38,11 +38,7 @@ def refuse_strangers() -> None:
 
 
 def refusal(message: str) -> str | None:
-    """What the parser refused to import, in one line; None where it says something else.
-
-    Args:
-        message: what the parser said.
-    """
+    """What a parser refused to import, in one line; None where its message says something else."""
     denied = _DENIED.search(message)
     if denied is None:
         return None

@@ -39,9 +39,7 @@ def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
 
     Texts of models are data and shown as such: escaped, clipped, and the page forbids scripts.
 
-    Args:
-        summary: the scores of one model, or of one before and after its tuning.
-        lineage: what the numbers come from, name to text: checkpoint and digest, data, settings.
+    `lineage` says what the numbers come from: checkpoint and digest, data, settings.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -67,13 +67,9 @@ def score_responses(
 ) -> list[Score]:
     """Scores every response by every scorer: the judge if there is one, chrF, ROUGE-L, exact match.
 
-    Args:
-        responses: what one model answered, each with its own id.
-        judge: an LLM judge to ask as well.
-        cache: JSONL file of the judge's verdicts; see `judge_responses`.
-
     Returns:
-        Scores on 0-100, scorer by scorer, in the order of the responses.
+        Scores on 0-100, scorer by scorer, in the order of the responses, which have ids of their
+        own; `cache` keeps verdicts, see `judge_responses`.
 
     Raises:
         ValueError: if there is no judge.

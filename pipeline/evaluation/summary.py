@@ -152,9 +152,7 @@ class Summary:
 def summarize(after: Scored, *, before: Scored | None) -> Summary:
     """Every measure with its interval; with `before`, also the paired differences.
 
-    Args:
-        after: the model in question.
-        before: another model's responses to the same items, in the same order.
+    Both are of the same items, in the same order.
     """
     tables = _tables(after)
     others = _tables(before) if before else {}

@@ -75,10 +75,7 @@ class StageInterrupted(StageFailed):
 def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -> int:
     """Runs what is not done yet of a chain, and says what came out.
 
-    Args:
-        path: the chain's YAML.
-        overrides: `stage.key=value` each.
-        resume: auto goes on where it can, must insists on an interrupted run, never starts anew.
+    Options are those of `pipeline.commands.run`.
 
     Returns:
         The exit code: 0, that of the stage that failed, 2 where options or rows of a later one

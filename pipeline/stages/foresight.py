@@ -56,10 +56,7 @@ class _ReadingCLI(PipelineCLI):
 
 
 def main(stages: dict[str, list[str]]) -> int:
-    """Parses what each stage's command will, and reads its rows.
-
-    Args:
-        stages: by name, a command of Lightning's and its options.
+    """Parses what each stage's command, by name, will, and reads its rows.
 
     Returns:
         The exit code: 2 for a mistake, said in one line on stderr, 130 for an interrupt.

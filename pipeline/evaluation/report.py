@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pipeline.console import CONTROL_PICTURES
 from pipeline.evaluation.metrics import RESAMPLES
 from pipeline.evaluation.responses import Response
-from pipeline.evaluation.summary import LOWER_IS_BETTER, MIN_QUESTIONS, Score, Scored, Summary
+from pipeline.evaluation.summary import LOWER_IS_BETTER, MIN_QUESTIONS, Score, Summary
 
 TITLES = {
     "judge": "LLM judge",
@@ -79,7 +79,7 @@ def score_histogram(summary: Summary) -> Figure:
     figure, axes = _axes()
     sides = {"before": summary.before, "after": summary.after} if summary.before else {}
     sides = sides or {"score": summary.after}
-    columns = [_column(scored, summary.headline) for scored in sides.values() if scored]
+    columns = [scored.column(summary.headline) for scored in sides.values() if scored]
     axes.hist(
         [column[~np.isnan(column)] for column in columns],
         bins=np.arange(0, 101, 10).tolist(),
@@ -97,8 +97,8 @@ def before_and_after(summary: Summary) -> Figure:
     """Each item's headline score before and after; above the diagonal it has improved."""
     assert summary.before is not None, "there is nothing to compare with"
     figure, axes = _axes()
-    before = _column(summary.before, summary.headline)
-    after = _column(summary.after, summary.headline)
+    before = summary.before.column(summary.headline)
+    after = summary.after.column(summary.headline)
     pairs = np.column_stack([before, after])[~np.isnan(before + after)]
     places, n_items = np.unique(pairs.round(), axis=0, return_counts=True)
     axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=":")
@@ -134,15 +134,10 @@ def _svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
 
 
-def _column(scored: Scored, scorer: str) -> np.ndarray:
-    scores = [score.score for score in scored.by(scorer)]
-    return np.array([np.nan if score is None else score for score in scores])
-
-
 def _best_and_worst(summary: Summary) -> tuple[list[Any], list[Any]]:
     """The two ends of the ranking by headline score; ties are broken by chrF."""
-    column = _column(summary.after, summary.headline)
-    ranked = np.lexsort((_column(summary.after, "chrf"), column))  # NaN last
+    column = summary.after.column(summary.headline)
+    ranked = np.lexsort((summary.after.column("chrf"), column))  # NaN last
     ranked = ranked[: int((~np.isnan(column)).sum())]
     n_shown = min(N_EXAMPLES, (len(ranked) + 1) // 2)
     worst, best = ranked[:n_shown], ranked[n_shown:][::-1][:n_shown]

@@ -47,6 +47,10 @@ class Scored:
         """The scores of one scorer, in the order of the responses."""
         return [score for score in self.scores if score.scorer == scorer]
 
+    def column(self, scorer: str) -> Array:
+        """(N,) scores of one scorer, NaN where there is none."""
+        return np.array([score.score for score in self.by(scorer)], dtype=float)
+
     @property
     def scorers(self) -> list[str]:
         """Names of the scorers, without repetition."""
@@ -166,7 +170,7 @@ def _tables(scored: Scored) -> dict[str, Array]:
     """(N, K) counts of each measure; NaN in the rows of items that it has no value for."""
     tables: dict[str, Array] = {}
     for scorer in scored.scorers:
-        values = [np.nan if score.score is None else score.score for score in scored.by(scorer)]
+        values = scored.column(scorer)
         tables[scorer] = np.column_stack([values, np.ones(len(values))])
     texts = [response.response for response in scored.responses]
     references = [response.reference for response in scored.responses]

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, TypedDict
@@ -55,9 +55,8 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._ends = [0, *accumulate(len(sample["input_ids"]) for sample in samples)]
-        columns: dict[str, list[Any]] = {key: [] for sample in samples[:1] for key in sample}
-        for key, values in columns.items():
-            values += [sample[key] for sample in samples]  # type: ignore[literal-required]
+        rows: Sequence[Mapping[str, Any]] = samples
+        columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
         self._tokens = {k: torch.cat(v) for k, v in columns.items() if isinstance(v[0], Tensor)}
         self._facts = {k: v for k, v in columns.items() if k not in self._tokens}
 

@@ -130,10 +130,9 @@ def _content_digests(sources: Sequence[str]) -> list[list[str]]:
 def _is_whole(folder: Path) -> bool:
     if not (folder / "corpus.json").is_file():
         return False
-    damaged = _damaged(folder)
-    if damaged is not None:
+    if damaged := _damaged(folder):
         _log.warning("%s is damaged in the cache; the corpus is tokenised again", damaged)
-    return damaged is None
+    return not damaged
 
 
 def _damaged(folder: Path) -> Path | None:
@@ -142,10 +141,9 @@ def _damaged(folder: Path) -> Path | None:
         facts = json.loads(path.read_text())
         width = np.dtype(facts["dtype"]).itemsize
         expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
-        is_whole = facts.pop("checksum") == digest(facts)
+        if facts.pop("checksum") != digest(facts):
+            return path
     except MALFORMED:
-        return path
-    if not is_whole:
         return path
     for split, (n_bytes, wanted) in expected.items():
         path = folder / f"{split}.bin"

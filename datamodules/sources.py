@@ -115,21 +115,13 @@ def _known(choices: dict[str, Any], name: str, kind: str) -> Any:
     return choices[name]
 
 
-def _samples() -> dict[str, Path]:
-    files = {file.stem: file for file in _SAMPLES.iterdir() if file.is_file()}
-    return {**files, "python-docs": _python_docs_path()}
-
-
 def _bundled(name: str) -> Path:
-    docs = _python_docs_path()
+    build = hashlib.sha256(f"{sys.version} {sys.base_prefix}".encode()).hexdigest()[:8]
+    version = f"{platform.python_version()}-{build}-{_PYTHON_DOCS_FORM}"
+    docs = cache_dir() / "python-docs" / f"{version}.jsonl"
     if name == "python-docs" and not docs.is_file():
         with replacing(docs) as temporary, temporary.open("w", encoding="utf-8") as lines:
             for document, text in python_docs():
                 lines.write(json.dumps({"name": document, "text": text}) + "\n")
-    return Path(_known(_samples(), name, "bundled"))
-
-
-def _python_docs_path() -> Path:
-    build = hashlib.sha256(f"{sys.version} {sys.base_prefix}".encode()).hexdigest()[:8]
-    version = f"{platform.python_version()}-{build}-{_PYTHON_DOCS_FORM}"
-    return cache_dir() / "python-docs" / f"{version}.jsonl"
+    files = {file.stem: file for file in _SAMPLES.iterdir() if file.is_file()}
+    return Path(_known({**files, "python-docs": docs}, name, "bundled"))

@@ -95,7 +95,7 @@ def _json_object(text: str, place: str) -> dict[str, Any]:
     return value
 
 
-def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
+def read_table(path: Path, names: list[str] | None = None) -> pd.DataFrame:
     """Rows of a .csv, .tsv (also without suffix), .jsonl or .parquet file.
 
     Cells of CSV and TSV are strings as they stand ("NA" and "" included). A CSV's are separated by
@@ -118,44 +118,44 @@ def read_table(path: Path, names: Sequence[str] | None = None) -> pd.DataFrame:
         raise ValueError(f"{path} is not a table; give a .csv, .tsv, .jsonl or .parquet file.")
     text = "" if suffix == ".parquet" else _lines(decode(path.read_bytes(), path), suffix)
     try:
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            _refuse_twice(parquet.read_schema(path).names)
-            columns = parquet.read_table(path)
-            numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
-            return columns.drop_columns(numbers).to_pandas(
-                integer_object_nulls=True,
-                ignore_metadata=True,  # an index that has a name is a column like others
-            )
-        table = pd.read_csv(
-            io.StringIO(text),
-            sep=_separator(text) if suffix == ".csv" else "\t",
-            quoting=csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE,
-            names=None if names is None else list(names),
-            header=0 if names is None else None,
-            lineterminator="\n",
-            dtype=str,
-            keep_default_na=False,
-        )
-        if names is None:
-            _refuse_twice(_header(text, suffix))
-        if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
-            raise ValueError(_surplus(len(table.columns), table.index.nlevels, suffix))
-        return table
+        return _parquet(path) if suffix == ".parquet" else _parsed(text, suffix, names)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as {suffix or '.tsv'}: {reason}") from error
 
 
-def _header(text: str, suffix: str) -> list[str]:
-    """The names of a table's columns as they stand: pandas numbers those that are there twice."""
-    if suffix != ".csv":
-        return text.partition("\n")[0].split("\t")
-    rows = csv.reader(io.StringIO(text), delimiter=_separator(text))
-    with contextlib.suppress(csv.Error):  # which pandas reads in its own way
-        return next((row for row in rows if row), [])
-    return []
+def _parquet(path: Path) -> pd.DataFrame:
+    from pyarrow import parquet
+
+    _refuse_twice(parquet.read_schema(path).names)
+    columns = parquet.read_table(path)
+    numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
+    return columns.drop_columns(numbers).to_pandas(
+        integer_object_nulls=True,
+        ignore_metadata=True,  # an index that has a name is a column like others
+    )
+
+
+def _parsed(text: str, suffix: str, names: list[str] | None) -> pd.DataFrame:
+    """The table in a text of separated cells."""
+    import pandas as pd
+
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
+    if suffix == ".csv":
+        form |= {"delimiter": _separator(text), "quoting": csv.QUOTE_MINIMAL}
+    table = pd.read_csv(io.StringIO(text), names=names, dtype=str, keep_default_na=False, **form)
+    if names is None:  # pandas numbers those that are there twice
+        with contextlib.suppress(csv.Error):  # what pandas reads in its own way
+            rows = csv.reader(io.StringIO(text), **form)
+            _refuse_twice(next((row for row in rows if row), []))
+    if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
+        n_columns = len(table.columns)
+        n_fields = n_columns + table.index.nlevels
+        remedy = "quote the text with a comma" if suffix == ".csv" else "drop a tab"
+        raise ValueError(
+            f"row 1 has {n_fields} fields but there are {n_columns} columns; {remedy}."
+        )
+    return table
 
 
 def _refuse_twice(names: Sequence[str]) -> None:
@@ -293,8 +293,3 @@ def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = Non
                     f"output is {path}, which cannot hold the tab or line break in {cell[:60]!r} "
                     f"(column {name!r}); give a .csv or .jsonl file."
                 )
-
-
-def _surplus(n_columns: int, n_more: int, suffix: str) -> str:
-    remedy = "quote the text with a comma" if suffix == ".csv" else "drop a tab"
-    return f"row 1 has {n_columns + n_more} fields but there are {n_columns} columns; {remedy}."

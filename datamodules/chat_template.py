@@ -67,7 +67,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
     try:
         template = _compiled(vocabulary.chat_template or "")
         _rounds_left.set(_MAX_ROUNDS)
-        text: str = template.render(
+        return template.render(
             messages=list(messages),
             add_generation_prompt=opening,
             bos_token=vocabulary.bos_token or "",
@@ -81,7 +81,6 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
         raise ValueError(
             f"the chat template of {tokenizer.name} refuses the conversation: {error}"
         ) from error
-    return text
 
 
 def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> TemplateParts:

@@ -239,8 +239,7 @@ def _write(
     """Copies ranges of tokens, `<|endoftext|>` between them."""
     lengths = np.array(tokenizer.lengths())
     separator = np.array([tokenizer.eos_id], tokens.dtype)
-    n_separators = max(0, len(ranges) - 1)
-    n_tokens = n_bytes = n_separators
+    n_tokens = n_bytes = max(0, len(ranges) - 1)  # the separators
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for i, (start, end) in enumerate(ranges):

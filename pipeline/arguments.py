@@ -49,8 +49,7 @@ _Dumper.add_implicit_resolver(
 
 def dump_yaml(value: Any) -> str:
     """YAML of primitives that is read as what it was."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def guard_yaml() -> None:
@@ -169,8 +168,7 @@ def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
         parsed = parser.parse_object({key: dict(arguments)})
     except ArgumentError as error:
         raise ValueError(one_line(str(error))) from error
-    made: T = parser.instantiate(parsed)[key]
-    return made
+    return parser.instantiate(parsed)[key]
 
 
 def one_line(message: str, known: Sequence[str] = ()) -> str:

@@ -42,7 +42,7 @@ def evaluate(
     """
     from pipeline.evaluation.report import render_report
 
-    sides = {"": after} | ({"-before": before} if before is not None else {})
+    sides = {"": after} if before is None else {"": after, "-before": before}
     for side, responses in sides.items():
         write_lines(directory / f"responses{side}.jsonl", map(asdict, responses))
     scored = {
@@ -57,8 +57,7 @@ def evaluate(
     if judge:
         asked = f"{judge.model} at {judge.base_url}, rubric {RUBRIC_DIGEST[:12]}"
         lineage = {**lineage, "judge": asked}
-    html = render_report(summary, lineage=lineage)
-    write_atomically(directory / "report.html", html.encode())
+    write_atomically(directory / "report.html", render_report(summary, lineage=lineage).encode())
     return summary
 
 

@@ -156,8 +156,7 @@ def _labels(model: GPTClassifier, batches: Sequence[MicroBatch]) -> Behaviour:
 def _prompt(input_ids: Tensor, labels: Tensor) -> list[int]:
     """What stands before the first token to be learned; of a text without one its first half."""
     first = int((labels != IGNORE).int().argmax())
-    ids: list[int] = input_ids[: first or max(1, len(input_ids) // 2)].tolist()
-    return ids
+    return input_ids[: first or max(1, len(input_ids) // 2)].tolist()
 
 
 def compare(before: Behaviour, after: Behaviour, *, is_classifier: bool) -> dict[str, Any]:

@@ -106,21 +106,16 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
         ValueError: where the checkpoint names none, or a class that is not of this project; for a
             change that the class does not take.
     """
-    given = loaded.meta.get("data")
-    kind = _our_data_module((given or {}).get("class_path", ""))
-    if not given or kind is None:
+    given = loaded.meta.get("data") or {}
+    name = given.get("class_path", "")  # a stranger's checkpoint may name any class
+    kind = pydoc.locate(name) if name.startswith("datamodules.") else None
+    if not (isinstance(kind, type) and issubclass(kind, StepDataModule)):
         raise ValueError(
             f"{loaded.path} does not say which of our data modules it was tuned with, so nothing "
             "can be compared; merge where it was trained."
         )
     arguments = {**given["init_args"], "tokenizer": str(loaded.path), **(changes or {})}
     return construct(kind, arguments, "data")
-
-
-def _our_data_module(class_path: str) -> type[StepDataModule] | None:
-    """The class, if it is a data module of this project: the checkpoint may be a stranger's."""
-    found = pydoc.locate(class_path) if class_path.startswith("datamodules.") else None
-    return found if isinstance(found, type) and issubclass(found, StepDataModule) else None
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from datamodules.files import sha256
 from pipeline.hardware import default_device, multiplies_bf16
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,8 @@ class Workload:
         n_warmup: steps that do not count.
         flops_per_token: of the model, forward and backward, for the share of the ceiling.
         loss_tolerance: relative difference of the last losses that equal work may show.
+        data: file of what all are given, whose digest the results keep.
+        ends_freely: who rounds may write texts that end elsewhere than those of float32.
         unit: of the rates.
     """
 
@@ -71,6 +74,8 @@ class Workload:
     n_warmup: int
     flops_per_token: float | None
     loss_tolerance: float
+    data: Path
+    ends_freely: bool = False
     unit: str = "tokens/s"
 
 
@@ -139,14 +144,12 @@ def _digest(value: Any) -> str:
 def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
     """As many tokens for all, last losses that agree, and in float32 the same outputs.
 
-    Where there are outputs, others than those of float32 may end elsewhere.
-
     Raises:
         RuntimeError: naming who differs.
     """
     ours = next(result for result in results if result.is_ours)
     for result in results:
-        is_free = result.precision != "float32" and any(result.outputs)
+        is_free = workload.ends_freely and result.precision != "float32"
         if result.tokens != ours.tokens and not is_free:
             raise RuntimeError(f"{result.name} worked on {result.tokens} tokens, {ours.tokens} due")
         pairs = zip(result.losses, ours.losses, strict=True)
@@ -201,6 +204,7 @@ def save(workload: Workload, results: Sequence[Result]) -> Path:
     """Writes the results as JSON."""
     path = results_folder() / f"{workload.key}.json"
     facts = {"key": workload.key, "title": workload.title, "unit": workload.unit}
+    facts["data"] = sha256(workload.data)
     rows = [asdict(result) for result in results]
     path.write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n")
     return path

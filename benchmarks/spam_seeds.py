@@ -16,8 +16,10 @@ from pathlib import Path
 import yaml
 from scipy import stats
 
+from pipeline.runs.stage_run import mlruns_root
+
 ROOT = Path(__file__).parents[1]
-CHAIN, RUNS = ROOT / "configs" / "run" / "smollm2.yaml", ROOT / "mlruns"
+CHAIN = ROOT / "configs" / "run" / "smollm2.yaml"
 MEASURES = ("test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfidf")
 
 
@@ -48,9 +50,9 @@ def scores(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Metrics of each test stage, by its name."""
     chain = spam_chain(folder, seed)
     words = ["run", "-c", str(chain), *overrides(chain, seed)]
-    subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, cwd=ROOT)
-    journals = sorted((RUNS / experiment(seed)).glob("smollm2-spam-*/outcome.json"))
-    newest = json.loads(max(journals, key=lambda path: path.stat().st_mtime).read_text())
+    subprocess.run([sys.executable, "-m", "pipeline", *words], check=True)
+    outcomes = (mlruns_root() / experiment(seed)).glob("smollm2-spam-*/outcome.json")
+    newest = json.loads(max(outcomes, key=lambda path: path.stat().st_mtime).read_text())
     runs = {name: Path(path) for name, path in newest["outputs"].items() if "test" in name}
     return {n: json.loads((p / "outcome.json").read_text())["metrics"] for n, p in runs.items()}
 

@@ -31,9 +31,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def main(record_path: str, weights: str, steps: str, precision: str) -> None:
     torch.manual_seed(1)
     batches = json.loads(Path(steps).read_text())
+    # the frozen weights in the precision of the products; PEFT keeps the adapters in float32
     model = AutoModelForSequenceClassification.from_pretrained(
-        weights, num_labels=2, pad_token_id=PAD, dtype=torch.float32
+        weights,
+        num_labels=2,
+        pad_token_id=PAD,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
+    model.score.float()  # and we the head, which is trained too
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

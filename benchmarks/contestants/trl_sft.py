@@ -41,8 +41,10 @@ def main(
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         )
+        # the frozen weights in the precision of the products; PEFT keeps the adapters in float32
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         trainer = recording(SFTTrainer, record_path)(
-            model=AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(weights, dtype=dtype),
             args=arguments,
             train_dataset=Dataset.from_list(json.loads(Path(entries).read_text())),
             processing_class=AutoTokenizer.from_pretrained(weights),

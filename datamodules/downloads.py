@@ -129,6 +129,7 @@ def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
         client.close()
 
     timer = threading.Timer(seconds, break_off)
+    timer.daemon = True  # holds up nobody who ends the process
     timer.start()
     try:
         yield is_over

@@ -682,6 +682,24 @@ judge_responses(items, judge, cache=Path(sys.argv[2]))
 """
 
 
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + KILLED
+
+
+def test_an_interrupt_does_not_wait_for_the_judge(server: Server, tmp_path: Path) -> None:
+    """Which may think for minutes."""
+    server.script = [chat(verdict(1)), hang]
+    command = [sys.executable, "-c", INTERRUPTIBLE, server.url, str(tmp_path / "cache.jsonl")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    while server.n_requests < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)  # it waits for the second
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=8)
+    assert b"KeyboardInterrupt" in said
+    assert server.asked_about() == ["a", "b"], "nobody else is asked about"
+
+
 def test_an_evaluation_that_was_killed_goes_on(server: Server, tmp_path: Path) -> None:
     server.script = [chat(verdict(1)), chat(verdict(2)), chat(verdict(3)), hang]
     command = [sys.executable, "-c", KILLED, server.url, str(tmp_path / "cache.jsonl")]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -316,6 +317,12 @@ def until(is_so: Any, patience_s: float = 60) -> None:
         ({"echo": True}, 400, "echo", "does not offer it"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "does not offer it"),
         ({"anything": 1}, 400, "anything", "does not offer it"),
+        (
+            {"messages": [{"role": "user", "content": "Hi", "name": "Ann"}]},
+            400,
+            "messages.0.name",
+            "does not offer it",
+        ),
         ({"messages": []}, 400, "messages", "at least 1 item"),
         ({"messages": "Hi"}, 400, "messages", "valid list"),
         ({"messages": [{"role": "tool", "content": ""}]}, 400, "messages.0.role", "'system'"),
@@ -438,7 +445,26 @@ def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:
     assert [row["probs"] for row in data] == [pytest.approx(row, abs=1e-6) for row in expected]
     names = loaded.meta["label_names"]
     assert [row["label"] for row in data] == [names[row.index(max(row))] for row in expected]
+    assert not any(row["truncated"] for row in data)
     assert httpx.get(f"{labelling.url}/v1/models", headers={"Authorization": "Bearer sesame"})
+
+
+def test_a_text_whose_end_counts_for_nothing_is_told(labelling: Served) -> None:
+    asked = {"model": "spam", "input": ["ok", "lunch " * 2000]}
+    headers = {"Authorization": "Bearer sesame"}
+    reply = httpx.post(f"{labelling.url}/classify", json=asked, headers=headers)
+    assert [row["truncated"] for row in reply.json()["data"]] == [False, True]
+
+
+def test_the_command_to_try_shows_the_key_by_its_name(labelling: Served) -> None:
+    while "curl" not in (log := labelling.log.read_text()):  # after the address
+        time.sleep(0.01)
+    (command,) = (line.strip() for line in log.splitlines() if "curl" in line)
+    assert 'Bearer $SECRET"' in command
+    tried = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "SECRET": "sesame"}, capture_output=True
+    )
+    assert json.loads(tried.stdout)["data"][0]["label"] in ("ham", "spam")
 
 
 def test_a_client_that_hung_up_is_worked_for_no_more() -> None:
@@ -495,6 +521,7 @@ def test_weights_that_are_no_numbers_decide_nothing(tiny: Journey) -> None:
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "sesame", "Bearer s\u00e9same"])
 def test_without_the_key_nothing_is_told(labelling: Served, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header.encode()}
+    assert httpx.get(f"{labelling.url}/openapi.json", headers=headers).status_code == 404
     for method, path in (("GET", "/v1/models"), ("POST", "/classify")):
         reply = httpx.request(method, f"{labelling.url}{path}", headers=headers)
         assert reply.status_code == 401

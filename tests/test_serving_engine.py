@@ -12,7 +12,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.serving import engine as engine_module
 from pipeline.serving.engine import Busy, Engine, EngineError, Limits, Piece
-from pipeline.serving.worker import Worker
+from pipeline.workers import Workers
 
 MakeGPT = Callable[..., GPT]
 SETTINGS = Sampling(max_new_tokens=20)
@@ -64,7 +64,7 @@ def start(model: GPT) -> Iterator[Callable[..., Engine]]:
 
     def make(**limits: int) -> Engine:
         given = Limits(**{"max_rows": 4, "max_tokens": 4096, **limits})
-        engines.append(Engine(Worker(), model, given))
+        engines.append(Engine(Workers("model"), model, given))
         return engines[-1]
 
     yield make
@@ -380,6 +380,23 @@ def test_out_of_memory_is_told_and_the_next_are_served(
     assert len(Asked(engine, [3]).whole()) == 20
     assert seen == [1] * 19, "rows that were given up take part"
     assert not engine.ended.done()
+
+
+def test_out_of_memory_while_a_prompt_is_read_in_pieces_is_told(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, done: list[tuple[str, Any]]
+) -> None:
+    """It is not read again and again, with everybody behind it."""
+
+    def full(self: Batch, prompt: Any, n_tokens: int) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Batch, "read", full)
+    engine = start()
+    asked = long_beside_a_gate(engine, 30, done)
+    behind = Asked(engine, [3])
+    with pytest.raises(EngineError, match="out of memory; ask for less"):
+        asked.whole()
+    assert len(behind.whole()) == 20
 
 
 def test_any_other_error_ends_it_and_everybody_is_told(

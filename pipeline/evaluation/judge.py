@@ -1,7 +1,7 @@
 """An LLM as judge: every response asked about once, no reply lost, resumable from a cache."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pipeline.evaluation.rubric import (
     conversation,
     parse_verdict,
 )
+from pipeline.workers import Workers
 
 BETWEEN_REPLIES = "\n\n[asked again]\n\n"
 
@@ -94,18 +95,20 @@ def _ask_all(
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
         raise ValueError(judgement.problem) from judgement.error
     yield first_key, judgement
-    pool = ThreadPoolExecutor(endpoint.config.max_concurrency, thread_name_prefix="judge")
+    workers = Workers("judge", min(endpoint.config.max_concurrency, len(others)))
+    futures = {
+        workers.submit(_ask_and_keep, endpoint, kept, key, response): key
+        for key, response in others
+    }
     try:
-        futures: dict[Future[Judgement], str] = {
-            pool.submit(_ask_and_keep, endpoint, kept, key, response): key
-            for key, response in others
-        }
         console = Console(stderr=True)
         for future in track(as_completed(futures), "judging", len(futures), console=console):
             yield futures[future], future.result()
     finally:  # also after an interrupt: nothing new is asked, and nobody goes on waiting
         endpoint.stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in futures:
+            future.cancel()
+        workers.close()
 
 
 def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) -> Judgement:

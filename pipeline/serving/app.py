@@ -36,17 +36,20 @@ HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
 T = TypeVar("T")
 
 
+Labelled = tuple[list[float], bool]  # probabilities (K,) of a text, and whether it was cut
+
+
 class Labels(NamedTuple):
     """A model that labels, one request after the other: each uses all cores."""
 
     names: list[str]
-    of: Callable[[Sequence[str]], Future[list[list[float]]]]  # texts -> their probabilities (N, K)
+    of: Callable[[Sequence[str]], Future[list[Labelled]]]
 
 
 def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
     """The server of a model that clients call `name`; they have to show the key, if any."""
-    # FastAPI's pages of documentation would load scripts from elsewhere
-    app = FastAPI(title=name, docs_url=None, redoc_url=None)
+    # FastAPI's pages of documentation would load scripts from elsewhere, and need no key
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Bounded)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
@@ -125,8 +128,8 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
     @router.post("/classify")
     async def classify(request: Request, asked: ClassifyRequest) -> Response:
         _check_name(asked.model, name)
-        probabilities = await _unless_gone(request, asyncio.wrap_future(labels.of(asked.input)))
-        return JSONResponse(label_form(name, labels.names, probabilities))
+        labelled = await _unless_gone(request, asyncio.wrap_future(labels.of(asked.input)))
+        return JSONResponse(label_form(name, labels.names, labelled))
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Delta]:

@@ -14,7 +14,7 @@ from pipeline.decoding.prefix_cache import PrefixCache
 from pipeline.decoding.sampling import Sampling
 from pipeline.failures import is_out_of_memory
 from pipeline.gpt import GPT
-from pipeline.serving.worker import Worker
+from pipeline.workers import Workers
 
 READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts
 READ_ALONE = 1024  # likewise of one prompt, where nothing else is written
@@ -72,7 +72,7 @@ class Engine:
     prefill, Agrawal et al. 2023), and no more of it than is wanted if its reader hangs up.
     """
 
-    def __init__(self, worker: Worker, model: GPT, limits: Limits) -> None:
+    def __init__(self, worker: Workers, model: GPT, limits: Limits) -> None:
         self.limits, self.block_size = limits, model.config.block_size
         self._new_batch = lambda: Batch(model, PrefixCache(limits.max_rows))
         self._batch = self._new_batch()
@@ -175,12 +175,14 @@ class Engine:
             free = self._free([*self._running, request])  # then: what is read has to stay
             if n_unread > at_a_time and not is_whole and len(request.prompt) <= free:
                 self._batch.prefixes.shrink(free - at_a_time)
-                self._batch.read(request.prompt, at_a_time)
+                try:
+                    self._batch.read(request.prompt, at_a_time)
+                except Exception:
+                    self._take_first()  # is told of it, and not tried for ever
+                    raise
                 request.n_read += at_a_time
                 break
-            with self._changed:
-                self._waiting.popleft()
-            self._running.append(request)
+            self._take_first()
             admitted.append(request)
             left -= n_unread
         for request in admitted:
@@ -195,6 +197,10 @@ class Engine:
                 self._waiting.popleft()
             first = self._waiting[0] if self._waiting else None
         return first if first and self._fits([*self._running, first]) else None
+
+    def _take_first(self) -> None:
+        with self._changed:
+            self._running.append(self._waiting.popleft())
 
     def _free(self, requests: list[Request]) -> int:
         """Tokens of texts that may be kept beside those that are written, and to be written."""

@@ -121,7 +121,6 @@ class ChatMessage(Strict):
         AfterValidator(lambda v: "system" if v == "developer" else v),  # OpenAI's newer name
     ]
     content: Parts
-    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -245,12 +244,21 @@ class Answer:
 
 
 def label_form(
-    model: str, names: Sequence[str], probabilities: Sequence[Sequence[float]]
+    model: str, names: Sequence[str], labelled: Sequence[tuple[Sequence[float], bool]]
 ) -> dict[str, Any]:
-    """The answer to `ClassifyRequest`: probabilities (N, K) of texts, with the likeliest label."""
+    """The answer to `ClassifyRequest`: probabilities (K,) of texts, with the likeliest label.
+
+    Beside them, whether the end of a text was too far for the classifier to look at.
+    """
     data = [
-        {"index": i, "label": names[row.index(max(row))], "probs": row, "num_classes": len(row)}
-        for i, row in enumerate(probabilities)
+        {
+            "index": i,
+            "label": names[row.index(max(row))],
+            "probs": row,
+            "num_classes": len(row),
+            "truncated": is_cut,
+        }
+        for i, (row, is_cut) in enumerate(labelled)
     ]
     head = {"id": f"classify-{uuid.uuid4().hex}", "created": int(time.time())}
     return {**head, "object": "list", "model": model, "data": data}

@@ -6,7 +6,7 @@ import logging
 import shlex
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from datamodules.prompts import encode_text
 from pipeline.classifier import GPTClassifier
 from pipeline.console import say, warn
 from pipeline.decoding.sampling import Sampling
@@ -22,10 +23,10 @@ from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import LOOPBACK, listen
 from pipeline.precision import Precision
-from pipeline.serving.app import Labels, make_app
+from pipeline.serving.app import Labelled, Labels, make_app
 from pipeline.serving.engine import Engine, Limits
-from pipeline.serving.worker import Worker
 from pipeline.serving.writer import Writer
+from pipeline.workers import Workers
 
 PATIENCE_S = 30  # with texts that are being written when the server is stopped
 TO_BE_TOLD_S = 5  # for those who are not done to hear of it
@@ -50,15 +51,17 @@ def serve(
     listener = listen(*address)
     if address[0] not in LOOPBACK and not key:
         warn(f"whoever reaches {address[0]} can use it; --api_key_env asks for a key.")
-    worker = Worker()
+    # OpenMP has threads for every thread that computes: where that makes more of them than there
+    # are cores, they sleep between any two operations, and decoding takes 1.3 times as long
+    worker = Workers("model")
     loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
     if isinstance(loaded.model, GPTClassifier):
         if precision not in ("auto", "32-true"):
             raise ValueError(f"precision is {precision}; a classifier answers only in 32-true.")
-        of = partial(worker.submit, label_probabilities, loaded)
+        of = partial(worker.submit, _label, loaded)
         server = _Server(make_app(name, Labels(loaded.meta["label_names"], of), key))
-        _greet(loaded, name, listener)
+        _greet(loaded, name, listener, api_key_env)
         server.run([listener])
         return
 
@@ -66,7 +69,7 @@ def serve(
     server = _Server(make_app(name, Writer(loaded, engine, defaults), key), engine.close)
     engine.ended.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
-        _greet(loaded, name, listener)
+        _greet(loaded, name, listener, api_key_env)
         server.run([listener])
     finally:
         engine.close()
@@ -110,7 +113,14 @@ def _is_error(record: logging.LogRecord) -> bool:
     return kind is not asyncio.CancelledError
 
 
-def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
+def _label(loaded: Loaded, texts: Sequence[str]) -> list[Labelled]:
+    suffix, max_length = loaded.meta["suffix"], loaded.meta["max_length"]
+    probabilities = label_probabilities(loaded, texts)
+    are_cut = [encode_text(loaded.tokenizer, text, suffix, max_length)[1] for text in texts]
+    return list(zip(probabilities, are_cut, strict=True))
+
+
+def _greet(loaded: Loaded, name: str, listener: socket.socket, key_variable: str) -> None:
     """The address on stdout, on stderr a command to try."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -124,4 +134,5 @@ def _greet(loaded: Loaded, name: str, listener: socket.socket) -> None:
         route, asked["prompt"] = "/v1/completions", "Every effort moves you"
     print(url, flush=True)
     words = ["curl", url + route, "-H", "Content-Type: application/json", "-d", json.dumps(asked)]
-    say(f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}")
+    bearer = f' -H "Authorization: Bearer ${key_variable}"' if key_variable else ""
+    say(f"{name} answers at this address until Ctrl-C; try\n  {shlex.join(words)}{bearer}")

@@ -1,4 +1,4 @@
-"""The one thread that runs a model."""
+"""Threads that hold up nobody who ends the process, as those of `ThreadPoolExecutor` do."""
 
 import threading
 from collections.abc import Callable
@@ -10,20 +10,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Worker:
-    """Runs and loads a model, one piece of work after the other, in one thread.
+class Workers:
+    """Pieces of work, begun in the order in which they come, by as many threads as are given."""
 
-    OpenMP has threads for every thread that computes. Where that makes more of them than there are
-    cores they sleep between any two operations: a step of decoding then takes 1.3 times as long.
-    Other than those of `ThreadPoolExecutor`, this thread holds up nobody who ends the process.
-    """
-
-    def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        threading.Thread(target=self._run, name="model", daemon=True).start()
+    def __init__(self, name: str, n_threads: int = 1) -> None:
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._n_threads = n_threads
+        for _ in range(n_threads):
+            threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Does it when what came before is done."""
+        """Does it when a thread is free."""
         future: Future[T] = Future()
         self._work.put((future, partial(fn, *args, **kwargs)))
         return future
@@ -35,9 +32,14 @@ class Worker:
             wait([future], timeout=0.5)
         return future.result()
 
+    def close(self) -> None:
+        """Has the threads end, when what was given to them is done; nobody waits for it."""
+        for _ in range(self._n_threads):
+            self._work.put(None)
+
     def _run(self) -> None:
-        while True:
-            future, work = self._work.get()
+        while given := self._work.get():
+            future, work = given
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())

@@ -11,7 +11,11 @@ from datamodules.tables import ROWS, parse_json, read_rows
 
 # what others have in such an entry, and what would change what is learned
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
-_UNREAD = ("system", "history", "context", "tools", "functions", "conversations")
+_UNREAD = (
+    *("system", "system_prompt", "system_message", "history", "context", "documents"),
+    *("tools", "functions", "conversations"),
+)
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message
 
 
 class Item(TypedDict):
@@ -161,8 +165,8 @@ def _chat(messages: Any) -> list[Message]:
 
 
 def _message(value: dict[str, Any]) -> Message:
-    _refuse_unread(value, ("tool_calls", "function_call"))
-    for field, usual in (("weight", 1), ("train", True)):
+    _refuse_unread(value, ("tool_calls", "function_call", *_THOUGHTS))
+    for field, usual in (("weight", 1), ("train", True), ("trainable", True), ("loss", True)):
         if value.get(field) not in (None, usual):
             raise ValueError(
                 f"it has {field} {value[field]}, but every answer is learned; take the entry out, "

@@ -13,8 +13,10 @@ from datamodules.entries import Item, make_item, read_entries
 from datamodules.progress import with_progress
 from datamodules.prompts import (
     IGNORE,
+    TEMPLATE,
     Message,
     Supervise,
+    check_replies,
     check_style,
     encode_conversation,
     encode_prompt,
@@ -86,8 +88,10 @@ class InstructionDataModule(SplitDataModule):
         self.prompt_style, self.supervise = prompt_style, supervise
 
     def check(self) -> None:
-        """Refuses a tokenizer without the template that is asked for, too."""
+        """Refuses a tokenizer without the template that is asked for; see also `check_replies`."""
         check_style(self.prompt_style, self.tokenizer)
+        if self.prompt_style == TEMPLATE:
+            check_replies(self.tokenizer)
 
     def read(self) -> None:
         """Reads and splits the entries."""
@@ -108,7 +112,9 @@ class InstructionDataModule(SplitDataModule):
             return
         if self.source is None and stage == "fit":
             raise ValueError("data.source is null, there is nothing to train on; give entries.")
-        self.check()
+        if stage == "fit":
+            self.check()
+        check_style(self.prompt_style, self.tokenizer)
         self.read()
         samples, n_cut = self._encode()
         del self._places

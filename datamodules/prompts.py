@@ -163,7 +163,8 @@ def encode_conversation(
 
     With "response" every assistant turn is supervised, its content and the id that ends it; with
     "all" every id is. Before the content of an assistant turn stand exactly the ids of
-    `encode_prompt` for the messages before it.
+    `encode_prompt` for the messages before it; with a template (see `check_replies`) before that of
+    the last one: Qwen3's writes an empty thought there alone.
 
     Raises:
         ValueError: `check_messages` refuses the conversation.
@@ -200,10 +201,7 @@ def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
     if style is not None:
         check_style(style, tokenizer)
         if style == TEMPLATE:
-            after_reply = _marked(
-                tokenizer, _example(tokenizer, "?", "!").between[2], supervised=True
-            )
-            ends |= {s.text for s in after_reply if s.marker and s.supervised}
+            ends |= _ends_by_template(tokenizer)
         else:
             ends.add(reply_end(tokenizer, STYLES[style]))
     return sorted(tokenizer.special_ids[name] for name in ends)
@@ -275,6 +273,32 @@ def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> tup
         segments.append(Segment(piece, marker=is_marker, supervised=supervised))
         supervised = supervised and not is_marker
     return tuple(segments)
+
+
+def _ends_by_template(tokenizer: Tokenizer) -> set[str]:
+    """The special token that a template ends a reply with, if any."""
+    after = _marked(tokenizer, _example(tokenizer, "?", "!").between[2], supervised=True)
+    return {segment.text for segment in after if segment.marker and segment.supervised}
+
+
+def check_replies(tokenizer: Tokenizer) -> None:
+    """ValueError where a chat template opens a reply otherwise than it writes one, or ends none.
+
+    Those of models that always think first do: what is learned would not follow what is asked.
+    """
+    asked, said = _example(tokenizer, "?"), _example(tokenizer, "?", "!")
+    opened, answered = asked.between[1] + asked.reply_opening, said.between[1]
+    if not answered.startswith(opened) or answered.removeprefix(opened).strip():
+        raise ValueError(
+            f"the chat template of {tokenizer.name} opens a reply with {opened!r}, but writes one "
+            f"after {answered!r}; what is learned would not follow what is asked. Give another "
+            "data.prompt_style."
+        )
+    if not _ends_by_template(tokenizer):
+        raise ValueError(
+            f"the chat template of {tokenizer.name} ends a reply with no special token, so that "
+            "none would be learned and answers never end; give another data.prompt_style."
+        )
 
 
 def _example(tokenizer: Tokenizer, *said: str) -> TemplateParts:

@@ -625,8 +625,15 @@ def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="entry 3: message 2: it has weight 0, but every answer"):
         ready(make(chats))
     del chats[3]["messages"][2]["weight"]
-    chats[3]["messages"][2]["train"] = False
-    with pytest.raises(ValueError, match="entry 3: message 2: it has train False, but every"):
+    for field in ("train", "trainable", "loss"):
+        chats[3]["messages"][2][field] = False
+        with pytest.raises(ValueError, match=f"entry 3: message 2: it has {field} False, but ever"):
+            ready(make(chats))
+        del chats[3]["messages"][2][field]
+    chats[3]["messages"][2]["reasoning_content"] = "He asks."
+    with pytest.raises(
+        ValueError, match="message 2: it has 'reasoning_content', which is not read"
+    ):
         ready(make(chats))
     turns = [
         {
@@ -649,6 +656,8 @@ def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
             "input",
         ),
         ({**GOOD, "context": "x"}, "context"),
+        ({**GOOD, "system_prompt": "x"}, "system_prompt"),
+        ({**GOOD, "documents": ["x"]}, "documents"),
     ],
 )
 def test_what_belongs_to_a_question_is_read_or_refused(

@@ -11,6 +11,7 @@ from datamodules.prompts import (
     STYLES,
     Message,
     alpaca_messages,
+    check_replies,
     check_style,
     encode_conversation,
     encode_prompt,
@@ -228,6 +229,35 @@ def test_a_text_starts_with_what_its_makers_put_before_it(trained: Tokenizer) ->
         encode_text(starting, "", "", max_length=99)
     ends = Tokenizer.of(replace(starting.vocabulary, more_ends=("<|im_end|>",)))
     assert stop_ids(ends, None) == sorted({ends.eos_id, ends.special_ids["<|im_end|>"]})
+
+
+REPLIES = {  # what stands before a reply that is learned, what one is asked with, what ends it
+    "plain": ("", "", "<|im_end|>\n"),
+    "thinks": ("", "<think>\n", "<|im_end|>\n"),
+    "another thought": ("<think>\n\n</think>\n\n", "<think>\n", "<|im_end|>\n"),
+    "no end": ("", "", "\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_template_that_asks_otherwise_than_it_teaches_is_refused(
+    trained: Tokenizer, name: str
+) -> None:
+    """Of models that always think first, or that end no answer with a special token."""
+    learned, asked, end = (json.dumps(text) for text in REPLIES[name])
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        f"{{{{ {learned} + m.content + {end} }}}}{{% else %}}{{{{ m.content + '<|im_end|>\n' }}}}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        f"{{{{ '<|im_start|>assistant\n' + {asked} }}}}{{% endif %}}"
+    )
+    tokenizer = Tokenizer.of(replace(trained.vocabulary, chat_template=template))
+    if name == "plain":
+        check_replies(tokenizer)
+        return
+    what = "ends a reply with no special token" if name == "no end" else "opens a reply with"
+    with pytest.raises(ValueError, match=what):
+        check_replies(tokenizer)
 
 
 def test_an_unknown_style_is_refused() -> None:

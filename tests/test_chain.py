@@ -21,10 +21,10 @@ from mlflow import MlflowClient
 from pipeline.__main__ import main
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
-from pipeline.runs.run_directory import is_open, read_outcome
+from pipeline.runs.run_directory import Run, is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
 from pipeline.stages import foresight
-from pipeline.stages.chain import RECORD, _finished, _plan, _words_to_come, run_chain
+from pipeline.stages.chain import RECORD, _finished, _plan, _to_come, run_chain
 from pipeline.stages.chain_config import Stage, load_chain
 from tests.journey import CONFIGS
 
@@ -285,6 +285,8 @@ def test_paths_that_options_name_are_told_by_their_content(
 
 VOCAB = {"name": "vocab", "command": "tokenizer train", "config": "../vocab.yaml"}
 FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
+CLASSIFY = {"name": "label", "command": "classify", "set": {"ckpt": "spam", "file": "no.csv"}}
+SCORE = {"name": "score", "command": "score", "set": {"responses": "no.jsonl"}}
 
 
 @pytest.mark.parametrize(
@@ -341,6 +343,14 @@ FIT = {"name": "pretrain", "command": "fit", "inputs": {"tokenizer": "vocab"}}
             ["stage 'pretrain': source 'bundled:smss' is unknown"],
         ),
         (
+            {"experiment": "x", "stages": [VOCAB, CLASSIFY]},
+            ["stage 'label': file: ", "no.csv does not exist"],
+        ),
+        (
+            {"experiment": "x", "stages": [VOCAB, SCORE]},
+            ["stage 'score': responses: ", "no.jsonl does not exist"],
+        ),
+        (
             {"experiment": "x", "stages": [VOCAB | {"set": {"source": "${NOWHERE_SET}/x"}}]},
             ["chain.stages[0].set.source", "NOWHERE_SET"],
         ),
@@ -371,7 +381,7 @@ def test_options_of_later_stages_are_read_before_the_first_runs(
     """A test without a config has the options of its fit, and nothing to complain of."""
     document = yaml.safe_load(chain.read_text())
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
-    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "pretrained"}}
+    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "texts"}}
     tested = {"name": "tested", "command": "test", "inputs": {"ckpt": "spam"}}
     document["stages"] += [spam, tested, {**spam, "name": "twice", "set": {"data.batchsize": 3}}]
     chain.write_text(yaml.safe_dump(document))
@@ -404,11 +414,77 @@ def test_parts_of_later_stages_are_checked_before_the_first_runs(
     document["stages"].append({**wrong, "set": options, "inputs": {"tokenizer": "big"}})
     chain.write_text(yaml.safe_dump(document))
     read = load_chain(chain)
-    assert foresight.main({"wrong": _words_to_come(read, read.stages[-1])}) == 2
+    assert foresight.main({"wrong": _to_come(read, read.stages[-1])}) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: stage 'wrong': ")
     assert message in error
     assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {
+                "command": "fit",
+                "config": f"{CONFIGS}/spam.yaml",
+                "set": {"model.init_from": "no.gguf"},
+            },
+            "no.gguf does not exist; give a checkpoint",
+        ),
+        (
+            {"command": "export", "set": {"ckpt": "/no/such", "format": "gguf"}},
+            "/no/such does not exist; give a",
+        ),
+        (
+            {"command": "score", "set": {"ckpt": "a.txt", "data.test_source": "questions.json"}},
+            "questions.json: entry 1: it has no 'output'",
+        ),
+        ({"command": "export", "set": {"ckpt": "copies/mine", "format": "gguf"}}, None),
+    ],
+)
+def test_models_and_entries_of_later_stages_are_looked_at_before_the_first_runs(
+    stage: dict[str, Any],
+    message: str | None,
+    chain: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """But not what an earlier one will write."""
+    good = {"instruction": "Name it.", "output": "An owl."}
+    write("questions.json", json.dumps([good, {"instruction": "Name it.", "outptu": "An owl."}]))
+    document = yaml.safe_load(chain.read_text())
+    vocab = {**document["stages"][0], "name": "copied", "set": {"output": "copies"}}
+    document["stages"] = [vocab, {"name": "later", **stage}]
+    chain.write_text(yaml.safe_dump(document))
+    read = load_chain(chain)
+    to_come = _to_come(read, read.stages[-1])
+    if message is None:
+        assert to_come["models"] == []
+        return
+    assert foresight.main({"later": to_come}) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: stage 'later': ")
+    assert message in error
+
+
+def test_a_finished_run_is_told_by_what_it_hands_over(chain: Path, home: Path) -> None:
+    """Its journal grows where MLflow catches up."""
+    base = home / "demo" / "base"
+    run = Run.open(base)
+    (base / "weights").write_text("one")
+    run.finish({"best": str(base / "weights")}, {}, {})
+    document = yaml.safe_load(chain.read_text())
+    document["stages"] = [
+        {"name": "out", "command": "export", "set": {"ckpt": str(base), "format": "gguf"}}
+    ]
+    chain.write_text(yaml.safe_dump(document))
+    (stage,) = load_chain(chain).stages
+    planned = _plan(stage, home / "demo", {}).path
+    (base / "mlflow.json").write_text("{}")
+    assert _plan(stage, home / "demo", {}).path == planned
+    (base / "weights").write_text("two")
+    assert _plan(stage, home / "demo", {}).path != planned
 
 
 def test_a_stage_that_never_goes_on_has_a_run_of_its_own(chain: Path) -> None:
@@ -451,14 +527,14 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     moods = write("moods.csv", "text,label\nso glad,good\nso sad,bad\nso so,\n")
     document = yaml.safe_load(chain.read_text())
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
-    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "pretrained"}}
+    spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "texts"}}
     table = [spam["config"], f"{CONFIGS}/data/table.yaml"]
     own = {**spam["set"], "data.source": str(moods), "data.label_names": ["good", "bad"]}
     wrong = {**spam, "name": "moods", "config": table, "set": own}
     document["stages"] += [spam, wrong]
     chain.write_text(yaml.safe_dump(document))
     read = load_chain(chain)
-    later = {stage.name: _words_to_come(read, stage) for stage in read.stages[2:]}
+    later = {stage.name: _to_come(read, stage) for stage in read.stages[2:]}
     assert foresight.main(later) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: stage 'moods': {moods}: row 3: it has no 'label'")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pipeline.runs import run_directory
 from pipeline.runs.journal import JOURNAL, metric_history, read_journal
 from pipeline.runs.provenance import _git_facts, environment, redact
-from pipeline.runs.run_directory import AlreadyFinished, Run, is_open, read_outcome
+from pipeline.runs.run_directory import AlreadyFinished, Run, handed_over, is_open, read_outcome
 
 WRITER = """
 import sys
@@ -83,6 +83,21 @@ def test_outcome_is_there_only_for_a_finished_run(path: Path) -> None:
         Run.open(path)
     assert (path / JOURNAL).read_bytes() == before
     assert not is_open(path)
+
+
+def test_an_outcome_moves_with_the_folder_of_all_runs(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "mlruns", tmp_path / "elsewhere"
+    path = root / "spam" / "one"
+    outputs = {"best": str(path / "checkpoints"), "copy": "/somewhere/else.json"}
+    sources = {str(root / "made" / "a.txt"): "1", "/data/b.txt": "2"}
+    Run.open(path).finish(outputs, {}, sources)
+    root.rename(elsewhere)
+    moved = elsewhere / path.relative_to(root)
+    outcome = read_outcome(moved)
+    assert outcome is not None
+    assert outcome["outputs"] == {"best": str(moved / "checkpoints"), "copy": outputs["copy"]}
+    assert outcome["sources"] == {str(elsewhere / "made" / "a.txt"): "1", "/data/b.txt": "2"}
+    assert handed_over(moved) == moved / "checkpoints"
 
 
 def test_a_headline_without_a_number_is_read_back(path: Path) -> None:

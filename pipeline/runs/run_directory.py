@@ -179,6 +179,7 @@ class Run:
             "status": "FINISHED",
             "complete": complete,
             "command": self.command,
+            "root": str(self.path.parents[1]),
             "outputs": outputs,
             "digests": digests or {},
             "metrics": {key: float(value) for key, value in metrics.items()},
@@ -235,7 +236,31 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
             f"{path / OUTCOME} is damaged; remove it, and the command that wrote it goes on with "
             "that run and writes it anew."
         )
-    return outcome
+    return _moved(outcome, path.resolve().parents[1])
+
+
+def _moved(outcome: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Paths below the folder of all runs are where that lies now: it may have moved."""
+    was = Path(outcome.get("root", root))
+    if was == root:
+        return outcome
+
+    def here(name: str) -> str:
+        is_ours = Path(name).is_relative_to(was)
+        return str(root / Path(name).relative_to(was)) if is_ours else name
+
+    outputs, sources = outcome["outputs"], outcome["sources"]
+    return {
+        **outcome,
+        "outputs": {name: here(path) for name, path in outputs.items()},
+        "sources": {here(path): sha256 for path, sha256 in sources.items()},
+    }
+
+
+def handed_over(path: Path) -> Path:
+    """What a finished run hands over as a model; any other path as it is."""
+    outputs = (read_outcome(path) or {"outputs": {}})["outputs"]
+    return Path(outputs.get("best") or outputs.get("exported") or path)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

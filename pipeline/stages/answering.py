@@ -165,7 +165,7 @@ def respond(
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
     keys = [digest([str(loaded.path), ids]) for ids in prompts]
     by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
-    left = [i for i in by_length if keys[i] not in kept.rows]
+    left = [i for i in by_length if "text" not in kept.rows.get(keys[i], {})]
     written = generate_each(
         loaded.gpt, [prompts[i] for i in left], settings, max_rows=answering.batch_size
     )

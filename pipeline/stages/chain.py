@@ -24,10 +24,17 @@ from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
 from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import Outcome, code_digest, find_run, what_changed
-from pipeline.runs.run_directory import Run, read_outcome
+from pipeline.runs.run_directory import Run, handed_over, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
 from pipeline.runs.tracking import Replica
-from pipeline.stages.chain_config import TO_COME, Chain, Stage, load_chain
+from pipeline.stages.chain_config import (
+    TO_COME,
+    Chain,
+    Stage,
+    is_below,
+    load_chain,
+    made_before,
+)
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
 PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
@@ -130,18 +137,22 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
 
 
 def _foresee(chain: Chain, n_done: int) -> int:
-    """Has the options and rows of Lightning's later stages read; the exit code."""
-    if all(stage.command in FUNCTIONS for stage in chain.stages[n_done + 1 :]):
+    """Has the options, models and rows of later stages looked at; the exit code."""
+    given = {stage.name: _to_come(chain, stage) for stage in chain.stages[n_done:]}
+    if not any(any(parts.values()) for parts in [*given.values()][1:]):
         return 0  # the next one reads its own
-    words = {
-        stage.name: _words_to_come(chain, stage)
-        for stage in chain.stages[n_done:]
-        if stage.command not in FUNCTIONS
-    }
     say("reading the options and rows of later stages ...")
     with Child() as child:
-        command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(words)]
+        command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(given)]
         return child.run(command, os.environ)
+
+
+def _to_come(chain: Chain, stage: Stage) -> dict[str, list[str]]:
+    """What can be known of a stage before those that it waits for; see `foresight.main`."""
+    made = made_before(chain.stages, stage)
+    models = [name for name in stage.models() if not is_below(expanded(name), made)]
+    words = _words_to_come(chain, stage) if stage.command not in FUNCTIONS else []
+    return {"words": words, "models": models, "entries": stage.entries()}
 
 
 def _words_to_come(chain: Chain, stage: Stage) -> list[str]:
@@ -186,7 +197,7 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
     identity = stage.identity()
     identity["inputs"] = {key: path_digest(Path(path)) for key, path in inputs.items()}
     if given := stage.paths():
-        identity["given"] = {key: path_digest(path) for key, path in given.items()}
+        identity["given"] = {key: path_digest(handed_over(path)) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
     found = find_run(base, partial(_what_changed, stage), anew=anew or stage.starts_anew())
     return StageRun(stage, found.path, inputs, identity, found.outcome, found.why)

@@ -20,6 +20,8 @@ from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import check_name, flat
 
 PATHS = {"tokenizer", "init_from", "ckpt", "ckpt_path", "before", "responses", "file"}  # options
+MODELS = {"init_from", "ckpt", "before"}  # of these, those that name a model
+FILES = ("file", "responses")  # those that name a file
 TO_COME = "to come"  # stands for what an earlier stage hands over
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -104,6 +106,17 @@ class Stage:
         paths = {key: expanded(value) for key, value in given.items() if isinstance(value, str)}
         return {key: path for key, path in paths.items() if path.exists()}
 
+    def models(self) -> list[str]:
+        """Models that options name, wherever they are; inputs apart."""
+        options = self.options() | {ref.option.lstrip("-"): None for ref in self.inputs.values()}
+        given = {key: v for key, v in options.items() if key.rpartition(".")[2] in MODELS}
+        return [name for name in given.values() if isinstance(name, str)]
+
+    def entries(self) -> list[str]:
+        """Sources of the entries that `score` has answered."""
+        given = [self.options().get(f"data.{key}") for key in SOURCES if self.command == "score"]
+        return [name for name in given if isinstance(name, str)]
+
     def identity(self) -> dict[str, Any]:
         """What decides its result, inputs apart; comments and where files lie do not."""
         texts = [os.path.expandvars(_read(path)) for path in self.configs]
@@ -177,6 +190,7 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
             with at(f"stage {stage.name!r}"):
                 _check_arguments(stage)
                 _check_source(stage)
+                _check_files(stage, made_before([*stages.values()], stage))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Chain(path, chain.experiment, tuple(stages.values()))
@@ -264,6 +278,24 @@ def _check_source(stage: Stage) -> None:
     for name in (name for one in given for name in (one if isinstance(one, list) else [one])):
         if isinstance(name, str):  # anything else is the parser's to refuse
             check_source(name)
+
+
+def _check_files(stage: Stage, made: Sequence[Path]) -> None:
+    given = {key: expanded(v) for key in FILES if isinstance(v := stage.options().get(key), str)}
+    for key, path in given.items():
+        if not (path.is_file() or is_below(path, made)):
+            raise ValueError(f"{key}: {path} does not exist; give a file that is there.")
+
+
+def made_before(stages: Sequence[Stage], stage: Stage) -> list[Path]:
+    """Where earlier stages than one will have written, on request."""
+    outputs = [s.options().get("output") for s in stages[: stages.index(stage)]]
+    return [expanded(output) for output in outputs if isinstance(output, str)]
+
+
+def is_below(path: Path, folders: Sequence[Path]) -> bool:
+    """Whether a path is one of some, or lies in one."""
+    return any(path.absolute().is_relative_to(folder.absolute()) for folder in folders)
 
 
 def _read(path: Path) -> str:

@@ -11,7 +11,10 @@ from typing import ClassVar
 
 from jsonargparse import ArgumentParser
 
+from datamodules.entries import make_item, read_entries
+from datamodules.sources import resolve
 from datamodules.step_data_module import StepDataModule
+from datamodules.tables import refused_together
 from pipeline import safe
 from pipeline.arguments import check_configs, guard_yaml, one_line
 from pipeline.cli import PipelineCLI
@@ -22,6 +25,7 @@ from pipeline.stages.chain_config import TO_COME
 from pipeline.training.checkpoint_callback import Checkpoints
 from pipeline.training.lit_step import LitStep
 from pipeline.training.options import RunConfig, check_trainer
+from pipeline.weights.fetch import locate
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
@@ -55,8 +59,11 @@ class _ReadingCLI(PipelineCLI):
         raise _Read
 
 
-def main(stages: dict[str, list[str]]) -> int:
-    """Parses what each stage's command, by name, will, and reads its rows.
+def main(stages: dict[str, dict[str, list[str]]]) -> int:
+    """Looks at each stage, by name.
+
+    Parses the `words` of one of Lightning's commands and reads its rows; looks for its `models`,
+    which are fetched if need be, and reads the `entries` that it will have answered.
 
     Returns:
         The exit code: 2 for a mistake, said in one line on stderr, 130 for an interrupt.
@@ -65,11 +72,16 @@ def main(stages: dict[str, list[str]]) -> int:
     guard_yaml()
     if safe.VARIABLE in os.environ:
         safe.refuse_strangers()
-    for name, words in stages.items():
+    for name, given in stages.items():
         try:
-            check_configs(words)
-            with suppress(_Read):
-                lightning_main(words, _ReadingCLI)
+            for model in given["models"]:
+                locate(model)
+            for source in given["entries"]:
+                _read_entries(source)
+            if words := given["words"]:
+                check_configs(words)
+                with suppress(_Read):
+                    lightning_main(words, _ReadingCLI)
         except (OSError, ValueError) as error:
             if TO_COME in str(error):  # of a class that looks for it when it is built
                 continue
@@ -79,6 +91,13 @@ def main(stages: dict[str, list[str]]) -> int:
             say("interrupted")
             return EXIT_INTERRUPTED
     return 0
+
+
+def _read_entries(source: str) -> None:
+    with refused_together() as row:
+        for place, entry in (found for path in resolve(source) for found in read_entries(path)):
+            with row(place):
+                make_item(0, entry)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def score_stage(
     if judge is not None:
         judge.check()
     source = str(ckpt or responses)
+    if responses and responses.exists() and not responses.is_file():  # it is read twice
+        raise ValueError(f"responses: {source} is no file; write what it says into one.")
     content = path_digest(locate(ckpt)) if ckpt else sha256(Path(source))
     options = {
         "source": source,

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
 from pipeline.console import say
-from pipeline.runs.run_directory import read_outcome
+from pipeline.runs.run_directory import handed_over
 from pipeline.weights import huggingface_in as hf
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
@@ -60,9 +60,7 @@ def locate(source: str | Path) -> Path:
     """
     path = expanded(source)
     if path.exists():
-        if outcome := read_outcome(path):  # a finished run: what it hands over
-            made = outcome["outputs"]
-            path = Path(made.get("best") or made.get("exported") or path)
+        path = handed_over(path)
         exported = path / EXPORTED_GGUF
         return resolved(exported if exported.is_file() else path)
     if str(source) in PACKAGED:

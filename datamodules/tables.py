@@ -227,10 +227,23 @@ def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> No
                 for row in frame.to_dict("records"):
                     file.write(json.dumps(_in_json(row), ensure_ascii=False) + "\n")
         elif path.suffix == ".tsv":
-            frame.to_csv(temporary, index=False, sep="\t", quoting=csv.QUOTE_NONE)
+            _as_text(frame).to_csv(temporary, index=False, sep="\t", quoting=csv.QUOTE_NONE)
         else:
             form = _form_of(like) if like and like.suffix.lower() == ".csv" else {}
-            frame.to_csv(temporary, index=False, **form)
+            cells = (cell for name in frame for cell in (name, *frame[name]))
+            if any(isinstance(cell, str) and "\r" in cell for cell in cells):
+                form["lineterminator"] = "\r\n"  # or else Python before 3.13 does not quote it
+            _as_text(frame).to_csv(temporary, index=False, **form)
+
+
+def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """Lists and objects in JSON: their own text leaves out the middle of long ones."""
+
+    def text(cell: Any) -> Any:
+        is_nested = isinstance(cell, dict | list) or bool(getattr(cell, "shape", ()))
+        return json.dumps(_in_json(cell), ensure_ascii=False) if is_nested else cell
+
+    return frame.apply(lambda column: column.map(text) if column.dtype == object else column)
 
 
 def _form_of(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: `python -m pipeline COMMAND`, also installed as `gpt-pipeline COMMAND`."""
 
 import difflib
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     sys.argv[1:] = words  # what a run records as its command, and what launchers start again
     if PARENT_VARIABLE in os.environ:
         end_with_parent()
+    sys.stdin = sys.stdin or io.StringIO()  # None where it is closed
     debug = "--debug" in words
     if "--safe" in words:
         os.environ[safe.VARIABLE] = "1"
@@ -156,7 +158,9 @@ def _explain(words: list[str]) -> int:
 def _one_line(error: Exception) -> str:
     """What an error says; of the system's own, the file and what is wrong with it."""
     text = str(error)
-    if isinstance(error, UnicodeEncodeError):
+    if isinstance(error, UnicodeEncodeError) and error.reason != "surrogates not allowed":
+        text = f"stdout takes {error.encoding} alone; set PYTHONIOENCODING=utf-8."
+    elif isinstance(error, UnicodeEncodeError):
         near = error.object[max(0, error.start - 40) : error.end + 20]
         text = f"{near!r} holds bytes that are no UTF-8; rename the file, or write it otherwise."
     if isinstance(error, OSError) and error.filename and error.strerror:

@@ -179,7 +179,9 @@ def test_what_would_be_lost_quietly_is_said(tiny: Journey, tmp_path: Path) -> No
     )
     assert code == 0, err
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert any(re.search(r"the run ends after \d\d% of the data", line) for line in warnings), out
+    assert any(
+        re.search(r"ends after \d\d% of the data \(trainer.max_steps\)", line) for line in warnings
+    ), out
     assert any("samples are cut to data.max_length 12" in line for line in warnings)
     assert any(re.search("no (val|test) sample of label spam", line) for line in warnings)
     assert any("12 tokens, which is more than data.max_tokens 10" in line for line in warnings)

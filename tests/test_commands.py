@@ -15,7 +15,7 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.__main__ import COMMANDS, main
 from pipeline.arguments import one_line
 from pipeline.commands import FUNCTIONS
-from tests.journey import CONFIGS
+from tests.journey import CONFIGS, said
 
 HEAVY = {"torch", "lightning", "mlflow", "pandas", "matplotlib", "sklearn", "httpx", "numpy"}
 TRAINING = {"lightning", "mlflow", "torchmetrics", "transformers", "peft"}
@@ -151,6 +151,21 @@ def test_interrupt_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(FUNCTIONS, "ui", interrupted)
     monkeypatch.setattr("pipeline.arguments.parse", lambda *_: {})
     assert main(["ui"]) == 130
+
+
+def test_a_closed_stdin_says_nothing() -> None:
+    command = f"{sys.executable} -m pipeline generate --ckpt=no.gguf --prompt=- <&-"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: no.gguf does not exist;"), told.stderr
+
+
+def test_a_stdout_that_takes_no_such_character_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(*_: object) -> None:
+        "猫".encode("latin-1")
+
+    monkeypatch.setattr("pipeline.__main__._dispatch", say)
+    assert "stdout takes latin-1 alone; set PYTHONIOENCODING=utf-8." in said("generate")[2]
 
 
 def test_a_closed_pipe_is_no_mistake() -> None:

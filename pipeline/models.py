@@ -125,13 +125,7 @@ def _whole(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
 
 
 def _adapted(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
-    loaded = load(find_base(path, meta["base"]))
-    base, found = loaded.gpt.float(), base_digest(loaded)
-    if meta["base"]["digest"] != found:
-        raise ValueError(
-            f"{path} was trained on a base with digest {meta['base']['digest'][:12]}, but the one "
-            f"at {meta['base']['path']} has {found[:12]}; put the original back."
-        )
+    base = _base(path, meta["base"]).gpt
     model = base if meta["kind"] == "language_model" else _with_head(base, tensors)
     lora.attach(model, lora.LoRAConfig(**meta["lora"]))
     lora.load_adapter(model, files.read_tensors(path, files.ADAPTER_WEIGHTS))
@@ -177,9 +171,30 @@ def base_digest(loaded: Loaded) -> str:
 
 def find_base(path: Path, base: dict[str, Any]) -> Path:
     """The base of an adapter's checkpoint, moved with it or not; ValueError where it is gone."""
-    for candidate in (path.parent / base["relative"], Path(base["path"])):
-        if candidate.exists():
-            return candidate
+    return next(_bases(path, base))
+
+
+def _base(path: Path, base: dict[str, Any]) -> Loaded:
+    """The base itself, in float32: what lies at a place now may be another."""
+    others = []
+    for place in _bases(path, base):
+        loaded = load(place)
+        loaded.gpt.float()
+        if (found := base_digest(loaded)) == base["digest"]:
+            return loaded
+        others.append(f"the one at {place} has {found[:12]}")
+    raise ValueError(
+        f"{path} was trained on a base with digest {base['digest'][:12]}, but "
+        f"{', '.join(others)}; put the original back."
+    )
+
+
+def _bases(path: Path, base: dict[str, Any]) -> Iterator[Path]:
+    """Where the base may be, one at least: beside the adapter, where it was, where it came from."""
+    places = [path.parent / base["relative"], Path(base["path"])]
+    there = list(dict.fromkeys(place.resolve() for place in places if place.exists()))
+    yield from there
     if base.get("name"):
-        return locate(base["name"])
-    raise ValueError(f"{path} is an adapter; its base {base['path']} is gone. Put it back there.")
+        yield locate(base["name"])
+    elif not there:
+        raise ValueError(f"{path} is an adapter; its base {base['path']} is gone; put it back.")

@@ -233,6 +233,20 @@ def test_a_checkpoint_that_moved_alone_finds_its_base(tuned: Path, tmp_path: Pat
     assert torch.equal(outputs(load(moved).model), before)
 
 
+def test_another_model_where_the_base_may_be_is_passed_over(
+    tuned: Path, tiny_gpt: MakeGPT, save: Save, tmp_path: Path
+) -> None:
+    """In the project that the checkpoint was copied to another lies at the base's place."""
+    before = outputs(load(tuned).model)
+    other = save(tiny_gpt(bias=False), "copies/pretrain/checkpoints/step-00000100")
+    copied = tmp_path / "copies" / "tune" / "checkpoints" / "step-00000005"
+    shutil.copytree(tuned, copied)
+    assert torch.equal(outputs(load(copied).model), before)
+    shutil.rmtree(tuned.parents[2])
+    with pytest.raises(ValueError, match=f"the one at {re.escape(str(other))} has .*put the orig"):
+        load(copied)
+
+
 def test_a_base_found_through_a_link_survives_a_move(
     tiny_gpt: MakeGPT, save: Save, tmp_path: Path
 ) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 from datamodules.files import digest
 from pipeline.console import say
 from pipeline.interrupts import PARENT_VARIABLE
+from pipeline.runs.identity import decisive
 from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import Attempt, find_run, what_changed
-from pipeline.runs.run_directory import AlreadyFinished, Run, flat, read_outcome
-from pipeline.runs.tracking import Replica
+from pipeline.runs.run_directory import AlreadyFinished, Run, read_outcome
+from pipeline.runs.tracking import INTERRUPTED_PATIENCE_S, PATIENCE_S, Replica
 
 RUN_VARIABLE = "GPT_PIPELINE_RUN"
 HOME_VARIABLE = "GPT_PIPELINE_HOME"
@@ -47,7 +48,7 @@ def run_once(
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
-    attempt = find_run(base, partial(what_changed, options=flat(config)))
+    attempt = find_run(base, partial(what_changed, options=decisive(config)))
     try:
         with open_run(attempt, config) as run:
             make(run)
@@ -72,7 +73,7 @@ def open_run(attempt: Attempt, config: Mapping[str, Any]) -> Iterator[Run]:
         say(f"anew: {attempt.why}")
     path, command = Path(given) if given else attempt.path, shlex.join(sys.argv[1:])
     run = Run.open(path, parent=Path(parent) if parent else None, command=command)
-    replica = None if parent else Replica(run.path)
+    replica, patience_s = None if parent else Replica(run.path), PATIENCE_S
     try:
         run.config(config)
         run.log_params(config)
@@ -80,7 +81,9 @@ def open_run(attempt: Attempt, config: Mapping[str, Any]) -> Iterator[Run]:
         yield run
     except BaseException as error:
         run.fail(error)
+        if isinstance(error, KeyboardInterrupt):
+            patience_s = INTERRUPTED_PATIENCE_S
         raise
     finally:
         if replica is not None:
-            replica.close()
+            replica.close(patience_s)

@@ -15,6 +15,7 @@ from pipeline.ports import listen
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.provenance import redact
 
+PATIENCE_S, INTERRUPTED_PATIENCE_S = 20.0, 3.0  # with the store, when a run ends
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -96,7 +97,7 @@ class Replica:
         for thread in self._threads:
             thread.start()
 
-    def close(self, timeout_s: float = 20.0) -> None:
+    def close(self, timeout_s: float = PATIENCE_S) -> None:
         """Sends what is left, of earlier runs too, within so many seconds; the run has ended."""
         self._stop.set()
         end = time.monotonic() + timeout_s

@@ -26,7 +26,7 @@ from pipeline.runs.provenance import environment
 from pipeline.runs.reuse import Outcome, code_digest, find_run, what_changed
 from pipeline.runs.run_directory import Run, handed_over, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
-from pipeline.runs.tracking import Replica
+from pipeline.runs.tracking import INTERRUPTED_PATIENCE_S, PATIENCE_S, Replica
 from pipeline.stages.chain_config import (
     TO_COME,
     Chain,
@@ -37,7 +37,6 @@ from pipeline.stages.chain_config import (
 )
 
 RECORD = "stage.json"  # in a stage's run directory: how the chain started it
-PATIENCE_S, INTERRUPTED_PATIENCE_S = 30, 3  # for MLflow, at the end
 
 
 @dataclass(frozen=True)

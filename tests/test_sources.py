@@ -1,5 +1,7 @@
+import csv
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -19,7 +22,7 @@ from datamodules import files
 from datamodules.downloads import Download, download
 from datamodules.files import decode, file_digests, replacing
 from datamodules.sources import PYTHON_DOCS, resolve, source_digests
-from datamodules.tables import read_jsonl, read_table
+from datamodules.tables import read_jsonl, read_table, write_table
 
 Write = Callable[..., Path]
 
@@ -186,6 +189,17 @@ def test_a_bad_line_is_named(content: bytes, message: str, write: Write) -> None
 def test_characters_of_two_halves_are_read(write: Write) -> None:
     line = r'{"a": "\ud83d\uDE00 \\ud83d \ue000"}'  # of the second, the backslash is text
     assert list(read_jsonl(write("a.jsonl", line))) == [(1, {"a": "😀 \\ud83d \ue000"})]
+
+
+def test_what_a_cell_holds_is_whole_in_a_csv(tmp_path: Path) -> None:
+    """Long lists, which numpy shows without their middle, and a carriage return by itself."""
+    long = np.arange(1500.0)
+    table = pd.DataFrame({"text": ["a\rb", "c"], "numbers": [long, None], "n": [1, 2]})
+    write_table(table, tmp_path / "table.csv")
+    written = (tmp_path / "table.csv").read_bytes().decode()
+    first, second = csv.DictReader(io.StringIO(written, newline=""))
+    assert (first["text"], second["text"], first["n"]) == ("a\rb", "c", "1")
+    assert json.loads(first["numbers"]) == long.tolist()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])

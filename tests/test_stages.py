@@ -341,6 +341,15 @@ def test_responses_of_any_model_can_be_scored(tiny: Journey, tmp_path: Path) -> 
     assert code == 0, err
 
 
+def test_responses_that_can_be_read_once_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = said("score", f"--responses={tmp_path / 'pipe'}")
+    assert (code, err) == (
+        2,
+        f"error: responses: {tmp_path / 'pipe'} is no file; write what it says into one.\n",
+    )
+
+
 def test_a_perplexity_of_some_is_no_verdict_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     row = {"id": 1, "instruction": "Say hi.", "input": "", "reference": "Hi.", "response": "Hi."}

@@ -30,7 +30,8 @@ def test_a_killed_score_goes_on(
     rows = [json.loads(line) for line in path.read_text().splitlines()[:3]]
     rows[0]["text"] = "as it was kept"
     lines = [json.dumps(row) for row in rows]
-    path.write_text("\n".join([*lines[:2], lines[2][:20]]))  # the third is cut short
+    half = json.dumps({"key": rows[2]["key"]})
+    path.write_text("\n".join([*lines[:2], half, lines[2][:20]]))  # the third is cut short, twice
     code, out, err = said(*words)
     assert code == 0, err
     assert f"{path}: passing over a damaged line" in err

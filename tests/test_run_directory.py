@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,17 +88,40 @@ def test_outcome_is_there_only_for_a_finished_run(path: Path) -> None:
 
 def test_an_outcome_moves_with_the_folder_of_all_runs(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "mlruns", tmp_path / "elsewhere"
-    path = root / "spam" / "one"
-    outputs = {"best": str(path / "checkpoints"), "copy": "/somewhere/else.json"}
-    sources = {str(root / "made" / "a.txt"): "1", "/data/b.txt": "2"}
-    Run.open(path).finish(outputs, {}, sources)
+    path, made = root / "spam" / "one", root / "made" / "a.txt"
+    run, outputs = Run.open(path), {"best": str(path / "best"), "copy": "/somewhere/else.json"}
+    (path / "best").mkdir()
+    made.parent.mkdir()
+    made.write_text("a")
+    run.finish(outputs, {}, {str(made): "1", "/data/b.txt": "2"})
     root.rename(elsewhere)
     moved = elsewhere / path.relative_to(root)
     outcome = read_outcome(moved)
     assert outcome is not None
-    assert outcome["outputs"] == {"best": str(moved / "checkpoints"), "copy": outputs["copy"]}
+    assert outcome["outputs"] == {"best": str(moved / "best"), "copy": outputs["copy"]}
     assert outcome["sources"] == {str(elsewhere / "made" / "a.txt"): "1", "/data/b.txt": "2"}
-    assert handed_over(moved) == moved / "checkpoints"
+    assert handed_over(moved) == moved / "best"
+
+
+def test_a_run_that_was_copied_alone_hands_over_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under any name, at any depth; what another made is where it was."""
+    path, made = tmp_path / "mlruns" / "spam" / "one", tmp_path / "mlruns" / "made" / "a.txt"
+    run = Run.open(path)
+    (path / "best").mkdir()
+    made.parent.mkdir()
+    made.write_text("a")
+    run.finish({"best": str(path / "best")}, {}, {str(made): "1"})
+    copied = tmp_path / "models" / "mine"
+    shutil.copytree(path, copied)
+    outcome = read_outcome(copied)
+    assert outcome is not None
+    assert (handed_over(copied), outcome["sources"]) == (copied / "best", {str(made): "1"})
+    shutil.rmtree(copied / "best")
+    assert handed_over(copied) == path / "best"
+    monkeypatch.setattr(Path, "resolve", lambda _: Path("/mine"))  # as in a container
+    assert handed_over(copied) == path / "best"
 
 
 def test_a_headline_without_a_number_is_read_back(path: Path) -> None:

@@ -179,7 +179,7 @@ class Run:
             "status": "FINISHED",
             "complete": complete,
             "command": self.command,
-            "root": str(self.path.parents[1]),
+            "path": str(self.path),
             "outputs": outputs,
             "digests": digests or {},
             "metrics": {key: float(value) for key, value in metrics.items()},
@@ -236,24 +236,30 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
             f"{path / OUTCOME} is damaged; remove it, and the command that wrote it goes on with "
             "that run and writes it anew."
         )
-    return _moved(outcome, path.resolve().parents[1])
+    return _moved(outcome, path.resolve())
 
 
-def _moved(outcome: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Paths below the folder of all runs are where that lies now: it may have moved."""
-    was = Path(outcome.get("root", root))
-    if was == root:
+def _moved(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What lies in the run, or below the folder of all runs, is where that is now: both may move.
+
+    A run that was copied alone leaves behind what others made.
+    """
+    was = Path(outcome.get("path", path))
+    if was == path:
         return outcome
+    moves = [(was, path), *zip(was.parents[1:2], path.parents[1:2], strict=False)]
 
     def here(name: str) -> str:
-        is_ours = Path(name).is_relative_to(was)
-        return str(root / Path(name).relative_to(was)) if is_ours else name
+        found = [
+            new / Path(name).relative_to(o) for o, new in moves if Path(name).is_relative_to(o)
+        ]
+        return next((str(place) for place in found if place.exists()), name)
 
     outputs, sources = outcome["outputs"], outcome["sources"]
     return {
         **outcome,
-        "outputs": {name: here(path) for name, path in outputs.items()},
-        "sources": {here(path): sha256 for path, sha256 in sources.items()},
+        "outputs": {name: here(place) for name, place in outputs.items()},
+        "sources": {here(place): sha256 for place, sha256 in sources.items()},
     }
 
 

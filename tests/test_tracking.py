@@ -20,7 +20,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
+from pipeline.runs import stage_run
 from pipeline.runs.journal import JOURNAL, read_journal
+from pipeline.runs.reuse import Attempt
 from pipeline.runs.run_directory import Run
 from pipeline.runs.tracking import Replica, open_ui, sync, sync_all, tracking_uri
 from tests.faults.processes import PATIENCE_S, PROCESSES
@@ -486,6 +488,23 @@ def test_a_server_that_hangs_holds_up_nothing(root: Path, capsys: Capsys) -> Non
     err = capsys.readouterr().err
     assert "unreachable (not done within 0.5 s)" in err
     assert "secret" not in err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(130), ValueError()])
+def test_whoever_interrupts_waits_less_for_it(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that took steps ends by SystemExit."""
+    waited: list[float] = []
+
+    class Waiting:
+        close = waited.append
+
+    monkeypatch.setattr(stage_run, "Replica", lambda _: Waiting)
+    attempt = Attempt(tmp_path / "mlruns" / "default" / "one", None)
+    with pytest.raises(type(error)), stage_run.open_run(attempt, {}):
+        raise error
+    assert waited == [20.0 if isinstance(error, ValueError) else 3.0]
 
 
 @pytest.fixture

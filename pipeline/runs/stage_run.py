@@ -81,7 +81,7 @@ def open_run(attempt: Attempt, config: Mapping[str, Any]) -> Iterator[Run]:
         yield run
     except BaseException as error:
         run.fail(error)
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # the latter where steps were taken
             patience_s = INTERRUPTED_PATIENCE_S
         raise
     finally:

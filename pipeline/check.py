@@ -165,7 +165,8 @@ class CheckCLI(PipelineCLI):
                 "checkpoint is without them (trainer.val_check_interval)"
             )
         if n_epochs < 1:
-            limit = "max_steps" if self.trainer.max_steps > 0 else "limit_train_batches"
+            is_told = self._n_steps == self.trainer.max_steps
+            limit = "max_steps" if is_told else "limit_train_batches"
             yield f"warning: the run ends after {n_epochs:.0%} of the data (trainer.{limit})"
         if counts.get("n_cut"):
             yield f"warning: {counts['n_cut']} samples are cut to data.max_length {data.max_length}"

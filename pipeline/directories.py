@@ -154,7 +154,7 @@ def hidden(path: Path) -> Path:
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Removes what `hidden` named in a folder, of directories by a pattern, and nobody holds."""
+    """Removes from a folder what `hidden` named, by a pattern of names, and nobody holds."""
     pattern = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(DRAFT)}")
     with _holding(folder):
         for leftover in [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]:

@@ -187,6 +187,13 @@ def test_what_would_be_lost_quietly_is_said(tiny: Journey, tmp_path: Path) -> No
     assert any("12 tokens, which is more than data.max_tokens 10" in line for line in warnings)
 
 
+def test_the_limit_that_ends_a_run_is_named(tiny: Journey) -> None:
+    words = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.max_steps=8")
+    code, out, err = said("check", *pretraining(tiny), *words, "--trainer.val_check_interval=3")
+    assert code == 0, err
+    assert "the run ends after 27% of the data (trainer.limit_train_batches)" in out
+
+
 def test_what_does_not_fit_is_not_tried(tiny: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.training.trial.total_memory_bytes", lambda _: 2**20)
     stepped = []

@@ -351,6 +351,10 @@ SCORE = {"name": "score", "command": "score", "set": {"responses": "no.jsonl"}}
             ["stage 'score': responses: ", "no.jsonl does not exist"],
         ),
         (
+            {"experiment": "x", "stages": [VOCAB, SCORE | {"set": {"responses": "/"}}]},
+            ["stage 'score': responses: / is no file"],
+        ),
+        (
             {"experiment": "x", "stages": [VOCAB | {"set": {"source": "${NOWHERE_SET}/x"}}]},
             ["chain.stages[0].set.source", "NOWHERE_SET"],
         ),
@@ -466,6 +470,14 @@ def test_models_and_entries_of_later_stages_are_looked_at_before_the_first_runs(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: stage 'later': ")
     assert message in error
+
+
+def test_a_file_that_an_input_takes_the_place_of_is_not_looked_for(chain: Path) -> None:
+    document = yaml.safe_load(chain.read_text())
+    first = {"name": "first", "command": "score", "set": {"ckpt": "owner/name"}}
+    document["stages"] = [first, {**SCORE, "name": "again", "inputs": {"responses": "first"}}]
+    chain.write_text(yaml.safe_dump(document))
+    assert "responses" not in load_chain(chain).stages[-1].own()
 
 
 def test_a_finished_run_is_told_by_what_it_hands_over(chain: Path, home: Path) -> None:

@@ -106,10 +106,14 @@ class Stage:
         paths = {key: expanded(value) for key, value in given.items() if isinstance(value, str)}
         return {key: path for key, path in paths.items() if path.exists()}
 
+    def own(self) -> dict[str, Any]:
+        """Options, but for those that inputs take the place of."""
+        taken = {ref.option.lstrip("-") for ref in self.inputs.values()}
+        return {key: value for key, value in self.options().items() if key not in taken}
+
     def models(self) -> list[str]:
         """Models that options name, wherever they are; inputs apart."""
-        options = self.options() | {ref.option.lstrip("-"): None for ref in self.inputs.values()}
-        given = {key: v for key, v in options.items() if key.rpartition(".")[2] in MODELS}
+        given = {key: v for key, v in self.own().items() if key.rpartition(".")[2] in MODELS}
         return [name for name in given.values() if isinstance(name, str)]
 
     def entries(self) -> list[str]:
@@ -281,10 +285,11 @@ def _check_source(stage: Stage) -> None:
 
 
 def _check_files(stage: Stage, made: Sequence[Path]) -> None:
-    given = {key: expanded(v) for key in FILES if isinstance(v := stage.options().get(key), str)}
+    given = {key: expanded(v) for key in FILES if isinstance(v := stage.own().get(key), str)}
     for key, path in given.items():
         if not (path.is_file() or is_below(path, made)):
-            raise ValueError(f"{key}: {path} does not exist; give a file that is there.")
+            problem = "is no file" if path.exists() else "does not exist"
+            raise ValueError(f"{key}: {path} {problem}; give a file that is there.")
 
 
 def made_before(stages: Sequence[Stage], stage: Stage) -> list[Path]:

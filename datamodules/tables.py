@@ -238,12 +238,19 @@ def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> No
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
     """Lists and objects in JSON: their own text leaves out the middle of long ones."""
+    import pandas as pd
 
     def text(cell: Any) -> Any:
         is_nested = isinstance(cell, dict | list) or bool(getattr(cell, "shape", ()))
         return json.dumps(_in_json(cell), ensure_ascii=False) if is_nested else cell
 
-    return frame.apply(lambda column: column.map(text) if column.dtype == object else column)
+    written = frame.copy(deep=False)
+    for i in range(frame.shape[1]):
+        column = frame.iloc[:, i]
+        if column.dtype == object:  # and stays so: `map` would make floats of integers with gaps
+            cells = pd.Series([*map(text, column)], frame.index, dtype=object)
+            written.isetitem(i, cells)  # type: ignore[arg-type]  # which stubs do not know
+    return written
 
 
 def _form_of(path: Path) -> dict[str, Any]:

@@ -192,14 +192,18 @@ def test_characters_of_two_halves_are_read(write: Write) -> None:
 
 
 def test_what_a_cell_holds_is_whole_in_a_csv(tmp_path: Path) -> None:
-    """Long lists, which numpy shows without their middle, and a carriage return by itself."""
+    """Long lists, which numpy shows without their middle, a carriage return by itself, and integers
+    of a column with gaps.
+    """
     long = np.arange(1500.0)
     table = pd.DataFrame({"text": ["a\rb", "c"], "numbers": [long, None], "n": [1, 2]})
+    table["id"] = pd.Series([2**60 + 1, None], dtype=object)
     write_table(table, tmp_path / "table.csv")
     written = (tmp_path / "table.csv").read_bytes().decode()
     first, second = csv.DictReader(io.StringIO(written, newline=""))
     assert (first["text"], second["text"], first["n"]) == ("a\rb", "c", "1")
     assert json.loads(first["numbers"]) == long.tolist()
+    assert (first["id"], second["id"]) == (str(2**60 + 1), "")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])

@@ -166,8 +166,9 @@ def _chat(messages: Any) -> list[Message]:
 
 def _message(value: dict[str, Any]) -> Message:
     _refuse_unread(value, ("tool_calls", "function_call", *_THOUGHTS))
+    is_reply = value.get("role") == "assistant"  # of others such a field asks for what is done
     for field, usual in (("weight", 1), ("train", True), ("trainable", True), ("loss", True)):
-        if value.get(field) not in (None, usual):
+        if is_reply and value.get(field) not in (None, usual):
             raise ValueError(
                 f"it has {field} {value[field]}, but every answer is learned; take the entry out, "
                 f"or the {field}."

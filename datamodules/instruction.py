@@ -87,10 +87,10 @@ class InstructionDataModule(SplitDataModule):
         self.max_length, self.shuffle_split = max_length, shuffle_split
         self.prompt_style, self.supervise = prompt_style, supervise
 
-    def check(self) -> None:
-        """Refuses a tokenizer without the template that is asked for; see also `check_replies`."""
+    def check(self, stage: str) -> None:
+        """Refuses a tokenizer without the template asked for; to learn by, see `check_replies`."""
         check_style(self.prompt_style, self.tokenizer)
-        if self.prompt_style == TEMPLATE:
+        if stage == "fit" and self.prompt_style == TEMPLATE:
             check_replies(self.tokenizer)
 
     def read(self) -> None:
@@ -112,9 +112,7 @@ class InstructionDataModule(SplitDataModule):
             return
         if self.source is None and stage == "fit":
             raise ValueError("data.source is null, there is nothing to train on; give entries.")
-        if stage == "fit":
-            self.check()
-        check_style(self.prompt_style, self.tokenizer)
+        self.check(stage)
         self.read()
         samples, n_cut = self._encode()
         del self._places

@@ -73,7 +73,7 @@ class StepDataModule(pl.LightningDataModule):
             raise ValueError("data.tokenizer is null; give a name (gpt2), a file or a checkpoint.")
         return Tokenizer.load(self._tokenizer)
 
-    def check(self) -> None:
+    def check(self, stage: str) -> None:
         """Refuses a tokenizer that is not there, or does not fit, before any data is read."""
         _ = self.tokenizer
 

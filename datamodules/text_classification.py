@@ -79,7 +79,7 @@ class TextClassificationDataModule(SplitDataModule):
         """Reads, splits and encodes the texts; there is nothing to do a second time."""
         if hasattr(self, "fingerprint"):
             return
-        self.check()
+        self.check(stage)
         self.read()
         samples, n_cut = self._encode()
         counts = {"rows": len(self._texts), **self._class_counts(), "n_cut": n_cut}

@@ -176,7 +176,7 @@ class PipelineCLI(LightningCLI):
         """Checks the parts against each other, opens the run, builds the trainer around it."""
         assert isinstance(self.model, LitStep)
         assert isinstance(self.datamodule, StepDataModule)
-        self.datamodule.check()
+        self.datamodule.check(str(self.subcommand))
         self.check_parts(self.model, self.datamodule)
         options = self._get(self.config_init, "trainer")
         check_callbacks(as_list(options.callbacks))

@@ -1,6 +1,7 @@
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from datamodules import progress, splits
 from datamodules.instruction import InstructionDataModule
 from datamodules.prompts import IGNORE, STYLES, encode_conversation, encode_prompt, reply_opening
-from datamodules.tokenizer import train_tokenizer
+from datamodules.tokenizer import Tokenizer, train_tokenizer
 from pipeline.weights.reading import tokenizer_of
 from tests.published import CHATML, random_model, save_tokenizer, train
 
@@ -644,8 +645,37 @@ def test_an_answer_that_is_not_to_be_learned_is_refused(make: Make) -> None:
         for m in chats[3]["messages"][1:]
     ]
     chats[3] = {"conversations": turns}
-    with pytest.raises(ValueError, match="entry 3: message 0: it has weight 0, but every answer"):
+    with pytest.raises(ValueError, match="entry 3: message 1: it has weight 0, but every answer"):
         ready(make(chats))
+
+
+@pytest.mark.parametrize("field", ["weight", "train", "trainable", "loss"])
+def test_a_question_that_is_said_not_to_be_learned_is_not(make: Make, field: str) -> None:
+    chats = conversations(20)
+    for message in chats[3]["messages"]:
+        message[field] = message["role"] == "assistant"
+    module, plain = ready(make(chats)), ready(make(conversations(20)))
+    assert module.fingerprint["digest"] == plain.fingerprint["digest"]
+
+
+THINKS = (  # as those do that always think first
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_what_cannot_be_learned_can_be_tested_on(
+    make: Make, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    vocabulary = replace(Tokenizer.load(tokenizer_file).vocabulary, chat_template=THINKS)
+    Tokenizer.of(vocabulary).save(tmp_path / "thinks.json")
+    options = {"prompt_style": "template", "tokenizer": str(tmp_path / "thinks.json")}
+    module = make(entries(20), **options)
+    module.check("test")
+    module.setup("test")
+    assert len(module.test_set)
+    with pytest.raises(ValueError, match="opens a reply with"):
+        make(entries(20), **options).check("fit")
 
 
 @pytest.mark.parametrize(

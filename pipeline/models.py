@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.files import digest, expanded
+from datamodules.files import digest, expanded, resolved
 from datamodules.prompts import TEMPLATE
 from datamodules.tokenizer import Tokenizer
 from pipeline import checkpoint as files
@@ -192,9 +192,15 @@ def _base(path: Path, base: dict[str, Any]) -> Loaded:
 def _bases(path: Path, base: dict[str, Any]) -> Iterator[Path]:
     """Where the base may be, one at least: beside the adapter, where it was, where it came from."""
     places = [path.parent / base["relative"], Path(base["path"])]
-    there = list(dict.fromkeys(place.resolve() for place in places if place.exists()))
+    there = list(dict.fromkeys(resolved(place) for place in places if place.exists()))
     yield from there
     if base.get("name"):
-        yield locate(base["name"])
+        try:
+            fetched = locate(base["name"])
+        except ValueError:
+            if not there:  # else what is wrong is that another one lies there
+                raise
+        else:
+            yield fetched
     elif not there:
         raise ValueError(f"{path} is an adapter; its base {base['path']} is gone; put it back.")

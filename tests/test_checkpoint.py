@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from pipeline import checkpoint as files
-from pipeline import directories, lora
+from pipeline import directories, lora, models
 from pipeline.checkpoint import newest_valid, verify_checkpoint, write_checkpoint
 from pipeline.classifier import GPTClassifier
 from pipeline.directories import CheckpointError
 from pipeline.gpt import GPT
 from pipeline.lora import LoRAConfig
 from pipeline.models import describe_base, load
+from pipeline.weights.gguf_out import gguf_writers
 from pipeline.weights.reading import tokenizer_of
+from tests import exporting
 from tests.journey import Journey
 
 MakeGPT = Callable[..., GPT]
@@ -245,6 +247,46 @@ def test_another_model_where_the_base_may_be_is_passed_over(
     shutil.rmtree(tuned.parents[2])
     with pytest.raises(ValueError, match=f"the one at {re.escape(str(other))} has .*put the orig"):
         load(copied)
+
+
+def test_another_model_where_a_base_with_a_name_was_is_told_offline_too(
+    tiny_gpt: MakeGPT, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save(tiny_gpt(), "base")
+    model = load(base).gpt
+    described = describe_base(load(base), tmp_path) | {"name": "them/base"}
+    path = save(model, "step-00000001", base=described, config=adapt(model))
+    shutil.rmtree(base)
+    save(tiny_gpt(bias=False), "base")
+    located = models.locate
+
+    def offline(source: str | Path) -> Path:
+        if str(source) == "them/base":
+            raise ValueError("go online once")
+        return located(source)
+
+    monkeypatch.setattr(models, "locate", offline)
+    with pytest.raises(ValueError, match=f"the one at {re.escape(str(base))} has .*put the orig"):
+        load(path)
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match="go online once"):
+        load(path)
+
+
+def test_a_base_whose_own_name_is_a_link_is_read_by_that_name(
+    tiny_gpt: MakeGPT, save: Save, tmp_path: Path
+) -> None:
+    """As in the cache of the hub, where the file itself has no suffix that says what it is."""
+    plain = exporting.loaded(tiny_gpt("llama", vocab_size=384), exporting.vocabulary())
+    written = exporting.write(gguf_writers(plain, "f32", name="x", license=None), tmp_path / "out")
+    (written / "model.gguf").rename(tmp_path / "0a1b2c3d")
+    link = tmp_path / "hub" / "x.gguf"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "0a1b2c3d")
+    model = load(link).gpt
+    config = adapt(model)
+    path = save(model, "step-00000001", base=describe_base(load(link), tmp_path), config=config)
+    assert (outputs(load(path).model) - outputs(model)).abs().max() < MERGED
 
 
 def test_a_base_found_through_a_link_survives_a_move(

@@ -60,9 +60,19 @@ def check_held_out(
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    ValueError names what differs. Data that shares no file with what it was trained on last is said
-    to be other data; how much of it was learned is told by the `keys` of what is evaluated on
-    (`StepDataModule.keys`). Messages call the checkpoint as `called` does.
+    Data that shares no file with what it was trained on last is said to be other data, and how
+    much of it says what was learned.
+
+    Args:
+        meta: the checkpoint's meta.json.
+        config: configuration of the data here, with `init_args`.
+        fingerprint: that of the data here.
+        splits: those that are evaluated on.
+        keys: of what is evaluated on; see `StepDataModule.keys`.
+        called: what a message calls the checkpoint.
+
+    Raises:
+        ValueError: naming what differs.
     """
     if found := split_otherwise(meta, config, fingerprint, splits):
         raise ValueError(

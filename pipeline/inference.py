@@ -227,8 +227,9 @@ def classify_table(
 
 
 def load_classifier(source: str, threshold: float | None = None) -> Loaded:
-    """A checkpoint that labels texts, ready for use; ValueError for any other, and for a threshold
-    where there are not two labels.
+    """A checkpoint that labels texts, ready for use.
+
+    ValueError for a language model, and for a threshold where there are not two labels.
     """
     loaded = load_for_use(source, "32-true")
     if not isinstance(loaded.model, GPTClassifier):

@@ -33,7 +33,7 @@ from pipeline.inference import (
 )
 from pipeline.models import Loaded, load
 from pipeline.serving import serve
-from pipeline.serving.app import Labels, make_app
+from pipeline.serving.app import Labelled, Labels, make_app
 from pipeline.serving.engine import Limits
 from pipeline.weights.huggingface_out import huggingface_writers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
@@ -469,9 +469,9 @@ def test_the_command_to_try_shows_the_key_by_its_name(labelling: Served) -> None
 
 def test_a_client_that_hung_up_is_worked_for_no_more() -> None:
     """Its request waits behind another's."""
-    asked: list[Future[list[list[float]]]] = []
+    asked: list[Future[list[Labelled]]] = []
 
-    def of(texts: Sequence[str]) -> Future[list[list[float]]]:
+    def of(texts: Sequence[str]) -> Future[list[Labelled]]:
         asked.append(Future())
         return asked[-1]
 

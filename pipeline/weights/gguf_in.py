@@ -92,8 +92,9 @@ def _config(
 def _llama3_scaling(
     fields: dict[str, Any], factors: Tensor, rope_theta: float, head_size: int
 ) -> RopeScaling:
-    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3,
-    but where an export of ours says otherwise.
+    """Llama 3's, solved for its factor by the lowest frequency.
+
+    All else is as in every Llama 3, but where an export of ours says otherwise.
     """
     stated = {key: fields[at] for key in STRETCH if (at := STRETCH_FIELD.format(key)) in fields}
     known = RopeScaling("llama3", math.inf, **stated)

@@ -93,7 +93,9 @@ class Vocabulary:
         content["tokens"] = [base64.b64encode(token).decode() for token in self.tokens]
         if self.sentencepiece:
             content["sentencepiece"] = vars(self.sentencepiece)
-        return {"format": _FORMAT, **content}
+        # in the order of all files so far: runs know theirs by its bytes
+        order = dict.fromkeys(("format", "name", "pattern", "special_tokens", "tokens"))
+        return {**order, "format": _FORMAT, **content}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules import tokenizer as trained
+from datamodules.sentencepiece import SentencePiece
 from datamodules.tokenizer import (
     CHAT_MARKERS,
     ENDOFTEXT,
@@ -97,6 +98,20 @@ def test_training_is_deterministic() -> None:
     assert train() == TOKENIZER
     assert train().digest == TOKENIZER.digest
     assert train(279).digest != TOKENIZER.digest
+
+
+def test_a_file_has_the_same_bytes_in_every_version(tmp_path: Path) -> None:
+    """A finished run whose tokenizer is another file is done anew."""
+    sentencepiece = SentencePiece([], [], "never")
+    changes = {"bos": "<|end|>", "chat_template": "x", "template_bos": "<|end|>", "nfc": True}
+    changes |= {"more_ends": ("<|end|>",), "shown": ("<|end|>",), "eos": "<|im_end|>"}
+    optional = ["eos", "bos", "chat_template", "template_bos", "more_ends"]
+    optional += ["sentencepiece", "shown", "nfc"]
+    whole = replace(TOKENIZER.vocabulary, sentencepiece=sentencepiece, **changes)  # type: ignore
+    required = ["format", "name", "pattern", "special_tokens", "tokens"]
+    assert [*whole.content()] == [*required, *optional]
+    TOKENIZER.save(tmp_path)
+    assert [*json.loads((tmp_path / "tokenizer.json").read_text())] == [*required, "digest"]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,9 @@ def _parsed(text: str, suffix: str, names: list[str] | None) -> pd.DataFrame:
     if suffix == ".csv":
         form |= {"delimiter": _separator(text), "quoting": csv.QUOTE_MINIMAL}
     table = pd.read_csv(io.StringIO(text), names=names, dtype=str, keep_default_na=False, **form)
-    if names is None:  # pandas numbers those that are there twice
+    if names is None and suffix == ".tsv":  # pandas numbers those that are there twice
+        _refuse_twice(text.lstrip("\n").partition("\n")[0].split("\t"))
+    elif names is None:
         with contextlib.suppress(csv.Error):  # what pandas reads in its own way
             rows = csv.reader(io.StringIO(text), **form)
             _refuse_twice(next((row for row in rows if row), []))

@@ -193,14 +193,9 @@ def _bases(path: Path, base: dict[str, Any]) -> Iterator[Path]:
     """Where the base may be, one at least: beside the adapter, where it was, where it came from."""
     places = [path.parent / base["relative"], Path(base["path"])]
     there = list(dict.fromkeys(resolved(place) for place in places if place.exists()))
-    yield from there
-    if base.get("name"):
-        try:
-            fetched = locate(base["name"])
-        except ValueError:
-            if not there:  # else what is wrong is that another one lies there
-                raise
-        else:
-            yield fetched
-    elif not there:
+    if there:
+        yield from there
+    elif base.get("name"):
+        yield locate(base["name"])
+    else:
         raise ValueError(f"{path} is an adapter; its base {base['path']} is gone; put it back.")

@@ -461,8 +461,9 @@ def test_a_column_that_is_there_twice_is_refused(suffix: str, tmp_path: Path) ->
         parquet.write_table(pa.Table.from_arrays(columns, ["text", "label", "label"]), path)
     else:
         between = "," if suffix == ".csv" else "\t"
-        rows = (["text", "label", "label"], ["a", "joy", "anger"])
-        path.write_text("\n".join(between.join(row) for row in rows))
+        odd = "a\rb" if suffix == ".tsv" else "ab"  # no end of a line there
+        rows = (["text", "label", "label", odd], ["a", "joy", "anger", "b"])
+        path.write_text("\n".join(between.join(row) for row in rows), newline="")
     for read in (lambda: read_table(path), lambda: list(read_rows(path, "text"))):
         with pytest.raises(ValueError, match="has 'label' twice among its columns; rename one"):
             read()

@@ -310,7 +310,7 @@ def test_two_equal_one(overlay: str, two: Callable[[str], Path], one: Path) -> N
 @pytest.mark.parametrize(
     ("overlay", "begin", "options"),
     [
-        ("ddp", Two, BESIDE),
+        pytest.param("ddp", Two, BESIDE, marks=pytest.mark.slow),
         pytest.param("ddp", Launched, [], marks=pytest.mark.slow),
         ("fsdp2", Two, BESIDE),
         pytest.param("fsdp2", Launched, [], marks=pytest.mark.slow),

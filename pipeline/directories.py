@@ -22,6 +22,8 @@ FOR_PEOPLE = ("README.md", "Modelfile")  # beside weights, to be edited
 ASIDE = ".aside"  # how one ends that is about to be replaced
 DRAFT = ".draft"  # how hidden folders end that are on their way in or out
 _OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise
+# of flock where a file system locks no folder; over NFS EBADF, as it is open to read alone
+_OF_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
 
@@ -167,17 +169,19 @@ def sweep(folder: Path, name: str) -> None:
 
 @contextmanager
 def _holding(folder: Path, how: int = 0) -> Iterator[None]:
-    """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`."""
+    """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`.
+
+    Where the file system locks no folder, one process is to write there at a time.
+    """
     with contextlib.ExitStack() as after:
         descriptor = os.open(folder, os.O_RDONLY)
         after.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | how)
             after.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a fork has it, too
-        except BlockingIOError:
-            raise
-        except OSError:  # over NFS what is open to read cannot be locked
-            pass
+        except OSError as error:
+            if error.errno not in _OF_NO_LOCKS:
+                raise
         yield
 
 

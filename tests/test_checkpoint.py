@@ -588,6 +588,18 @@ def test_a_disk_without_locks_takes_checkpoints(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_lock_that_fails_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(directories.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "step-00000002", weights="ours")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_another_writes_is_left_to_it(tmp_path: Path) -> None:
     """To the same place, and to one whose name begins alike."""
     odd = [tmp_path / ".step-00000002-old-12345678.draft", tmp_path / ".step-1-12345678.draft"]

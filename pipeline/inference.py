@@ -244,7 +244,14 @@ def load_classifier(source: str, threshold: float | None = None) -> Loaded:
 def label_probabilities(
     loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
 ) -> list[list[float]]:
-    """Probabilities (N, K) of texts, cut at the length that the classifier was tuned with.
+    """Probabilities (N, K) of texts; see `label_texts`."""
+    return [row for row, _ in label_texts(loaded, texts, batch_size, title=title)]
+
+
+def label_texts(
+    loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
+) -> list[tuple[list[float], bool]]:
+    """Probabilities (K,) of each text, and whether it was cut: at the length that was tuned with.
 
     A title is that of a bar on stderr. ValueError for an empty text, and for damaged weights.
     """
@@ -271,7 +278,7 @@ def label_probabilities(
         check_finite(logits)
         probabilities = logits.float().softmax(-1).tolist()
         rows |= zip(batch["sample_ids"].tolist(), probabilities, strict=True)
-    return [rows[i] for i in range(len(texts))]
+    return [(rows[i], is_cut) for i, (_, is_cut) in enumerate(encoded)]
 
 
 def decide(probabilities: Sequence[float], threshold: float | None) -> int:

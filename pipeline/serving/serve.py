@@ -6,7 +6,7 @@ import logging
 import shlex
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -14,16 +14,15 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from datamodules.prompts import encode_text
 from pipeline.classifier import GPTClassifier
 from pipeline.console import say, warn
 from pipeline.decoding.sampling import Sampling
-from pipeline.inference import label_probabilities, load_for_use
+from pipeline.inference import label_texts, load_for_use
 from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import LOOPBACK, listen
 from pipeline.precision import Precision
-from pipeline.serving.app import Labelled, Labels, make_app
+from pipeline.serving.app import Labels, make_app
 from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.writer import Writer
 from pipeline.workers import Workers
@@ -59,7 +58,7 @@ def serve(
     if isinstance(loaded.model, GPTClassifier):
         if precision not in ("auto", "32-true"):
             raise ValueError(f"precision is {precision}; a classifier answers only in 32-true.")
-        of = partial(worker.submit, _label, loaded)
+        of = partial(worker.submit, label_texts, loaded)
         server = _Server(make_app(name, Labels(loaded.meta["label_names"], of), key))
         _greet(loaded, name, listener, api_key_env)
         server.run([listener])
@@ -111,13 +110,6 @@ class _Server(uvicorn.Server):
 def _is_error(record: logging.LogRecord) -> bool:
     kind = record.exc_info[0] if record.exc_info else None
     return kind is not asyncio.CancelledError
-
-
-def _label(loaded: Loaded, texts: Sequence[str]) -> list[Labelled]:
-    suffix, max_length = loaded.meta["suffix"], loaded.meta["max_length"]
-    probabilities = label_probabilities(loaded, texts)
-    are_cut = [encode_text(loaded.tokenizer, text, suffix, max_length)[1] for text in texts]
-    return list(zip(probabilities, are_cut, strict=True))
 
 
 def _greet(loaded: Loaded, name: str, listener: socket.socket, key_variable: str) -> None:

@@ -1,6 +1,7 @@
 """What the machine can do; asked once, before anything is built around it."""
 
 import ctypes
+import functools
 import platform
 import re
 import resource
@@ -85,8 +86,9 @@ def multiplies_f16_weights(device: torch.device) -> bool:
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
+@functools.cache
 def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of large matrix products, measured."""
+    """Floating-point operations a second of large matrix products, measured once a process."""
     size = CEILING_SIZE_OF_GPUS if device.type == "cuda" else CEILING_SIZE
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)

@@ -1,6 +1,7 @@
 """What every test stands on: no network but loopback, one thread, real data where it is given."""
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -62,13 +63,24 @@ def smollm2() -> Path:
     return path
 
 
-@pytest.fixture(autouse=True, scope="session")
-def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The cache, the tracking store (to make one takes seconds), runs that are no one test's."""
+@pytest.fixture(scope="session")
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pytest-xdist's workers share."""
     folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_folders(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, of_all_workers: Path
+) -> Iterator[None]:
+    """The cache, the tracking store, runs that are no one test's."""
+    folder = tmp_path_factory.getbasetemp()
+    if folder != of_all_workers:  # a few tests may need none
+        shutil.copy(request.getfixturevalue("empty_database"), folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT_PIPELINE_HOME", str(folder / "mlruns"))
-        patch.setenv("GPT_PIPELINE_CACHE", str(folder / "cache"))
+        patch.setenv("GPT_PIPELINE_CACHE", str(of_all_workers / "cache"))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         yield
 
@@ -129,13 +141,16 @@ def tiny_gpt(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_database(of_all_workers: Path) -> Path:
     """MLflow's database, made once: it takes seconds."""
+    from filelock import FileLock
     from mlflow import MlflowClient
 
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return folder / "mlflow.db"
+    path = of_all_workers / "empty.db"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            MlflowClient(f"sqlite:///{path}")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,8 @@ def add_to_gguf(writer: gguf.GGUFWriter, template: str | None = None) -> None:
         writer.add_chat_template(template)
 
 
-def texts(count: int) -> list[str]:
+@functools.cache
+def texts(count: int = 10_000) -> list[str]:
     """The fuzz corpus, runs of blanks, and names of tokens as ordinary text."""
     blanks = [before + " " * n + after for n in range(40) for before in "a" for after in ("", "b")]
     leading = [" " * n + "the" for n in range(40)]

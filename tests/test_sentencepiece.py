@@ -53,7 +53,6 @@ from tests.sentencepieces import (
 )
 from tests.training import after_a_validation
 
-TEXTS = texts(10_000)
 N_IDS = len(learned()[0])
 CASES = {f"{form}, {how}": (form, how) for form in FORMS for how in ("of scores", "as trained")}
 QUESTION = "What is 3 + 4?\n\nSay it in 中文 😀."
@@ -96,7 +95,7 @@ def assert_same(ours: Tokenizer, theirs: Theirs, given: list[str]) -> None:
 
 
 def test_ids_of_a_fuzz_corpus(pair: tuple[Tokenizer, Theirs]) -> None:
-    assert_same(*pair, TEXTS)
+    assert_same(*pair, texts())
 
 
 @settings(max_examples=300, deadline=None)
@@ -122,7 +121,7 @@ def test_tokens_that_reach_into_a_second_word(reaches: bool, tmp_path: Path) -> 
     random_model("llama", N_IDS + 1).save_pretrained(tmp_path)
     ours = of_others(edited, tmp_path)
     assert ours.vocabulary.pattern.startswith("▁") != reaches
-    assert_same(ours, edited, [text for text in TEXTS if not any(s in text for s in SPECIAL)])
+    assert_same(ours, edited, [text for text in texts() if not any(s in text for s in SPECIAL)])
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -132,7 +131,7 @@ def test_what_transformers_llama_tokenizer_writes(legacy: bool, tmp_path: Path) 
     merges = [tuple(pair) for pair in model["merges"]]
     LlamaTokenizer(model["vocab"], merges, legacy=legacy).save_pretrained(tmp_path)
     ours, theirs = reopened(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    plain = [text for text in TEXTS if not any(name in text for name in SPECIAL)]
+    plain = [text for text in texts() if not any(name in text for name in SPECIAL)]
     assert [ours.bos_ids + ours.encode(text) for text in plain] == theirs(plain).input_ids
     form = ours.vocabulary.sentencepiece
     assert form is not None
@@ -145,7 +144,9 @@ def test_a_file_of_ours(pair: tuple[Tokenizer, Theirs], tmp_path: Path) -> None:
     again = Tokenizer.load(tmp_path)
     assert again == ours
     assert again.vocabulary == ours.vocabulary
-    assert [again.encode(text) for text in TEXTS[:1000]] == [ours.encode(t) for t in TEXTS[:1000]]
+    assert [again.encode(text) for text in texts()[:1000]] == [
+        ours.encode(t) for t in texts()[:1000]
+    ]
 
 
 # Parts of texts
@@ -154,7 +155,7 @@ def test_a_file_of_ours(pair: tuple[Tokenizer, Theirs], tmp_path: Path) -> None:
 def test_a_text_that_goes_on_is_given_no_blank(pair: tuple[Tokenizer, Theirs]) -> None:
     ours, _ = pair
     start = ours.encode("the")
-    for text in TEXTS[:500]:
+    for text in texts()[:500]:
         more = ours.encode(text, start)
         assert ours.decode(more, start) == text.replace("▁", " ")
         assert ours.decode(start + more) == "the" + text.replace("▁", " ")
@@ -287,7 +288,7 @@ def test_scores_give_the_ids_of_merges(tmp_path: Path) -> None:
     theirs = sentencepiece("prepend")
     theirs.encode_special_tokens = True
     ours = open_foreign(written(tmp_path / "a.gguf")).tokenizer
-    assert_same(ours, theirs, TEXTS)
+    assert_same(ours, theirs, texts())
     again = of_others(sentencepiece("prepend"), tmp_path / "again", TINYLLAMA)
     assert again.digest == ours.digest
     assert ours.vocabulary.special_tokens == dict(zip(SPECIAL, range(3), strict=True))
@@ -299,7 +300,7 @@ def test_no_blank_where_the_file_says_so(tmp_path: Path) -> None:
     ).tokenizer
     theirs = sentencepiece("never")
     theirs.encode_special_tokens = True
-    assert_same(ours, theirs, TEXTS)
+    assert_same(ours, theirs, texts())
 
 
 def test_a_published_model_of_sentencepiece(tmp_path: Path) -> None:
@@ -327,11 +328,11 @@ def test_a_published_model_of_sentencepiece(tmp_path: Path) -> None:
     model = random_model("llama", len(ids), num_hidden_layers=1)
     write_gguf(tmp_path / "a.gguf", model, None, change=add)
     ours = open_foreign(tmp_path / "a.gguf").tokenizer
-    assert [ours.encode(text) for text in TEXTS] == theirs.encode(TEXTS)
-    assert [ours.decode(ours.encode(text)) for text in TEXTS] == TEXTS
+    assert [ours.encode(text) for text in texts()] == theirs.encode(texts())
+    assert [ours.decode(ours.encode(text)) for text in texts()] == texts()
     writers = huggingface_writers(replace(load(tmp_path / "a.gguf"), tokenizer=ours), torch.float32)
     exported = AutoTokenizer.from_pretrained(write_all(writers, tmp_path / "out"))
-    plain = [text for text in TEXTS if not any(name in text for name in SPECIAL)]
+    plain = [text for text in texts() if not any(name in text for name in SPECIAL)]
     assert exported(plain, add_special_tokens=False)["input_ids"] == theirs.encode(plain)
 
 
@@ -373,7 +374,7 @@ def test_exported_for_transformers(
         huggingface_writers(exported(tiny_gpt, ours), torch.float32), tmp_path / "out"
     )
     theirs = AutoTokenizer.from_pretrained(folder)
-    plain = [text for text in TEXTS if not any(name in text for name in SPECIAL)]
+    plain = [text for text in texts() if not any(name in text for name in SPECIAL)]
     ids = theirs(plain).input_ids
     assert ids == [ours.bos_ids + ours.encode(text) for text in plain]
     decoded = theirs.batch_decode(ids, skip_special_tokens=True)
@@ -395,7 +396,7 @@ def test_exported_for_llama_cpp(
     again = open_foreign(write_all(writers, tmp_path / "out") / "model.gguf").tokenizer
     is_metaspace = form.prefix in ("always", "first")
     assert ("llama.cpp puts a blank before every text" in capsys.readouterr().err) == is_metaspace
-    for text in TEXTS:
+    for text in texts():
         if not (is_metaspace and text.startswith((" ", "▁"))):
             assert again.encode(text) == ours.encode(text), repr(text)
     assert again.special_ids == ours.special_ids

@@ -5,7 +5,7 @@ import hashlib
 import io
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,25 +130,26 @@ def corrupt() -> bytes:
     return bytes(content)
 
 
-ARCHIVES = {
-    "empty": b"",
-    "cut": HALF,
-    "without the member": archive(("../messages", CONTENT), ("/messages", CONTENT)),
-    "the member is a link": archive(link("messages", "/etc/passwd")),
-    "the member is a folder": archive(("messages/", b"")),
-    "a bomb": archive(("messages", bytes(32 << 20))),
-    "a bomb in bzip2": archive(("messages", bytes(32 << 20)), kind=zipfile.ZIP_BZIP2),
-    "a bomb in LZMA": archive(("messages", bytes(32 << 20)), kind=zipfile.ZIP_LZMA),
-    "encrypted": encrypted(),
-    "corrupt": corrupt(),
-    "other content": archive(("messages", CONTENT + b"!")),
+ARCHIVES: dict[str, Callable[[], bytes]] = {
+    "empty": bytes,
+    "cut": lambda: HALF,
+    "without the member": lambda: archive(("../messages", CONTENT), ("/messages", CONTENT)),
+    "the member is a link": lambda: archive(link("messages", "/etc/passwd")),
+    "the member is a folder": lambda: archive(("messages/", b"")),
+    "a bomb": lambda: archive(("messages", bytes(32 << 20))),
+    "a bomb in bzip2": lambda: archive(("messages", bytes(32 << 20)), kind=zipfile.ZIP_BZIP2),
+    "a bomb in LZMA": lambda: archive(("messages", bytes(32 << 20)), kind=zipfile.ZIP_LZMA),
+    "encrypted": encrypted,
+    "corrupt": corrupt,
+    "other content": lambda: archive(("messages", CONTENT + b"!")),
 }
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_an_archive_that_does_harm(name: str, server: Server, tmp_path: Path) -> None:
-    assert len(ARCHIVES[name]) < MAX_BYTES
-    server.answers = [servers.whole(ARCHIVES[name])]
+    content = ARCHIVES[name]()
+    assert len(content) < MAX_BYTES
+    server.answers = [servers.whole(content)]
     with servers.little_memory():
         said = refusal(server, tmp_path)
     assert "is not a zip archive with messages in it" in said or "has another SHA-256" in said

@@ -1,6 +1,7 @@
 """What every test stands on: no network but loopback, one thread, real data where it is given."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 USERS_CACHE = cache_dir()  # before the tests get one of their own
+FORKS = re.compile(r"\b(Started|PROCESSES)\b")
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "0.0.0.0", ""}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that fork commands have one worker: the server that they fork from imports for long."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "forks" if FORKS.search((config.rootpath / file).read_text()) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

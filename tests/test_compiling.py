@@ -66,8 +66,8 @@ def test_losses_are_those_of_separate_operations(
         own: dict[str, Any] = {"gpt": None, **base} if adapters else {"gpt": config}
         module = language_model(**own, compile=is_compiled)
         data = instruction_data(tiny.tokenizer)
-        often = {"limit_val_batches": 0} if adapters else {"val_check_interval": 2}
-        _, losses = fit(module, data, tmp_path, max_steps=4, precision=precision, **often)
+        often = {"limit_val_batches": 0} if adapters else {"val_check_interval": 1}
+        _, losses = fit(module, data, tmp_path, max_steps=2, precision=precision, **often)
         runs.append(losses.losses)
         assert (n_graphs() > 0) == is_compiled
         assert (module._cross_entropies is not cross_entropies) == is_compiled

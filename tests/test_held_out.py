@@ -337,7 +337,7 @@ def test_checkpoints_say_what_they_were_trained_on(tiny: Journey) -> None:
 
 def test_a_judge_that_is_not_there_is_said_before_anything_is_answered(tiny: Journey) -> None:
     words = ("--judge.base_url=http://127.0.0.1:9/v1", "--judge.model=m")  # 9: discard
-    code, _, err = score(tiny, *words)
+    code, _, err = score(tiny, *words, "--judge.max_attempts=1")
     assert code == 2
     problem = "cannot connect to http://127.0.0.1:9/v1"
     warning, *_, error = (line for line in err.splitlines() if problem in line)

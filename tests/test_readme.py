@@ -130,10 +130,13 @@ def test_every_command_is_shown() -> None:
     assert len(SERVERS) == 1
 
 
+ONCE = "--judge.max_attempts=1"
+
+
 def test_the_judge_is_asked_where_the_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:
     (options,) = re.findall(r"`score \.\.\. (--judge.+?)`", README)
     score = typed(next(line for line in STAGES if "pipeline score" in line), monkeypatch)
-    code, _, err = said(*score, *SMALLER["score"], *shlex.split(options))
+    code, _, err = said(*score, *SMALLER["score"], *shlex.split(options), ONCE)
     assert code == 2
     assert "cannot connect to http://localhost:11434/v1" in err
 

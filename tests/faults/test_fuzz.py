@@ -20,7 +20,7 @@ from pipeline.stages.chain_config import load_chain
 from tests.journey import CONFIGS, PLAIN, SHORT, Journey, said
 from tests.training import instruction_data
 
-CASES, COMMANDS = 450, 10  # of each kind: of a reader, and of a whole command
+CASES, COMMANDS = 200, 10  # of each kind: of a reader, and of a whole command
 fuzzed = settings(
     max_examples=CASES,
     deadline=5_000,  # ms: none may hang

@@ -240,7 +240,6 @@ def load_classifier(source: str, threshold: float | None = None) -> Loaded:
     return loaded
 
 
-@torch.inference_mode()
 def label_probabilities(
     loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
 ) -> list[list[float]]:
@@ -248,6 +247,7 @@ def label_probabilities(
     return [row for row, _ in label_texts(loaded, texts, batch_size, title=title)]
 
 
+@torch.inference_mode()
 def label_texts(
     loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
 ) -> list[tuple[list[float], bool]]:

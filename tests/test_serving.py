@@ -26,6 +26,7 @@ from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.inference import (
     label_probabilities,
+    label_texts,
     load_classifier,
     load_language_model,
     prompt_style,
@@ -36,6 +37,7 @@ from pipeline.serving import serve
 from pipeline.serving.app import Labelled, Labels, make_app
 from pipeline.serving.engine import Limits
 from pipeline.weights.huggingface_out import huggingface_writers
+from pipeline.workers import Workers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
 from tests.journey import ROOT, Journey, said
 from tests.serving import Served
@@ -505,6 +507,16 @@ def test_a_classifier_answers_in_float32(tiny: Journey) -> None:
     code, _, err = said("serve", f"--ckpt={spam}", "--port=0", "--precision=bf16-true")
     assert (code, err.count("\n")) == (2, 1)
     assert "a classifier answers only in 32-true" in err
+
+
+def test_what_labels_keeps_nothing_for_a_backward_pass(tiny: Journey) -> None:
+    """In a thread of its own, too, as `serve` has it."""
+    learns: list[bool] = []
+    loaded = load_classifier(str(tiny.best("spam")))
+    loaded.model.register_forward_hook(lambda *_: learns.append(torch.is_grad_enabled()))
+    label_probabilities(loaded, ["ok"])
+    Workers("label").run(label_texts, loaded, ["ok"])
+    assert learns == [False, False]
 
 
 def test_weights_that_are_no_numbers_decide_nothing(tiny: Journey) -> None:

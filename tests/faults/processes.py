@@ -130,11 +130,12 @@ class At(pl.Callback):
 
 
 class Hang(At):
-    """Stays in the step for ever, and writes a file there."""
+    """Stays in the step for long, and writes a file there."""
 
     def act(self, trainer: pl.Trainer, module: Any) -> None:
         (Path(trainer.default_root_dir) / "hangs").touch()
-        while True:  # a signal that comes just before a sleep is answered after it
+        end = time.monotonic() + 10 * PATIENCE_S
+        while time.monotonic() < end:  # a signal just before a sleep is answered after it
             time.sleep(0.02)
 
 

@@ -240,6 +240,26 @@ def test_what_is_refused(name: str, value: Any, named: str, tmp_path: Path, bpe:
     assert named in refusal(path)
 
 
+def test_a_part_of_a_model_is_said_to_be_one(tmp_path: Path, bpe: Any) -> None:
+    """All but the first part have little more than their number."""
+    model = random_model("llama", n_tokens(bpe), num_hidden_layers=1)
+
+    def number(i: int) -> Callable[[gguf.GGUFWriter], None]:
+        def change(writer: gguf.GGUFWriter) -> None:
+            if i:
+                writer.kv_data[0].clear()
+            writer.add_uint16("split.no", i)
+            writer.add_uint16("split.count", 3)
+            writer.add_int32("split.tensors.count", 12)
+
+        return change
+
+    for i in range(3):
+        path = tmp_path / f"a-{i + 1:05d}-of-00003.gguf"
+        write_gguf(path, model, bpe, change=number(i))
+        assert f"it is part {i + 1} of 3; join them" in refusal(path)
+
+
 def test_tensors_that_cannot_be(tmp_path: Path, bpe: Any) -> None:
     path, model = tmp_path / "a.gguf", random_model("llama", n_tokens(bpe), num_hidden_layers=1)
 

@@ -32,6 +32,11 @@ _KINDS = {
 def open_gguf(path: Path) -> Foreign:
     """A GGUF file, its metadata read; ValueError where it is damaged, or of no supported kind."""
     fields, tensors = read_header(path)
+    if (n_parts := fields.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"it is part {fields.get('split.no', 0) + 1} of {n_parts}; join them with llama.cpp's "
+            "llama-gguf-split --merge, and give the file that comes of it."
+        )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(name: str, rows: slice) -> Tensor:

@@ -87,17 +87,16 @@ def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Temp
     """Renders a conversation and takes it apart.
 
     Raises:
-        ValueError: the template refuses these messages, or writes their contents otherwise than
-            as they are or stripped of blanks.
+        ValueError: the template refuses these messages, or writes a content otherwise than as it
+            is or stripped of blanks.
     """
     day = _today.get() or datetime.datetime.now()
     with on(day):
         between, opening = _outline(tokenizer, tuple(m["role"] for m in messages), day)
         whole = render(tokenizer, messages, opening=False)
-    given = [message["content"] for message in messages]
-    for contents in (given, [content.strip() for content in given]):
-        if _joined(between, contents) == whole and opening is not None:
-            return TemplateParts(contents, between, opening)
+    contents = _contents([message["content"] for message in messages], between, whole)
+    if contents is not None and opening is not None:
+        return TemplateParts(contents, between, opening)
     raise ValueError(
         f"the chat template of {tokenizer.name} rewrites what the messages say, which cannot be "
         "learned from token by token; give another data.prompt_style."
@@ -119,11 +118,19 @@ def _outline(
     return tuple(re.split("|".join(marks), outline)), opening
 
 
-def _joined(between: Sequence[str], contents: Sequence[str]) -> str:
-    if len(between) != len(contents) + 1:
-        return ""
-    pairs = zip(between, [*contents, ""], strict=True)
-    return "".join(before + content for before, content in pairs)
+def _contents(given: Sequence[str], between: Sequence[str], whole: str) -> list[str] | None:
+    """Contents as a text has them, each as it is or stripped; None where it has others."""
+    if len(between) != len(given) + 1 or not whole.startswith(between[0]):
+        return None
+    contents, place = [], len(between[0])
+    for content, after in zip(given, between[1:], strict=True):
+        forms = (content, content.strip(), content.lstrip(), content.rstrip())
+        written = next((form for form in forms if whole.startswith(form + after, place)), None)
+        if written is None:
+            return None
+        contents.append(written)
+        place += len(written) + len(after)
+    return contents if place == len(whole) else None
 
 
 @functools.cache

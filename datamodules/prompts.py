@@ -321,7 +321,7 @@ def _example(tokenizer: Tokenizer, *said: str) -> TemplateParts:
 def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterable[Segment]:
     check_style(style, tokenizer)
     if style == TEMPLATE:
-        return _marked(tokenizer, _example(tokenizer, "?", "!").reply_opening)
+        return _marked(tokenizer, _example(tokenizer, "?").reply_opening)
     return _opening(STYLES[style], "assistant", first=False)
 
 

@@ -314,6 +314,30 @@ def test_a_template_that_can_think_is_told_not_to(tmp_path: Path) -> None:
     assert [i for i in labels if i >= 0] == [*ours.encode("7", prompt), end]
 
 
+def test_a_template_that_opens_a_reply_to_a_user_alone(tmp_path: Path) -> None:
+    """And none after a reply, as vLLM's templates for ChatML and Alpaca have it."""
+    asked = "add_generation_prompt and messages[-1]['role'] != 'assistant'"
+    template = CHATML.replace("add_generation_prompt", asked)
+    theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
+    for messages in CONVERSATIONS:
+        conversation(of_others(tmp_path), theirs, messages, "Yes.")
+
+
+def test_a_template_that_strips_answers_alone(tmp_path: Path) -> None:
+    """As Mistral's has it."""
+    said = "message['content']"
+    template = CHATML.replace(
+        said, f"({said} | trim if message['role'] == 'assistant' else {said})"
+    )
+    theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
+    messages = [
+        Message(role="user", content=" Hi there \n"),
+        Message(role="assistant", content="\n Yes. \n"),
+        Message(role="user", content="\nAnd? "),
+    ]
+    conversation(of_others(tmp_path), theirs, messages, " No.\n")
+
+
 def test_plain_text_starts_as_transformers_starts_it(chatting: tuple[Tokenizer, Any]) -> None:
     ours, theirs = chatting
     assert ours.bos_ids + ours.encode("Hello 12") == theirs("Hello 12")["input_ids"]

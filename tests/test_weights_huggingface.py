@@ -142,6 +142,16 @@ def test_mistral_as_far_as_its_window(window: int | None, tmp_path: Path) -> Non
             assert (logits - other(input_ids).logits).abs().max() < LOGITS_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("family", "uses"), [("mistral", {}), ("qwen2", {"use_sliding_window": True})]
+)
+def test_a_window_that_is_not_said(family: str, uses: dict[str, bool], tmp_path: Path) -> None:
+    published(tmp_path, family, max_position_embeddings=8192, max_window_layers=0, **uses)
+    edit(tmp_path / CONFIG, lambda settings: settings.pop("sliding_window"))
+    assert AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
+    assert load(tmp_path).gpt.config.block_size == 4096
+
+
 def test_a_window_that_is_not_used(tmp_path: Path) -> None:
     for uses, expected in ((False, 64), (True, 32)):
         folder = tmp_path / str(uses)
@@ -301,6 +311,21 @@ def test_other_models_are_refused(
     published(tmp_path, family)
     edit(tmp_path / CONFIG, lambda found: found.update(settings))
     assert named in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "suffix"), [("awq", "qweight"), ("bitsandbytes", "weight.absmax")]
+)
+def test_quantised_weights_are_said_to_be(method: str, suffix: str, damaged: Path) -> None:
+    """But not plain ones that were."""
+    stated = {"quantization_config": {"quant_method": method}}
+    edit(damaged / CONFIG, lambda settings: settings.update(stated))
+    assert said_of(damaged) is None
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    save_file(load_file(damaged / WEIGHTS) | {name: torch.ones(4)}, damaged / WEIGHTS)
+    assert f"its weights are quantised (config.json: quantization_config, {method})" in refusal(
+        damaged
+    )
 
 
 def test_tensors_that_cannot_be(damaged: Path) -> None:

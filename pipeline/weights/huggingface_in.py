@@ -29,6 +29,7 @@ GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
 OPTIONAL_FILES = (CARD, GENERATION_CONFIG, SPECIAL_TOKENS)  # a cache without them is whole
 _HEAD = "lm_head.weight"
+_WINDOW = 4096  # of Mistral's and Qwen's, where the configuration does not say
 _OF_CLASSES = {  # of tokenizers: what they have where no file says anything
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT),
     "Qwen2Tokenizer": {"eos_token": ENDOFTEXT},
@@ -63,6 +64,7 @@ def open_huggingface(path: Path) -> Foreign:
     if is_tied:
         skipped[_HEAD] = "the embedding again"
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
+    _refuse_quantised(settings, wanted)
 
     def read(name: str, rows: slice) -> Tensor:
         given = stored[name]
@@ -111,6 +113,17 @@ def _refuse_classifier(settings: dict[str, Any]) -> None:
             )
 
 
+def _refuse_quantised(settings: dict[str, Any], names: Iterable[str]) -> None:
+    """Plain weights may still be said to be: of a model that was widened again."""
+    stated = settings.get("quantization_config")
+    if stated and any(not name.endswith((".weight", ".bias")) for name in names):
+        raise ValueError(
+            f"its weights are quantised ({CONFIG}: quantization_config, "
+            f"{stated.get('quant_method')}); only plain ones are read: give the model that they "
+            "were made from."
+        )
+
+
 def _config(settings: dict[str, Any]) -> GPTConfig:
     _expect(settings, is_causal=True)
     kind = str(settings.get("model_type"))
@@ -147,7 +160,7 @@ def _llama_config(settings: dict[str, Any], family: Family) -> GPTConfig:
     context = settings["max_position_embeddings"]
     if settings["model_type"] == "mistral" or settings.get("use_sliding_window"):
         # in a context that is no longer than the window every token is seen
-        context = min(context, settings.get("sliding_window") or context)
+        context = min(context, settings.get("sliding_window", _WINDOW) or context)
     # the older name is what somebody added, where both are there: transformers goes by it too
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     return GPTConfig(

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from pipeline.runs import run_directory
 from pipeline.runs.journal import JOURNAL, metric_history, read_journal
 from pipeline.runs.provenance import _git_facts, environment, redact
 from pipeline.runs.run_directory import AlreadyFinished, Run, handed_over, is_open, read_outcome
+from pipeline.training.figures import confusion_figure
 
 WRITER = """
 import sys
@@ -309,6 +311,18 @@ def test_files_of_a_run(path: Path) -> None:
     recorded = {line["path"]: line["table"] for line in lines(path, "artifact")}
     assert recorded == {"figures/loss.png": False, "samples/x.json": True, "samples/x.txt": False}
     assert not list(path.rglob("*.tmp"))
+
+
+def test_a_figure_is_not_cut_where_its_labels_end(path: Path) -> None:
+    labels = [
+        "Complaint about a late or missing delivery",
+        "Question about an invoice or a payment",
+    ]
+    run = Run.open(path)
+    run.log_figure(confusion_figure([[5, 1], [2, 7]], labels), "x.png")
+    image = imread(path / "x.png")
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge == 1).all(), "white"
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ class Run:
     def log_figure(self, figure: Figure, name: str) -> None:
         """Writes a figure as PNG and records it."""
         png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png", dpi=150, bbox_inches="tight")  # labels may be long
         self._log_file(name, png.getvalue())
 
     def config(self, config: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from datamodules.tokenizer import Tokenizer
 
 _MAX_ROUNDS = 100_000  # of loops, calls, repetitions and bits of products, for a conversation
-_UNKNOWN = ("pad_token", "unk_token")  # a template that writes them is refused
+# a template that writes them is refused
+_UNKNOWN = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _CHARACTERS_A_ROUND = 100  # of texts that are put together, or items
 # of one rendering: several run at once
 _rounds_left: ContextVar[int] = ContextVar("rounds_left", default=0)
@@ -97,9 +98,10 @@ def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Temp
     contents = _contents([message["content"] for message in messages], between, whole)
     if contents is not None and opening is not None:
         return TemplateParts(contents, between, opening)
+    problem = "what the messages say" if contents is None else "the end of a turn before a reply"
     raise ValueError(
-        f"the chat template of {tokenizer.name} rewrites what the messages say, which cannot be "
-        "learned from token by token; give another data.prompt_style."
+        f"the chat template of {tokenizer.name} rewrites {problem}, which cannot be learned from "
+        "token by token; give another data.prompt_style."
     )
 
 
@@ -234,6 +236,14 @@ def _now(form: str) -> str:
     return (_today.get() or datetime.datetime.now()).strftime(form)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as it is; Jinja's own filter escapes it for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is, as transformers has it; Jinja's own filter escapes it for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -195,13 +195,15 @@ def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
     """Ids that end a response: the style's own end where the tokenizer declares it, and all that
     end a text.
 
-    Without a style, that of a text.
+    Without a style, that of a text; so, too, with a template that cannot be asked, in which every
+    prompt is refused.
     """
     ends = {tokenizer.vocabulary.eos, *tokenizer.vocabulary.more_ends}
     if style is not None:
         check_style(style, tokenizer)
         if style == TEMPLATE:
-            ends |= _ends_by_template(tokenizer)
+            with contextlib.suppress(ValueError):
+                ends |= _ends_by_template(tokenizer)
         else:
             ends.add(reply_end(tokenizer, STYLES[style]))
     return sorted(tokenizer.special_ids[name] for name in ends)

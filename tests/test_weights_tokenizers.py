@@ -559,12 +559,13 @@ def test_the_sandbox_holds(attack: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_templates_may_break_and_write_json() -> None:
     template = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m['content'] }}"
-        "{% endfor %}{{ {'a': \"<'é\"} | tojson }}{{ loop is defined }}{{ tools is none }}"
+        "{% endfor %}{{ {'a': \"<'é\"} | tojson }}{{ 'é' | tojson(ensure_ascii=True) }}"
+        "{{ loop is defined }}{{ tools is none }}"
         "{{ '=' * 3 }}{{ 2 * 3 ** 2 }}{{ 2 ** -1 }}{{ 1.5 * 2 }}{{ [7] * 2 }}"
     )
     messages = [Message(role="user", content="hi"), Message(role="user", content="no")]
     text = render(speaking(template), messages, opening=True)
-    assert text == 'hi{"a": "<\'é"}FalseTrue===180.53.0[7, 7]'
+    assert text == 'hi{"a": "<\'é"}"\\u00e9"FalseTrue===180.53.0[7, 7]'
 
 
 def test_chatml_is_that_of_smollm2(smollm2: Path) -> None:
@@ -592,13 +593,22 @@ def test_special_tokens_that_no_config_names(
     assert ours.vocabulary.eos == (theirs.eos_token or EOS), "by config.json where nothing names it"
 
 
-@pytest.mark.parametrize("name", ["pad_token", "unk_token"])
+@pytest.mark.parametrize("name", ["pad_token", "unk_token", "sep_token"])
 def test_a_template_that_writes_what_is_not_known_is_refused(name: str, tmp_path: Path) -> None:
     template = f"{{% if {name} is defined %}}!{{% endif %}}" + CHATML
     tokenizer = tokenizer_with(template, tmp_path / "asked")
     assert prompt_of(tokenizer) == prompt_of(tokenizer_with(CHATML, tmp_path / "plain"))
     with pytest.raises(ValueError, match=f"'{name}' is undefined"):
         prompt_of(tokenizer_with(f"{{{{ {name} }}}}" + CHATML, tmp_path / "written"))
+
+
+def test_a_template_that_cannot_be_asked_ends_nothing(tmp_path: Path) -> None:
+    """Phi-3's writes an end where no reply is opened; what writes no conversation needs it not."""
+    odd = CHATML.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
+    tokenizer = tokenizer_with(odd, tmp_path)
+    assert stop_ids(tokenizer, TEMPLATE) == stop_ids(tokenizer, None)
+    with pytest.raises(ValueError, match="rewrites the end of a turn before a reply"):
+        prompt_of(tokenizer)
 
 
 def test_a_template_that_needs_a_system_message(tmp_path: Path) -> None:

@@ -205,6 +205,18 @@ def test_a_repository_of_pickles_alone(hub: Hub, tmp_path: Path, others: list[st
     assert not any("GET" in request and "_model." in request for request in hub.requests)
 
 
+def test_a_repository_of_gguf_files_alone(hub: Hub, tmp_path: Path) -> None:
+    """Which of its many is meant is for whoever asks to say."""
+    hub.folder = tmp_path / "quantised"
+    hub.folder.mkdir()
+    for name in ("README.md", "tiny-q8_0.gguf", "tiny-q4_0.gguf"):
+        (hub.folder / name).write_bytes(b"---\nlicense: mit\n---\n")
+    said = refusal("me/tiny")
+    assert f"it has no {BIG}; give the path of one of its .gguf files, downloaded" in said
+    assert said.endswith("such as tiny-q4_0.gguf.")
+    assert not any("GET" in request and ".gguf" in request for request in hub.requests)
+
+
 def test_a_revision(hub: Hub) -> None:
     assert locate("me/tiny@v1").name == COMMIT
     assert any("/revision/v1" in request for request in hub.requests)

@@ -228,13 +228,15 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
 
 def no_weights(names: Iterable[str]) -> str:
     """What is said where files of these names hold no weights that are read."""
-    pickles = sorted(name for name in names if name.endswith(".bin"))
-    remedy = (
-        f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
-        "save_pretrained(..., safe_serialization=True)."
-        if pickles
-        else "give a directory that has one."
-    )
+    found = sorted(names)
+    remedy = "give a directory that has one."
+    if pickles := [name for name in found if name.endswith(".bin")]:
+        remedy = (
+            f"{pickles[0]} is a pickle, which is never read: convert it with transformers' "
+            "save_pretrained(..., safe_serialization=True)."
+        )
+    elif ggufs := [name for name in found if name.endswith(".gguf")]:
+        remedy = f"give the path of one of its .gguf files, downloaded, such as {ggufs[0]}."
     return f"it has no {WEIGHTS}; {remedy}"
 
 

@@ -84,8 +84,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
         ) from error
 
 
-def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> TemplateParts:
+def split_by_template(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, forgets_thoughts: bool = False
+) -> TemplateParts:
     """Renders a conversation and takes it apart.
+
+    Args:
+        tokenizer: whose template it is.
+        messages: of the conversation.
+        forgets_thoughts: the template may leave out what stands before `</think>`.
 
     Raises:
         ValueError: the template refuses these messages, or writes a content otherwise than as it
@@ -95,7 +102,8 @@ def split_by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Temp
     with on(day):
         between, opening = _outline(tokenizer, tuple(m["role"] for m in messages), day)
         whole = render(tokenizer, messages, opening=False)
-    contents = _contents([message["content"] for message in messages], between, whole)
+    forms = [list(_forms(message["content"], forgets_thoughts)) for message in messages]
+    contents = _contents(forms, between, whole)
     if contents is not None and opening is not None:
         return TemplateParts(contents, between, opening)
     problem = "what the messages say" if contents is None else "the end of a turn before a reply"
@@ -120,14 +128,21 @@ def _outline(
     return tuple(re.split("|".join(marks), outline)), opening
 
 
-def _contents(given: Sequence[str], between: Sequence[str], whole: str) -> list[str] | None:
-    """Contents as a text has them, each as it is or stripped; None where it has others."""
-    if len(between) != len(given) + 1 or not whole.startswith(between[0]):
+def _forms(content: str, forgets_thoughts: bool) -> Iterator[str]:
+    """How a template may write a content."""
+    for text in (content, content.rpartition("</think>")[2])[: 1 + forgets_thoughts]:
+        yield from (text, text.strip(), text.lstrip(), text.rstrip())
+
+
+def _contents(
+    forms: Sequence[Sequence[str]], between: Sequence[str], whole: str
+) -> list[str] | None:
+    """Contents as a text has them, each in one of its forms; None where it has others."""
+    if len(between) != len(forms) + 1 or not whole.startswith(between[0]):
         return None
     contents, place = [], len(between[0])
-    for content, after in zip(given, between[1:], strict=True):
-        forms = (content, content.strip(), content.lstrip(), content.rstrip())
-        written = next((form for form in forms if whole.startswith(form + after, place)), None)
+    for own, after in zip(forms, between[1:], strict=True):
+        written = next((form for form in own if whole.startswith(form + after, place)), None)
         if written is None:
             return None
         contents.append(written)

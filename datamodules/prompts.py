@@ -127,7 +127,7 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ValueError(f"a prompt ends with a message of role {role!r}; end it with a user's.")
-    conversation = _segments(tokenizer, style, messages)
+    conversation = _segments(tokenizer, style, messages, forgets_thoughts=True)
     return _encode(tokenizer, chain(conversation, _reply_opening(tokenizer, style)))[0]
 
 
@@ -215,11 +215,13 @@ def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
     return style.end if style.end and is_declared else tokenizer.vocabulary.eos
 
 
-def _segments(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> Iterator[Segment]:
-    """A whole conversation, in order."""
+def _segments(
+    tokenizer: Tokenizer, style: str, messages: Sequence[Message], *, forgets_thoughts: bool = False
+) -> Iterator[Segment]:
+    """A whole conversation, in order; a template may forget what was thought before answers."""
     check_style(style, tokenizer)
     if style == TEMPLATE:
-        return _by_template(tokenizer, messages)
+        return _by_template(tokenizer, messages, forgets_thoughts)
     return _in_style(tokenizer, STYLES[style], messages)
 
 
@@ -240,9 +242,12 @@ def _in_style(
             yield Segment(end, marker=True, supervised=is_reply)
 
 
-def _by_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Segment]:
+def _by_template(
+    tokenizer: Tokenizer, messages: Sequence[Message], forgets_thoughts: bool
+) -> Iterator[Segment]:
     """Contents as ordinary text, what the template writes around them with its markers."""
-    parts, lead = split_by_template(tokenizer, messages), _reply_lead(tokenizer)
+    parts = split_by_template(tokenizer, messages, forgets_thoughts=forgets_thoughts)
+    lead = _reply_lead(tokenizer)
     was_reply = False
     for message, content, before in zip(messages, parts.contents, parts.between, strict=False):
         is_reply = message["role"] == "assistant"

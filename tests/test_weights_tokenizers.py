@@ -323,6 +323,22 @@ def test_a_template_that_opens_a_reply_to_a_user_alone(tmp_path: Path) -> None:
         conversation(of_others(tmp_path), theirs, messages, "Yes.")
 
 
+def test_what_was_thought_before_an_answer_is_forgotten_where_the_template_forgets_it(
+    tmp_path: Path,
+) -> None:
+    """As those of DeepSeek's R1 and of Qwen3 do; but no thought that was to be learned."""
+    said = "message['content']"
+    template = CHATML.replace(said, f"{said}.split('</think>')[-1].lstrip('\\n')")
+    theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
+    thought = Message(role="assistant", content="<think>\nSeven?\n</think>\n\nIt is 7.")
+    messages = [Message(role="user", content="3 + 4?"), thought, Message(role="user", content="Oh")]
+    ours = of_others(tmp_path)
+    wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(ours, TEMPLATE, messages) == wanted
+    with pytest.raises(ValueError, match="rewrites what the messages say"):
+        encode_conversation(ours, TEMPLATE, messages[:2], supervise="response")
+
+
 def test_a_template_that_strips_answers_alone(tmp_path: Path) -> None:
     """As Mistral's has it."""
     said = "message['content']"

@@ -45,12 +45,12 @@ class TemplateParts:
     Attributes:
         contents: the n contents, as the template writes them (some strip blanks).
         between: the n + 1 texts before, between and after them.
-        reply_opening: what the template writes before an answer.
+        opened: what is written instead of the last of these where a reply is opened.
     """
 
     contents: list[str]
     between: Sequence[str]
-    reply_opening: str
+    opened: str
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) -> str:
@@ -100,13 +100,13 @@ def split_by_template(
     """
     day = _today.get() or datetime.datetime.now()
     with on(day):
-        between, opening = _outline(tokenizer, tuple(m["role"] for m in messages), day)
+        between, opened = _outline(tokenizer, tuple(m["role"] for m in messages), day)
         whole = render(tokenizer, messages, opening=False)
     forms = [list(_forms(message["content"], forgets_thoughts)) for message in messages]
     contents = _contents(forms, between, whole)
-    if contents is not None and opening is not None:
-        return TemplateParts(contents, between, opening)
-    problem = "what the messages say" if contents is None else "the end of a turn before a reply"
+    if contents is not None and opened is not None:
+        return TemplateParts(contents, between, opened)
+    problem = "what the messages say" if contents is None else "what stands before a reply"
     raise ValueError(
         f"the chat template of {tokenizer.name} rewrites {problem}, which cannot be learned from "
         "token by token; give another data.prompt_style."
@@ -117,15 +117,15 @@ def split_by_template(
 def _outline(
     tokenizer: Tokenizer, roles: tuple[str, ...], day: datetime.datetime
 ) -> tuple[tuple[str, ...], str | None]:
-    """What a template writes around contents and then to open a reply, whatever the contents are.
+    """What a template writes around contents, whatever these are; after them to open a reply.
 
-    None where an opened reply changes what stands before it. Of a day: templates may write it.
+    None where that changes what stands before. Of a day: templates may write it.
     """
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     marked = [Message(role=role, content=mark) for role, mark in zip(roles, marks, strict=True)]
-    outline, opened = (render(tokenizer, marked, opening=opening) for opening in (False, True))
-    opening = opened.removeprefix(outline) if opened.startswith(outline) else None
-    return tuple(re.split("|".join(marks), outline)), opening
+    texts = (render(tokenizer, marked, opening=opening) for opening in (False, True))
+    between, opened = (tuple(re.split("|".join(marks), text)) for text in texts)
+    return between, opened[-1] if opened[:-1] == between[:-1] else None
 
 
 def _forms(content: str, forgets_thoughts: bool) -> Iterator[str]:

@@ -127,8 +127,7 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
     if messages[-1]["role"] != "user":
         role = messages[-1]["role"]
         raise ValueError(f"a prompt ends with a message of role {role!r}; end it with a user's.")
-    conversation = _segments(tokenizer, style, messages, forgets_thoughts=True)
-    return _encode(tokenizer, chain(conversation, _reply_opening(tokenizer, style)))[0]
+    return _encode(tokenizer, _segments(tokenizer, style, messages, is_prompt=True))[0]
 
 
 def encode_text(
@@ -216,13 +215,17 @@ def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
 
 
 def _segments(
-    tokenizer: Tokenizer, style: str, messages: Sequence[Message], *, forgets_thoughts: bool = False
+    tokenizer: Tokenizer, style: str, messages: Sequence[Message], *, is_prompt: bool = False
 ) -> Iterator[Segment]:
-    """A whole conversation, in order; a template may forget what was thought before answers."""
+    """A whole conversation, in order.
+
+    In a prompt a reply is opened, and a template may forget what was thought before earlier ones.
+    """
     check_style(style, tokenizer)
     if style == TEMPLATE:
-        return _by_template(tokenizer, messages, forgets_thoughts)
-    return _in_style(tokenizer, STYLES[style], messages)
+        return _by_template(tokenizer, messages, is_prompt)
+    said = _in_style(tokenizer, STYLES[style], messages)
+    return chain(said, _reply_opening(tokenizer, style)) if is_prompt else said
 
 
 def _in_style(
@@ -243,10 +246,10 @@ def _in_style(
 
 
 def _by_template(
-    tokenizer: Tokenizer, messages: Sequence[Message], forgets_thoughts: bool
+    tokenizer: Tokenizer, messages: Sequence[Message], is_prompt: bool
 ) -> Iterator[Segment]:
     """Contents as ordinary text, what the template writes around them with its markers."""
-    parts = split_by_template(tokenizer, messages, forgets_thoughts=forgets_thoughts)
+    parts = split_by_template(tokenizer, messages, forgets_thoughts=is_prompt)
     lead = _reply_lead(tokenizer)
     was_reply = False
     for message, content, before in zip(messages, parts.contents, parts.between, strict=False):
@@ -255,14 +258,14 @@ def _by_template(
         yield from _marked(tokenizer, before.removesuffix(own), supervised=was_reply)
         yield Segment(own + content, supervised=is_reply)
         was_reply = is_reply
-    yield from _marked(tokenizer, parts.between[-1], supervised=was_reply)
+    last = parts.opened if is_prompt else parts.between[-1]
+    yield from _marked(tokenizer, last, supervised=was_reply)
 
 
 @functools.lru_cache(maxsize=8)
 def _reply_lead(tokenizer: Tokenizer) -> str:
     """Blanks before a reply that are not in the prompt: Llama 2 writes `[/INST]`, and ` 7 `."""
-    asked = _example(tokenizer, "?")
-    opened = asked.between[1] + asked.reply_opening
+    opened = _example(tokenizer, "?").opened
     answered = _example(tokenizer, "?", "!").between[1]
     lead = answered.removeprefix(opened)
     return lead if answered.startswith(opened) and lead.isspace() else ""
@@ -294,7 +297,7 @@ def check_replies(tokenizer: Tokenizer) -> None:
     Those of models that always think first do: what is learned would not follow what is asked.
     """
     asked, said = _example(tokenizer, "?"), _example(tokenizer, "?", "!")
-    opened, answered = asked.between[1] + asked.reply_opening, said.between[1]
+    opened, answered = asked.opened, said.between[1]
     if not answered.startswith(opened) or answered.removeprefix(opened).strip():
         raise ValueError(
             f"the chat template of {tokenizer.name} opens a reply with {opened!r}, but writes one "
@@ -321,14 +324,15 @@ def _example(tokenizer: Tokenizer, *said: str) -> TemplateParts:
         with_system = [Message(role="system", content="."), *turns]
         with contextlib.suppress(ValueError):
             parts = split_by_template(tokenizer, with_system)
-            return TemplateParts(parts.contents[1:], parts.between[1:], parts.reply_opening)
+            return TemplateParts(parts.contents[1:], parts.between[1:], parts.opened)
         raise
 
 
 def _reply_opening(tokenizer: Tokenizer, style: str) -> Iterable[Segment]:
     check_style(style, tokenizer)
     if style == TEMPLATE:
-        return _marked(tokenizer, _example(tokenizer, "?").reply_opening)
+        asked = _example(tokenizer, "?")
+        return _marked(tokenizer, asked.opened.removeprefix(asked.between[1]))
     return _opening(STYLES[style], "assistant", first=False)
 
 

@@ -23,8 +23,10 @@ from datamodules.chat_template import render
 from datamodules.prompts import (
     TEMPLATE,
     Message,
+    check_replies,
     encode_conversation,
     encode_prompt,
+    reply_opening,
     stop_ids,
 )
 from datamodules.tokenizer import Tokenizer, Vocabulary
@@ -339,6 +341,18 @@ def test_what_was_thought_before_an_answer_is_forgotten_where_the_template_forge
         encode_conversation(ours, TEMPLATE, messages[:2], supervise="response")
 
 
+def test_a_template_that_ends_what_opens_no_reply(tmp_path: Path) -> None:
+    """As Phi-3's does."""
+    template = CHATML.removesuffix("{% endif %}") + "{% else %}{{ '<|endoftext|>' }}{% endif %}"
+    theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
+    ours = of_others(tmp_path)
+    for messages in CONVERSATIONS:
+        _, labels = conversation(ours, theirs, messages, "Yes.")
+        assert [i for i in labels if i >= 0][-1] == ours.special_ids[EOS]
+    check_replies(ours)
+    assert reply_opening(ours, TEMPLATE)
+
+
 def test_a_template_that_strips_answers_alone(tmp_path: Path) -> None:
     """As Mistral's has it."""
     said = "message['content']"
@@ -619,11 +633,10 @@ def test_a_template_that_writes_what_is_not_known_is_refused(name: str, tmp_path
 
 
 def test_a_template_that_cannot_be_asked_ends_nothing(tmp_path: Path) -> None:
-    """Phi-3's writes an end where no reply is opened; what writes no conversation needs it not."""
-    odd = CHATML.removesuffix("{% endif %}") + "{% else %}{{ eos_token }}{% endif %}"
-    tokenizer = tokenizer_with(odd, tmp_path)
+    """What writes no conversation does not need it."""
+    tokenizer = tokenizer_with("{{ '?' if add_generation_prompt }}" + CHATML, tmp_path)
     assert stop_ids(tokenizer, TEMPLATE) == stop_ids(tokenizer, None)
-    with pytest.raises(ValueError, match="rewrites the end of a turn before a reply"):
+    with pytest.raises(ValueError, match="rewrites what stands before a reply"):
         prompt_of(tokenizer)
 
 

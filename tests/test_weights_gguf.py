@@ -18,6 +18,7 @@ from tests.published import (
     CHATML,
     EOS,
     START,
+    fuzz,
     random_model,
     refusal,
     said_of,
@@ -228,7 +229,7 @@ def set_field(name: str, value: Any) -> Callable[[gguf.GGUFWriter], None]:
         ("tokenizer.ggml.tokens", ["a", "b"], "2 tokens, but kinds of 500"),
         ("tokenizer.ggml.token_type", [7] * 500, "of a kind"),
         ("tokenizer.ggml.token_type", [4] * 500, "'!', added but neither special nor <a mark>"),
-        ("tokenizer.ggml.eos_token_id", 10**6, "damaged"),
+        ("tokenizer.ggml.eos_token_id", 2**32 - 1, "eos_token_id is 4294967295, but it has 500"),
         ("tokenizer.ggml.eos_token_id", 50, "not among its special tokens"),
         ("tokenizer.ggml.eos_token_id", None, "eos_token"),
         ("general.alignment", 0, "alignment"),
@@ -238,6 +239,31 @@ def test_what_is_refused(name: str, value: Any, named: str, tmp_path: Path, bpe:
     path, model = tmp_path / "a.gguf", random_model("llama", n_tokens(bpe), num_hidden_layers=1)
     write_gguf(path, model, bpe, change=set_field(name, value))
     assert named in refusal(path)
+
+
+def test_layers_of_different_sizes_are_refused(tmp_path: Path, bpe: Any) -> None:
+    def vary(writer: gguf.GGUFWriter) -> None:
+        del writer.kv_data[0]["llama.attention.head_count_kv"]
+        writer.add_head_count_kv([2, 1])
+
+    path = tmp_path / "a.gguf"
+    write_gguf(path, random_model("llama", n_tokens(bpe)), bpe, change=vary)
+    assert "its attention.head_count_kv is of each layer ([2, 1]...), which is" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("pre", "same"),
+    [("deepseek-r1-qwen", "qwen2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe")],
+)
+def test_other_names_of_a_pre_tokenizer(pre: str, same: str, tmp_path: Path) -> None:
+    """As llama.cpp has them: of DeepSeek's distilled Qwen, of early files of Llama 3."""
+    theirs = train(same)
+    theirs.encode_special_tokens = True
+    model = random_model("llama", n_tokens(theirs), num_hidden_layers=1)
+    write_gguf(tmp_path / "a.gguf", model, theirs, pre=pre)
+    tokenizer = load(tmp_path / "a.gguf").tokenizer
+    texts = fuzz(300)
+    assert [tokenizer.encode(text) for text in texts] == [theirs.encode(text).ids for text in texts]
 
 
 def test_a_part_of_a_model_is_said_to_be_one(tmp_path: Path, bpe: Any) -> None:

@@ -27,6 +27,8 @@ _KINDS = {
     "gpt2": (_NORMAL, _CONTROL, _USER, _UNUSED),
     "llama": (_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE),  # SentencePiece's
 }
+# names that llama.cpp has for one way to cut text
+_SAME = {**dict.fromkeys(("llama3", "llama-v3"), "llama-bpe"), "deepseek-r1-qwen": "qwen2"}
 
 
 def open_gguf(path: Path) -> Foreign:
@@ -65,6 +67,11 @@ def _config(
 ) -> GPTConfig:
     if (family := fields["general.architecture"]) not in TRAITS:
         raise ValueError(f"its architecture is {family}; supported: {', '.join(TRAITS)}.")
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if isinstance(sizes := fields.get(f"{family}.{key}"), list):
+            raise ValueError(
+                f"its {key} is of each layer ({sizes[:3]}...), which is not supported."
+            )
     n_head, n_embd = fields[f"{family}.attention.head_count"], fields[f"{family}.embedding_length"]
     eps = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon"
     rope_theta = float(fields.get(f"{family}.rope.freq_base", 10000.0))
@@ -139,6 +146,7 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     if model not in _KINDS:
         raise ValueError(f"its tokenizer is {model!r}; supported: {', '.join(_KINDS)}.")
     pre = fields["tokenizer.ggml.pre"] if model == "gpt2" else ""
+    pre = _SAME.get(pre, pre)
     is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
     names: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
@@ -152,6 +160,9 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     if len(tokens) < len(used):
         raise ValueError("its tokenizer has a token twice.")
     ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "bos", *ENDS)}
+    for key, i in ids.items():
+        if i is not None and i >= len(names):
+            raise ValueError(f"its {key}_token_id is {i}, but it has {len(names)} tokens.")
     marks = {key: names[i] for key, i in ids.items() if i is not None}
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", is_llama3 or model == "llama")
     special = Special(

@@ -267,10 +267,15 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
     end_ids = _end_ids(path, settings)
+    if odd := [i for i in end_ids if i not in names]:
+        raise ValueError(
+            f"its eos_token_id {odd[0]} is none of the tokens that {TOKENIZER} adds; correct it in "
+            f"{CONFIG}, or in {GENERATION_CONFIG} where that has it."
+        )
     special = Special(
         ids,
         eos=_name(options.get("eos_token")) or names.get(next(iter(end_ids), None)),
-        ends=tuple(names.get(i, f"<{i}>") for i in end_ids),
+        ends=tuple(names[i] for i in end_ids),
         bos=_leading_token(content.get("post_processor")),
         bos_token=_name(options.get("bos_token")),
         chat_template=_chat_template(path, options),
@@ -308,7 +313,7 @@ def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
     both = (settings, _read_json(path / GENERATION_CONFIG, {}))
     found = [options.get("eos_token_id") for options in both]
     lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
-    return list(dict.fromkeys(chain(*lists)))
+    return [i for i in dict.fromkeys(chain(*lists)) if i is not None]
 
 
 def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:

@@ -224,6 +224,18 @@ def test_lora_has_to_be_said_twice(tiny: Journey) -> None:
     assert "model.trainable" in tune(tiny, "spam", "--model.trainable=lora")
 
 
+@pytest.mark.parametrize(
+    "options", [["instruct"], ["spam", f"--config={CONFIGS}/model/lora_classifier.yaml"]]
+)
+def test_adapters_of_a_new_model_are_refused(options: list[str], tiny: Journey) -> None:
+    """Their checkpoints would be without what they stand on."""
+    config, *words = options
+    new = [f"--config={CONFIGS}/model/tiny.yaml", f"--data.tokenizer={tiny.tokenizer}"]
+    line = refused("fit", f"--config={CONFIGS}/{config}.yaml", *SHORT, *PLAIN, *new, *words)
+    assert "model.lora" in line
+    assert "model.init_from" in line
+
+
 def test_prompts_that_cannot_be(tiny: Journey) -> None:
     ckpt = f"--ckpt={tiny.best('pretrain')}"
     assert "block_size" in refused("generate", ckpt, "--prompt", "word " * 400)

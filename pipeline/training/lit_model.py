@@ -31,7 +31,7 @@ class LitModel(pl.LightningModule):
     Args:
         gpt: a model to build anew; or else
         init_from: a checkpoint whose weights to start from.
-        lora: adapters to train instead of the weights.
+        lora: adapters to train instead of the weights of `init_from`.
         optimizer: how weights are updated.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
             that it needs: less memory for about a third more time, the same numbers.
@@ -60,6 +60,12 @@ class LitModel(pl.LightningModule):
             raise ValueError(
                 "give either model.gpt (a new model) or model.init_from (weights to start from); "
                 + ("both are given." if gpt else "neither is given.")
+            )
+        if lora is not None and init_from is None:
+            raise ValueError(
+                "model.lora is given with model.gpt, a new model, whose weights would stay random "
+                "and be kept nowhere; set model.lora to null (and a classifier's model.trainable "
+                "to all), or give model.init_from instead of model.gpt."
             )
         self.gpt_config, self.init_from = gpt, init_from
         self.lora_config, self.optimizer_config = lora, optimizer

@@ -139,7 +139,7 @@ class PipelineCLI(LightningCLI):
                 f"ckpt_path is {stage.ckpt_path}; give a checkpoint directory that is there."
             )
         if data.tokenizer is None:
-            if model.init_from is None:
+            if model.get("init_from") is None:
                 raise ValueError(
                     "data.tokenizer is null and there is no model.init_from to take it from; give "
                     "--model.init_from (a checkpoint, a name such as smollm2-135m-instruct), or "
@@ -151,10 +151,18 @@ class PipelineCLI(LightningCLI):
         check_trainer(stage.trainer, is_test=self.subcommand == "test")
 
     def take_from_checkpoint(self) -> None:
-        """Has what is evaluated begin with the weights of `ckpt_path`."""
+        """Has what is evaluated begin with the weights of `ckpt_path`.
+
+        Raises:
+            ValueError: there are none, so it would be a new model, which has learned nothing.
+        """
         stage, model = self.stage, self.stage.model.init_args
-        if self.subcommand != "fit" and stage.ckpt_path is not None:
+        if self.subcommand == "fit":
+            return
+        if stage.ckpt_path is not None:
             model.init_from, model.gpt, stage.ckpt_path = stage.ckpt_path, None, None
+        if model.get("init_from") is None:
+            raise ValueError(f"there is no checkpoint to {self.subcommand}; give --ckpt_path.")
 
     def check_parts(self, model: LitStep, data: StepDataModule) -> None:
         """Checks model and data against each other and the trainer's options."""

@@ -236,6 +236,14 @@ def test_adapters_of_a_new_model_are_refused(options: list[str], tiny: Journey) 
     assert "model.init_from" in line
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_model_that_has_learned_nothing_is_not_evaluated(command: str, tiny: Journey) -> None:
+    new = [f"--config={CONFIGS}/model/tiny.yaml", f"--data.tokenizer={tiny.tokenizer}"]
+    for words in ([], new):
+        line = refused(command, f"--config={CONFIGS}/spam.yaml", *PLAIN, *words)
+        assert line == f"error: there is no checkpoint to {command}; give --ckpt_path."
+
+
 def test_prompts_that_cannot_be(tiny: Journey) -> None:
     ckpt = f"--ckpt={tiny.best('pretrain')}"
     assert "block_size" in refused("generate", ckpt, "--prompt", "word " * 400)

@@ -148,7 +148,7 @@ class PipelineCLI(LightningCLI):
             data.tokenizer = tokenizer_of(model.init_from)
         elif data.tokenizer in PACKAGED or is_foreign(Path(data.tokenizer)):
             data.tokenizer = tokenizer_of(data.tokenizer)
-        check_trainer(stage.trainer, is_test=self.subcommand == "test")
+        check_trainer(stage.trainer, str(self.subcommand))
 
     def take_from_checkpoint(self) -> None:
         """Has what is evaluated begin with the weights of `ckpt_path`.

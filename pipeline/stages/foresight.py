@@ -43,7 +43,7 @@ class _ReadingCLI(PipelineCLI):
     def before_instantiate_classes(self) -> None:
         """Builds what needs nothing of earlier stages, which may make tokenizer and weights."""
         self.take_from_checkpoint()
-        check_trainer(self.stage.trainer, is_test=self.subcommand == "test")
+        check_trainer(self.stage.trainer, str(self.subcommand))
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LitStep, "model")
         parser.add_subclass_arguments(StepDataModule, "data")

@@ -140,8 +140,8 @@ def option_names() -> list[str]:
     return [name for kind in kinds for name in inspect.signature(kind).parameters]
 
 
-def check_trainer(options: Any, *, is_test: bool) -> None:
-    """ValueError for options of the trainer that cannot be meant here, of `test` or others."""
+def check_trainer(options: Any, command: str) -> None:
+    """ValueError for options of the trainer that cannot be meant here, in a command."""
     for key, usual, remedy in _NOT_HERE:
         if options[key] not in usual:
             raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
@@ -155,10 +155,16 @@ def check_trainer(options: Any, *, is_test: bool) -> None:
         )
     limit = options.limit_test_batches  # 1 is a batch, 1.0 is all
     is_all = limit is None or (limit == 1 and not isinstance(limit, int))
-    if is_test and not is_all:
+    if command == "test" and not is_all:
         raise ValueError(
             f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it out."
         )
+    if command in (splits := {"validate": "val", "predict": "predict"}):
+        key = f"limit_{splits[command]}_batches"  # of a fit without validation, say
+        if options[key] == 0:
+            raise ValueError(
+                f"trainer.{key} is {options[key]}, so {command} would see nothing; give 1.0."
+            )
 
 
 def check_processes(trainer: pl.Trainer) -> None:

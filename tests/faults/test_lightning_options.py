@@ -166,6 +166,15 @@ def test_a_test_is_of_the_whole_test_set(limit: str, tiny: Journey) -> None:
     assert "a test is of the whole test set" in err
 
 
+@pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("predict", "predict")])
+def test_what_would_see_nothing_is_refused(command: str, split: str, tiny: Journey) -> None:
+    """As with the options of a fit that was without validation."""
+    limit = f"trainer.limit_{split}_batches"
+    code, _, err = said(command, f"--ckpt_path={tiny.best('spam')}", f"--{limit}=0")
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"error: {limit} is 0")
+
+
 def test_nothing_is_logged_where_nothing_is_to_be(words: list[str], tmp_path: Path) -> None:
     code, _, err = said(*words, "--trainer.log_every_n_steps=0")
     assert code == 0, err

@@ -273,6 +273,15 @@ def test_sample_texts_that_cannot_be_gone_on_from(tiny: Journey, prompt: str, sa
     assert said in line
 
 
+def test_sample_texts_that_are_none(tiny: Journey) -> None:
+    name = "pipeline.training.callbacks.SampleTexts"
+    words = [f"--trainer.callbacks+={name}", '--trainer.callbacks.prompts=["Win"]']
+    line = pretrain(tiny, *words, "--trainer.callbacks.max_new_tokens=0")
+    assert "SampleTexts.max_new_tokens is 0" in line
+    line = tune(tiny, "spam", *words, "--trainer.callbacks.max_new_tokens=3")
+    assert "SampleTexts is of models that write" in line
+
+
 @pytest.mark.parametrize("command", ["fit", "check", "score", "generate", "run"])
 @pytest.mark.parametrize("content", [b"data: [", b"a: \xff"])
 def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) -> None:

@@ -155,10 +155,16 @@ class SampleTexts(pl.Callback):
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"SampleTexts.max_new_tokens is {max_new_tokens}; give at least 1.")
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Refuses prompts that the model could not go on from."""
+        """Refuses prompts that the model could not go on from, and one that writes nothing."""
+        if pl_module.model is not pl_module.gpt:
+            raise ValueError(
+                "SampleTexts is of models that write; take it out of trainer.callbacks."
+            )
         for prompt, ids in zip(self.prompts, self._ids(pl_module.data), strict=True):
             with at(f"SampleTexts.prompts, {prompt[:60]!r}"):
                 check_prompt(len(ids), pl_module.model.config.block_size)

@@ -25,6 +25,10 @@ from pipeline.training.steps import validations
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
 OF_VALIDATION = "val/"  # what its metrics begin with
+_AT_ODDS = {  # metrics of validation, with the mode by which their worst value is the best
+    **dict.fromkeys(("val/loss", "val/perplexity", "val/bits_per_byte"), "max"),
+    **{f"val/{name}": "min" for name in ("accuracy", "auroc", "f1", "precision", "recall")},
+}
 _STATE = ("best", "last_step", "last_validated", "should_stop")
 _IN_FILES = ("state_dict", "meta", "tokenizer", "adapter", "adapter_config")
 
@@ -136,12 +140,17 @@ class Checkpoints(pl.Callback):
         return Path(trainer.default_root_dir) / CHECKPOINTS / files.step_name(step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives every rank the first one's run directory.
+        """Gives every rank the first one's run directory; tells of a mode that cannot be meant.
 
         Only that one can name a run that is started anew.
         """
         path = trainer.strategy.broadcast(trainer.default_root_dir)
         trainer._default_root_dir = path  # type: ignore[attr-defined]
+        judges: list[Any] = [self, *trainer.early_stopping_callbacks]
+        for judge in judges if stage == "fit" and trainer.is_global_zero else ():
+            if _AT_ODDS.get(judge.monitor) == judge.mode:
+                name, mode = type(judge).__name__, judge.mode
+                warn(f"{name} takes the worst {judge.monitor} for the best: its mode is {mode}.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the random state, now that every iterator exists; listens to signals.

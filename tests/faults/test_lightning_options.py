@@ -211,6 +211,18 @@ def test_early_stopping_is_remembered_by_a_resume(words: list[str], tmp_path: Pa
     assert outcome_of(folder)["outputs"]["last"] == last
 
 
+def test_a_mode_that_takes_the_worst_for_the_best_is_told(words: list[str]) -> None:
+    stopping = "{class_path: EarlyStopping, init_args: {monitor: val/loss, mode: max}}"
+    modes = ["--checkpoints.monitor=val/perplexity", "--checkpoints.mode=max"]
+    told = "warning: {} takes the worst {} for the best: its mode is max."
+    code, _, err = said("check", *words[1:], *modes, f"--trainer.callbacks+={stopping}")
+    assert code == 0, err
+    assert told.format("Checkpoints", "val/perplexity") in err.splitlines()
+    assert told.format("EarlyStopping", "val/loss") in err.splitlines()
+    code, _, err = said("check", *words[1:])
+    assert "for the best" not in err
+
+
 @pytest.fixture
 def other(words: list[str], tmp_path: Path) -> Path:
     """The last checkpoint of a run whose best is the one before."""

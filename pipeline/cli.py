@@ -46,6 +46,7 @@ from pipeline.training.options import (
     RunConfig,
     as_list,
     check_callbacks,
+    check_precision,
     check_processes,
     check_trainer,
     option_names,
@@ -110,6 +111,7 @@ class PipelineCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
+        check_precision(args)
         if self.name != "fit":
             args = [re.sub("^--ckpt(?=$|=)", "--ckpt_path", word) for word in args]  # as elsewhere
             args = with_options_of_fit(args)

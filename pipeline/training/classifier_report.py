@@ -239,7 +239,7 @@ def in_order(predictions: Sequence[Prediction]) -> tuple[Labels, Array]:
     if len(odd := ids[np.isnan(probabilities).any(axis=1)]):
         raise ValueError(
             f"{len(odd)} of {len(ids)} texts, such as sample {odd.min()}, have NaN for "
-            "probabilities: the model overflows on them; give trainer.precision 32-true."
+            "probabilities: the model overflows on them; give precision 32-true."
         )
     order = ids.argsort()
     return labels[order], probabilities[order].astype(np.float64)

@@ -106,6 +106,25 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def check_precision(words: Sequence[str]) -> None:
+    """ValueError for a precision of the trainer's alone, which follows from `precision`.
+
+    The configuration that a run keeps has both.
+    """
+    parser = argparse.ArgumentParser(**EARLY)
+    parser.add_argument("-c", "--config", action="append", default=[], type=Path)
+    parser.add_argument("--trainer.precision", dest="precision")
+    given = early(parser, words)
+    found = given.precision
+    for path in filter(Path.is_file, given.config):
+        options = load_yaml(path.read_text(encoding="utf-8"))
+        trainer = options.get("trainer")
+        if isinstance(trainer, dict) and "precision" not in options:
+            found = trainer.get("precision", found)
+    if found is not None:
+        raise ValueError(f"trainer.precision is {found}; set precision, which it follows from.")
+
+
 def with_options_of_fit(words: Sequence[str]) -> list[str]:
     """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
 

@@ -95,6 +95,19 @@ def test_processes_that_would_go_apart_are_refused(
         check_processes(trainer)
 
 
+@pytest.mark.parametrize("where", ["words", "file"])
+def test_a_precision_of_the_trainers_is_not_ignored(
+    where: str, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own.yaml").write_text("trainer: {precision: bf16-mixed}")
+    own = {"words": "--trainer.precision=bf16-mixed", "file": f"--config={tmp_path / 'own.yaml'}"}
+    code, _, err = said(*words, own[where])
+    assert code == 2
+    assert err.splitlines()[-1].endswith(
+        "trainer.precision is bf16-mixed; set precision, which it follows from."
+    )
+
+
 @pytest.mark.usefixtures("started_in_two")
 @pytest.mark.parametrize("command", ["score", "run", "tokenizer train"])
 def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:

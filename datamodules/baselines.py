@@ -5,7 +5,6 @@ Of text what it costs by xz and by a 5-gram model of bytes, of labels what a bag
 
 import lzma
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +26,13 @@ def compression_baselines(train: bytes, heldout: bytes) -> dict[str, float]:
 
     Returns:
         `xz`: of the held-out text compressed alone; `xz_primed`: what it adds to the compressed
-        training text, all of which xz may copy from; `5gram`: cross-entropy under `ByteNgram`,
-        trained on the training text.
+        training text, all of which xz may copy from; `5gram`: cross-entropy by `ngram_bits`.
     """
     train, heldout = train[-MAX_TRAIN_BYTES:], heldout[:MAX_HELDOUT_BYTES]
     if not heldout:
         raise ValueError("the held-out text is empty; raise data.val_fraction.")
     history = train[-(_ORDER - 1) :]
-    bits = ByteNgram(train).bits(history + heldout)[len(history) :]
+    bits = ngram_bits(train, history + heldout)[len(history) :]
     return {
         "xz": _xz_bits_per_byte(b"", heldout),
         "5gram": float(bits.mean()),
@@ -43,11 +41,9 @@ def compression_baselines(train: bytes, heldout: bytes) -> dict[str, float]:
 
 
 def _xz_bits_per_byte(train: bytes, heldout: bytes) -> float:
-    lzma2 = {
-        "id": lzma.FILTER_LZMA2,
-        "preset": 9 | lzma.PRESET_EXTREME,
-        "dict_size": max(_XZ_MIN_DICTIONARY, len(train) + len(heldout)),
-    }
+    dictionary = max(_XZ_MIN_DICTIONARY, len(train) + len(heldout))
+    preset = 9 | lzma.PRESET_EXTREME
+    lzma2 = {"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}
 
     def size(data: bytes) -> int:
         return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=[lzma2]))
@@ -55,51 +51,28 @@ def _xz_bits_per_byte(train: bytes, heldout: bytes) -> float:
     return 8 * (size(train + heldout) - size(train)) / len(heldout)
 
 
-@dataclass(frozen=True)
-class _Order:
-    """Counts of one order, in ascending order of the packed bytes."""
+def ngram_bits(train: bytes, text: bytes) -> NDArray[np.float64]:
+    """-log2 p of each byte of a text, after the up to four bytes before it: (len(text),).
 
-    grams: NDArray[np.uint64]  # context and next byte
-    gram_counts: NDArray[np.int64]
-    contexts: NDArray[np.uint64]
-    context_counts: NDArray[np.int64]
-    followers: NDArray[np.int64]  # different bytes seen after the context
-
-
-class ByteNgram:
-    """Interpolated Witten-Bell model of bytes (Witten and Bell 1991; Chen and Goodman 1999, 2.4).
-
+    By an interpolated Witten-Bell model (Witten and Bell 1991; Chen and Goodman 1999, 2.4):
     p(w | h) = (c(hw) + t(h) p(w | h')) / (c(h) + t(h)), with t(h) the number of different bytes
     seen after h, and h' the context without its oldest byte; below the empty context all bytes are
     equally likely.
     """
-
-    def __init__(self, train: bytes) -> None:
-        self._orders = [_count(train, order) for order in range(1, min(_ORDER, len(train)) + 1)]
-
-    def bits(self, text: bytes) -> NDArray[np.float64]:
-        """-log2 p of each byte of a text, after the up to four bytes before it: (len(text),)."""
-        probability = np.full(len(text), 1 / 256)
-        for order, counts in enumerate(self._orders, start=1):
-            grams = _grams(text, order)
-            seen, of_context = _find(counts.contexts, grams >> np.uint64(8))
-            total = counts.context_counts[of_context] * seen
-            followers = counts.followers[of_context] * seen
-            known, of_gram = _find(counts.grams, grams)
-            count = counts.gram_counts[of_gram] * known
-            lower = probability[order - 1 :]
-            mixed = (count + followers * lower) / np.maximum(total + followers, 1)
-            probability[order - 1 :] = np.where(seen, mixed, lower)
-        return -np.log2(probability)
-
-
-def _count(text: bytes, order: int) -> _Order:
-    grams, gram_counts = np.unique(_grams(text, order), return_counts=True)
-    contexts, first, followers = np.unique(
-        grams >> np.uint64(8), return_index=True, return_counts=True
-    )
-    context_counts = np.add.reduceat(gram_counts, first)
-    return _Order(grams, gram_counts, contexts, context_counts, followers)
+    probability = np.full(len(text), 1 / 256)
+    for order in range(1, min(_ORDER, len(train)) + 1):
+        seen, counts = np.unique(_grams(train, order), return_counts=True)
+        contexts, first, followers = np.unique(
+            seen >> np.uint64(8), return_index=True, return_counts=True
+        )
+        asked = _grams(text, order)
+        count = _looked_up(seen, counts, asked)
+        totals = np.stack([np.add.reduceat(counts, first), followers])
+        total, different = _looked_up(contexts, totals, asked >> np.uint64(8))
+        lower = probability[order - 1 :]
+        mixed = (count + different * lower) / np.maximum(total + different, 1)
+        probability[order - 1 :] = np.where(total, mixed, lower)
+    return -np.log2(probability)
 
 
 def _grams(text: bytes, order: int) -> NDArray[np.uint64]:
@@ -112,12 +85,12 @@ def _grams(text: bytes, order: int) -> NDArray[np.uint64]:
     return packed
 
 
-def _find(
-    table: NDArray[np.uint64], keys: NDArray[np.uint64]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Whether each key is in the sorted table, and where (anywhere, if it is not)."""
+def _looked_up(
+    table: NDArray[np.uint64], values: NDArray[np.int64], keys: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Values of keys in a sorted table, 0 for those that are not in it: (..., len(keys))."""
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
-    return table[at] == keys, at
+    return values[..., at] * (table[at] == keys)
 
 
 def tfidf_baseline(

@@ -10,7 +10,6 @@ import torch
 from datamodules import chat_template, splits
 from datamodules.batching import Sample
 from datamodules.entries import Item, make_item, read_entries
-from datamodules.progress import with_progress
 from datamodules.prompts import (
     IGNORE,
     TEMPLATE,
@@ -25,8 +24,6 @@ from datamodules.prompts import (
     surplus,
 )
 from datamodules.split_data_module import SplitDataModule
-from datamodules.step_data_module import report
-from datamodules.tables import refused_together
 
 Turn = tuple[str, str]  # the question's key, and the answer
 # the day that a template may write into what is learned: the same whenever a run goes on
@@ -63,6 +60,7 @@ class InstructionDataModule(SplitDataModule):
             `setup`, for data that cannot be used, naming file and entry.
     """
 
+    cut = "the middle of their prompts is"
     units = "questions"
     order = ("train", "test", "val")  # the book's
 
@@ -89,41 +87,18 @@ class InstructionDataModule(SplitDataModule):
 
     def check(self, stage: str) -> None:
         """Refuses a tokenizer without the template asked for; to learn by, see `check_replies`."""
+        if self.source is None and stage == "fit":
+            raise ValueError("data.source is null, there is nothing to train on; give entries.")
         check_style(self.prompt_style, self.tokenizer)
         if stage == "fit" and self.prompt_style == TEMPLATE:
             check_replies(self.tokenizer)
 
     def read(self) -> None:
         """Reads and splits the entries."""
-        entries = self._read(read_entries)
-        items: list[Item] = []
-        with refused_together() as row:
-            for place, entry in entries:
-                with row(place):
-                    items.append(make_item(len(items), entry))
-        self._items, self._places = items, [place for place, _ in entries]
-        turns = [_turns(item) for item in items]
+        self._items: list[Item] = self._read(read_entries, make_item)
+        turns = [_turns(item) for item in self._items]
         self._asked = [[asked for asked, _ in conversation] for conversation in turns]
         self._split(_question_keys(turns))
-
-    def setup(self, stage: str) -> None:
-        """Reads, splits and encodes the entries; there is nothing to do a second time."""
-        if hasattr(self, "fingerprint"):
-            return
-        if self.source is None and stage == "fit":
-            raise ValueError("data.source is null, there is nothing to train on; give entries.")
-        self.check(stage)
-        self.read()
-        samples, n_cut = self._encode()
-        del self._places
-        n_rows = {split: len(rows) for split, rows in self._rows.items()}
-        learned = [asked for row in self._rows["train"] for asked in self._asked[row]]
-        self._finish(samples, learned, {"items": len(samples), **n_rows, "n_cut": n_cut})
-        if n_cut:
-            report(
-                f"{n_cut} of {len(samples)} samples are longer than data.max_length "
-                f"{self.max_length}; the middle of their prompts is left out."
-            )
 
     def items(self, split: str) -> list[Item]:
         """Entries of the train, val or test split, in the order of its samples."""
@@ -140,29 +115,28 @@ class InstructionDataModule(SplitDataModule):
             "stop_ids": stop_ids(self.tokenizer, self.prompt_style),
         }
 
-    def _encode(self) -> tuple[list[Sample], int]:
-        """A sample for each item, and how many of them were cut."""
-        samples, n_cut = [], 0
-        with refused_together() as row, chat_template.on(LEARNED_ON):
-            entries = zip(self._items, self._places, strict=True)
-            for item, place in with_progress(entries, "entries encoded", report):
-                with row(place):
-                    sample, is_cut = self._sample(item)
-                    samples.append(sample)
-                    n_cut += is_cut
-        return samples, n_cut
+    def _to_encode(self) -> Sequence[int]:
+        return range(len(self._items))  # those that are left out are counted too
 
-    def _sample(self, item: Item) -> tuple[Sample, bool]:
-        ids, labels = encode_conversation(
-            self.tokenizer, self.prompt_style, _said(item), supervise=self.supervise
-        )
-        if self.supervise == "response":
-            _unlearn(labels, item["n_given"])
-        is_cut = len(ids) > self.max_length
-        if is_cut:
-            self._cut(ids, labels, item)
+    def _sample(self, row: int) -> tuple[Sample, bool]:
+        item = self._items[row]
+        with chat_template.on(LEARNED_ON):
+            ids, labels = encode_conversation(
+                self.tokenizer, self.prompt_style, _said(item), supervise=self.supervise
+            )
+            if self.supervise == "response":
+                _unlearn(labels, item["n_given"])
+            is_cut = len(ids) > self.max_length
+            if is_cut:
+                self._cut(ids, labels, item)
         input_ids, learned = torch.tensor(ids), torch.tensor(labels)
-        return Sample(sample_id=item["id"], input_ids=input_ids, labels=learned), is_cut
+        return Sample(sample_id=row, input_ids=input_ids, labels=learned), is_cut
+
+    def _counts(self) -> dict[str, int]:
+        return {"items": len(self._items), **{split: len(r) for split, r in self._rows.items()}}
+
+    def _learned(self) -> list[str]:
+        return [asked for row in self._rows["train"] for asked in self._asked[row]]
 
     def _cut(self, ids: list[int], labels: list[int], item: Item) -> None:
         """Takes the middle out of the prompt of a sample that is too long, in place."""

@@ -1,5 +1,7 @@
 """What the data modules of rows have in common: files of rows, split so that nothing leaks."""
 
+import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import numpy as np
 from datamodules import splits
 from datamodules.batching import Sample, Samples, digest_of
 from datamodules.files import file_digests
+from datamodules.progress import with_progress
 from datamodules.sources import resolve
 from datamodules.splits import SPLITS, Positions
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
+from datamodules.tables import refused_together
 
 
 class SplitDataModule(StepDataModule):
@@ -28,6 +32,8 @@ class SplitDataModule(StepDataModule):
         **options: those of `StepDataModule`.
     """
 
+    max_length: int
+    cut = "their ends are"  # what samples lose that are longer
     units = "texts"  # that one split alone has
     order: Sequence[str] = SPLITS  # in which they get their shares
     shuffle_split = True
@@ -51,7 +57,7 @@ class SplitDataModule(StepDataModule):
         self.split_seed = split_seed
         named = {"val": val_source, "test": test_source}
         own = [split for split, given in named.items() if given is not None]
-        self.fractions = tuple(splits.shares(train_fraction, val_fraction, own).values())
+        self.fractions = splits.shares(train_fraction, val_fraction, own)
 
     def prepare_data(self) -> None:
         """Downloads, on one process."""
@@ -62,15 +68,60 @@ class SplitDataModule(StepDataModule):
         given = zip(SPLITS, (self.source, self.val_source, self.test_source), strict=True)
         return {split: [] if name is None else resolve(name) for split, name in given}
 
-    def _read(self, rows_of: Callable[[Path], Iterable[Any]]) -> list[Any]:
-        """The rows of all files, those of `source` first."""
+    def _read(
+        self,
+        rows_of: Callable[[Path], Iterable[tuple[str, Any]]],
+        made: Callable[[int, Any], Any],
+    ) -> list[Any]:
+        """What is made of the rows of all files, by position; those of `source` come first."""
         rows: list[Any] = []
-        self._files, self._own = self._resolve(), dict[str, Positions]()
-        for split, paths in self._files.items():
-            start = len(rows)
-            rows += [row for path in paths for row in rows_of(path)]
-            self._own[split] = np.arange(start, len(rows))
+        self._files, self._own, self._places = self._resolve(), dict[str, Positions](), list[str]()
+        with refused_together() as row:
+            for split, paths in self._files.items():
+                start = len(self._places)
+                for place, found in itertools.chain.from_iterable(map(rows_of, paths)):
+                    with row(place):
+                        rows.append(made(len(self._places), found))
+                    self._places.append(place)
+                self._own[split] = np.arange(start, len(self._places))
         return rows
+
+    def setup(self, stage: str) -> None:
+        """Reads, splits and encodes the rows; there is nothing to do a second time."""
+        if hasattr(self, "fingerprint"):
+            return
+        self.check(stage)
+        self.read()
+        samples: dict[int, Sample] = {}
+        n_cut = 0
+        with refused_together() as row:
+            for i in with_progress(self._to_encode(), "rows encoded", report):
+                with row(self._places[i]):
+                    samples[i], is_cut = self._sample(i)
+                    n_cut += is_cut
+        del self._places
+        self._finish(samples, {**self._counts(), "n_cut": n_cut})
+        if n_cut:
+            report(
+                f"{n_cut} of {len(samples)} samples are longer than data.max_length "
+                f"{self.max_length}; {self.cut} left out."
+            )
+
+    def _to_encode(self) -> Sequence[int]:
+        """Positions of rows."""
+        return np.sort(np.concatenate(list(self._rows.values()))).tolist()
+
+    @abstractmethod
+    def _sample(self, row: int) -> tuple[Sample, bool]:
+        """The sample of a row, and whether it was cut."""
+
+    @abstractmethod
+    def _counts(self) -> dict[str, int]:
+        """Rows read, and in each split."""
+
+    def _learned(self) -> Sequence[str]:
+        """Keys of all that is trained on."""
+        return self.keys("train")
 
     def file_facts(self) -> dict[str, Any]:
         """SHA-256 of all `sources` by path; and, if there are any, of those `apart` by split."""
@@ -85,13 +136,14 @@ class SplitDataModule(StepDataModule):
         What a split blind to the keys would have leaked is counted.
         """
         shared = keys[: len(self._own["train"])]
-        share = dict(zip(SPLITS, self.fractions, strict=True))
-        fractions, seed = [share[split] for split in self.order], self.split_seed
-        if self.shuffle_split:
-            parts = splits.split_groups(shared, fractions, seed, labels=labels)
-        else:
+        fractions = [self.fractions[split] for split in self.order]
+        seed = self.split_seed if self.shuffle_split else None
+        if seed is None:
             parts = splits.split_in_order(shared, fractions)
-        self._rows, self._n_repeated = splits.keep_apart(self._by_name(parts), self._own, keys)
+        else:
+            parts = splits.split_groups(shared, fractions, seed, labels=labels)
+        by_name = dict(zip(self.order, parts, strict=True))
+        self._rows, self._n_repeated = splits.keep_apart(by_name, self._own, keys)
         try:
             self._refuse_empty(keys)
         except ValueError as error:
@@ -101,28 +153,16 @@ class SplitDataModule(StepDataModule):
                 f"{error} {self._n_repeated} rows were left out: they repeat what data.val_source "
                 "or data.test_source holds out."
             ) from error
-        naive = self._by_name(
-            splits.naive_split(len(shared), fractions, seed if self.shuffle_split else None)
-        )
+        blind = splits.naive_split(len(shared), fractions, seed)
+        naive = dict(zip(self.order, blind, strict=True))
         test = self._own["test"] if self.test_source else naive["test"]
         self._leaked_naive = splits.count_leaked(keys, naive["train"], test), len(test)
-
-    def _by_name(self, parts: Sequence[Positions]) -> dict[str, Positions]:
-        return dict(zip(self.order, parts, strict=True))
 
     def _refuse_empty(self, keys: list[str]) -> None:
         splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
 
-    def _finish(
-        self,
-        samples: Mapping[int, Sample] | Sequence[Sample],
-        learned: Sequence[str],
-        counts: dict[str, int],
-    ) -> None:
-        """Makes the sets and the fingerprint, and says what is in them.
-
-        Samples are by position of their rows, `learned` are the keys of all that is trained on.
-        """
+    def _finish(self, samples: Mapping[int, Sample], counts: dict[str, int]) -> None:
+        """Makes the sets and the fingerprint, and says what is in them."""
         sets = [Samples([samples[row] for row in self._rows[split].tolist()]) for split in SPLITS]
         self.train_set, self.val_set, self.test_set = sets
         n_leaked, n_test = self._leaked_naive
@@ -136,7 +176,7 @@ class SplitDataModule(StepDataModule):
         self.fingerprint = {
             "digest": digest_of(sets),
             "split": f"{self.units} ({splits.KEYS})",
-            "learned": splits.packed(learned),
+            "learned": splits.packed(self._learned()),
             "counts": counts,
             **self.file_facts(),
         }

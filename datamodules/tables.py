@@ -35,21 +35,21 @@ def some(values: Sequence[Any]) -> str:
 
 
 @contextmanager
-def refused_together() -> Iterator[Callable[..., AbstractContextManager[None]]]:
+def refused_together() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
     """Gives a context for each row by its place; what is wrong with rows is said of all at the end.
 
     Raises:
         ValueError: the first that a row's context was left with, and which other rows had one.
     """
-    unusable: dict[Any, ValueError] = {}
+    unusable: dict[str, ValueError] = {}
 
     @contextmanager
-    def row(place: str, name: Any = None) -> Iterator[None]:
+    def row(place: str) -> Iterator[None]:
         try:
             with at(place):
                 yield
         except ValueError as error:
-            unusable[name or place] = error
+            unusable[place] = error
 
     yield row
     if unusable:

@@ -11,12 +11,10 @@ import torch
 
 from datamodules import splits
 from datamodules.batching import Sample
-from datamodules.files import at
-from datamodules.progress import with_progress
 from datamodules.prompts import encode_text
 from datamodules.split_data_module import SplitDataModule
 from datamodules.step_data_module import report
-from datamodules.tables import read_table, refused_together, some
+from datamodules.tables import read_table, some
 
 
 class TextClassificationDataModule(SplitDataModule):
@@ -66,7 +64,7 @@ class TextClassificationDataModule(SplitDataModule):
 
     def read(self) -> None:
         """Reads and splits the texts."""
-        rows = self._read(self._rows_of)
+        rows = self._read(self._rows_of, self._text_and_class)
         self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
         self._split(self._keys, self._labels[: len(self._own["train"])])
@@ -74,23 +72,8 @@ class TextClassificationDataModule(SplitDataModule):
             for split, part in self._rows.items():
                 labels = np.asarray(self._labels)[part]
                 self._rows[split] = part[splits.balance(labels, self.split_seed)]
-
-    def setup(self, stage: str) -> None:
-        """Reads, splits and encodes the texts; there is nothing to do a second time."""
-        if hasattr(self, "fingerprint"):
-            return
-        self.check(stage)
-        self.read()
-        samples, n_cut = self._encode()
-        counts = {"rows": len(self._texts), **self._class_counts(), "n_cut": n_cut}
-        self._finish(samples, self.keys("train"), counts)
         if odd := self._contradictions():
             report(f"{len(odd)} texts appear with different labels: {some(odd)}.")
-        if n_cut:
-            report(
-                f"{n_cut} texts are longer than data.max_length {self.max_length}; "
-                "their ends are left out."
-            )
 
     def text(self, sample_id: int) -> str:
         """What a sample is of."""
@@ -120,8 +103,8 @@ class TextClassificationDataModule(SplitDataModule):
         """The table in a file; a preset overrides it where a file has no header."""
         return read_table(path)
 
-    def _rows_of(self, path: Path) -> Iterator[tuple[str, int]]:
-        """Text and class index of every row of a file."""
+    def _rows_of(self, path: Path) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        """Cells of text and label in every row of a file."""
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
             raise ValueError(f"{path} holds no rows; fill it, or leave it out.")
@@ -130,11 +113,11 @@ class TextClassificationDataModule(SplitDataModule):
                 raise ValueError(
                     f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
                 )
-        columns = zip(frame[self.text_column], frame[self.label_column], strict=True)
-        with refused_together() as row:
-            for number, (text, label) in enumerate(columns, start=1):
-                with row(f"{path}: row {number}", number):
-                    yield _text(text, self.text_column), self._class_index(label)
+        cells = zip(frame[self.text_column], frame[self.label_column], strict=True)
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(cells, start=1))
+
+    def _text_and_class(self, row: int, cells: tuple[Any, Any]) -> tuple[str, int]:
+        return _text(cells[0], self.text_column), self._class_index(cells[1])
 
     def _contradictions(self) -> list[str]:
         """Texts that have one label in a row and another in another."""
@@ -166,24 +149,13 @@ class TextClassificationDataModule(SplitDataModule):
                     )
         super()._refuse_empty(keys)
 
-    def _encode(self) -> tuple[dict[int, Sample], int]:
-        """Samples of all splits by row, and how many texts were cut."""
-        samples: dict[int, Sample] = {}
-        n_cut = 0
-        for split, rows in self._rows.items():
-            for row in with_progress(rows.tolist(), f"{split} texts encoded", report):
-                with at(f"{self.source}: text {row}"):
-                    ids, is_cut = encode_text(
-                        self.tokenizer, self._texts[row], self.suffix, self.max_length
-                    )
-                n_cut += is_cut
-                input_ids, label = torch.tensor(ids), self._labels[row]
-                samples[row] = Sample(sample_id=row, input_ids=input_ids, label=label)
-        return samples, n_cut
+    def _sample(self, row: int) -> tuple[Sample, bool]:
+        ids, is_cut = encode_text(self.tokenizer, self._texts[row], self.suffix, self.max_length)
+        label = self._labels[row]
+        return Sample(sample_id=row, input_ids=torch.tensor(ids), label=label), is_cut
 
-    def _class_counts(self) -> dict[str, int]:
-        """Rows of each split, and of each class in it."""
-        counts = {}
+    def _counts(self) -> dict[str, int]:
+        counts = {"rows": len(self._texts)}
         for split in splits.SPLITS:
             labels = self.labels(split)
             counts[split] = len(labels)

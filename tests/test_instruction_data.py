@@ -396,7 +396,7 @@ def test_it_is_said_how_far_a_long_encoding_is(
     caplog.set_level("INFO", logger="datamodules")
     monkeypatch.setattr(progress, "TELL_S", -1.0)
     ready(make(entries(21)))
-    assert [m for m in caplog.messages if "so far" in m][-1] == "21 entries encoded so far"
+    assert [m for m in caplog.messages if "so far" in m][-1] == "21 rows encoded so far"
 
 
 def test_what_was_cut_is_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,12 +1,11 @@
 """Documents of any source, one after the other: what a corpus and a tokenizer are made from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from datamodules.files import decode
+from datamodules.files import at, decode
 from datamodules.sources import PYTHON_DOCS, resolve
-from datamodules.tables import ROWS, read_rows
+from datamodules.tables import ROWS, read_rows, text_in
 
 _DOCUMENT_BYTES = 16 << 20  # a longer text file becomes several documents, cut at line ends
 _NO_TEXT = {".json", ".gz", ".zip", ".zst"}
@@ -28,22 +27,11 @@ def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
                     f"{path} is not plain text; give text, .jsonl, .parquet, .csv or .tsv files."
                 )
             if suffix in ROWS:
-                yield from (_text(row, column, at) for at, row in read_rows(path, column))
+                for place, row in read_rows(path, column):
+                    with at(place):
+                        yield text_in(row, column, "correct text_column, or drop the row.")
             else:
                 yield from _text_documents(path)
-
-
-def _text(row: Mapping[str, Any], column: str, place: str) -> str:
-    if column not in row:
-        names = ", ".join(row)
-        raise ValueError(f"{place} has no {column!r}, but {names}; correct text_column.")
-    value = row[column]
-    if value is None:
-        raise ValueError(f"{place}: {column!r} is null; give it a text, or drop the row.")
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ValueError(f"{place}: {column!r} is {kind}, not text; correct text_column.")
-    return value
 
 
 def _text_documents(path: Path) -> Iterator[str]:

@@ -1,13 +1,12 @@
 """Entries of instruction data, in the forms that people write them, each made an item."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from datamodules.files import at, decode
 from datamodules.prompts import Message, alpaca_messages, check_messages
-from datamodules.tables import ROWS, parse_json, read_rows
+from datamodules.tables import ROWS, parse_json, read_rows, text_in
 
 # what others have in such an entry, and what would change what is learned
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
@@ -29,33 +28,25 @@ class Item(TypedDict):
     n_given: int  # first answers that are not learned, as they stand in TRL's prompt
 
 
-def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
+def read_entries(path: Path) -> list[tuple[str, Any]]:
     """The entries of a file, each with its place for error messages.
 
     Raises:
         ValueError: naming the file, where it holds none, or cannot be read as what it is called.
     """
-    entries: list[tuple[str, Any]]
     if path.suffix.lower() in ROWS:
-        entries = list(read_rows(path))
+        entries: list[tuple[str, Any]] = list(read_rows(path))
     else:
         entries = [(f"{path}: entry {i}", entry) for i, entry in enumerate(_json_list(path))]
     if not entries:
         raise ValueError(f"{path} holds no entries; fill it, or leave it out.")
-    yield from entries
+    return entries
 
 
 def _json_list(path: Path) -> list[Any]:
     text = decode(path.read_bytes(), path)
-    try:
-        entries = parse_json(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: {error.msg} at column {error.colno}; correct the JSON, "
-            "or name the file .jsonl where it has an object a line."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        raise ValueError(f"{path}: {error}; correct the JSON.") from error
+    remedy = "correct the JSON, or name the file .jsonl where it has an object a line."
+    entries = parse_json(text, path, remedy) if text.strip() else []
     if not isinstance(entries, list):
         raise ValueError(
             f"{path} holds a JSON {type(entries).__name__}, not a list; put the entries into [...]."
@@ -177,9 +168,4 @@ def _message(value: dict[str, Any]) -> Message:
 
 
 def _text(entry: dict[str, Any], field: str) -> str:
-    if field not in entry:
-        raise ValueError(f"it has no {field!r}, only {list(entry)}; add it, or drop the entry.")
-    if not isinstance(entry[field], str):
-        kind = type(entry[field]).__name__
-        raise ValueError(f"{field!r} is a {kind}, not a text; correct or drop the entry.")
-    return entry[field]
+    return text_in(entry, field, "complete, correct or drop the entry.")

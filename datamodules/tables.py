@@ -70,29 +70,47 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(lines, start=1):
             text = decode(line, path, offset).strip()
             offset += len(line)
-            if text:
-                yield number, _json_object(text, f"{path}:{number}")
+            if not text:
+                continue
+            value = parse_json(text, path, "fix the line.", number)
+            if not isinstance(value, dict):
+                kind = type(value).__name__
+                raise ValueError(f"{path}:{number}: a {kind}, not a JSON object; fix the line.")
+            yield number, value
 
 
-def parse_json(text: str) -> Any:
-    """`json.loads`, but JSON that spells half a character, as UTF-8 cannot, is an error too."""
-    value = json.loads(text)
-    if ("\\ud" in text or "\\uD" in text) and (half := _HALF.match(text)):
-        message = f"{half[1]} is half a character (a lone surrogate)"
-        raise json.JSONDecodeError(message, text, half.start(1))
-    return value
+def parse_json(text: str, path: Path, remedy: str, line: int | None = None) -> Any:
+    """The value of a file's JSON, or of a line's; half a character, as UTF-8 cannot spell, is none.
 
-
-def _json_object(text: str, place: str) -> dict[str, Any]:
+    Raises:
+        ValueError: naming file and line, and the remedy.
+    """
     try:
-        value = parse_json(text)
+        value = json.loads(text)
+        if ("\\ud" in text or "\\uD" in text) and (half := _HALF.match(text)):
+            message = f"{half[1]} is half a character (a lone surrogate)"
+            raise json.JSONDecodeError(message, text, half.start(1))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: {error.msg} at column {error.colno}; fix the line.") from error
+        place = f"{path}:{line or error.lineno}"
+        raise ValueError(f"{place}: {error.msg} at column {error.colno}; {remedy}") from error
     except (ValueError, RecursionError) as error:  # a number too long, or too many brackets
-        raise ValueError(f"{place}: {error}; fix the line.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: a {type(value).__name__}, not a JSON object; fix the line.")
+        place = f"{path}:{line}" if line else f"{path}"
+        raise ValueError(f"{place}: {error}; {remedy}") from error
     return value
+
+
+def text_in(row: Mapping[str, Any], name: str, remedy: str) -> str:
+    """A row's field that has to be a text.
+
+    Raises:
+        ValueError: saying what it is instead, and the remedy.
+    """
+    if name not in row:
+        raise ValueError(f"it has no {name!r}, only {list(row)}; {remedy}")
+    if not isinstance(row[name], str):
+        kind = "null" if row[name] is None else type(row[name]).__name__
+        raise ValueError(f"{name!r} is {kind}, not a text; {remedy}")
+    return row[name]
 
 
 def read_table(path: Path, names: list[str] | None = None) -> pd.DataFrame:

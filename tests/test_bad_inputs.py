@@ -159,7 +159,7 @@ def test_instructions_that_cannot_be(tiny: Journey, write: Write) -> None:
         (
             "missing.json",
             json.dumps([entry, {"instruction": "x"}]),
-            ["missing.json", "entry 1", "'output'", "add it"],
+            ["missing.json", "entry 1", "'output'", "complete"],
         ),
         (
             "number.json",

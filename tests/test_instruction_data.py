@@ -214,7 +214,7 @@ def test_forms_of_others_are_read(make: Make) -> None:
     shared[3]["conversations"][0].pop("value")
     with pytest.raises(ValueError, match=r"entry 3: conversations\[0\] has no 'from' and 'value'"):
         ready(make(shared))
-    with pytest.raises(ValueError, match="entry 0: 'output' is a list, not a text"):
+    with pytest.raises(ValueError, match="entry 0: 'output' is list, not a text"):
         ready(make([{"prompt": "Hi", "completion": []}] * 20))
 
 
@@ -493,8 +493,8 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
         r"entry 1: it has no 'output'.* 2 more have problems too: .*: entry 3, .*json: entry 4\.$",
     ),
     "no instruction": ([{"output": "x"}], r"data.json: entry 0: it has no 'instruction', only"),
-    "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is a int, not a text; correct or drop"),
-    "input": ([{**GOOD, "input": ["x"]}], r"data.json: entry 0: 'input' is a list, not a text"),
+    "number": ([{**GOOD, "output": 4}], r"entry 0: 'output' is int, not a text; complete"),
+    "input": ([{**GOOD, "input": ["x"]}], r"data.json: entry 0: 'input' is list, not a text"),
     "nothing": ([GOOD, {**GOOD, "output": " \n"}], r"entry 1: it has an empty assistant text, the"),
     "no prompt": ([{"instruction": "", "output": "x"}], r"entry 0: it has an empty user text, the"),
     "chat no list": ([{"messages": "hello"}], r"data.json: entry 0: 'messages' is a str, not a li"),
@@ -503,7 +503,7 @@ BAD_DATA: dict[str, tuple[str | bytes | list[Any], str]] = {
     "no role": (chat({"content": "x"}), r"entry 0: message 0: it has no 'role', only \['content'"),
     "content": (
         chat({"role": "user", "content": None}),
-        r"message 0: 'content' is a NoneType, not",
+        r"message 0: 'content' is null, not",
     ),
     "no messages": (chat(), r"data.json: entry 0: a conversation is empty"),
     "no answer": (chat(turn("user", "x")), r"entry 0: its messages do not end with a user's and"),

@@ -127,10 +127,10 @@ def test_a_long_line_is_cut_between_characters(
     [
         ("a.txt", b"ok\n" * 40 + b"caf\xe9", r"a\.txt: byte 123 \(0xe9\) is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text" "b"}\n', r"a\.jsonl:2: Expecting ':'.*fix the line"),
-        ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no 'text', but body; .*text_column"),
-        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not text; .*text_column"),
+        ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1: it has no 'text', only \['body'\]; .*text_c"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: 'text' is int, not a text; .*text_column"),
         ("a.parquet", b"PAR1", r"a\.parquet is not a Parquet file"),
-        ("a.csv", b"body\na\n", r"a\.csv: row 1 has no 'text', but body; correct text_column"),
+        ("a.csv", b"body\na\n", r"a\.csv: row 1: it has no 'text', only \['body'\]; correct"),
         ("a.json", b"[]", r"a\.json is not plain text; give text, \.jsonl, \.parquet, \.csv or"),
     ],
 )
@@ -145,8 +145,8 @@ def test_a_source_that_is_no_text(
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"body": ["a"]}, r"a\.parquet: row 1 has no 'text', but body; correct text_column"),
-        ({"text": ["a", None]}, r"a\.parquet: row 2: 'text' is null; give it a text"),
+        ({"body": ["a"]}, r"a\.parquet: row 1: it has no 'text', only \['body'\]; corre"),
+        ({"text": ["a", None]}, r"a\.parquet: row 2: 'text' is null, not a text; .* drop the row"),
     ],
 )
 def test_a_parquet_file_without_text(table: dict, message: str, tmp_path: Path) -> None:

@@ -14,15 +14,6 @@ from numpy.typing import NDArray
 
 from datamodules.progress import with_progress
 
-COUNTS = (
-    "read",
-    "empty",
-    "exact_duplicates",
-    "near_duplicates",
-    "mojibake_repaired",
-    "gutenberg_stripped",
-)
-
 _log = logging.getLogger(__name__)
 
 _START = re.compile(
@@ -54,7 +45,8 @@ def cleaned(
             `exact_duplicates` or `near_duplicates`, and kept but `mojibake_repaired`; e-books that
             are kept but `gutenberg_stripped`, of which a document may hold many.
     """
-    counts.update(dict.fromkeys(COUNTS, 0))
+    counts.update(read=0, empty=0, exact_duplicates=0, near_duplicates=0)
+    counts.update(mojibake_repaired=0, gutenberg_stripped=0)
     for document in with_progress(documents, "documents read", _log.info):
         counts["read"] += 1
         text = document.replace("\r\n", "\n").replace("\r", "\n")

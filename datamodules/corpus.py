@@ -59,7 +59,7 @@ class Corpus:
         return np.memmap(self.path(split), self.facts["dtype"], mode="r")
 
     def path(self, split: str) -> Path:
-        """The raw little-endian ids of a split."""
+        """File of a split's ids, little-endian."""
         return self.folder / f"{split}.bin"
 
     def text(self, split: str, tokenizer: Tokenizer, limit: int | None = None) -> bytes:
@@ -91,18 +91,17 @@ def prepare(
     Raises:
         FileNotFoundError, ValueError: as `documents` does, and if nothing is left to learn from.
     """
-    form = {
+    form: dict[str, Any] = {
         "schema": _SCHEMA,
         "sources": _content_digests(sources),
         "text_column": text_column,
         "tokenizer": tokenizer.digest,
         "near_duplicates": near_duplicates,
-        **(
-            {"val_sources": _content_digests(val_sources)}
-            if val_sources
-            else {"val_fraction": val_fraction}
-        ),
     }
+    if val_sources:
+        form["val_sources"] = _content_digests(val_sources)
+    else:
+        form["val_fraction"] = val_fraction
     key = hashlib.sha256(json.dumps(form).encode()).hexdigest()
     folder = cache_dir() / "corpora" / key[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,16 +138,13 @@ def _damaged(folder: Path) -> Path | None:
     path = folder / "corpus.json"
     try:
         facts = json.loads(path.read_text())
-        width = np.dtype(facts["dtype"]).itemsize
-        expected = {s: (facts["tokens"][s] * width, facts["sha256"][s]) for s in SPLITS}
         if facts.pop("checksum") != digest(facts):
             return path
     except MALFORMED:
         return path
-    for split, (n_bytes, wanted) in expected.items():
+    for split in SPLITS:
         path = folder / f"{split}.bin"
-        is_whole = path.is_file() and path.stat().st_size == n_bytes
-        if not is_whole or remembered_sha256(path) != wanted:
+        if not path.is_file() or remembered_sha256(path) != facts["sha256"][split]:
             return path
     return None
 
@@ -170,13 +166,11 @@ def _make(folder: Path, parts: Sequence[Part], counts: Counter[str], tokenizer: 
     if len(parts) == 1 and len(ranges["val"]) < _MIN_HELD_OUT_DOCUMENTS:
         ((_, val_fraction),) = parts
         facts["split"], ranges = "tail", _tails(tokens, ends, tokenizer, val_fraction)
-    written = {
-        split: _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
-        for split in SPLITS
-    }
-    for fact in ("documents", "tokens", "bytes", "sha256"):
-        facts[fact] = {split: written[split][fact] for split in SPLITS}
-    facts["documents"] = {"kept": len(ends), **counts, **facts["documents"]}
+    facts["documents"] = {"kept": len(ends), **counts}
+    for split in SPLITS:
+        written = _write(temporary / f"{split}.bin", tokens, ranges[split], tokenizer)
+        for fact, value in written.items():
+            facts.setdefault(fact, {})[split] = value
     facts["checksum"] = digest(facts)
     (temporary / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n")
     whole.unlink()
@@ -251,9 +245,5 @@ def _write(
             n_bytes += len(tokenizer.decode_bytes(first.tolist())) + int(lengths[others].sum())
         file.flush()
         os.fsync(file.fileno())
-    return {
-        "documents": len(ranges),
-        "tokens": n_tokens,
-        "bytes": n_bytes,
-        "sha256": digest.hexdigest(),
-    }
+    facts = {"documents": len(ranges), "tokens": n_tokens, "bytes": n_bytes}
+    return {**facts, "sha256": digest.hexdigest()}

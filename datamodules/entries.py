@@ -97,27 +97,25 @@ def _object(value: Any) -> dict[str, Any]:
 def _as_here(entry: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """An entry in a form of others, in one of those here; how many answers are given in it."""
     given = {key for key, value in entry.items() if value is not None}
-    is_ours = bool({"instruction", "messages"} & given)
-    if {"prompt", "completion"} <= given and not is_ours:
-        others = {k: v for k, v in entry.items() if k not in ("prompt", "completion")}
+    if {"instruction", "messages"} & given:
+        return entry, 0
+    others = dict(entry)
+    if {"prompt", "completion"} <= given:
+        prompt, completion = others.pop("prompt"), others.pop("completion")
         _refuse_unread(others, ("output",))
-        prompt, completion = entry["prompt"], entry["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             said = [turn for turn in prompt if isinstance(turn, dict)]
             n_given = sum(turn.get("role") == "assistant" for turn in said)
             return {**others, "messages": prompt + completion}, n_given
         return {**others, "instruction": prompt, "output": completion}, 0
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or is_ours:
+    if not isinstance(entry.get("conversations"), list):
         return entry, 0
     messages = []
-    for i, turn in enumerate(turns):
+    for i, turn in enumerate(others.pop("conversations")):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"conversations[{i}] has no 'from' and 'value'; correct it.")
         role = _SHAREGPT.get(str(turn["from"]), turn["from"])
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        messages.append({**rest, "role": role, "content": turn["value"]})
-    others = {k: v for k, v in entry.items() if k != "conversations"}
+        messages.append({**turn, "role": role, "content": turn["value"]})
     return {**others, "messages": messages}, 0
 
 

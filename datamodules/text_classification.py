@@ -41,6 +41,8 @@ class TextClassificationDataModule(SplitDataModule):
             `setup`, for data that cannot be used, naming file and row.
     """
 
+    other_columns = "set data.text_column and data.label_column to some of them"  # a remedy
+
     def __init__(
         self,
         *,
@@ -108,10 +110,10 @@ class TextClassificationDataModule(SplitDataModule):
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
             raise ValueError(f"{path} holds no rows; fill it, or leave it out.")
-        for key in ("text_column", "label_column"):
-            if (column := getattr(self, key)) not in frame:
+        for column in (self.label_column, self.text_column):
+            if column not in frame:
                 raise ValueError(
-                    f"{path} has no column {column!r}; set data.{key} to one of {list(frame)}."
+                    f"{path} has no column {column!r}, only {list(frame)}; {self.other_columns}."
                 )
         cells = zip(frame[self.text_column], frame[self.label_column], strict=True)
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(cells, start=1))
@@ -186,6 +188,10 @@ class SpamDataModule(TextClassificationDataModule):
     with the columns label and text. For the arguments see `TextClassificationDataModule`.
     """
 
+    other_columns = (
+        "rename it, or name columns and labels of your own, as configs/data/table.yaml does (-c)"
+    )
+
     def __init__(self, **options: Any) -> None:
         super().__init__(
             text_column="text", label_column="label", label_names=["ham", "spam"], **options
@@ -197,10 +203,4 @@ class SpamDataModule(TextClassificationDataModule):
             first_cell = file.readline().removeprefix(codecs.BOM_UTF8).partition(b"\t")[0]
         has_header = first_cell.decode(errors="replace") not in self.label_names
         columns = [self.label_column, self.text_column]
-        table = read_table(path, None if has_header else columns)
-        if missing := [column for column in columns if column not in table]:
-            raise ValueError(
-                f"{path} has no column {missing[0]!r}, only {list(table)}; rename it, or name "
-                "columns and labels of your own, as configs/data/table.yaml does (-c)."
-            )
-        return table
+        return read_table(path, None if has_header else columns)

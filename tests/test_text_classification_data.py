@@ -246,12 +246,12 @@ BAD_DATA = {
     "no column": (
         "t.tsv",
         GOOD.replace("topic", "kind", 1),
-        r"no column 'topic'; set data.label_c",
+        r"no column 'topic', only \['kind', .*; set data.text_column and data.label_c",
     ),
     "no text": (
         "t.tsv",
         GOOD.replace("text", "body", 1),
-        r"no column 'text'; set data.text_column",
+        r"no column 'text', only \['topic', 'body'\]; set data.text_column",
     ),
     "unknown": (
         "t.tsv",

@@ -50,7 +50,6 @@ class SplitDataModule(StepDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        splits.check_fractions(train_fraction, val_fraction)
         check_seed("split_seed", split_seed)
         self.source, self.val_source, self.test_source = source, val_source, test_source
         self.train_fraction, self.val_fraction = train_fraction, val_fraction

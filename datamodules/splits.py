@@ -10,30 +10,15 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 Positions = NDArray[np.int64]
 SPLITS = ("train", "val", "test")
 
 
-class _Without(dict[int, str]):
-    """`str.translate` table that drops punctuation, invisible characters, and some signs.
-
-    Args:
-        signs: their Unicode categories; emoji (So) are no punctuation.
-    """
-
-    def __init__(self, *signs: str) -> None:
-        self._dropped = ("Cf", *signs)
-
-    def __missing__(self, code: int) -> str:
-        category = unicodedata.category(chr(code))
-        drop = category[0] == "P" or category in self._dropped
-        self[code] = "" if drop else chr(code)
-        return self[code]
-
-
-_WITHOUT_SIGNS, _WITHOUT_PUNCTUATION = _Without("Sc", "Sk", "Sm"), _Without("Sk")
+_SIGNS = regex.compile(r"[\p{P}\p{Cf}\p{Sc}\p{Sk}\p{Sm}]")  # and what _PUNCTUATION has
+_PUNCTUATION = regex.compile(r"[\p{P}\p{Cf}\p{Sk}]")  # and invisible characters; emoji are none
 KEYS = "keys of form 2"  # raise it when other texts count as equal: splits are others then
 _OPERATOR = re.compile(  # what is punctuation elsewhere, in 3 - 4, a * b, -1, 3.5, 10:30, 5 %, c#
     r"((?:(?<=[\d)])|(?<=\b\w))[ \t]?[-*/](?=[ \t]?(?:[\d(]|\w\b))|(?<!\w)-(?=\d)"
@@ -54,10 +39,10 @@ def canonical_key(text: str, *, mask_digits: bool) -> str:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     if mask_digits:
-        key = re.sub(r"\d", "0", folded.translate(_WITHOUT_SIGNS))
+        key = re.sub(r"\d", "0", _SIGNS.sub("", folded))
     else:
         parts = _OPERATOR.split(folded.translate(_AS_TYPED))  # every other one is an operator
-        parts[::2] = [part.translate(_WITHOUT_PUNCTUATION) for part in parts[::2]]
+        parts[::2] = [_PUNCTUATION.sub("", part) for part in parts[::2]]
         key = "".join(parts)
     words = " ".join((key if key.strip() else folded).split())
     return re.sub(r"(?<!\d) | (?!\d)", "", words)  # 1 23 is not 12 3
@@ -82,8 +67,12 @@ def joined(keys: Sequence[Sequence[str]]) -> list[str]:
     return [first.setdefault(part, own[0]) for part, own in zip(parts.tolist(), keys, strict=False)]
 
 
-def check_fractions(train_fraction: float, val_fraction: float) -> None:
-    """ValueError unless train, validation and the rest, the test set, all get a share."""
+def shares(train_fraction: float, val_fraction: float, apart: Collection[str]) -> dict[str, float]:
+    """Each split's share of `data.source`: where some are apart, the others have it all.
+
+    Raises:
+        ValueError: unless train, validation and the rest, the test set, all get one.
+    """
     for key, value in (("train_fraction", train_fraction), ("val_fraction", val_fraction)):
         if not 0 < value < 1:
             raise ValueError(f"data.{key} is {value}; give a number between 0 and 1.")
@@ -92,10 +81,6 @@ def check_fractions(train_fraction: float, val_fraction: float) -> None:
             f"data.train_fraction {train_fraction} and data.val_fraction {val_fraction} leave "
             "nothing to test on; lower one of them."
         )
-
-
-def shares(train_fraction: float, val_fraction: float, apart: Collection[str]) -> dict[str, float]:
-    """Each split's share of `data.source`: where some are apart, the others have it all."""
     fractions = (train_fraction, val_fraction, 1 - train_fraction - val_fraction)
     given = dict(zip(SPLITS, fractions, strict=True))
     if not apart:
@@ -115,10 +100,8 @@ def keep_apart(
         keys: of all items; those of equal key say the same.
 
     Returns:
-        Positions by split, and how many items were left out.
+        Positions by split, and how many items were left out (none, where no split has its own).
     """
-    if not any(len(own[split]) for split in ("val", "test")):  # nothing of source repeats itself
-        return {split: shared[split] for split in SPLITS}, 0
     kept: dict[str, Positions] = {}
     seen: set[str] = set()
     for split in reversed(SPLITS):

@@ -168,7 +168,7 @@ def test_balancing_keeps_the_rarest_class_whole() -> None:
 )
 def test_impossible_fractions_are_refused(train: float, val: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        splits.check_fractions(train, val)
+        splits.shares(train, val, ())
 
 
 def test_an_empty_split_is_refused() -> None:

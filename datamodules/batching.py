@@ -9,7 +9,6 @@ Shapes: B rows, T tokens.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol, TypedDict
 
@@ -135,21 +134,11 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Sorts the samples of a step by length and cuts them into micro-batches.
-
-    None has more than `max_tokens` tokens, padding included; a sample longer than that goes alone.
-    """
-
-    max_tokens: int
-    pad_id: int
-
-    def __call__(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        """The micro-batches of one step, longest rows first; none where a rank has no samples."""
-        longest_first = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
-        lengths = [len(sample["input_ids"]) for sample in longest_first]
-        return [pad(longest_first[rows], self.pad_id) for rows in cut(lengths, self.max_tokens)]
+def collate(samples: Sequence[Sample], max_tokens: int, pad_id: int) -> list[MicroBatch]:
+    """The micro-batches of one step, longest rows first; none where a rank has no samples."""
+    longest_first = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
+    lengths = [len(sample["input_ids"]) for sample in longest_first]
+    return [pad(longest_first[rows], pad_id) for rows in cut(lengths, max_tokens)]
 
 
 def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:

@@ -7,7 +7,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import forkserver
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.batching import Collate, SampleSet, StepSampler, shuffled
+from datamodules.batching import SampleSet, StepSampler, collate, shuffled
 from datamodules.tokenizer import Tokenizer
 
 
@@ -52,10 +52,9 @@ class StepDataModule(pl.LightningDataModule):
         num_workers: int,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size is {batch_size}; give at least 1.")
-        if max_tokens < 1:
-            raise ValueError(f"data.max_tokens is {max_tokens}; give at least 1.")
+        for key, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise ValueError(f"data.{key} is {value}; give at least 1.")
         check_seed("seed", seed)
         self._tokenizer = tokenizer
         self.batch_size, self.max_tokens = batch_size, max_tokens
@@ -160,7 +159,7 @@ class StepDataModule(pl.LightningDataModule):
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            collate_fn=Collate(self.max_tokens, self.tokenizer.eos_id),
+            collate_fn=partial(collate, max_tokens=self.max_tokens, pad_id=self.tokenizer.eos_id),
             num_workers=self.num_workers,
             worker_init_fn=let_server_end,
             persistent_workers=self.num_workers > 0,

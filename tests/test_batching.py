@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from datamodules.batching import (
     IGNORE,
-    Collate,
     MicroBatch,
     Sample,
     Samples,
     StepSampler,
+    collate,
     digest_of,
     epoch_generator,
     pad,
@@ -111,14 +111,14 @@ def test_class_labels_by_hand() -> None:
 
 
 def test_a_step_is_cut_to_the_budget_longest_first(samples: list[Sample]) -> None:
-    batches = Collate(max_tokens=24, pad_id=PAD)(samples)
+    batches = collate(samples, max_tokens=24, pad_id=PAD)
     ids = [batch["sample_ids"].tolist() for batch in batches]
     assert ids == [[2, 6], [3, 4, 0], [7, 5, 1]]  # 2x12, 3x7, 3x4
 
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 12, 13, 24, 40, 96, 10_000])
 def test_every_budget_is_kept_and_no_sample_lost(samples: list[Sample], max_tokens: int) -> None:
-    batches = Collate(max_tokens, PAD)(samples)
+    batches = collate(samples, max_tokens, PAD)
     for batch in batches:
         n_rows = len(batch["input_ids"])
         assert batch["input_ids"].numel() <= max_tokens or n_rows == 1
@@ -127,7 +127,7 @@ def test_every_budget_is_kept_and_no_sample_lost(samples: list[Sample], max_toke
 
 
 def test_no_samples_make_no_micro_batches() -> None:
-    assert Collate(24, PAD)([]) == []
+    assert collate([], 24, PAD) == []
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch() -> None:
@@ -223,7 +223,7 @@ class TinyModel(nn.Module):
 
 def step_gradients(samples: list[Sample], max_tokens: int) -> tuple[list[Tensor], list[int]]:
     model = TinyModel()
-    batches = Collate(max_tokens, PAD)(samples)
+    batches = collate(samples, max_tokens, PAD)
     n_supervised = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
     for batch in batches:
         (model.loss_sum(batch) / n_supervised).backward()

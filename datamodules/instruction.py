@@ -159,13 +159,10 @@ class InstructionDataModule(SplitDataModule):
 
 def _unlearn(labels: list[int], n_answers: int) -> None:
     """Takes the first answers out of what is learned, in place."""
-    i = 0
-    for _ in range(n_answers):
-        while labels[i] == IGNORE:
-            i += 1
-        while labels[i] != IGNORE:
-            labels[i] = IGNORE
-            i += 1
+    runs = itertools.groupby(range(len(labels)), lambda i: labels[i] != IGNORE)
+    answers = (list(run) for is_learned, run in runs if is_learned)
+    for i in itertools.chain.from_iterable(itertools.islice(answers, n_answers)):
+        labels[i] = IGNORE
 
 
 def _question_keys(conversations: Sequence[Sequence[Turn]]) -> list[str]:

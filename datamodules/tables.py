@@ -211,12 +211,12 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[tuple[str, dict
     if suffix in JSONL:
         yield from ((f"{path}:{line}", row) for line, row in read_jsonl(path))
         return
-    rows = _parquet_rows(path, column) if suffix == ".parquet" else _table_rows(path)
+    rows: Iterable[Any] = ()
+    if suffix == ".parquet":
+        rows = _parquet_rows(path, column)
+    elif path.stat().st_size:
+        rows = read_table(path).to_dict("records")
     yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
-
-
-def _table_rows(path: Path) -> Iterable[Any]:
-    return read_table(path).to_dict("records") if path.stat().st_size else ()
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:

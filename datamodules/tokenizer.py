@@ -34,6 +34,7 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _TRAINED_AT_ONCE = 1 << 16  # characters, and what is left of the line
+_BYTES = [bytes([value]) for value in range(256)]
 _LINE_END = re.compile(r"\n(?=\S)")
 
 
@@ -84,7 +85,7 @@ class Vocabulary:
     def missing_bytes(self) -> list[bytes]:
         """Bytes that have no token; vocabularies made elsewhere may leave out rare ones."""
         known = set(self.tokens)
-        return [byte for byte in map(_byte, range(256)) if byte not in known]
+        return [byte for byte in _BYTES if byte not in known]
 
     def content(self) -> dict[str, Any]:
         """The vocabulary in primitives; what is at its default is left out."""
@@ -261,7 +262,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
     bpe.train_from_iterator((part for text in texts for part in _lines(text)), trainer)
     ids = bpe.get_vocab()
     merged = [token_bytes(token) for token in sorted(ids, key=ids.__getitem__) if len(token) > 1]
-    tokens = [*map(_byte, range(256)), *merged]
+    tokens = [*_BYTES, *merged]
     specials = {name: len(tokens) + i for i, name in enumerate((ENDOFTEXT, *CHAT_MARKERS))}
     name = f"bpe-{len(tokens) + len(specials)}"
     return Tokenizer.of(Vocabulary(name, PATTERN, tokens, specials))
@@ -276,10 +277,6 @@ def _lines(text: str) -> Iterator[str]:
         yield text[start : end.end()]
         start = end.end()
     yield text[start:]
-
-
-def _byte(value: int) -> bytes:
-    return bytes([value])
 
 
 def _named(name: str) -> Tokenizer:

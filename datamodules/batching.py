@@ -10,7 +10,7 @@ Shapes: B rows, T tokens.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -35,14 +35,6 @@ class MicroBatch(TypedDict, total=False):
     labels: Tensor  # (B, T) int64, unshifted, IGNORE where no loss is taken
     attention_mask: Tensor  # (B, T) bool
     label: Tensor  # (B,) int64
-
-
-class SampleSet(Protocol):
-    """What a loader draws from."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: int, /) -> Sample: ...
 
 
 class Samples(Sequence[Sample]):

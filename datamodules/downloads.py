@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datamodules.files import cache_dir, replacing, sha256
+from datamodules.files import cache_dir, sha256, write_atomically
 
 if TYPE_CHECKING:
     import httpx
@@ -60,8 +60,7 @@ def download(item: Download) -> Path:
             f"{item.member} of {item.url} has another SHA-256 than {item.sha256}: the publisher "
             "or somebody on the way changed it; give a local file as data.source."
         )
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    write_atomically(path, content)
     return path
 
 

@@ -1,6 +1,6 @@
 """Next-token prediction on plain text: an epoch is the corpus, cut into disjoint blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from datamodules.step_data_module import StepDataModule, report
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Sequence[Sample]):
     """Blocks of a token file, one every `stride` tokens; the last ones may be shorter.
 
     A block is read when it is asked for: nothing of the file stays in this process's memory.
@@ -33,9 +33,8 @@ class Blocks:
         n_tokens = self.corpus.facts["tokens"][self.split]
         return -(-(n_tokens - 1) // self.stride)  # a block of one token has nothing to predict
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
         start, path = index * self.stride, self.corpus.path(self.split)
         dtype = np.dtype(self.corpus.facts["dtype"])
         n_tokens = min(self.block_size, self.corpus.facts["tokens"][self.split] - start)

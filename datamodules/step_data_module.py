@@ -6,7 +6,7 @@ Shapes: N rows.
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from multiprocessing import forkserver
 from typing import Any
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.batching import SampleSet, StepSampler, collate, shuffled
+from datamodules.batching import Sample, StepSampler, collate, shuffled
 from datamodules.tokenizer import Tokenizer
 
 
@@ -36,9 +36,9 @@ class StepDataModule(pl.LightningDataModule):
     """
 
     context_key = "max_length"  # the argument that bounds the length of a row, in tokens
-    train_set: SampleSet
-    val_set: SampleSet
-    test_set: SampleSet
+    train_set: Sequence[Sample]
+    val_set: Sequence[Sample]
+    test_set: Sequence[Sample]
     fingerprint: dict[str, Any]  # primitives: digest, counts, and what decides the samples
     config: dict[str, Any] | None = None  # the YAML that it was made from, where there was one
 
@@ -149,7 +149,7 @@ class StepDataModule(pl.LightningDataModule):
     predict_dataloader = test_dataloader  # predictions are of the test set
 
     def _dealt(
-        self, dataset: SampleSet, order: Callable[[int], Tensor], **at: int
+        self, dataset: Sequence[Sample], order: Callable[[int], Tensor], **at: int
     ) -> DataLoader[Any]:
         if trainer := self.trainer:
             at |= {"rank": trainer.global_rank, "world_size": trainer.world_size}

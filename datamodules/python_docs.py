@@ -34,10 +34,8 @@ def python_docs() -> Iterator[tuple[str, str]]:
 
 
 def _topics(path: Path) -> Iterator[tuple[str, str]]:
-    assignment = _parse(path).body[-1]
-    assert isinstance(assignment, ast.Assign | ast.AnnAssign)
-    assert assignment.value is not None
-    topics = {name: text.strip() for name, text in ast.literal_eval(assignment.value).items()}
+    table = next(node for node in ast.walk(_parse(path)) if isinstance(node, ast.Dict))
+    topics = {name: text.strip() for name, text in ast.literal_eval(table).items()}
     for name, text in topics.items():
         body = text.partition("\n\n")[2]  # without its heading, which is underlined otherwise
         if not any(body in other and len(text) < len(other) for other in topics.values()):

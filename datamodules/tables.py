@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datamodules.files import at, decode, replacing
+from datamodules.files import decode, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,23 +39,22 @@ def refused_together() -> Iterator[Callable[[str], AbstractContextManager[None]]
     """Gives a context for each row by its place; what is wrong with rows is said of all at the end.
 
     Raises:
-        ValueError: the first that a row's context was left with, and which other rows had one.
+        ValueError: the first that a row's context was left with, and which others had one.
     """
-    unusable: dict[str, ValueError] = {}
+    unusable: dict[str, Exception] = {}
 
     @contextmanager
     def row(place: str) -> Iterator[None]:
         try:
-            with at(place):
-                yield
-        except ValueError as error:
+            yield
+        except (OSError, ValueError) as error:
             unusable[place] = error
 
     yield row
     if unusable:
         first, *others = unusable
         more = f" {len(others)} more have problems too: {some(others)}." if others else ""
-        raise ValueError(f"{unusable[first]}{more}") from unusable[first]
+        raise ValueError(f"{first}: {unusable[first]}{more}") from unusable[first]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

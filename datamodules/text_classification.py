@@ -160,9 +160,8 @@ class TextClassificationDataModule(SplitDataModule):
         counts = {"rows": len(self._texts)}
         for split in splits.SPLITS:
             labels = self.labels(split)
-            counts[split] = len(labels)
-            for label, name in enumerate(self.label_names):
-                counts[f"{split}/{name}"] = labels.count(label)
+            of_classes = {f"{split}/{n}": labels.count(i) for i, n in enumerate(self.label_names)}
+            counts |= {split: len(labels), **of_classes}
         return counts
 
 

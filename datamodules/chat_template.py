@@ -56,10 +56,8 @@ class TemplateParts:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) -> str:
     """The conversation as one text, as transformers' `apply_chat_template` gives it.
 
-    A template that can have its model think first (Qwen3's) is told not to: what is learned from,
-    and asked for, are answers.
-
-    With `opening` the assistant's next turn is opened.
+    With `opening` the assistant's next turn is opened. A template that can have its model think
+    first (Qwen3's) is told not to: what is learned from, and asked for, are answers.
 
     Raises:
         ValueError: the template refuses these messages, or is no template.

@@ -99,11 +99,10 @@ class PretrainingDataModule(StepDataModule):
         self.val_fraction, self.near_duplicates = val_fraction, near_duplicates
 
     def setup(self, stage: str) -> None:
-        """Tokenises the corpus, or finds it in the cache.
+        """Tokenises the corpus, or finds it in the cache; see `prepare` for what it raises.
 
         Raises:
-            FileNotFoundError: for a source that is not there.
-            ValueError: for a source that is not text, or a corpus too short for the block size.
+            ValueError: for a corpus too short for the block size.
         """
         if hasattr(self, "fingerprint"):
             return

@@ -112,11 +112,7 @@ class Tokenizer:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Tokenizer:
-        """The tokenizer of a vocabulary.
-
-        Raises:
-            ValueError: where its end-of-text token is not among its special tokens.
-        """
+        """The tokenizer of a vocabulary; ValueError where its `eos` is no special token."""
         if vocabulary.eos not in vocabulary.special_tokens:
             raise ValueError(f"encoding {vocabulary.name!r} has no {vocabulary.eos}.")
         form = vocabulary.sentencepiece
@@ -162,11 +158,7 @@ class Tokenizer:
         return self.encoder.encode(text, before)
 
     def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD.
-
-        Raises:
-            KeyError: for an id that the vocabulary does not have.
-        """
+        """Text of ids, as `decode_bytes` has it; what is not UTF-8 (half a character) is U+FFFD."""
         return self.decode_bytes(ids, before).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int], before: Sequence[int] = ()) -> bytes:

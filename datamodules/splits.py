@@ -28,14 +28,10 @@ _AS_TYPED = str.maketrans("–−⁄", "--/")  # what stands for operators
 
 
 def canonical_key(text: str, *, mask_digits: bool) -> str:
-    """Texts of equal key count as equal: all but case, punctuation, white space and digits.
+    """Texts of equal key count as equal: but for case, punctuation, white space and Unicode's form.
 
-    However Unicode writes a character. A text of punctuation alone equals none but itself.
-
-    Args:
-        text: as it stands.
-        mask_digits: whether digits, of which only the number counts then, and signs make no other
-            text; they make another question, and so do operators.
+    With `mask_digits` signs, and which digits (not how many), make no other text either; without,
+    they and operators make another question. A text of punctuation alone equals none but itself.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     if mask_digits:
@@ -49,11 +45,7 @@ def canonical_key(text: str, *, mask_digits: bool) -> str:
 
 
 def joined(keys: Sequence[Sequence[str]]) -> list[str]:
-    """One key for each item: those that share any of theirs, if only through others, have one.
-
-    Args:
-        keys: of each item, at least one.
-    """
+    """One key for each item, of one or more; those that share any, if only by others, have one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -124,7 +116,7 @@ def split_groups(
     Args:
         keys: one for each item.
         fractions: the share of each part, summing to 1.
-        seed: random seed of the order of groups.
+        seed: of the order of groups.
         labels: where given, each label is split on its own (a group counts as its first item).
 
     Returns:
@@ -135,18 +127,14 @@ def split_groups(
     )
     strata = np.zeros(len(first), dtype=np.int64) if labels is None else np.asarray(labels)[first]
     generator = np.random.default_rng(seed)
-    part_of_group = np.empty(len(first), dtype=np.int64)
+    part_of_group, bounds = np.empty(len(first), dtype=np.int64), np.cumsum(fractions)[:-1]
     for stratum in np.unique(strata):
         members = generator.permutation(np.flatnonzero(strata == stratum))
-        part_of_group[members] = _parts_of(sizes[members], fractions)
+        n = sizes[members]
+        middles = np.cumsum(n) - n / 2  # a group's part is the one in which its middle lies
+        part_of_group[members] = np.searchsorted(bounds * n.sum(), middles, side="right")
     part = part_of_group[group]
     return [np.flatnonzero(part == index) for index in range(len(fractions))]
-
-
-def _parts_of(sizes: Positions, fractions: Sequence[float]) -> Positions:
-    """Part of each group in a row of groups: the one in which its middle lies."""
-    middles = np.cumsum(sizes) - sizes / 2
-    return np.searchsorted(np.cumsum(fractions)[:-1] * sizes.sum(), middles, side="right")
 
 
 def split_in_order(keys: Sequence[str], fractions: Sequence[float]) -> list[Positions]:

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.prompts import IGNORE
 
@@ -153,17 +154,13 @@ def pad(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
     lengths = [len(sample["input_ids"]) for sample in samples]
     micro_batch = MicroBatch(
         sample_ids=torch.tensor([sample["sample_id"] for sample in samples]),
-        input_ids=_stack([sample["input_ids"] for sample in samples], pad_id),
+        input_ids=pad_sequence([s["input_ids"] for s in samples], True, pad_id),
     )
     if "labels" in samples[0]:
-        micro_batch["labels"] = _stack([sample["labels"] for sample in samples], IGNORE)
+        micro_batch["labels"] = pad_sequence([s["labels"] for s in samples], True, IGNORE)
     if "label" in samples[0]:
         micro_batch["label"] = torch.tensor([sample["label"] for sample in samples])
     if min(lengths) < max(lengths):
         columns = torch.arange(max(lengths))
         micro_batch["attention_mask"] = columns < torch.tensor(lengths)[:, None]  # (B, T)
     return micro_batch
-
-
-def _stack(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

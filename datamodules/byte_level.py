@@ -71,17 +71,11 @@ def token_spelling(token: bytes) -> str:
     return "".join(_CHARACTER_OF[byte] for byte in token)
 
 
-def _spelling() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {
-        **{chr(byte): byte for byte in printable},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
-    }
-
-
-_BYTE_OF = _spelling()
-_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTER_OF = {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_CHARACTER_OF |= {byte: chr(byte) for byte in _PRINTABLE}
+_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
 
 
 @functools.cache

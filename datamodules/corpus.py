@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -62,15 +63,14 @@ class Corpus:
         """File of a split's ids, little-endian."""
         return self.folder / f"{split}.bin"
 
-    def text(self, split: str, tokenizer: Tokenizer, limit: int | None = None) -> bytes:
-        """UTF-8 of a split, a zero byte between documents; its last `limit` bytes, or all."""
-        tokens = self.tokens(split)
-        tokens = tokens if limit is None else tokens[-limit:]  # no token is shorter than a byte
+    def text(self, split: str, tokenizer: Tokenizer, limit: int = sys.maxsize) -> bytes:
+        """UTF-8 of a split's last `limit` bytes, or all; a zero byte between documents."""
+        tokens = self.tokens(split)[-limit:]  # no token is shorter than a byte
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
         parts = np.split(tokens, ends)
         ids = [part[i > 0 :] for i, part in enumerate(parts)]  # all but the first start with eos
         text = SEPARATOR.join(tokenizer.decode_bytes(part.tolist()) for part in ids)
-        return text if limit is None else text[-limit:]
+        return text[-limit:]
 
 
 def prepare(

@@ -79,8 +79,7 @@ def remembered_sha256(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < _REMEMBERED_BYTES:
         return sha256(path)
-    times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
-    state = f"{path.resolve()} {stat.st_ino} {stat.st_size} {times}"
+    state = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     note = cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
     with contextlib.suppress(OSError):
         if _DIGEST.fullmatch(known := note.read_text(errors="replace")):

@@ -68,9 +68,7 @@ class SplitDataModule(StepDataModule):
         return {split: [] if name is None else resolve(name) for split, name in given}
 
     def _read(
-        self,
-        rows_of: Callable[[Path], Iterable[tuple[str, Any]]],
-        made: Callable[[int, Any], Any],
+        self, rows_of: Callable[[Path], Iterable[tuple[str, Any]]], made: Callable[[int, Any], Any]
     ) -> list[Any]:
         """What is made of the rows of all files, by position; those of `source` come first."""
         rows: list[Any] = []

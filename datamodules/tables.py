@@ -61,8 +61,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
 
     Raises:
-        ValueError: naming the file and the line that is not a JSON object, or the byte that is not
-            UTF-8.
+        ValueError: naming the file and the line that is no JSON object, or the byte that no UTF-8.
     """
     offset = 0
     with path.open("rb") as lines:

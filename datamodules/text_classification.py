@@ -143,12 +143,11 @@ class TextClassificationDataModule(SplitDataModule):
     def _refuse_empty(self, keys: list[str]) -> None:
         for split in splits.SPLITS if self.balance else ("train",):
             present = set(self.labels(split))
-            for label, name in enumerate(self.label_names):
-                if label not in present:
-                    raise ValueError(
-                        f"the {split} split of {self.source} has no row of label {name!r}; "
-                        "add such rows, or take it out of data.label_names."
-                    )
+            if absent := [n for i, n in enumerate(self.label_names) if i not in present]:
+                raise ValueError(
+                    f"the {split} split of {self.source} has no row of label {absent[0]!r}; "
+                    "add such rows, or take it out of data.label_names."
+                )
         super()._refuse_empty(keys)
 
     def _sample(self, row: int) -> tuple[Sample, bool]:

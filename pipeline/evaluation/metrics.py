@@ -138,16 +138,28 @@ def rouge_l(response: str, reference: str) -> float:
     """ROUGE-L F1 (Lin 2004) on 0-100, on words of any script.
 
     torchmetrics' own normaliser drops everything but a-z and 0-9; on such text the two agree
-    (tests/test_metrics.py). Where the reference has no words ("?"), it is what `exact_match` says.
+    (tests/test_metrics.py), but its table has a cell for each pair of words: 4,000 beside as many
+    take 40 s. Where the reference has no words ("?"), it is what `exact_match` says.
     """
-    if not words(reference):
+    wanted, given = words(_nfc(reference)), words(_nfc(response))
+    if not wanted:
         return exact_match(response, reference)
-    from torchmetrics.functional.text.rouge import rouge_score
+    return 200.0 * _longest_common(given, wanted) / (len(given) + len(wanted))
 
-    scores = rouge_score(
-        [response], [[reference]], rouge_keys="rougeL", normalizer=_nfc, tokenizer=words
-    )
-    return 100.0 * float(scores["rougeL_fmeasure"])
+
+def _longest_common(given: list[str], wanted: list[str]) -> int:
+    """Words of the longest common subsequence; a row of the usual table is one integer.
+
+    A bit of it is 0 where the length grows (Hyyrö 2004, "Bit-parallel LCS-length computation").
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(wanted):
+        places[word] = places.get(word, 0) | 1 << i
+    everywhere = row = (1 << len(wanted)) - 1
+    for word in given:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & everywhere
+    return len(wanted) - row.bit_count()
 
 
 def words(text: str) -> list[str]:

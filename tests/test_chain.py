@@ -19,6 +19,8 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.__main__ import main
+from pipeline.arguments import parse
+from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
 from pipeline.runs.run_directory import Run, is_open, read_outcome
@@ -575,6 +577,13 @@ def test_what_is_set_is_what_the_command_gets(text: str, value: Any, chain: Path
     (word,) = (w for w in stage.arguments({}) if w.startswith("--text_column="))
     nested = isinstance(value, list | dict)
     assert word == f"--text_column={json.dumps(value) if nested else text}"
+
+
+def test_every_character_of_a_list_is_what_the_command_gets(chain: Path, write: Write) -> None:
+    write("😀 ß.txt", WORDS)
+    stage = load_chain(chain, ["small.source=[a.txt, 😀 ß.txt]"]).stages[0]
+    words = stage.arguments({})[len(stage.command.split()) :]
+    assert parse(FUNCTIONS[stage.command], words, "")["source"] == ["a.txt", "😀 ß.txt"]
 
 
 def test_a_key_that_is_left_empty(write: Write) -> None:

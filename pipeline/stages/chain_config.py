@@ -314,7 +314,9 @@ def _with_variables(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    return str(value) if isinstance(value, str | datetime.date) else json.dumps(value, default=str)
+    if isinstance(value, str | datetime.date):
+        return str(value)
+    return json.dumps(value, default=str, ensure_ascii=False)  # YAML reads no escaped pairs
 
 
 def _expand(value: Any, key: str) -> Any:

@@ -1,6 +1,7 @@
 """`score`: a model answers held-out instructions, before tuning and after; both are scored."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.runs.stage_run import mlruns_root, run_once
 from pipeline.stages.answering import Answering, answer
 from pipeline.weights.fetch import locate
 
-ANSWERS = "answers.jsonl"  # of a run that goes on
+ANSWERS = "answers.jsonl"  # of a run that goes on, or lacks verdicts
 MEASURES = ("judge", "chrf", "rouge_l", "exact_match", "perplexity")  # of a chain's table
 VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
 
@@ -59,13 +60,23 @@ def score_stage(
         else:
             if judge is not None and (problem := connection_problem(judge)):
                 warn(f"{problem} Only answers that it has judged before can be scored.")
-            kept = Kept(run.path / ANSWERS)
+            kept = Kept(_answers(run.path))
             after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
         _score(run, after, earlier, judge, {**lineage, "digest": content}, sources)
 
     report = run_once("score", f"{stem_of(source)}-score", deciding, options, make, "report")
     print(*result_lines(report.parent), sep="\n")
     say(f"report: {report}")
+
+
+def _answers(run: Path) -> Path:
+    """Where a run keeps answers: with those of an attempt before it, which lacked verdicts."""
+    path = run / ANSWERS
+    first = re.sub(r"(?<=-[0-9a-f]{8})-\d{1,7}$", "", run.name)
+    for earlier in run.parent.glob(f"{first}*/{ANSWERS}"):
+        if not path.exists():
+            earlier.replace(path)
+    return path
 
 
 def _score(
@@ -81,7 +92,6 @@ def _score(
     summary = evaluate(
         after, before=earlier, judge=judge, directory=run.path, verdicts=cache, lineage=lineage
     )
-    (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
     metrics = summary.metrics()
     run.log_metrics(metrics, step=0)
     run.log_tags({f"lineage.{key}": value for key, value in lineage.items()})
@@ -105,6 +115,8 @@ def _score(
             f"{len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
             f"the report, such as: {missing[0].rationale}); the same command asks for them again."
         )
+    else:
+        (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them
     run.finish(outputs, metrics, sources, headline(metrics), complete=not missing)
 
 

@@ -17,7 +17,7 @@ from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response
 from tests.faults import servers
 from tests.faults.servers import Answer, Server
-from tests.journey import said
+from tests.journey import Journey, said
 
 
 @pytest.fixture
@@ -249,3 +249,30 @@ def test_items_without_a_verdict_are_asked_for_by_the_same_command(
 
     assert "already finished" in said(*command)[2]
     assert len(server.requests) == n_asked + 2
+
+
+def test_what_was_answered_is_kept_until_there_are_all_verdicts(
+    tiny: Journey, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPT_PIPELINE_HOME", str(tmp_path))
+    ckpt = f"--ckpt={tiny.best('instruct')}"
+    words = ["score", ckpt, "--max_new_tokens=4", f"--judge.base_url={server.url}/v1"]
+    words += ["--judge.model=judge-1", "--judge.max_attempts=1", "--precision=32-true"]
+    server.answers = [chat(verdict(50)), chat("no verdict"), chat("none again"), chat(verdict(50))]
+    code, _, err = said(*words, "--judge.max_concurrency=1")
+    assert code == 0, err
+    assert "verdicts of the judge are missing" in err
+
+    (path,) = tmp_path.glob("score/*/answers.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["text"] = "as it was kept"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = said(*words)
+    assert code == 0, err
+    texts = [
+        json.loads(line)["response"]
+        for again in tmp_path.glob("score/*-2/responses*.jsonl")
+        for line in again.read_text().splitlines()
+    ]
+    assert texts.count("as it was kept") == 1
+    assert not list(tmp_path.glob("score/*/answers.jsonl"))

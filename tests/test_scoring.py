@@ -92,6 +92,9 @@ def test_any_models_responses_can_be_read(write: Callable[[str, str | bytes], Pa
     content = "\ufeff" + jsonl(GOOD | {"gpt4_score": 3}, "", GOOD | {"id": "1", "input": "x"})
     first, second = read_responses(write("r.jsonl", content.replace("\n", "\r\n")))
     assert (first.id, first.input, second.id, second.input) == (1, "", "1", "x")
+    optional = ("input", "settings", "reference_nats", "reference_tokens")
+    (third,) = read_responses(write("null.jsonl", jsonl(GOOD | dict.fromkeys(optional))))
+    assert third == first
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,8 @@ def test_any_models_responses_can_be_read(write: Callable[[str, str | bytes], Pa
         (GOOD | {"reference_nats": math.inf, "reference_tokens": 1}, r"'reference_nats' is inf"),
         (GOOD | {"reference_nats": -1.0, "reference_tokens": 1}, r"'reference_nats' is -1\.0"),
         (GOOD | {"reference_nats": 1.0, "reference_tokens": 0}, r"over 0 'reference_tokens'"),
+        (GOOD | {"reference_nats": 10**400, "reference_tokens": 1}, r"it takes a finite sum"),
+        (GOOD | {"reference_nats": 1.0, "reference_tokens": 10**400}, r"it takes a finite sum"),
         ("[" * 100_000, r"r\.jsonl:2: "),
     ],
 )
@@ -379,6 +384,14 @@ def evaluated(items: list[Response], folder: Path, judge: JudgeConfig | None = N
         verdicts=folder / "verdicts.jsonl",
         lineage={},
     )
+
+
+def test_an_id_is_a_text_of_others_too(tmp_path: Path) -> None:
+    (item,) = responses("answer 0")
+    evaluated([replace(item, id="\a" + "x" * 5000)], tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "␇x" in html
+    assert "x" * 2001 not in html
 
 
 def test_a_report_of_one_model(tmp_path: Path) -> None:

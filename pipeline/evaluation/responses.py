@@ -1,7 +1,7 @@
 """`responses.jsonl`: what a model answered, one object an item, whichever model it was."""
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -53,7 +53,8 @@ class Response:
             raise ValueError(
                 "'reference_nats' and 'reference_tokens' must be numbers, or both left out."
             )
-        if not (math.isfinite(nats or 0) and (nats or 0) >= 0 and (tokens or 0) >= 1):
+        highest = sys.float_info.max
+        if not (0 <= (nats or 0) <= highest and 1 <= (tokens or 0) <= highest):
             raise ValueError(
                 f"'reference_nats' is {nats} over {tokens} 'reference_tokens'; "
                 "it takes a finite sum >= 0 over at least one token."
@@ -66,7 +67,7 @@ class Response:
 
 
 def read_responses(path: Path) -> list[Response]:
-    """Reads a `responses.jsonl` of any model; fields that are not `Response`'s are left out.
+    """Reads a `responses.jsonl` of any model; what `Response` has not, and null, is left out.
 
     Raises:
         ValueError: naming file and line of the first bad line or repeated id, or if there is none.
@@ -95,7 +96,8 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _response(row: Mapping[str, Any]) -> Response:
-    missing = {"id", "instruction", "reference", "response"} - row.keys()
-    if missing:
+    needed = {"id", "instruction", "reference", "response"}
+    if missing := needed - row.keys():
         raise ValueError(f"missing {', '.join(map(repr, sorted(missing)))}.")
-    return Response(**{f.name: row[f.name] for f in fields(Response) if f.name in row})
+    said = {key for key, value in row.items() if value is not None or key in needed}
+    return Response(**{f.name: row[f.name] for f in fields(Response) if f.name in said})

@@ -67,24 +67,45 @@ def load_yaml(text: str) -> Any:
     """What a YAML text holds, in primitives.
 
     Raises:
-        yaml.YAMLError: it is not valid YAML, or nested too deeply.
+        yaml.YAMLError: it is not valid YAML, or what `check_nesting` refuses.
     """
     check_nesting(text)
     return yaml.safe_load(text)
 
 
 def check_nesting(text: str) -> None:
-    """Raises yaml.YAMLError where values lie too deep in one another, or one in itself."""
+    """Raises yaml.YAMLError where values lie too deep in one another, one in itself, or a key is
+    given twice, of which the first would be lost.
+    """
     anchors: list[str | None] = []  # of the values around
+    parts: list[list[tuple[str | None, int]]] = [[]]  # of each: scalars, or None, and their lines
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.NodeEvent) and event.start_mark:
+            parts[-1].append((getattr(event, "value", None), event.start_mark.line + 1))
         if isinstance(event, yaml.CollectionStartEvent):
             anchors.append(event.anchor)
+            parts.append([])
         elif isinstance(event, yaml.CollectionEndEvent):
             anchors.pop()
+            own = parts.pop()
+            if isinstance(event, yaml.MappingEndEvent):
+                _refuse_repeated(own[::2])
         elif isinstance(event, yaml.AliasEvent) and event.anchor in anchors:
             raise yaml.YAMLError(f"*{event.anchor} refers to itself; write it out.")
         if len(anchors) > _MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} deep; flatten it.")
+
+
+def _refuse_repeated(keys: list[tuple[str | None, int]]) -> None:
+    lines: dict[str, int] = {}
+    for key, line in keys:
+        if key is None:
+            continue
+        if key in lines:
+            raise yaml.YAMLError(
+                f"{key!r} is given twice, in lines {lines[key]} and {line}; put that together."
+            )
+        lines[key] = line
 
 
 def check_configs(words: Sequence[str]) -> None:

@@ -283,7 +283,7 @@ def test_sample_texts_that_are_none(tiny: Journey) -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "check", "score", "generate", "run"])
-@pytest.mark.parametrize("content", [b"data: [", b"a: \xff"])
+@pytest.mark.parametrize("content", [b"data: [", b"a: \xff", b"data: {x: 1}\ndata: {y: 2}"])
 def test_options_that_are_no_yaml(command: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "options.yaml"
     path.write_bytes(content)

@@ -33,7 +33,7 @@ from pipeline.inference import (
     settings_for,
 )
 from pipeline.models import Loaded, load
-from pipeline.serving import serve
+from pipeline.serving import app, serve
 from pipeline.serving.app import Labelled, Labels, make_app
 from pipeline.serving.engine import Limits
 from pipeline.weights.huggingface_out import huggingface_writers
@@ -155,6 +155,15 @@ def test_a_stream_says_the_same(chatty: Served) -> None:
     roles = [event.choices[0].delta.role for event in events if event.choices]
     assert roles == ["assistant"] + [None] * (len(parts) - 1), "who adds it up gets it once"
     assert len({event.id for event in events}) == 1
+
+
+def test_an_event_is_one_line_to_whoever_reads_it() -> None:
+    """`str.splitlines`, by which httpx reads lines, ends them at more than LF and CR."""
+    said = "".join(map(chr, range(0x3000)))
+    body = app._event({"text": said}).encode()
+    (line, blank) = httpx.Response(200, content=body).iter_lines()
+    assert (json.loads(line.removeprefix("data: ")), blank) == ({"text": said}, "")
+    assert "好" in app._event({"text": "好"}), "no more is escaped than has to be"
 
 
 def test_draws_follow_the_seed_and_choices_differ(chatty: Served, model: Loaded) -> None:

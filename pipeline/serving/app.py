@@ -33,6 +33,8 @@ from pipeline.serving.writer import Writer
 MAX_BODY_BYTES = 4 * 2**20
 JSON = "application/json"
 HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
+# ends of lines to what reads events by `str.splitlines`, as httpx's `iter_lines` does
+LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 T = TypeVar("T")
 
 
@@ -171,7 +173,7 @@ async def _events(
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
 class _HungUpError(Exception):

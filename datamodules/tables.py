@@ -289,7 +289,7 @@ def _as_parquet(place: str) -> Iterator[None]:
 
     try:
         yield
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:  # of integers too long
         reason = str(error).splitlines()[0]
         raise ValueError(f"output is {place}: {reason}; give a .jsonl file.") from error
 

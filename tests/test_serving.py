@@ -109,11 +109,12 @@ def test_a_chat_is_what_generate_says(chatty: Served, model: Loaded) -> None:
 def test_a_conversation_is_in_the_models_template(chatty: Served, model: Loaded) -> None:
     turns = [("developer", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "And?")]
     messages: list[Any] = [{"role": role, "content": text} for role, text in turns]
-    messages[1]["content"] = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    messages[1]["content"] = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
     messages[2] |= {"refusal": None, "tool_calls": [], "annotations": []}  # as clients echo them
     answer = chatty.client().chat.completions.create(model="tiny", messages=messages)
     said = [Message(role="system", content="Be brief.")]
     said += [Message(role=role, content=text) for role, text in turns[1:]]
+    said[1]["content"] = "Hi\nyou"
     ids = encode_prompt(model.tokenizer, prompt_style(model), said)
     assert answer.usage
     assert answer.usage.prompt_tokens == len(ids)
@@ -382,6 +383,8 @@ def test_what_asks_for_nothing_is_let_pass(chatty: Served) -> None:
     habits["extra_body"] = {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0}
     habits |= {"stop": "", "n": None, "response_format": {"type": "text"}, "metadata": {"a": "b"}}
     assert ask(chatty, "Hi", **habits).choices[0].message.content
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
+    assert [*ask(chatty, "Hi", stream=True, stream_options=options)][-1].usage
     plain: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "logprobs": False, "echo": False}
     (choice,) = chatty.client().completions.create(**plain).choices
     assert choice.logprobs is None

@@ -26,10 +26,12 @@ MAX_STOPS, MAX_CHOICES, MAX_INPUTS, MAX_LIKELIEST = 4, 16, 256, 20
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "best_of": (1,),
+    "continuous_usage_stats": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_obfuscation": (False,),
     "logit_bias": ({},),
     "min_p": (0,),
     "modalities": (["text"],),
@@ -124,8 +126,8 @@ class ChatMessage(Strict):
 
     @property
     def text(self) -> str:
-        """What it says."""
-        return "".join(part.text for part in self.content)
+        """What it says; parts are lines, as vLLM and llama.cpp have them."""
+        return "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(WritingRequest):

@@ -79,7 +79,7 @@ def generate(
 
     Args:
         ckpt: checkpoint directory, or what `import` takes as a source.
-        prompt: the text, as it stands; - reads it from stdin.
+        prompt: the text, as it stands; - reads it from stdin, of a message without the line end.
         max_new_tokens: length limit of the continuation.
         temperature: 0 takes the likeliest token.
         top_k: draw only from the k likeliest tokens; 0 is all.
@@ -96,9 +96,11 @@ def generate(
         raise ValueError("--system comes before a user's message; add --chat.")
     from pipeline.inference import print_continuation
 
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n" if chat else "")
     print_continuation(
         ckpt,
-        sys.stdin.read() if prompt == "-" else prompt,
+        prompt,
         precision=precision,
         is_message=chat,
         system=system,

@@ -115,6 +115,9 @@ def test_weights_as_they_are(
     assert works("chat", f"--ckpt={source}", "--max_new_tokens=6") == works(
         "generate", f"--ckpt={source}", "--prompt=Hello!", "--max_new_tokens=6", "--chat=true"
     )
+    words = ["generate", f"--ckpt={source}", "--chat=true", "--max_new_tokens=6"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))  # the line end is one that echo adds
+    assert works(*words, "--prompt=-") == works(*words, "--prompt=Hello!")
     said_so = refused("classify", f"--ckpt={source}", "--text=hi")
     assert f"{source} is not a classifier" in said_so
     assert "--data" in refused("score", f"--ckpt={source}", "--max_new_tokens=2")

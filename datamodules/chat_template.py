@@ -43,7 +43,7 @@ class TemplateParts:
     """A conversation of n messages, taken apart.
 
     Attributes:
-        contents: the n contents, as the template writes them (some strip blanks).
+        contents: the n contents, as the template writes them (some strip blanks, or line ends).
         between: the n + 1 texts before, between and after them.
         opened: what is written instead of the last of these where a reply is opened.
     """
@@ -129,7 +129,9 @@ def _outline(
 def _forms(content: str, forgets_thoughts: bool) -> Iterator[str]:
     """How a template may write a content."""
     for text in (content, content.rpartition("</think>")[2])[: 1 + forgets_thoughts]:
-        yield from (text, text.strip(), text.lstrip(), text.rstrip())
+        yield text
+        for blanks in (None, "\n"):  # Qwen3's leaves an answer's indentation
+            yield from (text.strip(blanks), text.lstrip(blanks), text.rstrip(blanks))
 
 
 def _contents(

@@ -325,14 +325,15 @@ def test_a_template_that_opens_a_reply_to_a_user_alone(tmp_path: Path) -> None:
         conversation(of_others(tmp_path), theirs, messages, "Yes.")
 
 
+@pytest.mark.parametrize("answer", ["It is 7.", "    print(3 + 4)\n", "\n- 7\n  "])
 def test_what_was_thought_before_an_answer_is_forgotten_where_the_template_forgets_it(
-    tmp_path: Path,
+    tmp_path: Path, answer: str
 ) -> None:
     """As those of DeepSeek's R1 and of Qwen3 do; but no thought that was to be learned."""
     said = "message['content']"
     template = CHATML.replace(said, f"{said}.split('</think>')[-1].lstrip('\\n')")
     theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
-    thought = Message(role="assistant", content="<think>\nSeven?\n</think>\n\nIt is 7.")
+    thought = Message(role="assistant", content=f"<think>\nSeven?\n</think>\n\n{answer}")
     messages = [Message(role="user", content="3 + 4?"), thought, Message(role="user", content="Oh")]
     ours = of_others(tmp_path)
     wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

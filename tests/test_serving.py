@@ -443,7 +443,8 @@ def test_other_addresses(chatty: Served) -> None:
         reply = httpx.post(f"{chatty.url}{path}", json={})
         assert reply.status_code == 404
         assert "/v1/chat/completions" in reply.json()["error"]["message"]
-    assert httpx.get(f"{chatty.url}/v1/completions").status_code == 405
+    reply = httpx.get(f"{chatty.url}/v1/completions")
+    assert (reply.status_code, reply.headers["Allow"]) == (405, "POST"), "RFC 9110 wants it told"
 
 
 def test_a_classifier_labels(labelling: Served, tiny: Journey) -> None:

@@ -221,7 +221,9 @@ def _refused(request: Request, error: Exception) -> Response:
     if message == "Not Found":
         known = ", ".join(request.app.openapi()["paths"])
         message = f"{request.url.path} is not here; there are {known}."
-    return failure(error.status_code, message)
+    answer = failure(error.status_code, message)
+    answer.headers.update(error.headers or {})  # of 405, what is allowed
+    return answer
 
 
 def _invalid(request: Request, error: Exception) -> Response:

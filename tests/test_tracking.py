@@ -22,6 +22,7 @@ from mlflow.entities import ViewType
 
 from pipeline.runs import stage_run
 from pipeline.runs.journal import JOURNAL, read_journal
+from pipeline.runs.mlflow_replica import _metric_key
 from pipeline.runs.reuse import Attempt
 from pipeline.runs.run_directory import Run
 from pipeline.runs.tracking import Replica, open_ui, sync, sync_all, tracking_uri
@@ -263,7 +264,8 @@ def test_a_killed_run_is_ended_and_goes_on_when_resumed(root: Path) -> None:
 
 
 def test_names_that_mlflow_does_not_take_arrive_as_others(root: Path) -> None:
-    names = {"/a": "a", "../b": "b", "c//ham": "c/ham", "d/ham?": "d/ham_3f", "e/垃圾": "e/垃圾"}
+    names = {"/a": "_2f/a", "../b": "_2e_2e/b", "c//ham": "c/_2f/ham", "c/ham": "c/ham"}
+    names |= {"d/ham?": "d/ham_3f", "e/垃圾": "e/垃圾"}
     run = Run.open(root / "spam" / "one")
     run.log_metrics(dict.fromkeys([*names, "x" * 300], 1.0), 1)
     sync(run.path)
@@ -637,3 +639,11 @@ def test_names_that_mlflow_does_not_take_stay_apart(root: Path) -> None:
     assert sorted(found.values()) == sorted(values.values())
     assert found["plain"] == 1.0
     assert all(name == "plain" or name.startswith("test/f1/") for name in found)
+
+
+def test_labels_that_look_like_paths_stay_apart() -> None:
+    labels = ("a", "a/", "a//", "a/b", "a//b", "a/./b", "a/../b", ".", "..", "", "A", "a b", "é")
+    keys = {_metric_key(f"test/f1/{label}") for label in labels}
+    assert len(keys) == len(labels)
+    assert all(key.startswith("test/f1/") for key in keys)
+    assert {"test/f1/a", "test/f1/a/b", "test/f1/é"} <= keys, "as they are, where they can be"

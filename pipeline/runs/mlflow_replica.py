@@ -315,7 +315,8 @@ def _key(name: str) -> str:
 
 def _metric_key(name: str) -> str:
     """Likewise; labels that are in it stay apart, with other characters by their numbers."""
-    return _key(re.sub(_NOT_ALLOWED, lambda found: f"_{ord(found[0]):x}", name))
+    parts = re.sub(_NOT_ALLOWED, lambda found: f"_{ord(found[0]):x}", name).split("/")
+    return _key("/".join({"": "_2f", ".": "_2e", "..": "_2e_2e"}.get(p, p) for p in parts))
 
 
 def _fitting(client: MlflowClient, run_id: str, name: str, text: str, limit: int) -> str:

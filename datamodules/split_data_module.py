@@ -56,7 +56,7 @@ class SplitDataModule(StepDataModule):
         self.split_seed = split_seed
         named = {"val": val_source, "test": test_source}
         own = [split for split, given in named.items() if given is not None]
-        self.fractions = splits.shares(train_fraction, val_fraction, own)
+        self.fractions = tuple(splits.shares(train_fraction, val_fraction, own).values())
 
     def prepare_data(self) -> None:
         """Downloads, on one process."""
@@ -133,7 +133,7 @@ class SplitDataModule(StepDataModule):
         What a split blind to the keys would have leaked is counted.
         """
         shared = keys[: len(self._own["train"])]
-        fractions = [self.fractions[split] for split in self.order]
+        fractions = [self.fractions[SPLITS.index(split)] for split in self.order]
         seed = self.split_seed if self.shuffle_split else None
         if seed is None:
             parts = splits.split_in_order(shared, fractions)

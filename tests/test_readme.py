@@ -105,6 +105,7 @@ def test_it_can_be_used_from_python(tiny: Journey, capsys: pytest.CaptureFixture
     assert len(capsys.readouterr().out) > 1
 
 
+@pytest.mark.slow  # a server that imports all: tests/test_serving.py has others
 @pytest.mark.parametrize("line", SERVERS)
 def test_a_server_answers(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served = Served(tmp_path, *typed(line, monkeypatch)[1:])

@@ -131,7 +131,7 @@ def test_what_transformers_llama_tokenizer_writes(legacy: bool, tmp_path: Path) 
     merges = [tuple(pair) for pair in model["merges"]]
     LlamaTokenizer(model["vocab"], merges, legacy=legacy).save_pretrained(tmp_path)
     ours, theirs = reopened(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    plain = [text for text in texts() if not any(name in text for name in SPECIAL)]
+    plain = [text for text in texts(3000) if not any(name in text for name in SPECIAL)]
     assert [ours.bos_ids + ours.encode(text) for text in plain] == theirs(plain).input_ids
     form = ours.vocabulary.sentencepiece
     assert form is not None
@@ -374,7 +374,7 @@ def test_exported_for_transformers(
         huggingface_writers(exported(tiny_gpt, ours), torch.float32), tmp_path / "out"
     )
     theirs = AutoTokenizer.from_pretrained(folder)
-    plain = [text for text in texts() if not any(name in text for name in SPECIAL)]
+    plain = [text for text in texts(3000) if not any(name in text for name in SPECIAL)]
     ids = theirs(plain).input_ids
     assert ids == [ours.bos_ids + ours.encode(text) for text in plain]
     decoded = theirs.batch_decode(ids, skip_special_tokens=True)
@@ -396,7 +396,7 @@ def test_exported_for_llama_cpp(
     again = open_foreign(write_all(writers, tmp_path / "out") / "model.gguf").tokenizer
     is_metaspace = form.prefix in ("always", "first")
     assert ("llama.cpp puts a blank before every text" in capsys.readouterr().err) == is_metaspace
-    for text in texts():
+    for text in texts(3000):
         if not (is_metaspace and text.startswith((" ", "▁"))):
             assert again.encode(text) == ours.encode(text), repr(text)
     assert again.special_ids == ours.special_ids

@@ -390,7 +390,10 @@ def test_precision_is_that_of_the_model(
         return loaded
 
     monkeypatch.setattr("pipeline.inference.load_for_use", noting)
-    more = ["--prompt=x"] if command == "generate" else []
+    few = [{"instruction": f"Say {word}.", "output": word} for word in ("no", "yes")]
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    asked = {"generate": ["--prompt=x"], "score": [f"--data.test_source={tmp_path / 'few.json'}"]}
+    more = asked.get(command, [])
     for precision in ("32-true", "bf16-true", "f16-weights"):
         words = [f"--ckpt={tiny.best('instruct')}", "--max_new_tokens=1", *more]
         code, _, err = said(command, *words, f"--precision={precision}")

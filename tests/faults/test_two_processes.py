@@ -401,6 +401,7 @@ def test_two_learn_adapters_as_one_does(
     assert_adapters_are_those_of_one(home, adapters_of_one, tiny.tokenizer)
 
 
+@pytest.mark.slow  # what is above has adapters, and a head
 @pytest.mark.timeout(900)
 def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewHome) -> None:
     """What is shared out is gathered by a validation, and not shared out again before the save."""

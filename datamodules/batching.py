@@ -9,6 +9,7 @@ Shapes: B rows, T tokens.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypedDict
 
@@ -152,12 +153,13 @@ def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:
 def pad(samples: Sequence[Sample], pad_id: int) -> MicroBatch:
     """Stacks samples, padded on the right to the longest."""
     lengths = [len(sample["input_ids"]) for sample in samples]
+    stack = partial(pad_sequence, batch_first=True)
     micro_batch = MicroBatch(
         sample_ids=torch.tensor([sample["sample_id"] for sample in samples]),
-        input_ids=pad_sequence([s["input_ids"] for s in samples], True, pad_id),
+        input_ids=stack([s["input_ids"] for s in samples], padding_value=pad_id),
     )
     if "labels" in samples[0]:
-        micro_batch["labels"] = pad_sequence([s["labels"] for s in samples], True, IGNORE)
+        micro_batch["labels"] = stack([s["labels"] for s in samples], padding_value=IGNORE)
     if "label" in samples[0]:
         micro_batch["label"] = torch.tensor([sample["label"] for sample in samples])
     if min(lengths) < max(lengths):

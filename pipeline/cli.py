@@ -153,11 +153,7 @@ class PipelineCLI(LightningCLI):
         check_trainer(stage.trainer, str(self.subcommand))
 
     def take_from_checkpoint(self) -> None:
-        """Has what is evaluated begin with the weights of `ckpt_path`.
-
-        Raises:
-            ValueError: there are none, so it would be a new model, which has learned nothing.
-        """
+        """Has what is evaluated begin with the weights of `ckpt_path`; a new one is refused."""
         stage, model = self.stage, self.stage.model.init_args
         if self.subcommand == "fit":
             return

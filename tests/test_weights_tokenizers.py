@@ -321,8 +321,10 @@ def test_a_template_that_opens_a_reply_to_a_user_alone(tmp_path: Path) -> None:
     asked = "add_generation_prompt and messages[-1]['role'] != 'assistant'"
     template = CHATML.replace("add_generation_prompt", asked)
     theirs = save_tokenizer(train("smollm"), tmp_path, template=template)
+    ours = of_others(tmp_path)
     for messages in CONVERSATIONS:
-        conversation(of_others(tmp_path), theirs, messages, "Yes.")
+        prompt, _ = conversation(ours, theirs, messages, "Yes.")
+        assert ours.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("answer", ["It is 7.", "    print(3 + 4)\n", "\n- 7\n  "])
@@ -366,7 +368,9 @@ def test_a_template_that_strips_answers_alone(tmp_path: Path) -> None:
         Message(role="assistant", content="\n Yes. \n"),
         Message(role="user", content="\nAnd? "),
     ]
-    conversation(of_others(tmp_path), theirs, messages, " No.\n")
+    ours = of_others(tmp_path)
+    _, labels = conversation(ours, theirs, messages, " No.\n")
+    assert ours.decode([i for i in labels if i >= 0]).startswith("Yes.<|im_end|>No.<|im_end|>")
 
 
 def test_plain_text_starts_as_transformers_starts_it(chatting: tuple[Tokenizer, Any]) -> None:

@@ -143,6 +143,11 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_windows_is_told_of_wsl() -> None:
+    found = python("-c", "import sys; sys.platform = 'win32'; import pipeline.__main__")
+    assert "in WSL" in found.stderr.splitlines()[-1]
+
+
 def test_interrupt_exits_as_shells_expect(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(**_: object) -> None:
         """Interrupted."""

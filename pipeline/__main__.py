@@ -33,7 +33,7 @@ GLOBAL_OPTIONS = {
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 LOOK_S, N_LOOKS = 0.1, 8
-BUSY_PERCENT = 25  # of all cores, that other processes use when a command starts
+BUSY_PERCENT = 25  # of all cores, used by other processes when a command starts
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _listening_to_data() -> Iterator[None]:
-    """Shows what data modules have to say, such as how many samples were cut, on stderr."""
+    """Shows what data modules log, such as how many samples were cut, on stderr."""
     logger, handler = logging.getLogger("datamodules"), logging.StreamHandler(sys.stderr)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -117,11 +117,11 @@ def _dispatch(words: list[str]) -> int | None:
 
 
 def choose_waiting() -> None:
-    """How OpenMP's threads wait for one another; it has to be said before torch is loaded.
+    """Chooses how OpenMP's threads wait for one another; must run before torch is loaded.
 
     On an idle machine a short spin makes small steps 1.5 times as fast as sleeping does; where
-    another process wants a core, sleeping is 3 times as fast as any spin. A machine is busy if it
-    is so at every look: what was there just before may still be ending.
+    another process wants a core, sleeping is 3 times as fast as any spin. Only a machine that is
+    busy at every look counts as busy: a process that was there just before may still be ending.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         return
@@ -156,7 +156,7 @@ def _explain(words: list[str]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says; of the system's own, the file and what is wrong with it."""
+    """An error's message on one line; for one of the operating system's, file and reason."""
     text = str(error)
     if isinstance(error, UnicodeEncodeError) and error.reason != "surrogates not allowed":
         text = f"stdout takes {error.encoding} alone; set PYTHONIOENCODING=utf-8."

@@ -1,4 +1,4 @@
-"""What users write, checked by jsonargparse against typed functions; errors fit on one line."""
+"""Parses options against typed functions with jsonargparse; its errors become one line."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _NOISE = re.compile(
 )
 
 _UNKNOWN_KEY = re.compile("unrecognized arguments|is not accepted|does not accept option")
-# of a parser that looks for some options before the others are parsed
+# for a parser that looks for some options before the others are parsed
 EARLY: dict[str, Any] = {"add_help": False, "allow_abbrev": False, "exit_on_error": False}
-_MAX_DEPTH = 100  # of values in one another: what reads YAML recurses, in C until it crashes
+_MAX_DEPTH = 100  # of nested values: YAML readers recurse, the one in C until it crashes
 _PARSERS_LOADER = get_loader("yaml")
 
 
@@ -48,12 +48,12 @@ _Dumper.add_implicit_resolver(
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML of primitives that is read as what it was."""
+    """YAML of primitives that reads back as the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def guard_yaml() -> None:
-    """From now on jsonargparse too refuses what `check_nesting` does, and writes as `dump_yaml`."""
+    """Makes jsonargparse read YAML with `check_nesting` and write it with `dump_yaml`."""
     set_loader("yaml", _guarded, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
 
@@ -64,7 +64,7 @@ def _guarded(text: str) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text holds, in primitives.
+    """A YAML text as primitives.
 
     Raises:
         yaml.YAMLError: it is not valid YAML, or what `check_nesting` refuses.
@@ -74,11 +74,11 @@ def load_yaml(text: str) -> Any:
 
 
 def check_nesting(text: str) -> None:
-    """Raises yaml.YAMLError where values lie too deep in one another, one in itself, or a key is
-    given twice, of which the first would be lost.
+    """Raises yaml.YAMLError for values nested too deeply or in themselves, and for a key given
+    twice, of which YAML would drop the first.
     """
-    anchors: list[str | None] = []  # of the values around
-    parts: list[list[tuple[str | None, int]]] = [[]]  # of each: scalars, or None, and their lines
+    anchors: list[str | None] = []  # of the enclosing values
+    parts: list[list[tuple[str | None, int]]] = [[]]  # of each: (scalar or None, line)
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.NodeEvent) and event.start_mark:
             parts[-1].append((getattr(event, "value", None), event.start_mark.line + 1))
@@ -109,9 +109,9 @@ def _refuse_repeated(keys: list[tuple[str | None, int]]) -> None:
 
 
 def check_configs(words: Sequence[str]) -> None:
-    """Refuses a file of options that is not valid YAML by its name, which jsonargparse leaves out.
+    """Refuses config files that are not valid YAML; jsonargparse would not name the file.
 
-    A missing file is left to jsonargparse.
+    Missing files are left to jsonargparse.
 
     Raises:
         ValueError: naming the file and the place in it.
@@ -130,7 +130,7 @@ def check_configs(words: Sequence[str]) -> None:
 
 
 def early(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """What a parser made with `EARLY` finds among words of others.
+    """The options that a parser made with `EARLY` knows, among others.
 
     Raises:
         ValueError: an option is without its value.
@@ -163,7 +163,7 @@ def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict
 
 
 def build(kind: type[T], values: Any, key: str) -> T:
-    """A dataclass from what stands under a key of a YAML file.
+    """A dataclass from the values under a key of a YAML file.
 
     Raises:
         ValueError: an unknown or missing field or a wrong type, in one line that names the key.
@@ -193,9 +193,9 @@ def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
 
 
 def one_line(message: str, known: Sequence[str] = ()) -> str:
-    """The nested message of jsonargparse as `key: what is wrong`, without the types it tried.
+    """A nested message of jsonargparse as `key: what is wrong`, without the types that it tried.
 
-    Of `known` names of options the nearest is told for one that is unknown.
+    For an unknown option the nearest name in `known` is suggested.
     """
     if refused := refusal(message):
         return refused

@@ -1,4 +1,4 @@
-"""`check`: what `fit` would do, cost and quietly lose, said before it starts.
+"""`check`: says what `fit` would do, cost and quietly lose, before it starts.
 
 It is a fit that ends after a few steps, in a run that is thrown away: it reads the same options and
 resolves data, tokenizer and weights by the same code.
@@ -38,7 +38,7 @@ class CheckCLI(PipelineCLI):
 
     @contextmanager
     def make_run(self, attempt: Attempt) -> Iterator[Run]:
-        """A run that is gone afterwards; MLflow never hears of it."""
+        """A run that is deleted afterwards and never sent to MLflow."""
         mlruns_root().mkdir(parents=True, exist_ok=True)
         for journal in mlruns_root().glob(f".check-*/*/*/{JOURNAL}"):
             if not is_open(journal.parent):  # that check was killed
@@ -51,7 +51,7 @@ class CheckCLI(PipelineCLI):
                 run.fail("only a check")
 
     def before_instantiate_classes(self) -> None:
-        """No loggers of the user's, to which the steps of a check say nothing."""
+        """Leaves out the user's loggers: the steps of a check are not theirs to log."""
         super().before_instantiate_classes()
         self.stage.trainer.logger = None
 
@@ -59,7 +59,7 @@ class CheckCLI(PipelineCLI):
         """Nothing: there is no checkpoint to go on from."""
 
     def fit(self, model: Any, datamodule: StepDataModule, **kwargs: Any) -> None:
-        """Takes the steps of the trial, and says what they tell.
+        """Runs the trial's steps and reports what they show.
 
         Raises:
             ValueError: for several processes, whose shares of a step it does not know.
@@ -107,7 +107,7 @@ class CheckCLI(PipelineCLI):
         return int(self.trainer.estimated_stepping_batches)
 
     def _validations(self, training_s: float) -> tuple[int, int]:
-        """How many there are, and after which step the last; by the clock as if after the last."""
+        """How many there are, and the step of the last one: if they are timed, the run's last."""
         if interval_s := getattr(self.trainer, "_val_check_time_interval", None):
             n_validations = int(training_s // interval_s)
             return n_validations, self._n_steps * bool(n_validations)

@@ -40,7 +40,7 @@ from pipeline.directories import (
     writing_directory,
 )
 
-FORMAT = 3  # raise it when an earlier checkpoint would not resume exactly
+FORMAT = 3  # increased whenever earlier checkpoints would not resume exactly
 META, WEIGHTS, TRAINING = "meta.json", "model.safetensors", "training.pt"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAMELESS = ("exported", "model.gguf")  # said by the folder that they lie in
@@ -48,19 +48,17 @@ _STEP = r"step-\d{8,}"
 
 
 def step_name(step: int) -> str:
-    """The folder's name for an optimizer step; names sort as steps do."""
+    """The folder name of an optimizer step; names sort in the order of steps."""
     return f"step-{step:08d}"
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints in a folder by step, as they are named here; copies of a user's are not among."""
+    """Checkpoints in a folder by step; other names, such as those of copies, are skipped."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(_STEP, path.name))
 
 
 def stem_of(source: str | Path) -> str:
-    """What a model is called: what a run made by the run, without its digest; others by their file,
-    or by their name on the hub.
-    """
+    """A model's name: that of its run, without the digest; for others their file's or hub name."""
     path = resolved(Path(source))
     if not path.exists():
         return str(source).partition("@")[0].rpartition("/")[2]
@@ -74,8 +72,8 @@ def stem_of(source: str | Path) -> str:
 def write_checkpoint(path: Path, writers: Writers) -> None:
     """Writes a directory of files, whole or not at all, its manifest last.
 
-    What an earlier process left half-written of other steps is removed: one writes at a time.
-    CheckpointNotWritten where the disk is full, or refuses.
+    Half-written checkpoints of earlier processes are removed: one process writes at a time.
+    CheckpointNotWritten where the disk is full or refuses to write.
     """
     if path.parent.is_dir():
         sweep(path.parent, _STEP)
@@ -85,7 +83,7 @@ def write_checkpoint(path: Path, writers: Writers) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint; it stops being one before its files go."""
+    """Removes a checkpoint, renamed first so that nobody finds a part of one."""
     shutil.rmtree(path.rename(hidden(path)))
 
 
@@ -116,7 +114,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def refuse_folder_of_checkpoints(path: Path) -> None:
-    """CheckpointError, naming the newest, for a folder that holds checkpoints and is none."""
+    """CheckpointError for a folder that holds checkpoints but is none itself; names the newest."""
     if not (path / MANIFEST).exists():
         if found := [*steps_in(path), *steps_in(path / CHECKPOINTS)]:
             newest = max(found, key=lambda step: step.name)
@@ -128,9 +126,9 @@ def refuse_folder_of_checkpoints(path: Path) -> None:
 
 
 def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
-    """The newest whole checkpoint below a folder; damaged ones are set aside, loudly.
+    """The newest whole checkpoint below a folder; damaged ones are set aside with a warning.
 
-    Of several processes one alone sets aside.
+    Of several processes only one may set aside.
     """
     for path in reversed(steps_in(folder)):
         try:
@@ -144,7 +142,7 @@ def newest_valid(folder: Path, *, set_aside: bool = True) -> Path | None:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights by name, shape and float32 value, whatever file they came in."""
+    """SHA-256 of weights by name, shape and float32 value, whatever the file format."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
@@ -165,17 +163,17 @@ def tensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], object]:
 
 
 def model_writers(tensors: Mapping[str, Tensor], meta: Any, tokenizer: Tokenizer) -> Writers:
-    """The files of a checkpoint that is used but not resumed."""
+    """The files of a checkpoint for use, without the state to resume training."""
     return {WEIGHTS: tensors_writer(tensors), META: json_writer(meta), TOKENIZER: tokenizer.save}
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What the checkpoint is: model, data, precision, base."""
+    """Reads meta.json: model, data, precision, base."""
     return json.loads((path / META).read_bytes())
 
 
 def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """Weights by name, on the CPU; CheckpointError where the file holds something else."""
+    """Weights by name, on the CPU; CheckpointError if the file does not hold tensors."""
     try:
         return load_file(path / name)
     except SafetensorError as error:
@@ -185,7 +183,7 @@ def read_tensors(path: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """Training state: tensors and primitives; CheckpointError for all else, and nothing is run."""
+    """Training state of tensors and primitives; CheckpointError for anything else, unexecuted."""
     try:
         return torch.load(path / TRAINING, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:

@@ -85,7 +85,7 @@ class PipelineCLI(LightningCLI):
         super().__init__(parser_kwargs=parsers, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is asked for: to make parsers of all four takes longer than to parse."""
+        """Only the one asked for: making the parsers of all four takes longer than parsing."""
         return {self.name: super().subcommands()[self.name]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,7 +124,7 @@ class PipelineCLI(LightningCLI):
             self.config_dump = json.loads(self.parser.dump(self.config, **options))[self.name]
 
     def _parse_ckpt_path(self) -> None:
-        """Checkpoints never override the command line."""
+        """Does nothing: a checkpoint never overrides the command line."""
 
     @property
     def stage(self) -> Namespace:
@@ -153,7 +153,7 @@ class PipelineCLI(LightningCLI):
         check_trainer(stage.trainer, str(self.subcommand))
 
     def take_from_checkpoint(self) -> None:
-        """Has what is evaluated begin with the weights of `ckpt_path`; a new one is refused."""
+        """Evaluates the weights at `ckpt_path`; a model without a checkpoint is refused."""
         stage, model = self.stage, self.stage.model.init_args
         if self.subcommand == "fit":
             return
@@ -170,7 +170,7 @@ class PipelineCLI(LightningCLI):
             check_warmup(model.optimizer_config.warmup_steps, self.stage.trainer.max_steps)
 
     def instantiate_classes(self) -> None:
-        """Builds the parts; what one of them refuses is said without jsonargparse's wrapping."""
+        """Builds the parts; their errors lose jsonargparse's wrapping."""
         try:
             super().instantiate_classes()
         except AlreadyFinished:
@@ -214,7 +214,7 @@ class PipelineCLI(LightningCLI):
         return open_run(attempt, self.config_dump)
 
     def _open_on_first_rank(self) -> None:
-        """Opens the run in the first of several processes; the others learn where it lies."""
+        """Opens the run in the first of several processes; the others take its path."""
         attempt = self.attempt()
         self.run: Run | None = None
         self.run_path = Path(os.environ.get(RUN_VARIABLE) or attempt.path)
@@ -229,7 +229,7 @@ class PipelineCLI(LightningCLI):
             raise AlreadyFinished(self.run_path)
 
     def attempt(self) -> Attempt:
-        """Where it runs: by its configuration and the content of its starting weights."""
+        """The run directory to use, named by configuration and content of the starting weights."""
         options = {k: v for k, v in self.config_dump.items() if k not in ("run", "config")}
         init_from = self.config_dump["model"]["init_args"].get("init_from")
         given = (init_from, self.stage.ckpt_path, self.stage.get("before"))
@@ -242,7 +242,7 @@ class PipelineCLI(LightningCLI):
         return find_run(base, change, anew=self.stage.run.resume == "never")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; what a library says when memory is short or a worker dies becomes one line."""
+        """Runs it; libraries' errors for short memory or a dead worker become one line."""
         try:
             super()._run_subcommand(subcommand)
         except (RuntimeError, MemoryError) as error:
@@ -257,10 +257,10 @@ class PipelineCLI(LightningCLI):
             raise ValueError(text) from error
 
     def before_fit(self) -> None:
-        """Goes on from the newest whole checkpoint of this run; without one, from another run's.
+        """Resumes from the newest whole checkpoint of this run, else from the given one.
 
         Raises:
-            ValueError: there is none, and there must be.
+            ValueError: `run.resume` is must and there is none.
         """
         config = self.config_init[self.subcommand]
         self.model.allow_changes = config.run.allow_changes
@@ -276,7 +276,7 @@ class PipelineCLI(LightningCLI):
             say(f"resuming from {config.ckpt_path}")
 
     def _say_what_is_new(self, *, must: bool) -> None:
-        """How a like run that was interrupted differs, where there is nothing to go on with."""
+        """Says how an interrupted run of this name differs, as there is nothing to resume."""
         other = interrupted_like(self.run_path)
         text = f"; {other}" if other else ""
         if must:
@@ -347,7 +347,7 @@ class PipelineCLI(LightningCLI):
             },
             headline=report.headline,
         )
-        stream = sys.stderr if outputs else sys.stdout  # where a path is handed over: that alone
+        stream = sys.stderr if outputs else sys.stdout  # a path that is handed over stands alone
         for line in report.lines or lines_of(report.headline):
             print(line, file=stream)
         say(f"finished: {run.path}")

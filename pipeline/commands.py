@@ -1,4 +1,4 @@
-"""The commands that are plain functions: signature and docstring are their command line.
+"""The commands that are plain functions; signature and docstring define their options.
 
 Nothing heavy is imported until a command runs, so that `--help` is instant.
 """

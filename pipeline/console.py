@@ -1,4 +1,4 @@
-"""What a command says beside its result, on stderr."""
+"""Messages of a command beside its result, on stderr."""
 
 import sys
 
@@ -7,10 +7,10 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 
 
 def say(text: str) -> None:
-    """Tells whoever looks on."""
+    """Prints a message."""
     print(text.translate(CONTROL_PICTURES), file=sys.stderr)
 
 
 def warn(text: object) -> None:
-    """Tells of what may not be meant, or is missing; the command goes on."""
+    """Prints a warning: something may not be meant, or is missing; the command goes on."""
     say(f"warning: {text}")

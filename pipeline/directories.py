@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 
 from datamodules.files import digest, remembered_sha256, sha256
 
-CHECKPOINTS = "checkpoints"  # of a run, below it
+CHECKPOINTS = "checkpoints"  # folder of a run
 MANIFEST = "manifest.json"  # of a checkpoint: size and SHA-256 of its files
 FOR_PEOPLE = ("README.md", "Modelfile")  # beside weights, to be edited
-ASIDE = ".aside"  # how one ends that is about to be replaced
-DRAFT = ".draft"  # how hidden folders end that are on their way in or out
+ASIDE = ".aside"  # suffix of a directory that is about to be replaced
+DRAFT = ".draft"  # suffix of hidden folders that are being written or removed
 _OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: what libraries raise
-# of flock where a file system locks no folder; over NFS EBADF, as it is open to read alone
+# of flock where a file system locks no folders; EBADF over NFS, for a folder opened to read
 _OF_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 Writers = Mapping[str, Callable[[Path], object]]  # file name -> what writes that file
 
@@ -32,22 +32,22 @@ class CheckpointError(ValueError):
 
 
 class CheckpointNotWritten(OSError):
-    """A checkpoint, or what is exported, that could not be written; what was there is as it was."""
+    """A checkpoint or export that could not be written; what was there before is untouched."""
 
 
 @contextmanager
 def writing_directory(path: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `path` when the block ends well, flushed to disk.
+    """A hidden folder that becomes `path` when the block ends without an error, flushed to disk.
 
-    So the directory is there whole or not at all, even if the machine stops. One that stands there
-    already is replaced. What an earlier process left half-written of it is removed; what a living
-    one (of this machine) writes at the same time is not.
+    So the directory is there whole or not at all, even if the machine stops. An existing one is
+    replaced. Half-written drafts of earlier processes are removed, those of living ones (on this
+    machine) are not.
 
     Args:
         path: the directory to be.
 
     Raises:
-        CheckpointNotWritten: the disk is full, or refuses.
+        CheckpointNotWritten: the disk is full or refuses to write.
     """
     path = path.resolve()
     try:
@@ -92,7 +92,7 @@ def _draft_of(path: Path) -> Iterator[Path]:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """What was put aside goes back, where who did so was killed before the other took its place."""
+    """Restores a directory that a process put aside but was killed before it replaced it."""
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
     elif aside.exists():
@@ -108,9 +108,9 @@ def write_files(folder: Path, writers: Writers) -> dict[str, dict[str, Any]]:
 
 
 def check_output(path: Path, *, is_own: bool) -> Path:
-    """A directory that is this command's to write, or to replace; absolute, as others look for it.
+    """The absolute path of a directory that a command may write or replace.
 
-    ValueError where something lies there that is not the command's own.
+    ValueError where something is there that the command did not write.
     """
     absolute = path.resolve()
     if Path.cwd().is_relative_to(absolute):
@@ -122,7 +122,7 @@ def check_output(path: Path, *, is_own: bool) -> Path:
 
 
 def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the files that are missing, or are not what `write_files` wrote.
+    """Names of the files that are missing, or differ from what `write_files` wrote.
 
     Raises:
         CheckpointError: for a name that is a path: nothing outside the folder is looked at.
@@ -137,8 +137,8 @@ def damaged(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
 
 
 def path_digest(path: Path) -> str:
-    """SHA-256 of a file, of a checkpoint's manifest, or of all that another folder shows, but for
-    what is there to be edited.
+    """SHA-256 of a file, of a checkpoint's manifest, or of another folder's visible files, except
+    those that people edit.
     """
     if path.is_file():
         return remembered_sha256(path)
@@ -151,12 +151,12 @@ def path_digest(path: Path) -> str:
 
 
 def hidden(path: Path) -> Path:
-    """A name beside a directory for it on its way in or out."""
+    """A hidden name beside a directory, for while it is written or removed."""
     return path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}{DRAFT}"
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Removes from a folder what `hidden` named, by a pattern of names, and nobody holds."""
+    """Removes what `hidden` named in a folder, by a pattern of names, unless a process holds it."""
     pattern = re.compile(rf"\.{name}-[0-9a-f]{{8}}{re.escape(DRAFT)}")
     with _holding(folder):
         for leftover in [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]:
@@ -171,7 +171,7 @@ def sweep(folder: Path, name: str) -> None:
 def _holding(folder: Path, how: int = 0) -> Iterator[None]:
     """Holds a folder's lock, which ends with the process; BlockingIOError with `LOCK_NB`.
 
-    Where the file system locks no folder, one process is to write there at a time.
+    Without a lock on file systems that lock no folders: one process may write there at a time.
     """
     with contextlib.ExitStack() as after:
         descriptor = os.open(folder, os.O_RDONLY)

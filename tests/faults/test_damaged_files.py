@@ -12,7 +12,7 @@ from pipeline.runs.run_directory import CONFIG, OUTCOME, Run, read_outcome
 from pipeline.stages.chain import RECORD, StageRun, _warn_of_code
 from pipeline.stages.chain_config import Stage
 from tests.faults.test_checkpoint_faults import empty
-from tests.journey import Journey, said
+from tests.journey import said
 
 Damage = Callable[[Path], None]
 
@@ -35,8 +35,10 @@ def lose_a_key(path: Path) -> None:
 damages = pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
 
 
-def test_an_outcome(home: Path, tiny: Journey) -> None:
-    words = ["merge", f"--ckpt={tiny.best('instruct')}"]
+def test_an_outcome(home: Path) -> None:
+    text = home.parent / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    words = ["tokenizer", "train", f"--source={text}", "--vocab_size=300", "--min_frequency=2"]
     assert said(*words)[0] == 0
     (path,) = home.glob(f"*/*/{OUTCOME}")
     content, before = path.read_bytes(), read_outcome(path.parent)

@@ -318,7 +318,8 @@ def serve(
     Args:
         ckpt: checkpoint directory, or what `import` takes as a source.
         name: what clients call the model; by default its run, or what it was asked for by.
-        host: address to listen on.
+        host: address to listen on; one of this machine alone is asked for by localhost or an
+            address, where there is no key.
         port: to listen on; 0 takes a free one.
         api_key_env: environment variable with the key that clients have to show; empty for none.
         max_new_tokens: length limit of answers to requests that name none.

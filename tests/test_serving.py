@@ -437,6 +437,28 @@ def test_a_page_in_a_browser_cannot_ask(chatty: Served) -> None:
     assert not [name for name in asked.headers if name.startswith("access-control")]
 
 
+def test_a_page_whose_name_leads_here_cannot_ask(chatty: Served, labelling: Served) -> None:
+    """DNS rebinding: to a browser it asks its own server, so that it may send and read all."""
+    asked = {"prompt": "a", "max_tokens": 1}
+    port = chatty.url.rpartition(":")[2]
+    for host, status in {
+        f"rebound.example.org:{port}": 403,
+        "localhost.example.org": 403,
+        "[": 400,
+        "LOCALHOST": 200,
+        f"tiny.localhost:{port}": 200,
+        f"host.docker.internal:{port}": 200,
+        f"[::1]:{port}": 200,
+        "192.168.1.7": 200,
+    }.items():
+        said = {"Host": host}
+        assert httpx.get(f"{chatty.url}/v1/models", headers=said).status_code == status, host
+        reply = httpx.post(f"{chatty.url}/v1/completions", headers=said, json=asked)
+        assert reply.status_code == status, host
+    with_key = {"Host": "models.example.org", "Authorization": "Bearer sesame"}  # of a proxy, say
+    assert httpx.get(f"{labelling.url}/v1/models", headers=with_key).status_code == 200
+
+
 def test_other_addresses(chatty: Served) -> None:
     assert httpx.get(f"{chatty.url}/health").json() == {"status": "ok"}
     for path in ("/v1/embeddings", "/classify", "/docs"):
@@ -644,7 +666,7 @@ def test_one_thread_loads_and_runs_the_model(
             self.app = app
 
         def run(self, _: Any) -> None:
-            client = TestClient(self.app)
+            client = TestClient(self.app, base_url="http://localhost")
             for _ in range(2):
                 route, asked = ("/v1/completions", "prompt") if kind == "writes" else LABELS
                 client.post(route, json={"model": "it", asked: "Hello"}).raise_for_status()

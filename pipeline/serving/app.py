@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -32,6 +34,7 @@ from pipeline.serving.writer import Writer
 
 MAX_BODY_BYTES = 4 * 2**20
 JSON = "application/json"
+LOCAL = (".localhost", ".internal")  # ends of names that nobody can register (RFC 6761, ICANN)
 HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
 # ends of lines to what reads events by `str.splitlines`, as httpx's `iter_lines` does
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
@@ -48,8 +51,11 @@ class Labels(NamedTuple):
     of: Callable[[Sequence[str]], Future[list[Labelled]]]
 
 
-def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
-    """The server of a model that clients call `name`; they have to show the key, if any."""
+def make_app(name: str, served: Writer | Labels, key: str, *, local: bool = False) -> FastAPI:
+    """The server of a model that clients call `name`; they have to show the key, if any.
+
+    A `local` one that wants none has to be asked for by its address, or as localhost.
+    """
     # FastAPI's pages of documentation would load scripts from elsewhere, and need no key
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Bounded)
@@ -64,7 +70,8 @@ def make_app(name: str, served: Writer | Labels, key: str) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    kept = APIRouter(dependencies=[Depends(_needs(key))])
+    check = _is_local if local and not key else _needs(key)
+    kept = APIRouter(dependencies=[Depends(check)])
     _add_models(kept, name)
     if isinstance(served, Writer):
         _add_completions(kept, name, served)
@@ -213,6 +220,20 @@ def _needs(key: str) -> Callable[[Request], None]:
             raise HTTPException(401, "the key is missing or wrong; send Authorization: Bearer KEY.")
 
     return check
+
+
+def _is_local(request: Request) -> None:
+    """A page of a browser may have the name of its site lead here (DNS rebinding)."""
+    asked = request.headers.get("Host", "")
+    host = urlsplit(f"//{asked}").hostname or ""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return
+    if not f".{host}".endswith(LOCAL):
+        raise HTTPException(
+            403,
+            f"this server is not {asked!r}; ask for localhost, or start it with --api_key_env.",
+        )
 
 
 def _refused(request: Request, error: Exception) -> Response:

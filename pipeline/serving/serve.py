@@ -48,6 +48,7 @@ def serve(
     """
     key = key_from_environment(api_key_env, "api_key_env")
     listener = listen(*address)
+    app_of = partial(make_app, key=key, local=address[0] in LOOPBACK)
     if address[0] not in LOOPBACK and not key:
         warn(f"whoever reaches {address[0]} can use it; --api_key_env asks for a key.")
     # OpenMP has threads for every thread that computes: where that makes more of them than there
@@ -59,13 +60,13 @@ def serve(
         if precision not in ("auto", "32-true"):
             raise ValueError(f"precision is {precision}; a classifier answers only in 32-true.")
         of = partial(worker.submit, label_texts, loaded)
-        server = _Server(make_app(name, Labels(loaded.meta["label_names"], of), key))
+        server = _Server(app_of(name, Labels(loaded.meta["label_names"], of)))
         _greet(loaded, name, listener, api_key_env)
         server.run([listener])
         return
 
     engine = Engine(worker, loaded.gpt, limits)
-    server = _Server(make_app(name, Writer(loaded, engine, defaults), key), engine.close)
+    server = _Server(app_of(name, Writer(loaded, engine, defaults)), engine.close)
     engine.ended.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         _greet(loaded, name, listener, api_key_env)

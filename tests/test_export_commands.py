@@ -302,6 +302,13 @@ def test_a_license_goes_along(tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path) 
     assert [step["name"] for step in steps] == ["imported", "published"]
 
 
+def test_a_checkpoint_that_was_copied_without_its_run(tiny: Journey, tmp_path: Path) -> None:
+    best = tiny.best("pretrain")
+    alone = shutil.copytree(best, tmp_path / "mine" / "checkpoints" / best.name)
+    steps = json.loads((export(alone, "--format=huggingface") / "export.json").read_text())
+    assert steps["lineage"][0]["metrics"] == {}
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "dtype": (("--format=gguf", "--dtype=bfloat16"), "dtype is bfloat16; for gguf give f32 or"),
     "peft": (("--format=peft",), "holds no adapter; export it with --format huggingface"),

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.checkpoint import META, read_meta
 from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.models import Loaded
-from pipeline.runs.journal import metric_history
+from pipeline.runs.journal import JOURNAL, metric_history
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign
 
@@ -69,5 +69,6 @@ def _metrics(path: Path, meta: dict[str, Any]) -> dict[str, float]:
     outcome = read_outcome(run)
     if outcome and Path(outcome["outputs"].get("best", "")).name == path.name:
         return outcome["metrics"]
-    history, step = metric_history(run), meta.get("step")
+    history = metric_history(run) if (run / JOURNAL).exists() else {}  # copied without its run
+    step = meta.get("step")
     return {name: at[step] for name, at in history.items() if name[:4] == "val/" and step in at}

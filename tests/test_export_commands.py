@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from datamodules.prompts import Message, encode_prompt
-from pipeline.checkpoint import read_meta, verify_checkpoint
+from pipeline.checkpoint import model_writers, read_meta, verify_checkpoint, write_checkpoint
 from pipeline.directories import path_digest
 from pipeline.inference import label_probabilities
 from pipeline.models import load
 from pipeline.runs.journal import metric_history
 from pipeline.weights.card import card
 from pipeline.weights.huggingface_out import huggingface_writers
+from pipeline.weights.lineage import short_name
 from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
 from tests.exporting import write as write_all
 from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
@@ -307,6 +308,31 @@ def test_a_checkpoint_that_was_copied_without_its_run(tiny: Journey, tmp_path: P
     alone = shutil.copytree(best, tmp_path / "mine" / "checkpoints" / best.name)
     steps = json.loads((export(alone, "--format=huggingface") / "export.json").read_text())
     assert steps["lineage"][0]["metrics"] == {}
+
+
+def test_ancestors_that_moved_along_are_told(
+    tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path
+) -> None:
+    """And with them the license of what all began with."""
+    home = tmp_path / "before" / "mlruns"
+    names = [Path("import", "p-01234567"), Path("fit", "f-01234567"), Path("merge", "m-01234567")]
+    paths = [home / name / "checkpoints" / "step-00000004" for name in names]
+    source = loaded(tiny_gpt("gpt2", vocab_size=N_ROWS), vocabulary())
+    write_all(huggingface_writers(source, torch.float32), tmp_path / "published")
+    (tmp_path / "published" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert said("import", f"--source={tmp_path / 'published'}", f"--output={paths[0]}")[0] == 0
+    for key, parent, path in (("parent", *paths[:2]), ("adapter", *paths[1:])):
+        made = load(parent)
+        origin = {"path": str(parent), "digest": path_digest(parent)}
+        meta = {**made.meta, "source": None, "parent": None, "step": 4, key: origin}
+        write_checkpoint(path, model_writers(made.model.tensors(), meta, made.tokenizer))
+    (tmp_path / "before").rename(tmp_path / "after")
+    exported = export(
+        tmp_path / "after" / paths[2].relative_to(tmp_path / "before"), "--format=gguf"
+    )
+    steps = json.loads((exported / "export.json").read_text())["lineage"]
+    assert [step["name"] for step in steps] == [*map(short_name, reversed(paths)), "published"]
+    assert "license: mit" in (exported / "README.md").read_text()
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {

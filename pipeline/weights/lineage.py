@@ -1,5 +1,6 @@
 """What a model was made from, up to the weights that somebody else published."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,23 @@ def lineage(loaded: Loaded) -> list[dict[str, Any]]:
         parent = meta.get("adapter") or meta.get("parent")
         if parent is None:
             return steps
-        path = Path(parent["path"])
-        steps.append({"name": short_name(path), "digest": parent["digest"]})
-        if not path.exists() or path_digest(path) != parent["digest"]:
+        steps.append({"name": short_name(Path(parent["path"])), "digest": parent["digest"]})
+        places = (p for p in _places(path, parent["path"], meta) if p.exists())
+        found = next((p for p in places if path_digest(p) == parent["digest"]), None)
+        if found is None:
             return steps  # gone, or another one by now
+        path = found
     if is_foreign(path):
         steps[-1]["license"] = open_foreign(path).license
     return steps
+
+
+def _places(path: Path, parent: str, meta: dict[str, Any]) -> Iterator[Path]:
+    """Where a checkpoint's parent may be: where it was, or moved with it or with all runs."""
+    yield Path(parent)
+    if base := meta.get("base"):
+        yield path.parent / base["relative"]
+    yield from (root / Path(*Path(parent).parts[-4:]) for root in path.resolve().parents[3:4])
 
 
 def short_name(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""The numbers that a model has to beat to be worth its price.
+"""The baselines that a model has to beat to be worth its price.
 
-Of text what it costs by xz and by a 5-gram model of bytes, of labels what a bag of words achieves.
+For text the bits that xz and a 5-gram model of bytes need, for labels what a bag of words achieves.
 """
 
 import lzma
@@ -12,9 +12,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-MAX_TRAIN_BYTES = 8 << 20  # of a longer training text the end is taken, of held-out text the start
-MAX_HELDOUT_BYTES = 2 << 20
-MAX_COEFFICIENTS = 4_000_000  # of a bag of words: its solver holds some ten vectors of them
+MAX_TRAIN_BYTES = 8 << 20  # the last ones of a longer training text
+MAX_HELDOUT_BYTES = 2 << 20  # the first ones of a longer held-out text
+MAX_COEFFICIENTS = 4_000_000  # of a bag of words; its solver holds some ten vectors of this size
 INVERSE_REGULARISATION = (1.0, 10.0, 100.0)
 
 _ORDER = 5
@@ -22,10 +22,10 @@ _XZ_MIN_DICTIONARY = 4096
 
 
 def compression_baselines(train: bytes, heldout: bytes) -> dict[str, float]:
-    """Bits a byte that held-out text costs where the training text is known.
+    """Bits per byte of held-out text, by compressors and by a model of the training text.
 
     Returns:
-        `xz`: of the held-out text compressed alone; `xz_primed`: what it adds to the compressed
+        `xz`: the held-out text compressed alone; `xz_primed`: what it adds to the compressed
         training text, all of which xz may copy from; `5gram`: cross-entropy by `ngram_bits`.
     """
     train, heldout = train[-MAX_TRAIN_BYTES:], heldout[:MAX_HELDOUT_BYTES]
@@ -52,12 +52,12 @@ def _xz_bits_per_byte(train: bytes, heldout: bytes) -> float:
 
 
 def ngram_bits(train: bytes, text: bytes) -> NDArray[np.float64]:
-    """-log2 p of each byte of a text, after the up to four bytes before it: (len(text),).
+    """-log2 p of each byte of a text, given up to four bytes before it: (len(text),).
 
-    By an interpolated Witten-Bell model (Witten and Bell 1991; Chen and Goodman 1999, 2.4):
-    p(w | h) = (c(hw) + t(h) p(w | h')) / (c(h) + t(h)), with t(h) the number of different bytes
-    seen after h, and h' the context without its oldest byte; below the empty context all bytes are
-    equally likely.
+    An interpolated Witten-Bell model (Witten and Bell 1991; Chen and Goodman 1999, 2.4):
+    p(w | h) = (c(hw) + t(h) p(w | h')) / (c(h) + t(h)), with t(h) the number of distinct bytes
+    seen after h, and h' the context without its oldest byte; the empty context backs off to the
+    uniform distribution.
     """
     probability = np.full(len(text), 1 / 256)
     for order in range(1, min(_ORDER, len(train)) + 1):
@@ -76,7 +76,7 @@ def ngram_bits(train: bytes, text: bytes) -> NDArray[np.float64]:
 
 
 def _grams(text: bytes, order: int) -> NDArray[np.uint64]:
-    """Every window of `order` bytes as a number, the last byte lowest: (len(text) - order + 1,)."""
+    """Every window of `order` bytes as an integer, big-endian: (len(text) - order + 1,)."""
     data = np.frombuffer(text, np.uint8).astype(np.uint64)
     n_windows = max(0, len(data) - order + 1)
     packed = np.zeros(n_windows, np.uint64)
@@ -88,7 +88,7 @@ def _grams(text: bytes, order: int) -> NDArray[np.uint64]:
 def _looked_up(
     table: NDArray[np.uint64], values: NDArray[np.int64], keys: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Values of keys in a sorted table, 0 for those that are not in it: (..., len(keys))."""
+    """Values of keys in a sorted table, 0 for missing ones: (..., len(keys))."""
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return values[..., at] * (table[at] == keys)
 
@@ -102,10 +102,10 @@ def tfidf_baseline(
 ) -> NDArray[np.float64]:
     """Class probabilities of texts by logistic regression on TF-IDF of words and word pairs.
 
-    The regularisation is the one of least log loss on the validation texts. Labels are class
-    indices 0..n_classes-1, every one of them in training. Nothing is random. Where no training
-    text has a word, as of emoji alone, characters and their pairs stand for words. Of more than
-    two classes the most frequent words and pairs count, up to MAX_COEFFICIENTS over all classes.
+    The regularisation strength is the one with the lowest log loss on the validation texts. Labels
+    are class indices 0..n_classes-1, all of which occur in training. Nothing is random. If no
+    training text has a word (only emoji, say), characters and their pairs take the place of words.
+    With more than two classes only the most frequent ones are used, for MAX_COEFFICIENTS in all.
 
     Returns:
         (n_test, n_classes) probabilities; column i is class i.

@@ -1,7 +1,7 @@
 """From samples to optimizer steps: a batch of the loader is one optimizer step, in micro-batches.
 
-First the members of a step are chosen, a pure function of (seed, epoch); then they are sorted by
-length and cut to a token budget. `batch_size` therefore decides the learning and `max_tokens` only
+The samples of a step are a pure function of (seed, epoch); they are then sorted by length and cut
+into micro-batches by a token budget. So `batch_size` decides the learning, and `max_tokens` only
 the memory.
 
 Shapes: B rows, T tokens.
@@ -40,9 +40,9 @@ class MicroBatch(TypedDict, total=False):
 
 
 class Samples(Sequence[Sample]):
-    """Samples in memory, whose tokens lie in one tensor.
+    """Samples in memory, the tokens of all of them in one tensor per key.
 
-    A worker that is not forked is given a file descriptor for every tensor, of which a process has
+    A worker that is not forked gets a file descriptor for every tensor, and a process may have only
     a thousand or so.
     """
 
@@ -66,7 +66,7 @@ class Samples(Sequence[Sample]):
 
 
 def digest_of(sample_sets: Iterable[Sequence[Sample]]) -> str:
-    """SHA-256 of all samples in their order: equal digests train equally."""
+    """SHA-256 of all samples in order; equal digests mean equal training."""
     digest = hashlib.sha256()
     for samples in sample_sets:
         digest.update(f"{len(samples)} samples".encode())
@@ -78,18 +78,18 @@ def digest_of(sample_sets: Iterable[Sequence[Sample]]) -> str:
 
 
 class StepSampler:
-    """Yields the sample keys of each optimizer step of one epoch after the other.
+    """Yields the sample keys of each optimizer step; every iteration is the next epoch.
 
-    It owns its epoch counter, and starts once at `start`; its length is always that of a full
-    epoch. Members of a step are dealt to the ranks in turn, so that every sample is seen exactly
-    once an epoch.
+    It keeps its own epoch counter, and only the first epoch begins at `start`; its length is always
+    that of a full epoch. The samples of a step are dealt to the ranks in turn, so that each is seen
+    exactly once per epoch.
 
     Args:
         order: epoch -> (N,) int64 keys, of the same length for every epoch.
-        batch_size: samples a step, over all ranks.
+        batch_size: samples per step, over all ranks.
         epoch: the first epoch to yield.
-        start: steps of that first epoch to leave out (they were taken before a resume); of other
-            data, which may be less, all but the last.
+        start: steps of that first epoch to skip (they were taken before a resume); the last step
+            is never skipped, as the data may have changed and have fewer.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ def shuffled(n_samples: int, seed: int) -> Callable[[int], Tensor]:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator that decides everything random about the data of one epoch."""
+    """The generator behind everything random in the data of one epoch."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
@@ -136,10 +136,10 @@ def collate(samples: Sequence[Sample], max_tokens: int, pad_id: int) -> list[Mic
 
 
 def cut(lengths: Sequence[int], max_tokens: int) -> list[slice]:
-    """Which rows of a step go through the model together.
+    """Slices of a step's rows that go through the model together.
 
     Args:
-        lengths: tokens of the rows, the longest first.
+        lengths: tokens of each row, longest first.
         max_tokens: limit of a micro-batch, padding included; a longer row goes alone.
     """
     slices, start = [], 0

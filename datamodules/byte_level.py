@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), which tiktoken runs."""
+"""Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), run by tiktoken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLANKS = re.compile(r"\s{100000}")
 
 
 class ByteLevel:
-    """Merges of bytes within pieces; what stands before a text makes no difference."""
+    """Merges bytes within pieces; the ids of a text do not depend on what precedes it."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -41,7 +41,7 @@ class ByteLevel:
         return ids if spells_all else self._encode_spelled(text)
 
     def _encode_spelled(self, text: str) -> list[int]:
-        """Encodes as `tokenizers` does: around a byte left out merges go on, within its piece."""
+        """Encodes as `tokenizers` does: drops unknown bytes of a piece, then merges the rest."""
         missing = b"".join(self._vocabulary.missing_bytes)
         pieces = _splitter(self._vocabulary.pattern).pre_tokenize_str(whole_characters(text))
         spelled = (piece.encode().translate(None, missing) for piece, _ in pieces)
@@ -53,12 +53,12 @@ class ByteLevel:
 
 
 def whole_characters(text: str) -> str:
-    """A text with U+FFFD for every half of a character (lone surrogates), as tiktoken has it."""
+    """Replaces every lone surrogate (half a character) with U+FFFD, as tiktoken does."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def token_bytes(token: str) -> bytes:
-    """Undoes GPT-2's spelling of bytes: printable ones are themselves, others U+0100 onwards.
+    """Undoes GPT-2's spelling of bytes: printable ones as themselves, others from U+0100 on.
 
     Raises:
         KeyError: for a character that spells no byte.

@@ -1,7 +1,7 @@
-"""Conversations in a published chat template: Jinja source from strangers, run in a sandbox.
+"""Conversations in a published chat template: untrusted Jinja source, run in a sandbox.
 
-What the template writes is told apart from what people say, so that a marker typed by a user stays
-ordinary text, which rendering to one string and encoding that would not do.
+The template's own text is kept apart from the contents of messages, so that a special token typed
+by a user stays ordinary text; in a single rendered string the two could not be told apart.
 """
 
 import datetime
@@ -22,11 +22,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from datamodules.tokenizer import Tokenizer
 
-_MAX_ROUNDS = 100_000  # of loops, calls, repetitions and bits of products, for a conversation
-# a template that writes them is refused
+_MAX_ROUNDS = 100_000  # budget of a rendering for loops, calls, repetitions and bits of products
+# a template that writes one of these is refused
 _UNKNOWN = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_CHARACTERS_A_ROUND = 100  # of texts that are put together, or items
-# of one rendering: several run at once
+_CHARACTERS_A_ROUND = 100  # or items, of what is concatenated
+# per rendering, as several run at once
 _rounds_left: ContextVar[int] = ContextVar("rounds_left", default=0)
 _today: ContextVar[datetime.datetime | None] = ContextVar("today", default=None)
 
@@ -40,12 +40,12 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class TemplateParts:
-    """A conversation of n messages, taken apart.
+    """A rendered conversation of n messages, taken apart.
 
     Attributes:
-        contents: the n contents, as the template writes them (some strip blanks, or line ends).
+        contents: the n contents as the template writes them (some strip white space or line ends).
         between: the n + 1 texts before, between and after them.
-        opened: what is written instead of the last of these where a reply is opened.
+        opened: what replaces the last of these when the assistant's reply is opened.
     """
 
     contents: list[str]
@@ -56,11 +56,11 @@ class TemplateParts:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) -> str:
     """The conversation as one text, as transformers' `apply_chat_template` gives it.
 
-    With `opening` the assistant's next turn is opened. A template that can have its model think
-    first (Qwen3's) is told not to: what is learned from, and asked for, are answers.
+    With `opening` the assistant's next turn is opened. Templates that support thinking (Qwen3's)
+    have it disabled: models are trained on, and asked for, answers alone.
 
     Raises:
-        ValueError: the template refuses these messages, or is no template.
+        ValueError: the template refuses these messages, or is not a valid template.
     """
     vocabulary = tokenizer.vocabulary
     try:
@@ -76,7 +76,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, opening: bool) 
             tools=None,
             documents=None,
         )
-    except Exception as error:  # strangers' code may raise anything
+    except Exception as error:  # untrusted code may raise anything
         raise ValueError(
             f"the chat template of {tokenizer.name} refuses the conversation: {error}"
         ) from error
@@ -88,13 +88,13 @@ def split_by_template(
     """Renders a conversation and takes it apart.
 
     Args:
-        tokenizer: whose template it is.
-        messages: of the conversation.
-        forgets_thoughts: the template may leave out what stands before `</think>`.
+        tokenizer: the one whose template is used.
+        messages: the conversation.
+        forgets_thoughts: whether the template may drop what a content has before `</think>`.
 
     Raises:
-        ValueError: the template refuses these messages, or writes a content otherwise than as it
-            is or stripped of blanks.
+        ValueError: the template refuses these messages, or changes a content other than by
+            stripping white space.
     """
     day = _today.get() or datetime.datetime.now()
     with on(day):
@@ -115,9 +115,9 @@ def split_by_template(
 def _outline(
     tokenizer: Tokenizer, roles: tuple[str, ...], day: datetime.datetime
 ) -> tuple[tuple[str, ...], str | None]:
-    """What a template writes around contents, whatever these are; after them to open a reply.
+    """What a template writes around any contents, and what it writes last to open a reply.
 
-    None where that changes what stands before. Of a day: templates may write it.
+    The latter is None if it also changes the text before. `day`: templates may write the date.
     """
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     marked = [Message(role=role, content=mark) for role, mark in zip(roles, marks, strict=True)]
@@ -127,17 +127,17 @@ def _outline(
 
 
 def _forms(content: str, forgets_thoughts: bool) -> Iterator[str]:
-    """How a template may write a content."""
+    """The forms in which a template may write a content."""
     for text in (content, content.rpartition("</think>")[2])[: 1 + forgets_thoughts]:
         yield text
-        for blanks in (None, "\n"):  # Qwen3's leaves an answer's indentation
+        for blanks in (None, "\n"):  # Qwen3's keeps an answer's indentation
             yield from (text.strip(blanks), text.lstrip(blanks), text.rstrip(blanks))
 
 
 def _contents(
     forms: Sequence[Sequence[str]], between: Sequence[str], whole: str
 ) -> list[str] | None:
-    """Contents as a text has them, each in one of its forms; None where it has others."""
+    """Contents as they stand in a rendered text, each in one of its forms; None if one does not."""
     if len(between) != len(forms) + 1 or not whole.startswith(between[0]):
         return None
     contents, place = [], len(between[0])
@@ -156,24 +156,24 @@ def _compiled(source: str) -> Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}` writes nothing: it tells transformers what is the assistant's."""
+    """`{% generation %}` adds nothing to its body: it marks the assistant's for transformers."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands between the tags."""
+        """The nodes between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """What transformers offers to a template; but loops and calls end, and what grows is counted.
+    """What transformers offers to templates, with a budget for loops, calls and growth.
 
-    Not all is: a width (`center`, `%99d`), `replace`, `join`, `format`, lists in lists or a
+    Not all is counted: a width (`center`, `%99d`), `replace`, `join`, `format`, nested lists or a
     recursive loop can still take much memory or time; a process with limits would bound that.
     """
 
-    intercepted_binops = frozenset(("+", "*", "**"))  # not computed while compiling, either
+    intercepted_binops = frozenset(("+", "*", "**"))  # nor are these folded while compiling
 
     def __init__(self) -> None:
         super().__init__(
@@ -202,12 +202,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return part
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call, at the price of a round."""
+        """Calls a function, which costs one round."""
         self._spend(1)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A sum, a product or a power, at the price of its length in items or bits."""
+        """Computes a sum, product or power, which costs as much as it has items or bits."""
         match operator, left, right:
             case "+", Sized(), Sized():
                 self._grown(left), self._grown(right)
@@ -239,7 +239,7 @@ def _refuse(message: str) -> NoReturn:
 
 @contextmanager
 def on(day: datetime.datetime) -> Iterator[None]:
-    """Within it templates are told this day for today."""
+    """Makes templates take `day` for today within the block."""
     token = _today.set(day)
     try:
         yield
@@ -258,7 +258,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, as transformers has it; Jinja's own filter escapes it for HTML."""
+    """Plain JSON, as in transformers; Jinja's own filter escapes it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

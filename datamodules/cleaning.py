@@ -1,4 +1,4 @@
-"""Documents made fit to learn from: repaired, without boilerplate or duplicates; counted."""
+"""Cleaning of documents: repairs encodings, drops boilerplate and duplicates, and counts both."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _END = re.compile(
 _SHINGLE_BYTES = 8  # one uint64
 _MAX_SHINGLES = 1024  # the smallest hashes stand for a long document (bottom-k sketch, Broder 1997)
 _PERMUTATIONS = 64
-_MAX_COMPARED = 128  # candidates; pages of one template are candidates of each other, all of them
-_MAX_INDEXED = 0.98  # similarity that so many permutations can be indexed by
+_MAX_COMPARED = 128  # candidates per text; pages made from one template all match each other
+_MAX_INDEXED = 0.98  # highest similarity that an index of so few permutations supports
 _ALL = np.uint32(2**32 - 1)
-Sketch = NDArray[np.uint32]  # hashes in their order
+Sketch = NDArray[np.uint32]  # sorted hashes
 
 
 def cleaned(
@@ -40,10 +40,10 @@ def cleaned(
 
     Args:
         documents: consumed once, streamed.
-        duplicates: what was there before; those that repeat it are dropped.
-        counts: filled in as the documents pass: documents `read`, dropped as `empty`,
-            `exact_duplicates` or `near_duplicates`, and kept but `mojibake_repaired`; e-books that
-            are kept but `gutenberg_stripped`, of which a document may hold many.
+        duplicates: the texts seen so far; documents that repeat one are dropped.
+        counts: updated as documents pass: documents `read`; dropped as `empty`,
+            `exact_duplicates` or `near_duplicates`; kept after repair (`mojibake_repaired`); and
+            e-books in kept documents (`gutenberg_stripped`), of which one may hold many.
     """
     counts.update(read=0, empty=0, exact_duplicates=0, near_duplicates=0)
     counts.update(mojibake_repaired=0, gutenberg_stripped=0)
@@ -68,15 +68,15 @@ def repair_mojibake(text: str) -> str:
         return text
     import ftfy
 
-    lines = re.split(r"(?<=\n)", text)  # at no other line end: they are parts of what is repaired
+    lines = re.split(r"(?<=\n)", text)  # not at other line ends, which may be mojibake
     return "".join(line if line.isascii() else ftfy.fix_encoding(line) for line in lines)
 
 
 def strip_gutenberg(text: str) -> tuple[str, int]:
-    """The books alone, and how many start here, where the text holds Project Gutenberg's e-books.
+    """Strips the boilerplate of Project Gutenberg's e-books; also counts those that start here.
 
-    What stands before the first one is its header; but where a book ends there, the text is a later
-    part of a long file, and begins in that book.
+    What precedes the first start marker is a header, unless a book ends there: then the text is a
+    later part of a long file, and begins within that book.
     """
     before, *books = _START.split(text)
     if not books:
@@ -88,13 +88,13 @@ def strip_gutenberg(text: str) -> tuple[str, int]:
 
 
 class Duplicates:
-    """Remembers texts, and tells whether a new one was there before.
+    """Remembers texts, and tells whether a new one repeats one of them.
 
-    The index of near-duplicates keeps about 4 kB of memory a text, that of exact ones 0.1 kB.
+    The index of near-duplicates takes about 4 kB of memory per text, that of exact ones 0.1 kB.
 
     Args:
         threshold: estimated Jaccard similarity (of 8-byte shingles, ignoring case and white space)
-            in (0, 1] from which texts are near-duplicates; None: never.
+            in (0, 1] from which texts are near-duplicates; None: only exact ones are found.
     """
 
     def __init__(self, threshold: float | None) -> None:
@@ -103,7 +103,7 @@ class Duplicates:
 
     def kind(self, text: str) -> str | None:
         """`exact_duplicates`, `near_duplicates`, or None for a text that is new."""
-        text = unicodedata.normalize("NFC", text.strip())  # other systems write é as two characters
+        text = unicodedata.normalize("NFC", text.strip())  # some systems write é as two characters
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if digest in self._exact:
             return "exact_duplicates"
@@ -114,9 +114,9 @@ class Duplicates:
 
 
 class _NearDuplicates:
-    """MinHash (Broder 1997) finds candidates by locality-sensitive hashing, then compares them.
+    """Finds candidates by MinHash and locality-sensitive hashing (Broder 1997), and compares them.
 
-    Of more than _MAX_COMPARED candidates those are compared whose signatures agree most.
+    Of more than _MAX_COMPARED candidates only those with the most similar signatures are compared.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -126,7 +126,7 @@ class _NearDuplicates:
         self._index = MinHashLSH(
             threshold=min(threshold, _MAX_INDEXED),
             num_perm=_PERMUTATIONS,
-            weights=(0.1, 0.9),  # rather a candidate too many, as all are compared, than one missed
+            weights=(0.1, 0.9),  # false candidates only cost a comparison, missed ones are lost
         )
         self._empty = MinHash(num_perm=_PERMUTATIONS, seed=1, hashfunc=int)
         self._sketches: list[Sketch] = []
@@ -153,7 +153,7 @@ class _NearDuplicates:
 
 
 def _similarity(a: Sketch, b: Sketch) -> float:
-    """Jaccard similarity, estimated by the hashes that both sketches reach to."""
+    """Jaccard similarity, estimated from the range of hashes that both sketches cover."""
     end = min((sketch[-1] for sketch in (a, b) if len(sketch) == _MAX_SHINGLES), default=_ALL)
     a, b = a[a <= end], b[b <= end]
     n_both = len(np.intersect1d(a, b, assume_unique=True))
@@ -161,7 +161,7 @@ def _similarity(a: Sketch, b: Sketch) -> float:
 
 
 def _shingles(text: str) -> Sketch:
-    """Hashes of the text's windows of 8 bytes: of any script, without a tokenizer."""
+    """Hashes of the text's 8-byte windows, which suit any script and need no tokenizer."""
     data = " ".join(text.casefold().split()).encode().ljust(_SHINGLE_BYTES, b"\0")
     windows = np.lib.stride_tricks.sliding_window_view(
         np.frombuffer(data, np.uint8), _SHINGLE_BYTES
@@ -170,12 +170,12 @@ def _shingles(text: str) -> Sketch:
     hashes = (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)  # Fibonacci hashing
     enough = 16 * _MAX_SHINGLES  # repetitions included; sorting all of a long text takes seconds
     smallest = _distinct(np.partition(hashes, enough)[:enough] if len(hashes) > enough else hashes)
-    if len(smallest) < _MAX_SHINGLES and len(hashes) > enough:  # each of them many times
+    if len(smallest) < _MAX_SHINGLES and len(hashes) > enough:  # many repetitions
         smallest = _distinct(hashes)
     return smallest[:_MAX_SHINGLES].astype(np.uint32)
 
 
 def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """What np.unique gives, which is five times slower on a document: it hashes, then sorts."""
+    """The same as np.unique, which hashes before it sorts: five times slower on a document."""
     ordered = np.sort(hashes)
     return ordered[np.append(True, ordered[1:] != ordered[:-1])]

@@ -30,11 +30,11 @@ from datamodules.sources import source_digests
 from datamodules.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
-Ranges = dict[str, list[tuple[int, int]]]  # of a split: first token, and one past the last
-Part = tuple[Iterable[str], float]  # documents, and what share of them to hold out
+Ranges = dict[str, list[tuple[int, int]]]  # split -> (first token, one past the last) of each
+Part = tuple[Iterable[str], float]  # documents, and the share of them to hold out
 SEPARATOR = b"\0"  # what <|endoftext|> counts as where text is measured in bytes
 
-_SCHEMA = 4  # raise it when the same sources and options give other tokens
+_SCHEMA = 4  # increase it when the same sources and options give other tokens
 _MIN_HELD_OUT_DOCUMENTS = 10  # with fewer, the end of each is held out instead of whole ones
 
 _log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class Corpus:
     Attributes:
         key: digest of everything that decides the tokens.
         facts: `split` (document, tail or apart), `dtype`, `documents` (counts of the cleaning and
-            of each split), and `tokens`, `bytes` and `sha256` of each split. Bytes are those of the
-            text in UTF-8; `<|endoftext|>` between two documents is a token and counts as one byte.
+            of each split), and `tokens`, `bytes` and `sha256` of each split. Bytes are those of
+            UTF-8; `<|endoftext|>` between two documents is one token and counts as one byte.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Corpus:
         return self.folder / f"{split}.bin"
 
     def text(self, split: str, tokenizer: Tokenizer, limit: int = sys.maxsize) -> bytes:
-        """UTF-8 of a split's last `limit` bytes, or all; a zero byte between documents."""
+        """The last `limit` bytes of a split's UTF-8 text, with a zero byte between documents."""
         tokens = self.tokens(split)[-limit:]  # no token is shorter than a byte
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
         parts = np.split(tokens, ends)
@@ -82,14 +82,14 @@ def prepare(
     val_fraction: float,
     val_sources: Sequence[str] = (),
 ) -> Corpus:
-    """The corpus of these sources and options: from the cache, or made now and cached.
+    """The corpus of these sources and options, from the cache or newly made and cached.
 
-    What lies in `val_sources` is held out, and what repeats it is not learned from; without them a
-    share of the sources is held out. Processes that ask for the same corpus at once wait for the
-    one that makes it.
+    The documents of `val_sources` are held out, and repeats of them are left out of training;
+    without `val_sources` a share of the sources is held out. Processes that ask for the same corpus
+    at the same time wait for the one that makes it.
 
     Raises:
-        FileNotFoundError, ValueError: as `documents` does, and if nothing is left to learn from.
+        FileNotFoundError, ValueError: as `documents` does, and if there is no text.
     """
     form: dict[str, Any] = {
         "schema": _SCHEMA,
@@ -118,7 +118,7 @@ def prepare(
 
 
 def _content_digests(sources: Sequence[str]) -> list[list[str]]:
-    """Digests and suffixes in the order of reading; where a file lies does not matter."""
+    """Suffixes and digests in the order of reading; the location of a file does not matter."""
     return [
         [Path(name).suffix.lower(), digest]
         for source in sources
@@ -150,7 +150,7 @@ def _damaged(folder: Path) -> Path | None:
 
 
 def _make(folder: Path, parts: Sequence[Part], counts: Counter[str], tokenizer: Tokenizer) -> None:
-    temporary = folder.with_suffix(".tmp")  # under the lock: what is there is left from a kill
+    temporary = folder.with_suffix(".tmp")  # we hold the lock: a killed process left it
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     dtype = "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
@@ -181,9 +181,9 @@ def _make(folder: Path, parts: Sequence[Part], counts: Counter[str], tokenizer: 
 def _tokenise(
     path: Path, parts: Iterable[Part], tokenizer: Tokenizer, dtype: str
 ) -> tuple[array[int], bytearray]:
-    """Writes all documents one after the other; where each ends, and whether it is to be held out.
+    """Writes the tokens of all documents; returns where each ends, and whether it is held out.
 
-    A document's own digest decides: runs with other seeds, or with more text, hold out the same.
+    That depends on the document's digest alone: other seeds, or more text, hold out the same.
     """
     ends, held_out = array("q"), bytearray()
     with path.open("wb") as file:
@@ -210,7 +210,7 @@ def _tails(
     tokenizer: Tokenizer,
     val_fraction: float,
 ) -> Ranges:
-    """The end of each document, from the first line or word that begins after its share."""
+    """Holds out each document's end, from the first line (else word) that starts after the cut."""
     ranges: Ranges = {split: [] for split in SPLITS}
     for start, end in zip([0, *ends], ends, strict=False):
         cut = start + round((1 - val_fraction) * (end - start))
@@ -230,7 +230,7 @@ def _write(
     ranges: Sequence[tuple[int, int]],
     tokenizer: Tokenizer,
 ) -> dict[str, int | str]:
-    """Copies ranges of tokens, `<|endoftext|>` between them."""
+    """Writes ranges of tokens, separated by `<|endoftext|>`, and returns their facts."""
     lengths = np.array(tokenizer.lengths())
     separator = np.array([tokenizer.eos_id], tokens.dtype)
     n_tokens = n_bytes = max(0, len(ranges) - 1)  # the separators

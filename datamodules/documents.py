@@ -1,4 +1,4 @@
-"""Documents of any source, one after the other: what a corpus and a tokenizer are made from."""
+"""Streams the documents of any source, to make a corpus or a tokenizer from."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ _NO_TEXT = {".json", ".gz", ".zip", ".zst"}
 
 
 def documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
-    """Documents of the sources, streamed: a text file, a line of JSONL or a row of a table each.
+    """Streams the documents of the sources: text files, lines of JSONL or rows of tables.
 
     Raises:
-        FileNotFoundError: for a source that is not there.
+        FileNotFoundError: for a missing source.
         ValueError: naming the file and byte, line or row that is not text.
     """
     for source in sources:
@@ -39,7 +39,7 @@ def _text_documents(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         while block := file.read(_DOCUMENT_BYTES):
             block += file.readline(1 << 16)
-            while file.peek(1)[:1] and 0x80 <= file.peek(1)[0] < 0xC0:  # to the character's end
+            while file.peek(1)[:1] and 0x80 <= file.peek(1)[0] < 0xC0:  # rest of a character
                 block += file.read(1)
             yield decode(block, path, offset)
             offset += len(block)

@@ -1,4 +1,4 @@
-"""Data of others, fetched when asked for, pinned by SHA-256 and kept in the cache."""
+"""Third-party data, downloaded on demand, pinned by SHA-256 and cached."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ DOWNLOADS = {
 
 
 def download(item: Download) -> Path:
-    """The member's file in the cache, fetched where it is not there yet.
+    """The member's file in the cache, downloaded if it is missing or damaged.
 
     Raises:
-        OSError: if the archive cannot be fetched.
+        OSError: if the archive cannot be downloaded.
         ValueError: if it is larger than pinned, lacks the member, is damaged, or the member's
             digest differs.
     """
@@ -90,7 +90,7 @@ def _fetch(item: Download) -> bytes:
 
 
 def _stream(item: Download) -> bytes:
-    """The archive, as it is on the way: unpacked by the transport, it could be of any size."""
+    """The archive as transferred: decompressed by the HTTP client, it could be of any size."""
     import httpx
 
     archive = bytearray()
@@ -117,9 +117,9 @@ def _stream(item: Download) -> bytes:
 
 @contextmanager
 def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
-    """Closes a client that is at work for longer, which breaks off its request; the event says so.
+    """Closes a client after some seconds, which aborts its request; the event tells that it did.
 
-    httpx gives every read the whole timeout, and a server may send byte by byte.
+    httpx applies its timeout to every single read, and a server may send byte by byte.
     """
     is_over = threading.Event()
 
@@ -128,7 +128,7 @@ def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
         client.close()
 
     timer = threading.Timer(seconds, break_off)
-    timer.daemon = True  # holds up nobody who ends the process
+    timer.daemon = True  # does not keep the process alive
     timer.start()
     try:
         yield is_over
@@ -138,7 +138,7 @@ def deadline(client: httpx.Client, seconds: float) -> Iterator[threading.Event]:
 
 
 def _member(item: Download, archive: bytes) -> bytes:
-    """The pinned member alone, in memory: no other name of the archive is ever a path."""
+    """Unpacks the pinned member alone, in memory: names in the archive are never used as paths."""
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             if opened.getinfo(item.member).compress_type not in _COMPRESSIONS:

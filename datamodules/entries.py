@@ -1,4 +1,4 @@
-"""Entries of instruction data, in the forms that people write them, each made an item."""
+"""Reads instruction data in its common formats, and makes each entry an item."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,13 +8,13 @@ from datamodules.files import at, decode
 from datamodules.prompts import Message, alpaca_messages, check_messages
 from datamodules.tables import ROWS, parse_json, read_rows, text_in
 
-# what others have in such an entry, and what would change what is learned
-_SHAREGPT = {"human": "user", "gpt": "assistant"}  # its roles
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # roles of ShareGPT -> ours
+# fields of other formats that are not read, but would change what is learned
 _UNREAD = (
     *("system", "system_prompt", "system_message", "history", "context", "documents"),
     *("tools", "functions", "conversations"),
 )
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of a message
 
 
 class Item(TypedDict):
@@ -25,14 +25,14 @@ class Item(TypedDict):
     input: str
     reference: str
     messages: list[Message]
-    n_given: int  # first answers that are not learned, as they stand in TRL's prompt
+    n_given: int  # leading answers that carry no loss, as they are in TRL's prompt
 
 
 def read_entries(path: Path) -> list[tuple[str, Any]]:
     """The entries of a file, each with its place for error messages.
 
     Raises:
-        ValueError: naming the file, where it holds none, or cannot be read as what it is called.
+        ValueError: naming the file, if it has no entries, or is not what its suffix says.
     """
     if path.suffix.lower() in ROWS:
         entries: list[tuple[str, Any]] = list(read_rows(path))
@@ -55,10 +55,10 @@ def _json_list(path: Path) -> list[Any]:
 
 
 def make_item(index: int, entry: Any) -> Item:
-    """An entry in one of the forms that `InstructionDataModule` takes.
+    """Makes an item of an entry in one of the formats that `InstructionDataModule` takes.
 
     Raises:
-        ValueError: it has no prompt or response, or something that would not be read.
+        ValueError: it has no prompt or response, or a field that would be ignored.
     """
     entry, n_given = _as_here(_object(entry))
     is_chat = entry.get("messages") is not None
@@ -95,7 +95,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _as_here(entry: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """An entry in a form of others, in one of those here; how many answers are given in it."""
+    """Converts TRL's and ShareGPT's formats to ours; also counts the answers in TRL's prompt."""
     given = {key for key, value in entry.items() if value is not None}
     if {"instruction", "messages"} & given:
         return entry, 0
@@ -120,14 +120,14 @@ def _as_here(entry: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def _transcript(prompt: list[Message]) -> str:
-    """What an answer is judged by: what the user said, with all that was said before it."""
+    """The question that an answer is judged by: the prompt's messages, with roles if several."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """ValueError for what would change what is learned, and is not read; null says nothing."""
+    """ValueError for fields that are not read but would change what is learned, unless empty."""
     for field in fields:
         if entry.get(field):
             raise ValueError(
@@ -137,7 +137,7 @@ def _refuse_unread(entry: Mapping[str, Any], fields: Iterable[str]) -> None:
 
 
 def _chat(messages: Any) -> list[Message]:
-    """Messages of the right form: the last one is an assistant's answer to a user."""
+    """The messages, checked: the last one must be an assistant's answer to a user."""
     if not isinstance(messages, list):
         raise ValueError(f"'messages' is a {type(messages).__name__}, not a list.")
     chat = []
@@ -155,7 +155,7 @@ def _chat(messages: Any) -> list[Message]:
 
 def _message(value: dict[str, Any]) -> Message:
     _refuse_unread(value, ("tool_calls", "function_call", *_THOUGHTS))
-    is_reply = value.get("role") == "assistant"  # of others such a field asks for what is done
+    is_reply = value.get("role") == "assistant"  # other turns carry no loss anyway
     for field, usual in (("weight", 1), ("train", True), ("trainable", True), ("loss", True)):
         if is_reply and value.get(field) not in (None, usual):
             raise ValueError(

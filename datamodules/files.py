@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, digested, and decoded with errors that say where."""
+"""Files: atomic writes, digests, and decoding with errors that name the place."""
 
 import codecs
 import contextlib
@@ -12,21 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# what reading JSON raises, and taking it for what it should hold
+# raised by reading JSON, or by using it where it has another form than expected
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _REMEMBERED_BYTES = 64 << 20  # digests of files from this size on are remembered
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
-    """Folder of what can be made again: GPT_PIPELINE_CACHE, or our part of the user's cache."""
+    """Folder for what can be made again: GPT_PIPELINE_CACHE, or ours in the user's cache."""
     if own := os.environ.get("GPT_PIPELINE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-pipeline"
 
 
 def expanded(source: str | Path) -> Path:
-    """A source as a path of this machine, whether it is there or not."""
+    """Expands `~` and environment variables in a path, which need not exist."""
     return Path(os.path.expandvars(source)).expanduser()
 
 
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Writes a file that is whole, or as it was before, whatever happens; makes its folder."""
+    """Writes a file whole or, whatever happens, leaves it as it was; makes its folder."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """An absolute path without links, but for a file's own name, which may say what it is."""
+    """Absolute path without links, except that a file keeps its name, which may tell its format."""
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
@@ -72,9 +72,9 @@ def file_digests(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a big one remembered, unless the cache cannot be read or written.
+    """SHA-256 of a file; that of a big one is cached, where the cache can be read and written.
 
-    By its path, inode, size and times: what is copied in its place with its old date is read anew.
+    The key is path, inode, size and times: a file put in its place with its old date is read anew.
     """
     stat = path.stat()
     if stat.st_size < _REMEMBERED_BYTES:
@@ -92,7 +92,7 @@ def remembered_sha256(path: Path) -> str:
 
 @contextmanager
 def at(place: str) -> Iterator[None]:
-    """What is wrong within it is said to be so at a place."""
+    """Raises errors of the block as ValueErrors that name a place."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ def at(place: str) -> Iterator[None]:
 
 
 def decode(data: bytes, path: Path, offset: int = 0) -> str:
-    """Text of UTF-8 bytes that stand at `offset` in a file, without a byte-order mark at its start.
+    """Decodes UTF-8 bytes from `offset` on in a file, without a byte-order mark at its start.
 
     Raises:
         ValueError: naming the file and the first byte that is not UTF-8.

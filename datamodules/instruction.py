@@ -1,4 +1,4 @@
-"""Prompts with responses to learn, in one prompt style, split so that no question leaks."""
+"""Instruction data: prompts and responses in one prompt style, split so that no question leaks."""
 
 import datetime
 import itertools
@@ -26,38 +26,38 @@ from datamodules.prompts import (
 from datamodules.split_data_module import SplitDataModule
 
 Turn = tuple[str, str]  # the question's key, and the answer
-# the day that a template may write into what is learned: the same whenever a run goes on
-LEARNED_ON = datetime.datetime(2024, 7, 26)  # that of Llama 3's template where it is told none
+# the date that templates write into training texts: fixed, so that resumed runs see the same
+LEARNED_ON = datetime.datetime(2024, 7, 26)  # the default of Llama 3's template
 
 
 class InstructionDataModule(SplitDataModule):
     """Prompts and responses in one prompt style; the test set is what the other two leave.
 
-    Entries that begin with the same question (but for case, punctuation and spacing), or answer one
-    that others begin with, stay on one side of the split. Shuffled, whole groups are drawn. In file
-    order it is the book's split: the first `train_fraction` of the entries to train on, the next to
-    test on, the last `val_fraction` to validate on, each share rounded to whole entries; but an
-    entry whose question has occurred before joins the first one, so that the later splits are
-    smaller by their repeats.
+    Entries that start with the same question (up to case, punctuation and spacing) stay on one side
+    of the split, as does one that repeats another's first question and answer in a later turn. With
+    shuffle_split whole groups are assigned at random. Otherwise it is the book's split in file
+    order: the first `train_fraction` of the entries for training, the next for testing, the last
+    `val_fraction` for validation, each rounded to whole entries; but an entry whose question has
+    occurred before joins the first one's set, so that the later sets are smaller by their repeats.
 
-    A sample longer than `max_length` keeps its (last) response whole and loses the middle of what
-    stands before: the start of the prompt says what is asked, its end opens the response.
+    A sample longer than `max_length` keeps its (last) response whole and loses the middle of the
+    prompt, whose start says what is asked and whose end opens the response.
 
     Args:
-        source: a file, folder or glob, or bundled:instructions; every file a JSON list, .jsonl
-            with an object a line, or a .parquet, .csv or .tsv table, of `instruction`, `input` (may
-            be missing), `output`; of `messages`; or as others have it: TRL's `prompt` and
-            `completion` (texts, or lists of messages, of which the prompt's are not learned),
-            ShareGPT's `conversations`. null to train on nothing, and answer all of test_source.
-        prompt_style: alpaca, phi3, chatml, or template: that of the tokenizer's makers.
-        supervise: "response" for a loss on what the assistant says, "all" for one on every token.
-        max_length: tokens of a sample; at most the model's block_size.
+        source: a file, folder or glob, or bundled:instructions. Each file is a JSON list, .jsonl
+            with one object per line, or a .parquet, .csv or .tsv table. Entries have `instruction`,
+            `input` (optional) and `output`; or `messages`; or TRL's `prompt` and `completion`
+            (texts, or lists of messages; those of the prompt carry no loss); or ShareGPT's
+            `conversations`. null: no training, all of test_source is answered.
+        prompt_style: alpaca, phi3, chatml, or template (the one published with the tokenizer).
+        supervise: "response" takes the loss on the assistant's turns, "all" on every token.
+        max_length: maximum tokens per sample; at most the model's block_size.
         shuffle_split: split at random, by split_seed; otherwise in file order.
         **options: those of `SplitDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `read` and
-            `setup`, for data that cannot be used, naming file and entry.
+        ValueError: for an invalid argument, before any data is read; from `read` and `setup` for
+            unusable data, naming file and entry.
     """
 
     cut = "the middle of their prompts is"
@@ -86,7 +86,7 @@ class InstructionDataModule(SplitDataModule):
         self.prompt_style, self.supervise = prompt_style, supervise
 
     def check(self, stage: str) -> None:
-        """Refuses a tokenizer without the template asked for; to learn by, see `check_replies`."""
+        """Refuses a tokenizer without the template asked for, or with one unfit for training."""
         if self.source is None and stage == "fit":
             raise ValueError("data.source is null, there is nothing to train on; give entries.")
         check_style(self.prompt_style, self.tokenizer)
@@ -105,18 +105,18 @@ class InstructionDataModule(SplitDataModule):
         return [self._items[row] for row in self._rows[split]]
 
     def keys(self, split: str) -> list[str]:
-        """Equal for entries that begin with the same question, one for each of `items`."""
+        """One key for each of `items`, equal for entries that start with the same question."""
         return [self._asked[row][0] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint needs to answer: how a prompt is written, and the ids that end it."""
+        """What a checkpoint needs to answer: the prompt style, and the ids that end a response."""
         return {
             "prompt_style": self.prompt_style,
             "stop_ids": stop_ids(self.tokenizer, self.prompt_style),
         }
 
     def _to_encode(self) -> Sequence[int]:
-        return range(len(self._items))  # those that are left out are counted too
+        return range(len(self._items))  # also those in no split, for the counts
 
     def _sample(self, row: int) -> tuple[Sample, bool]:
         item = self._items[row]
@@ -139,7 +139,7 @@ class InstructionDataModule(SplitDataModule):
         return [asked for row in self._rows["train"] for asked in self._asked[row]]
 
     def _cut(self, ids: list[int], labels: list[int], item: Item) -> None:
-        """Takes the middle out of the prompt of a sample that is too long, in place."""
+        """Removes the middle of the prompt of a sample that is too long, in place."""
         n_prompt = len(encode_prompt(self.tokenizer, self.prompt_style, item["messages"]))
         n_opening = len(reply_opening(self.tokenizer, self.prompt_style))
         n_response = len(ids) - n_prompt
@@ -153,12 +153,12 @@ class InstructionDataModule(SplitDataModule):
         del ids[middle], labels[middle]
         rest = range(middle.start, len(ids) - n_response if self.supervise == "response" else 0)
         for i in itertools.takewhile(lambda i: labels[i] != IGNORE, rest):
-            labels[i] = IGNORE  # of an answer that the cut goes through
-        labels[middle.start] = IGNORE  # what came before it is gone
+            labels[i] = IGNORE  # the rest of an answer that the cut goes through
+        labels[middle.start] = IGNORE  # its context is gone
 
 
 def _unlearn(labels: list[int], n_answers: int) -> None:
-    """Takes the first answers out of what is learned, in place."""
+    """Removes the loss from the first answers, in place."""
     runs = itertools.groupby(range(len(labels)), lambda i: labels[i] != IGNORE)
     answers = (list(run) for is_learned, run in runs if is_learned)
     for i in itertools.chain.from_iterable(itertools.islice(answers, n_answers)):
@@ -166,11 +166,11 @@ def _unlearn(labels: list[int], n_answers: int) -> None:
 
 
 def _question_keys(conversations: Sequence[Sequence[Turn]]) -> list[str]:
-    """One key for conversations of which one tells the answer to another's question.
+    """A key per conversation, equal where one gives away the answer to another's question.
 
-    So are those that begin with the same question, whatever the system is told, and those in which
-    a later one is answered as where another begins with it: every answer of a conversation is
-    learned. What is asked and answered alike in the middle of many ("Thanks!") joins none.
+    That holds if both start with the same question, whatever the system message, or if one repeats
+    the other's first question and answer in a later turn: every answer of a conversation is
+    learned. Turns that recur in the middle of many conversations ("Thanks!") do not join them.
     """
     first = {asked for (asked, _), *_ in conversations}
     later = {asked for _, *turns in conversations for asked, _ in turns}
@@ -184,7 +184,7 @@ def _question_keys(conversations: Sequence[Sequence[Turn]]) -> list[str]:
 
 
 def _turns(item: Item) -> list[Turn]:
-    """What is asked in a conversation, as keys, and what is answered."""
+    """The questions of a conversation, as keys, and the answers to them."""
     turns: list[Turn] = []
     asked = ""
     for message in _said(item):

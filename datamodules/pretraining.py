@@ -18,10 +18,10 @@ from datamodules.step_data_module import StepDataModule, report
 class Blocks(Sequence[Sample]):
     """Blocks of a token file, one every `stride` tokens; the last ones may be shorter.
 
-    A block is read when it is asked for: nothing of the file stays in this process's memory.
+    A block is read from the file on access: this process keeps nothing of it in memory.
 
     Raises:
-        OSError, ValueError: from an index, where the file is gone or was cut.
+        OSError, ValueError: on access, if the file is gone or was truncated.
     """
 
     corpus: Corpus
@@ -46,19 +46,19 @@ class Blocks(Sequence[Sample]):
 
 
 class PretrainingDataModule(StepDataModule):
-    """Plain text; some documents are held out, or where they are few the end of each.
+    """Plain text, of which some documents are held out, or the end of each if they are few.
 
     Documents are cleaned, deduplicated and joined by `<|endoftext|>`. Which ones are held out does
-    not depend on the seed. There is no third split: test is validation again.
+    not depend on the seed. There is no third split: the test set is the validation set.
 
     Args:
-        source: one or several files, folders or globs of texts and of tables (.jsonl, .parquet,
+        source: one or more files, folders or globs, of plain text or tables (.jsonl, .parquet,
             .csv, .tsv), or bundled:python-docs; see `datamodules.sources.resolve`.
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
-        block_size: tokens a sample.
+        block_size: tokens per sample.
         val_fraction: share of the text that is held out, above 0 and below 1.
-        val_source: texts to hold out instead, likewise; what repeats them is not learned from.
-        near_duplicates: Jaccard similarity from which a document is dropped; null: keep all.
+        val_source: texts to hold out instead, given like source; repeats of them are not learned.
+        near_duplicates: Jaccard similarity from which a document is dropped; null: only exact ones.
         **options: those of `StepDataModule`.
     """
 
@@ -120,7 +120,7 @@ class PretrainingDataModule(StepDataModule):
                 f"{kept} documents are too few to hold out whole ones by data.val_fraction: the "
                 f"last {self.val_fraction:.0%} of each is held out."
             )
-        self.train_set = Blocks(corpus, "train", self.block_size, stride=1)  # by its first token
+        self.train_set = Blocks(corpus, "train", self.block_size, stride=1)  # key: first token
         self.val_set = Blocks(corpus, "val", self.block_size, stride=self.block_size - 1)
         self.test_set = self.val_set
         self.fingerprint = {
@@ -137,7 +137,7 @@ class PretrainingDataModule(StepDataModule):
         self.corpus = corpus
 
     def _check_length(self, n_tokens: dict[str, int]) -> None:
-        needed = 2 * self.block_size - 1  # one block, wherever the epoch's first one begins
+        needed = 2 * self.block_size - 1  # one whole block at any offset
         if n_tokens["train"] < needed:
             raise ValueError(
                 f"the training text has {n_tokens['train']} tokens, but data.block_size "
@@ -150,10 +150,10 @@ class PretrainingDataModule(StepDataModule):
             )
 
     def train_order(self) -> Callable[[int], Tensor]:
-        """Epoch -> first tokens of disjoint blocks, shuffled; every epoch cuts at other places."""
+        """Epoch -> first tokens of disjoint blocks, shuffled; each epoch cuts at a new offset."""
         n_tokens = self.corpus.facts["tokens"]["train"]
         block_size, seed = self.block_size, self.seed
-        n_blocks = (n_tokens - (block_size - 1)) // block_size  # as many for every offset
+        n_blocks = (n_tokens - (block_size - 1)) // block_size  # the same for every offset
 
         def order(epoch: int) -> Tensor:
             generator = epoch_generator(seed, epoch)
@@ -163,19 +163,19 @@ class PretrainingDataModule(StepDataModule):
         return order
 
     def train_lengths(self, keys: Tensor) -> Tensor:
-        """All blocks of an epoch are whole; reading them takes long in a large corpus."""
+        """Tokens of blocks: all are whole, and reading a large corpus to count them takes long."""
         return torch.full_like(keys, self.block_size)
 
     @property
     def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of the held-out text a token: bits a byte are nats a token / ln 2 / this."""
+        """UTF-8 bytes per held-out token: bits per byte are nats per token / ln 2 / this."""
         facts = self.corpus.facts
         return float(facts["bytes"]["val"] / facts["tokens"]["val"])
 
     def train_bytes(self, limit: int) -> bytes:
-        """UTF-8 of the last `limit` bytes of the training text, a zero byte between documents."""
+        """The training text's last `limit` bytes of UTF-8, with a zero byte between documents."""
         return self.corpus.text("train", self.tokenizer, limit)
 
     def heldout_bytes(self) -> bytes:
-        """UTF-8 of the held-out text, a zero byte between documents."""
+        """The held-out text in UTF-8, with a zero byte between documents."""
         return self.corpus.text("val", self.tokenizer)

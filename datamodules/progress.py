@@ -1,4 +1,4 @@
-"""How far long work on data is: a line now and then, wherever it is read."""
+"""Progress of long work on data: a line now and then, whenever an item is read."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 def with_progress(
     items: Iterable[Item], what: str, tell: Callable[[str], object]
 ) -> Iterator[Item]:
-    """The items; `tell` gets a line every 20 s: how many are what (`documents read`) so far."""
+    """Yields the items; every 20 s `tell` gets a line such as `1,000 documents read so far`."""
     due = time.monotonic() + TELL_S
     for number, item in enumerate(items, start=1):
         if time.monotonic() >= due:

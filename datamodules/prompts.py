@@ -1,14 +1,14 @@
-"""The one place where a conversation becomes token ids: training, scoring, chat and the notebooks.
+"""The one place where conversations become token ids, for training, scoring, chat and notebooks.
 
-A conversation is written turn by turn as segments. What stands between two markers is encoded as
-one text, as every tool does that renders a chat template first; only what the assistant says is
-encoded on its own, so that no BPE merge reaches across that border: the ids to generate from are an
-exact prefix of the ids that were trained on. Only markers written here become special ids; whatever
-a user says is ordinary text.
+A conversation is a sequence of segments. Text between two special tokens is encoded as one piece,
+as in tools that render a chat template first; only the assistant's text is encoded on its own, so
+that no BPE merge crosses that border: the ids to generate from are an exact prefix of the ids that
+were trained on. Only markers written here become special ids; whatever a user types is ordinary
+text.
 
 The alpaca wording is that of Taori et al. 2023 as shortened by Raschka, "Build a Large Language
 Model (From Scratch)", chapter 7; phi3 follows the model card of Phi-3, chatml OpenAI's ChatML. The
-style `template` is that of the tokenizer's makers: the Jinja source that they published with it.
+style `template` is the chat template (Jinja source) that was published with the tokenizer.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ class Segment(NamedTuple):
     """A piece of a conversation."""
 
     text: str
-    marker: bool = False  # one special id where the tokenizer declares the text
-    supervised: bool = False  # part of what the model must learn to say
+    marker: bool = False  # becomes one special id if the tokenizer declares the text as one
+    supervised: bool = False  # carries loss
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class PromptStyle:
 
     Attributes:
         opening: role -> (marker, text) before the content of a turn; the marker may be empty.
-        end: the marker after a turn; null is the tokenizer's end of text.
+        end: the marker after a turn; None is the tokenizer's end of text.
         ends: the roles whose turns end with it.
         between: text between two turns.
-        preamble: what stands for the system message where there is none.
+        preamble: text in place of a missing system message.
     """
 
     opening: dict[str, tuple[str, str]]
@@ -82,11 +82,11 @@ STYLES = {
 }
 
 
-TEMPLATE = "template"  # the style that the tokenizer's makers published with it
+TEMPLATE = "template"  # the style that was published with the tokenizer
 
 
 def check_style(name: str, tokenizer: Tokenizer | None = None) -> None:
-    """ValueError names `data.prompt_style` where there is no such style, or not in a tokenizer."""
+    """ValueError for an unknown style, and for `template` if the tokenizer has no chat template."""
     if name not in (*STYLES, TEMPLATE):
         raise ValueError(
             f"data.prompt_style is {name!r}; choose one of {', '.join((*STYLES, TEMPLATE))}."
@@ -99,13 +99,13 @@ def check_style(name: str, tokenizer: Tokenizer | None = None) -> None:
 
 
 def alpaca_messages(instruction: str, input: str = "") -> list[Message]:
-    """Alpaca fields as the user's message, in every style with the input under its own heading."""
+    """Alpaca fields as a user's message; the input gets a heading of its own in every style."""
     content = f"{instruction}\n\n### Input:\n{input}" if input else instruction
     return [Message(role="user", content=content)]
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """ValueError unless there are messages, all of known roles, the system's only at the start."""
+    """ValueError unless there are messages, all of known roles, with any system message first."""
     if not messages:
         raise ValueError("a conversation is empty; give it at least one user message.")
     for position, message in enumerate(messages):
@@ -118,7 +118,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message]) -> list[int]:
-    """Ids that the assistant's next turn continues: the conversation, and the opening of that turn.
+    """Ids for the model to continue: the conversation, and the opening of the assistant's turn.
 
     Raises:
         ValueError: the last message isn't the user's, or `check_messages` refuses the conversation.
@@ -133,7 +133,7 @@ def encode_prompt(tokenizer: Tokenizer, style: str, messages: Sequence[Message])
 def encode_text(
     tokenizer: Tokenizer, text: str, suffix: str, max_length: int
 ) -> tuple[list[int], bool]:
-    """Ids of a text to classify, its suffix always at the end; whether the text was cut.
+    """Ids of a text to classify, always ending in the suffix, and whether the text was cut.
 
     Raises:
         ValueError: for a text that has no ids, or a suffix that leaves it no room.
@@ -161,9 +161,9 @@ def encode_conversation(
     """Ids of a whole conversation and its labels, unshifted, both of length T.
 
     With "response" every assistant turn is supervised, its content and the id that ends it; with
-    "all" every id is. Before the content of an assistant turn stand exactly the ids of
-    `encode_prompt` for the messages before it; with a template (see `check_replies`) before that of
-    the last one: Qwen3's writes an empty thought there alone.
+    "all" every id is. The content of an assistant turn follows exactly the ids of `encode_prompt`
+    for the messages before it; with a template (see `check_replies`) only the last one does, as
+    Qwen3's writes an empty thought before that alone.
 
     Raises:
         ValueError: `check_messages` refuses the conversation.
@@ -184,18 +184,17 @@ def surplus(n_prompt: int, room: int, n_opening: int) -> slice:
 
 
 def encode_start(tokenizer: Tokenizer, style: str | None, text: str) -> list[int]:
-    """Ids that a model goes on from: what a user says in a style, or without one a text's start."""
+    """Ids for a model to continue: a user's message in a style, or, without one, a plain text."""
     if style is None:
         return tokenizer.bos_ids + tokenizer.encode(text)
     return encode_prompt(tokenizer, style, [Message(role="user", content=text)])
 
 
 def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
-    """Ids that end a response: the style's own end where the tokenizer declares it, and all that
-    end a text.
+    """Ids that end a response: the style's own end, if declared, and all that end a text.
 
-    Without a style, that of a text; so, too, with a template that cannot be asked, in which every
-    prompt is refused.
+    Only the latter without a style, or with a template that fails on an example (and so would
+    refuse every prompt).
     """
     ends = {tokenizer.vocabulary.eos, *tokenizer.vocabulary.more_ends}
     if style is not None:
@@ -209,7 +208,7 @@ def stop_ids(tokenizer: Tokenizer, style: str | None) -> list[int]:
 
 
 def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
-    """One id has to end a response, so that decoding can stop: EOS where `end` isn't declared."""
+    """The one special token that ends a response: `end`, or EOS where that isn't declared."""
     is_declared = style.end in tokenizer.special_ids
     return style.end if style.end and is_declared else tokenizer.vocabulary.eos
 
@@ -217,9 +216,9 @@ def reply_end(tokenizer: Tokenizer, style: PromptStyle) -> str:
 def _segments(
     tokenizer: Tokenizer, style: str, messages: Sequence[Message], *, is_prompt: bool = False
 ) -> Iterator[Segment]:
-    """A whole conversation, in order.
+    """Segments of a whole conversation.
 
-    In a prompt a reply is opened, and a template may forget what was thought before earlier ones.
+    A prompt also opens a reply, and in it a template may drop the thoughts of earlier replies.
     """
     check_style(style, tokenizer)
     if style == TEMPLATE:
@@ -248,7 +247,7 @@ def _in_style(
 def _by_template(
     tokenizer: Tokenizer, messages: Sequence[Message], is_prompt: bool
 ) -> Iterator[Segment]:
-    """Contents as ordinary text, what the template writes around them with its markers."""
+    """Segments of a template: contents as ordinary text, all around them with its markers."""
     parts = split_by_template(tokenizer, messages, forgets_thoughts=is_prompt)
     lead = _reply_lead(tokenizer)
     was_reply = False
@@ -264,7 +263,7 @@ def _by_template(
 
 @functools.lru_cache(maxsize=8)
 def _reply_lead(tokenizer: Tokenizer) -> str:
-    """Blanks before a reply that are not in the prompt: Llama 2 writes `[/INST]`, and ` 7 `."""
+    """White space before a reply that the prompt lacks: Llama 2 writes `[/INST]`, then ` 7 `."""
     opened = _example(tokenizer, "?").opened
     answered = _example(tokenizer, "?", "!").between[1]
     lead = answered.removeprefix(opened)
@@ -273,7 +272,7 @@ def _reply_lead(tokenizer: Tokenizer) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _marked(tokenizer: Tokenizer, text: str, *, supervised: bool = False) -> tuple[Segment, ...]:
-    """What a template writes: text, and markers; after a reply all up to the first is learned."""
+    """A template's text, split at markers; after a reply, it is supervised up to the first one."""
     names = sorted(tokenizer.special_ids, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
     supervised = supervised and len(pieces) > 1
@@ -292,9 +291,9 @@ def _ends_by_template(tokenizer: Tokenizer) -> set[str]:
 
 
 def check_replies(tokenizer: Tokenizer) -> None:
-    """ValueError where a chat template opens a reply otherwise than it writes one, or ends none.
+    """ValueError if a chat template opens replies differently than it writes them, or ends none.
 
-    Those of models that always think first do: what is learned would not follow what is asked.
+    Those of models that always think first do so: prompts would differ from what was trained on.
     """
     asked, said = _example(tokenizer, "?"), _example(tokenizer, "?", "!")
     opened, answered = asked.opened, said.between[1]
@@ -312,9 +311,9 @@ def check_replies(tokenizer: Tokenizer) -> None:
 
 
 def _example(tokenizer: Tokenizer, *said: str) -> TemplateParts:
-    """A conversation of a user's and an assistant's turns, as the template writes it.
+    """A conversation of alternating user and assistant turns, as the template writes it.
 
-    Where it asks for a system message there is one before them, which is left out here.
+    If the template demands a system message, it gets one, which is left out of the result.
     """
     roles = itertools.cycle(("user", "assistant"))
     turns = [Message(role=role, content=text) for role, text in zip(roles, said, strict=False)]

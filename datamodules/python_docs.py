@@ -14,7 +14,7 @@ def python_docs() -> Iterator[tuple[str, str]]:
     """Names and texts of the language reference's topics and of the standard library's docstrings.
 
     Read with `ast`, never imported. A document is a topic that is not part of another one, or all
-    docstrings of a module, so that held-out documents have no sisters among the others.
+    docstrings of a module, so that related texts fall on one side of a split.
 
     Raises:
         FileNotFoundError: if this Python was installed without its sources.
@@ -37,7 +37,7 @@ def _topics(path: Path) -> Iterator[tuple[str, str]]:
     table = next(node for node in ast.walk(_parse(path)) if isinstance(node, ast.Dict))
     topics = {name: text.strip() for name, text in ast.literal_eval(table).items()}
     for name, text in topics.items():
-        body = text.partition("\n\n")[2]  # without its heading, which is underlined otherwise
+        body = text.partition("\n\n")[2]  # without the heading, whose underline differs
         if not any(body in other and len(text) < len(other) for other in topics.values()):
             yield f"topics.{name}", text
 

@@ -1,9 +1,9 @@
-"""SentencePiece's BPE, as Llama 2, TinyLlama and Mistral 7B have it, which `tokenizers` runs.
+"""SentencePiece's BPE, as in Llama 2, TinyLlama and Mistral 7B, run by `tokenizers`.
 
-Characters are merged, not bytes, and one without a token is spelled by its bytes. A blank is
-written ▁ (U+2581) and belongs to the word after it; a text begins with one more, none of its own.
-Decoding gives every text back, but for ▁ itself, which comes back as a blank, and for what
-`SentencePiece.prefix` says. Source: github.com/google/sentencepiece; Kudo and Richardson 2018.
+It merges characters, not bytes; a character without a token is spelled by its bytes. A space is
+written ▁ (U+2581) and belongs to the word after it; an extra one is put before a text. Decoding
+restores every text, except that ▁ itself becomes a space, and for what `SentencePiece.prefix`
+says. Source: github.com/google/sentencepiece; Kudo and Richardson 2018.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 BLANK = "▁"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # names of the tokens of bytes
 Prefix = Literal["prepend", "always", "first", "never"]
-_WORDS = f"{BLANK}*[^{BLANK}]+|{BLANK}+"  # much faster than one piece, and of the same ids ...
-_WORD = re.compile(f"{BLANK}*[^{BLANK}]*")  # ... where every token is like this
+_WORDS = f"{BLANK}*[^{BLANK}]+|{BLANK}+"  # much faster than one piece, with the same ids ...
+_WORD = re.compile(f"{BLANK}*[^{BLANK}]*")  # ... if every token matches this
 _ONE_PIECE = r"(?s:.+)"
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """What decides ids beside the tokens.
+    """What decides ids besides the tokens.
 
     Attributes:
-        merges: pairs of ids, in their order.
+        merges: pairs of ids, in the order of merging.
         byte_ids: ids of the 256 bytes.
-        prefix: where a text is given a blank: `prepend` at its start and after every special token,
-            as SentencePiece and llama.cpp do; or as Metaspace of `tokenizers` does, which leaves
-            out what begins with a blank already (so the first blank of a text is lost): there
-            (`always`), at its start alone (`first`), or nowhere (`never`).
+        prefix: where a space is put before text: `prepend` at its start and after special tokens,
+            as in SentencePiece and llama.cpp; the others are Metaspace's of `tokenizers`, which
+            adds none before a space (so a text's first space is lost in decoding): `always` in the
+            same places, `first` at the start alone, `never` nowhere.
     """
 
     merges: list[tuple[int, int]] = field(repr=False)
@@ -45,7 +45,7 @@ class SentencePiece:
 
 
 class CharacterLevel:
-    """Merges of characters; a blank before a text depends on what stands before it."""
+    """Merges characters; whether a space is put before a text depends on the ids before it."""
 
     def __init__(self, vocabulary: Vocabulary, form: SentencePiece) -> None:
         from tokenizers import models
@@ -75,19 +75,19 @@ class CharacterLevel:
         return text.removeprefix(b" ") if self._begins(before) else text
 
     def _begins(self, before: Sequence[int]) -> bool:
-        """Whether what follows these ids is given a blank."""
+        """Whether a space is put before text that follows these ids."""
         if self._prefix == "never" or not before:
             return self._prefix != "never"
         return self._prefix != "first" and before[-1] in self._special
 
 
 def spell(tokens: Sequence[bytes], byte_ids: Sequence[int]) -> dict[int, str]:
-    """Every ordinary token as tokenizer.json and GGUF hold it, by its id."""
+    """Ordinary tokens by id, spelled as in tokenizer.json and GGUF."""
     texts = {i: token.decode(errors="replace") for i, token in enumerate(tokens) if token}
     spelled = {i: text.replace(" ", BLANK) for i, text in texts.items()}
     return spelled | dict(zip(byte_ids, BYTES, strict=True))
 
 
 def pattern_of(tokens: Sequence[str]) -> str:
-    """The pieces that merges stay within: words, where no token reaches into a second one."""
+    """Regex of the pieces that merges stay within: words, unless some token spans two of them."""
     return _WORDS if all(map(_WORD.fullmatch, tokens)) else _ONE_PIECE

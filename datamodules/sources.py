@@ -15,17 +15,17 @@ from datamodules.files import cache_dir, expanded, file_digests, replacing
 from datamodules.python_docs import python_docs
 
 PYTHON_DOCS = "bundled:python-docs"
-SOURCES = ("source", "val_source", "test_source")  # the arguments of data that name some
+SOURCES = ("source", "val_source", "test_source")  # arguments of data modules
 _SAMPLES = Path(__file__).parent / "samples"
-_PYTHON_DOCS_FORM = 1  # raise it when python_docs() gives other documents
+_PYTHON_DOCS_FORM = 1  # increase it when python_docs() gives other documents
 
 
 def resolve(source: str) -> list[Path]:
     """Files of a source, sorted.
 
     Args:
-        source: `bundled:NAME`, `download:NAME`, a file, a folder (all files below it and below the
-            folders that it links to, but hidden ones) or a glob (`**` crosses folders); `~` and
+        source: `bundled:NAME`, `download:NAME`, a file, a folder (all files below it, except
+            hidden ones; links to folders are followed) or a glob (`**` crosses folders); `~` and
             environment variables are expanded.
 
     Raises:
@@ -58,7 +58,7 @@ def resolve(source: str) -> list[Path]:
 
 
 def check(source: str) -> None:
-    """Raises what `resolve` would for a source that is unknown or not there; fetches nothing."""
+    """Raises what `resolve` would for an unknown or missing source, but downloads nothing."""
     kind, _, name = source.partition(":")
     if kind == "download":
         _known(DOWNLOADS, name, kind)
@@ -67,7 +67,7 @@ def check(source: str) -> None:
 
 
 def source_digests(sources: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of every file of the sources, by path; of python-docs by the Python version.
+    """SHA-256 of every file of the sources by path; that of python-docs by Python's version.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `resolve` does.
@@ -94,9 +94,9 @@ def _missing(source: str, path: Path) -> str:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Files that are not hidden; of each folder once, under its own name rather than a link's."""
+    """Files that are not hidden; each folder once, by its own name rather than a link's."""
     tops, seen = [folder], set()
-    for top in tops:  # links to folders join as they are met
+    for top in tops:  # grows by the links to folders
         for parent, names, files in os.walk(top):
             real = os.path.realpath(parent)
             if real in seen:

@@ -1,4 +1,4 @@
-"""What the data modules of rows have in common: files of rows, split so that nothing leaks."""
+"""Base of the data modules that read rows: files of rows, split so that nothing leaks."""
 
 import itertools
 from abc import abstractmethod
@@ -22,20 +22,20 @@ class SplitDataModule(StepDataModule):
     """Base of the data modules of rows; the test set is what training and validation leave.
 
     Args:
-        source: files of all sets that have none of their own.
+        source: files for all sets that have no source of their own.
         train_fraction: share of source's rows to train on.
-        val_fraction: share of them to validate on. Where a set has a source of its own, the others
-            divide all of these rows in proportion to their shares.
+        val_fraction: share of source's rows to validate on. If a set has a source of its own, the
+            others divide all rows of source in proportion to their shares.
         split_seed: random seed of the split.
-        val_source: files of the validation set alone, likewise; null: a share of source.
-        test_source: files of the test set alone; what repeats it is left out of the others.
+        val_source: files of the validation set, given like source; null takes a share of source.
+        test_source: files of the test set, likewise; its repeats are left out of the other sets.
         **options: those of `StepDataModule`.
     """
 
     max_length: int
-    cut = "their ends are"  # what samples lose that are longer
-    units = "texts"  # that one split alone has
-    order: Sequence[str] = SPLITS  # in which they get their shares
+    cut = "their ends are"  # what samples longer than that lose, in a message
+    units = "texts"  # what no two splits share
+    order: Sequence[str] = SPLITS  # in which splits get their shares
     shuffle_split = True
 
     def __init__(
@@ -59,18 +59,18 @@ class SplitDataModule(StepDataModule):
         self.fractions = tuple(splits.shares(train_fraction, val_fraction, own).values())
 
     def prepare_data(self) -> None:
-        """Downloads, on one process."""
+        """Downloads what is missing; called by Lightning on one process."""
         self._resolve()
 
     def _resolve(self) -> dict[str, list[Path]]:
-        """Files by split; "train" has those of `source`, which other splits may have shares of."""
+        """Files by split; those of `source` are under "train", even if other splits share them."""
         given = zip(SPLITS, (self.source, self.val_source, self.test_source), strict=True)
         return {split: [] if name is None else resolve(name) for split, name in given}
 
     def _read(
         self, rows_of: Callable[[Path], Iterable[tuple[str, Any]]], made: Callable[[int, Any], Any]
     ) -> list[Any]:
-        """What is made of the rows of all files, by position; those of `source` come first."""
+        """What `made` returns for the rows of all files, by position, those of `source` first."""
         rows: list[Any] = []
         self._files, self._own, self._places = self._resolve(), dict[str, Positions](), list[str]()
         with refused_together() as row:
@@ -84,7 +84,7 @@ class SplitDataModule(StepDataModule):
         return rows
 
     def setup(self, stage: str) -> None:
-        """Reads, splits and encodes the rows; there is nothing to do a second time."""
+        """Reads, splits and encodes the rows; does nothing when called again."""
         if hasattr(self, "fingerprint"):
             return
         self.check(stage)
@@ -105,7 +105,7 @@ class SplitDataModule(StepDataModule):
             )
 
     def _to_encode(self) -> Sequence[int]:
-        """Positions of rows."""
+        """Positions of the rows to encode."""
         return np.sort(np.concatenate(list(self._rows.values()))).tolist()
 
     @abstractmethod
@@ -114,14 +114,14 @@ class SplitDataModule(StepDataModule):
 
     @abstractmethod
     def _counts(self) -> dict[str, int]:
-        """Rows read, and in each split."""
+        """Number of rows that were read, and in each split."""
 
     def _learned(self) -> Sequence[str]:
         """Keys of all that is trained on."""
         return self.keys("train")
 
     def file_facts(self) -> dict[str, Any]:
-        """SHA-256 of all `sources` by path; and, if there are any, of those `apart` by split."""
+        """SHA-256 of all `sources` by path, and, by split, of the files of its own (`apart`)."""
         files = {split: file_digests(paths) for split, paths in self._files.items() if paths}
         sources = {path: sha256 for found in files.values() for path, sha256 in found.items()}
         files.pop("train", None)
@@ -130,7 +130,7 @@ class SplitDataModule(StepDataModule):
     def _split(self, keys: list[str], labels: Sequence[int] | None = None) -> None:
         """Decides what is in each split, by keys of all rows, and by labels of those of `source`.
 
-        What a split blind to the keys would have leaked is counted.
+        It also counts what a split that ignores the keys would have leaked.
         """
         shared = keys[: len(self._own["train"])]
         fractions = [self.fractions[SPLITS.index(split)] for split in self.order]
@@ -159,7 +159,7 @@ class SplitDataModule(StepDataModule):
         splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
 
     def _finish(self, samples: Mapping[int, Sample], counts: dict[str, int]) -> None:
-        """Makes the sets and the fingerprint, and says what is in them."""
+        """Makes the data sets and the fingerprint, and reports what is in them."""
         sets = [Samples([samples[row] for row in self._rows[split].tolist()]) for split in SPLITS]
         self.train_set, self.val_set, self.test_set = sets
         n_leaked, n_test = self._leaked_naive

@@ -1,4 +1,4 @@
-"""Splits that do not leak: what says the same thing never falls on both sides.
+"""Splits that do not leak: texts that say the same thing never fall on both sides.
 
 Every function is pure: the same arguments give the same positions on every machine (numpy's PCG64).
 """
@@ -17,21 +17,21 @@ Positions = NDArray[np.int64]
 SPLITS = ("train", "val", "test")
 
 
-_SIGNS = regex.compile(r"[\p{P}\p{Cf}\p{Sc}\p{Sk}\p{Sm}]")  # and what _PUNCTUATION has
-_PUNCTUATION = regex.compile(r"[\p{P}\p{Cf}\p{Sk}]")  # and invisible characters; emoji are none
-KEYS = "keys of form 2"  # raise it when other texts count as equal: splits are others then
-_OPERATOR = re.compile(  # what is punctuation elsewhere, in 3 - 4, a * b, -1, 3.5, 10:30, 5 %, c#
+_SIGNS = regex.compile(r"[\p{P}\p{Cf}\p{Sc}\p{Sk}\p{Sm}]")  # _PUNCTUATION, currency, mathematics
+_PUNCTUATION = regex.compile(r"[\p{P}\p{Cf}\p{Sk}]")  # with invisible characters, without emoji
+KEYS = "keys of form 2"  # increase it when other texts count as equal, which changes splits
+_OPERATOR = re.compile(  # signs with a meaning, as in 3 - 4, a * b, -1, 3.5, 10:30, 5 %, c#
     r"((?:(?<=[\d)])|(?<=\b\w))[ \t]?[-*/](?=[ \t]?(?:[\d(]|\w\b))|(?<!\w)-(?=\d)"
     r"|(?<=\d)[.:](?=\d)|(?<=\d)[ \t]?%|(?<=\w)\#|\^)"
 )
-_AS_TYPED = str.maketrans("–−⁄", "--/")  # what stands for operators
+_AS_TYPED = str.maketrans("–−⁄", "--/")  # other forms of operators
 
 
 def canonical_key(text: str, *, mask_digits: bool) -> str:
-    """Texts of equal key count as equal: but for case, punctuation, white space and Unicode's form.
+    """Key of a text, equal for texts that differ in case, punctuation, space or Unicode form only.
 
-    With `mask_digits` signs, and which digits (not how many), make no other text either; without,
-    they and operators make another question. A text of punctuation alone equals none but itself.
+    With `mask_digits`, signs and the values of digits (not their number) make no difference either;
+    without it, they and operators do. A text of punctuation alone equals only itself.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     if mask_digits:
@@ -45,7 +45,7 @@ def canonical_key(text: str, *, mask_digits: bool) -> str:
 
 
 def joined(keys: Sequence[Sequence[str]]) -> list[str]:
-    """One key for each item, of one or more; those that share any, if only by others, have one."""
+    """One key per item, from its one or more; items that share any, even indirectly, get one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -60,10 +60,10 @@ def joined(keys: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shares(train_fraction: float, val_fraction: float, apart: Collection[str]) -> dict[str, float]:
-    """Each split's share of `data.source`: where some are apart, the others have it all.
+    """Each split's share of `data.source`; if some splits are `apart`, the others divide it all.
 
     Raises:
-        ValueError: unless train, validation and the rest, the test set, all get one.
+        ValueError: unless training, validation and the rest (the test set) all get a share.
     """
     for key, value in (("train_fraction", train_fraction), ("val_fraction", val_fraction)):
         if not 0 < value < 1:
@@ -84,15 +84,15 @@ def shares(train_fraction: float, val_fraction: float, apart: Collection[str]) -
 def keep_apart(
     shared: Mapping[str, Positions], own: Mapping[str, Positions], keys: Sequence[str]
 ) -> tuple[dict[str, Positions], int]:
-    """Splits that do not leak: a test set stays whole, what repeats it is left out of the others.
+    """Splits without leaks: leaves repeats of the test set, then of validation, out of the others.
 
     Args:
-        shared: what each split has of `data.source`, by position.
-        own: what it has of files of its own.
-        keys: of all items; those of equal key say the same.
+        shared: the positions of each split in `data.source`.
+        own: its positions in files of its own.
+        keys: of all items; equal keys mean equal items.
 
     Returns:
-        Positions by split, and how many items were left out (none, where no split has its own).
+        Positions by split, and how many items were left out (0 if no split has its own files).
     """
     kept: dict[str, Positions] = {}
     seen: set[str] = set()
@@ -117,10 +117,10 @@ def split_groups(
         keys: one for each item.
         fractions: the share of each part, summing to 1.
         seed: of the order of groups.
-        labels: where given, each label is split on its own (a group counts as its first item).
+        labels: if given, each label is split on its own (a group has its first item's label).
 
     Returns:
-        For each part the sorted positions of its items; together every item once.
+        The sorted positions of the items of each part; every item is in one part.
     """
     _, first, group, sizes = np.unique(
         np.asarray(keys, dtype=object), return_index=True, return_inverse=True, return_counts=True
@@ -138,7 +138,7 @@ def split_groups(
 
 
 def split_in_order(keys: Sequence[str], fractions: Sequence[float]) -> list[Positions]:
-    """Split by position, but an item whose key occurred before joins the first one's part."""
+    """Split by position, but an item whose key has occurred before joins the first one's part."""
     first_seen: dict[str, int] = {}
     first = np.array([first_seen.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
     part = _part_of_position(len(keys), fractions)[first]
@@ -146,7 +146,7 @@ def split_in_order(keys: Sequence[str], fractions: Sequence[float]) -> list[Posi
 
 
 def naive_split(n_items: int, fractions: Sequence[float], seed: int | None) -> list[Positions]:
-    """The split blind to equal items: shuffled, or in file order where `seed` is None."""
+    """A split that ignores keys: shuffled, or in file order if `seed` is None."""
     order = np.arange(n_items) if seed is None else np.random.default_rng(seed).permutation(n_items)
     part = _part_of_position(n_items, fractions)
     return [np.sort(order[part == index]) for index in range(len(fractions))]
@@ -160,7 +160,7 @@ def _part_of_position(n_items: int, fractions: Sequence[float]) -> Positions:
 
 
 def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
-    """ValueError where a split got nothing."""
+    """ValueError if a split is empty."""
     rows = np.concatenate(list(parts.values())).tolist()
     for name, positions in parts.items():
         if not len(positions):
@@ -172,18 +172,18 @@ def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
 
 
 def count_leaked(keys: Sequence[str], train: Positions, test: Positions) -> int:
-    """Test items whose key occurs in training too."""
+    """Number of test items whose key also occurs in training."""
     seen = {keys[position] for position in train}
     return sum(keys[position] in seen for position in test)
 
 
 def packed(keys: Sequence[str]) -> str:
-    """Keys as a text in which `n_among` finds them again: 64 bits of each, in Base64."""
+    """Packs keys into a text for `n_among`: a 64-bit hash of each, in Base64."""
     return base64.b64encode(np.unique(_hashes(keys)).tobytes()).decode()
 
 
 def n_among(keys: Sequence[str], known: str) -> int:
-    """How many keys are among those that were packed."""
+    """Number of keys that are among those packed in `known`."""
     return int(np.isin(_hashes(keys), np.frombuffer(base64.b64decode(known), "<u8")).sum())
 
 

@@ -1,4 +1,4 @@
-"""What the data modules have in common: loaders whose position survives a resume.
+"""Base of all data modules: loaders whose position survives a resume.
 
 Shapes: N rows.
 """
@@ -24,15 +24,15 @@ from datamodules.tokenizer import Tokenizer
 class StepDataModule(pl.LightningDataModule):
     """Base of the data modules: a batch is an optimizer step, and its position survives a resume.
 
-    A subclass makes `train_set`, `val_set`, `test_set` and `fingerprint`.
+    A subclass sets `train_set`, `val_set`, `test_set` and `fingerprint`.
 
     Args:
         tokenizer: a name (gpt2), a file of `tokenizer train`, or a checkpoint; null: that of
             model.init_from.
-        batch_size: samples an optimizer step, over all ranks.
-        max_tokens: padded tokens a micro-batch; memory, not learning, but for what dropout draws.
+        batch_size: samples per optimizer step, over all ranks.
+        max_tokens: tokens per micro-batch, with padding; decides memory and dropout's draws alone.
         seed: random seed of the order of training samples, or of where blocks begin.
-        num_workers: processes that prepare batches.
+        num_workers: processes that prepare batches; 0 uses none.
     """
 
     context_key = "max_length"  # the argument that bounds the length of a row, in tokens
@@ -40,7 +40,7 @@ class StepDataModule(pl.LightningDataModule):
     val_set: Sequence[Sample]
     test_set: Sequence[Sample]
     fingerprint: dict[str, Any]  # primitives: digest, counts, and what decides the samples
-    config: dict[str, Any] | None = None  # the YAML that it was made from, where there was one
+    config: dict[str, Any] | None = None  # the YAML that it was made from, if any
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class StepDataModule(pl.LightningDataModule):
         self._tokenizer = tokenizer
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.num_workers = seed, num_workers
-        self._at = {"epoch": 0, "position": 0}  # in the order of training
+        self._at = {"epoch": 0, "position": 0}  # in the training order
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Loaded when it is asked for: a chain reads rows before the stage that trains it.
+        """The tokenizer, loaded on first use: a chain reads rows before its tokenizer is trained.
 
         Raises:
             ValueError: for null; the command line fills it in from `model.init_from`.
@@ -73,7 +73,7 @@ class StepDataModule(pl.LightningDataModule):
         return Tokenizer.load(self._tokenizer)
 
     def check(self, stage: str) -> None:
-        """Refuses a tokenizer that is not there, or does not fit, before any data is read."""
+        """Refuses a missing or unfit tokenizer before any data is read."""
         _ = self.tokenizer
 
     def read(self) -> None:
@@ -89,15 +89,15 @@ class StepDataModule(pl.LightningDataModule):
         return self.context_key, getattr(self, self.context_key)
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint must know of the data to be used without it; primitives."""
+        """What a checkpoint needs of the data module to be used without it; primitives."""
         return {}
 
     def keys(self, split: str) -> list[str]:
-        """Of each row of the train, val or test split, what is equal where two say the same."""
+        """One key per row of the train, val or test split, equal for rows that say the same."""
         return []
 
     def train_order(self) -> Callable[[int], Tensor]:
-        """Epoch -> keys of `train_set`."""
+        """Epoch -> keys of `train_set`, in order."""
         return shuffled(len(self.train_set), self.seed)
 
     def train_lengths(self, keys: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class StepDataModule(pl.LightningDataModule):
         return torch.tensor([len(self.train_set[key]["input_ids"]) for key in keys.tolist()])
 
     def advance(self, n_steps: int) -> None:
-        """Moves the position past an optimizer step, of `n_steps` an epoch.
+        """Moves the position past an optimizer step; an epoch has `n_steps`.
 
-        Lightning's own counters are no help: after a resume at an epoch's end they lag behind.
+        Lightning's own counters do not serve: after a resume at an epoch's end they lag behind.
         """
         self._at["position"] += 1
         if self._at["position"] >= n_steps:
@@ -122,7 +122,7 @@ class StepDataModule(pl.LightningDataModule):
         self._at = dict(state_dict)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a saved position in the data to hold, by key; primitives."""
+        """What must not change if a saved position in the data is to hold, by key; primitives."""
         key, n_tokens = self.context
         return {
             "seed": self.seed,
@@ -133,17 +133,17 @@ class StepDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of training; the first epoch may start in its middle."""
+        """Training batches; after a resume the first epoch may start in its middle."""
         at = {"epoch": self._at["epoch"], "start": self._at["position"]}
         return self._dealt(self.train_set, self.train_order(), **at)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation, in order, dealt to the ranks as training is."""
+        """Validation batches in order, dealt to the ranks as in training."""
         in_order = torch.arange(len(self.val_set))
         return self._dealt(self.val_set, lambda epoch: in_order)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test, in order; all of it on every rank."""
+        """Test batches in order, all of them on every rank."""
         return self._loader(self.test_set, batch_size=self.batch_size)
 
     predict_dataloader = test_dataloader  # predictions are of the test set
@@ -163,7 +163,7 @@ class StepDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             worker_init_fn=let_server_end,
             persistent_workers=self.num_workers > 0,
-            # by the thread that trains; one of its own, as beside workers, would spoil CUDA graphs
+            # pinned by the training thread; workers need another one, which would spoil CUDA graphs
             pin_memory=torch.cuda.is_available() and self.num_workers == 0,
             generator=torch.Generator(),  # otherwise every iter() draws from the global generator
             **options,
@@ -171,16 +171,16 @@ class StepDataModule(pl.LightningDataModule):
 
 
 def check_seed(key: str, seed: int) -> None:
-    """ValueError for a seed that some generator does not take."""
+    """ValueError for a seed that one of the generators does not accept."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"data.{key} is {seed}; give a whole number from 0 to 2^32 - 1.")
 
 
 def let_server_end(worker_id: int) -> None:
-    """Closes a worker's end of the pipe by which a fork server knows that its run is there.
+    """Closes a worker's end of the pipe by which a fork server knows that its run is alive.
 
-    Otherwise, after a run was killed, the server lives as long as its workers, and these, which
-    look whether the server is there, as long as it. It is Python's way to start them since 3.14.
+    Otherwise, after a run is killed, the server lives as long as its workers, and these, which
+    watch the server, as long as it does. Fork servers are Python's default since 3.14.
     """
     server: Any = forkserver._forkserver
     if server._forkserver_alive_fd is not None:
@@ -190,12 +190,12 @@ def let_server_end(worker_id: int) -> None:
 
 @rank_zero_only
 def report(message: str) -> None:
-    """Tells who listens to the logger `datamodules`, as the command line does; once over ranks."""
+    """Logs to the logger `datamodules`, which the command line shows; on the first rank alone."""
     logging.getLogger(__name__).info(message)
 
 
 def described(counts: Mapping[str, Any]) -> str:
-    """Counts in a line: of labels (`train/spam`) and parts in brackets, without `n_` notes."""
+    """Counts in one line: labels (`train/spam`) and nested counts in brackets, no `n_...` ones."""
     words = []
     for name, count in counts.items():
         if isinstance(count, Mapping):

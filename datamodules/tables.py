@@ -1,4 +1,4 @@
-"""Tables and lists of rows: read with errors that name the row, written so that they are read."""
+"""Tables and lists of rows: read with errors that name the row, written so as to be read back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 JSONL = (".jsonl", ".ndjson")
 ROWS = (*JSONL, ".parquet", ".csv", ".tsv")  # what `read_rows` reads
-_SHOWN = 10  # of many
-_ROW_NUMBERS = re.compile(r"__index_level_\d+__")  # pandas' name for an index without one
+_SHOWN = 10  # values in a message
+_ROW_NUMBERS = re.compile(r"__index_level_\d+__")  # pandas' name for a nameless index
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 _HALF = re.compile(  # a lone surrogate, after plain text, pairs of them and other escapes
     r"(?:[^\\]++|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\(?!u[dD][89a-fA-F]).)*+(\\u....)"
@@ -36,10 +36,10 @@ def some(values: Sequence[Any]) -> str:
 
 @contextmanager
 def refused_together() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
-    """Gives a context for each row by its place; what is wrong with rows is said of all at the end.
+    """Gives a context manager per row, by its place; raises the errors of all rows at the end.
 
     Raises:
-        ValueError: the first that a row's context was left with, and which others had one.
+        ValueError: the first row's error, and the places of the other rows that had one.
     """
     unusable: dict[str, Exception] = {}
 
@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, streamed; empty lines are left out.
 
     Raises:
-        ValueError: naming the file and the line that is no JSON object, or the byte that no UTF-8.
+        ValueError: naming the file, and the line that is no JSON object or the byte not UTF-8.
     """
     offset = 0
     with path.open("rb") as lines:
@@ -78,7 +78,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_json(text: str, path: Path, remedy: str, line: int | None = None) -> Any:
-    """The value of a file's JSON, or of a line's; half a character, as UTF-8 cannot spell, is none.
+    """Parses a file's JSON, or a line's; refuses half characters, which UTF-8 cannot encode.
 
     Raises:
         ValueError: naming file and line, and the remedy.
@@ -98,7 +98,7 @@ def parse_json(text: str, path: Path, remedy: str, line: int | None = None) -> A
 
 
 def text_in(row: Mapping[str, Any], name: str, remedy: str) -> str:
-    """A row's field that has to be a text.
+    """A row's field, which has to be a text.
 
     Raises:
         ValueError: saying what it is instead, and the remedy.
@@ -114,9 +114,9 @@ def text_in(row: Mapping[str, Any], name: str, remedy: str) -> str:
 def read_table(path: Path, names: list[str] | None = None) -> pd.DataFrame:
     """Rows of a .csv, .tsv (also without suffix), .jsonl or .parquet file.
 
-    Cells of CSV and TSV are strings as they stand ("NA" and "" included). A CSV's are separated by
-    commas, or by semicolons where its first line has more of those. A tab-separated line is never
-    quoted: a lone quotation mark in a text swallows no rows.
+    Cells of CSV and TSV stay strings ("NA" and "" included). A CSV is separated by commas, or by
+    semicolons if its first line has more of those. Tab-separated cells are never quoted, so that a
+    lone quotation mark in a text swallows no rows.
 
     Args:
         path: the file.
@@ -148,25 +148,25 @@ def _parquet(path: Path) -> pd.DataFrame:
     numbers = [name for name in columns.column_names if _ROW_NUMBERS.fullmatch(name)]
     return columns.drop_columns(numbers).to_pandas(
         integer_object_nulls=True,
-        ignore_metadata=True,  # an index that has a name is a column like others
+        ignore_metadata=True,  # a named index is a column like any other
     )
 
 
 def _parsed(text: str, suffix: str, names: list[str] | None) -> pd.DataFrame:
-    """The table in a text of separated cells."""
+    """Parses a text of separated cells."""
     import pandas as pd
 
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
     if suffix == ".csv":
         form |= {"delimiter": _separator(text), "quoting": csv.QUOTE_MINIMAL}
     table = pd.read_csv(io.StringIO(text), names=names, dtype=str, keep_default_na=False, **form)
-    if names is None and suffix == ".tsv":  # pandas numbers those that are there twice
+    if names is None and suffix == ".tsv":  # pandas would number duplicates
         _refuse_twice(text.lstrip("\n").partition("\n")[0].split("\t"))
     elif names is None:
-        with contextlib.suppress(csv.Error):  # what pandas reads in its own way
+        with contextlib.suppress(csv.Error):  # pandas may read what csv cannot
             rows = csv.reader(io.StringIO(text), **form)
             _refuse_twice(next((row for row in rows if row), []))
-    if not isinstance(table.index, pd.RangeIndex):  # pandas made it of the surplus
+    if not isinstance(table.index, pd.RangeIndex):  # made of surplus fields
         n_columns = len(table.columns)
         n_fields = n_columns + table.index.nlevels
         remedy = "quote the text with a comma" if suffix == ".csv" else "drop a tab"
@@ -182,7 +182,7 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 
 def _lines(text: str, suffix: str) -> str:
-    """A table's text with lines that end in LF; as it stands they may end in CR LF, or CR alone."""
+    """A table's text with LF as line end, where it has CR LF, or CR alone."""
     if "\r" not in text:
         return text
     unquoted = re.sub(r'"[^"]*"', "", text) if suffix == ".csv" else text
@@ -190,17 +190,17 @@ def _lines(text: str, suffix: str) -> str:
 
 
 def _separator(text: str) -> str:
-    """What stands between the cells of a CSV: where spreadsheets write them, semicolons."""
+    """The separator of a CSV: a comma, or the semicolon that some spreadsheets write."""
     header = text.partition("\n")[0]
     return ";" if header.count(";") > header.count(",") else ","
 
 
 def read_rows(path: Path, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Places, for messages, and rows by column, in primitives; JSONL and Parquet are streamed.
+    """Yields places, for messages, and rows as dicts of primitives; streams JSONL and Parquet.
 
     Args:
         path: a file with a suffix of `ROWS`.
-        column: the only one that is wanted; of Parquet no other is read then, if it is there.
+        column: the only column needed; if a Parquet file has it, no other column is read.
 
     Raises:
         ValueError: naming the file, if it cannot be read as what its suffix says.
@@ -226,17 +226,17 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
             wanted = [column] if column in table.schema_arrow.names else None
             for batch in table.iter_batches(columns=wanted, batch_size=1024):
                 yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:  # the latter where its pages are damaged
+    except (ArrowException, OSError) as error:  # OSError for damaged pages
         raise ValueError(f"{path} is not a Parquet file, or not whole: {error}") from error
 
 
 def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> None:
-    """Writes a table so that `read_table` reads it, whole or not at all; see `check_writable`.
+    """Writes a table that `read_table` can read, whole or not at all; see `check_writable`.
 
-    A CSV is written in the form of the one that it is like: a spreadsheet that has made semicolons
-    reads no commas, nor a point as that of a fraction.
+    A CSV takes the format of the CSV `like`: a spreadsheet that writes semicolons reads neither
+    commas nor decimal points.
     """
-    with replacing(path) as temporary:  # killed here, it is not in the way of the next
+    with replacing(path) as temporary:  # if killed here, it is not in the way of the next write
         if path.suffix == ".parquet":
             with _as_parquet(str(path)):
                 frame.to_parquet(temporary, index=False)
@@ -250,12 +250,12 @@ def write_table(frame: pd.DataFrame, path: Path, like: Path | None = None) -> No
             form = _form_of(like) if like and like.suffix.lower() == ".csv" else {}
             cells = (cell for name in frame for cell in (name, *frame[name]))
             if any(isinstance(cell, str) and "\r" in cell for cell in cells):
-                form["lineterminator"] = "\r\n"  # or else Python before 3.13 does not quote it
+                form["lineterminator"] = "\r\n"  # else Python before 3.13 would not quote it
             _as_text(frame).to_csv(temporary, index=False, **form)
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
-    """Lists and objects in JSON: their own text leaves out the middle of long ones."""
+    """Writes lists and objects as JSON: their `str` leaves out the middle of long ones."""
     import pandas as pd
 
     def text(cell: Any) -> Any:
@@ -265,14 +265,14 @@ def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
     written = frame.copy(deep=False)
     for i in range(frame.shape[1]):
         column = frame.iloc[:, i]
-        if column.dtype == object:  # and stays so: `map` would make floats of integers with gaps
+        if column.dtype == object:  # stays so: `map` would turn integers with gaps into floats
             cells = pd.Series([*map(text, column)], frame.index, dtype=object)
             written.isetitem(i, cells)  # type: ignore[arg-type]  # which stubs do not know
     return written
 
 
 def _form_of(path: Path) -> dict[str, Any]:
-    """How a CSV is written, as options of pandas."""
+    """The format of a CSV, as options of pandas."""
     data = path.read_bytes()
     separator = _separator(_lines(decode(data, path), path.suffix.lower()))
     return {
@@ -289,13 +289,13 @@ def _as_parquet(place: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OverflowError) as error:  # of integers too long
+    except (pyarrow.ArrowException, OverflowError) as error:  # for too large integers
         reason = str(error).splitlines()[0]
         raise ValueError(f"output is {place}: {reason}; give a .jsonl file.") from error
 
 
 def _in_json(value: Any) -> Any:
-    """A cell as JSON has it: numbers exactly, times in ISO 8601, what is missing null."""
+    """A cell as a JSON value: exact numbers, times in ISO 8601, null for missing values."""
     import pandas as pd
 
     if isinstance(value, dict):
@@ -311,11 +311,11 @@ def _in_json(value: Any) -> Any:
 
 
 def check_writable(path: Path, columns: Mapping[Any, Iterable[Any]] | None = None) -> None:
-    """Refuses what `write_table` could not write, as far as it is known, before much was done.
+    """Refuses what `write_table` could not write, as far as is known, before the work is done.
 
     Raises:
-        ValueError: for another suffix, a text that a tab-separated file, which has no quotes,
-            cannot hold, or a column that Parquet has no type for.
+        ValueError: for an unknown suffix, a text that a tab-separated file cannot hold, as it has
+            no quotes, or a column that Parquet has no type for.
     """
     import pyarrow
 

@@ -20,28 +20,28 @@ from datamodules.tables import read_table, some
 class TextClassificationDataModule(SplitDataModule):
     """Texts of any number of classes; the test set is what training and validation leave.
 
-    Texts that are equal but for case, digits and punctuation stay on one side of the split, which
-    is stratified by label. A text longer than `max_length` loses its end, and is counted.
+    Texts that differ only in case, digits and punctuation stay on one side of the split, which is
+    stratified by label. A text longer than `max_length` loses its end, and is counted.
 
     Args:
-        source: a file, folder or glob, bundled:sms, or download:sms-spam; every file a .csv, .tsv,
-            .jsonl or .parquet table.
+        source: a file, folder or glob, bundled:sms, or download:sms-spam; each file is a .csv,
+            .tsv, .jsonl or .parquet table.
         text_column: column of the texts.
         label_column: column of the labels.
-        label_names: the labels as they stand in the table; their order gives the class indices.
-        max_length: tokens of a text that are kept; at most the model's block_size.
-        suffix: what every text ends with; a head on the last token reads better from a token that
+        label_names: the labels as the table has them; their order gives the class indices.
+        max_length: maximum tokens per text; longer ones are cut. At most the model's block_size.
+        suffix: text put after every text; the head reads the last token, and learns better if that
             is always the same, such as a line end.
         balance: in each split, keep as many rows of every class as the rarest one has; split_seed
             decides which.
         **options: those of `SplitDataModule`.
 
     Raises:
-        ValueError: for an argument that cannot be, before any data is read; from `read` and
-            `setup`, for data that cannot be used, naming file and row.
+        ValueError: for an invalid argument, before any data is read; from `read` and `setup` for
+            unusable data, naming file and row.
     """
 
-    other_columns = "set data.text_column and data.label_column to some of them"  # a remedy
+    other_columns = "set data.text_column and data.label_column to some of them"  # for a message
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class TextClassificationDataModule(SplitDataModule):
             report(f"{len(odd)} texts appear with different labels: {some(odd)}.")
 
     def text(self, sample_id: int) -> str:
-        """What a sample is of."""
+        """The text of a sample."""
         return self._texts[sample_id]
 
     def texts(self, split: str) -> list[str]:
@@ -86,15 +86,15 @@ class TextClassificationDataModule(SplitDataModule):
         return [self._texts[row] for row in self._rows[split]]
 
     def labels(self, split: str) -> list[int]:
-        """Class indices that belong to `texts`."""
+        """Class indices, one for each of `texts`."""
         return [self._labels[row] for row in self._rows[split]]
 
     def keys(self, split: str) -> list[str]:
-        """Equal for texts that say the same, one for each that belongs to `texts`."""
+        """One key for each of `texts`, equal for texts that say the same."""
         return [self._keys[row] for row in self._rows[split]]
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint needs to classify: names of the classes, tokens kept of a text."""
+        """What a checkpoint needs to classify: class names, maximum tokens per text, suffix."""
         return {
             "label_names": self.label_names,
             "max_length": self.max_length,
@@ -106,7 +106,7 @@ class TextClassificationDataModule(SplitDataModule):
         return read_table(path)
 
     def _rows_of(self, path: Path) -> Iterator[tuple[str, tuple[Any, Any]]]:
-        """Cells of text and label in every row of a file."""
+        """The place of every row of a file, and its cells of text and label."""
         frame = self.read_frame(path) if path.stat().st_size else pd.DataFrame()
         if frame.empty:
             raise ValueError(f"{path} holds no rows; fill it, or leave it out.")
@@ -122,7 +122,7 @@ class TextClassificationDataModule(SplitDataModule):
         return _text(cells[0], self.text_column), self._class_index(cells[1])
 
     def _contradictions(self) -> list[str]:
-        """Texts that have one label in a row and another in another."""
+        """Texts that occur with different labels, shortened for a message."""
         labels: dict[str, set[int]] = {}
         for text, label in zip(self._texts, self._labels, strict=True):
             labels.setdefault(text.strip(), set()).add(label)
@@ -131,7 +131,7 @@ class TextClassificationDataModule(SplitDataModule):
     def _class_index(self, label: Any) -> int:
         if _missing(label) or str(label) == "":
             raise ValueError(f"it has no {self.label_column!r}; give it a label, or drop it.")
-        if isinstance(label, float) and label.is_integer():  # integers of a column with gaps
+        if isinstance(label, float) and label.is_integer():  # an integer in a column with gaps
             label = int(label)
         if str(label) not in self.label_names:
             raise ValueError(
@@ -180,7 +180,7 @@ def _text(value: Any, column: str) -> str:
 
 
 class SpamDataModule(TextClassificationDataModule):
-    """SMS messages, ham or spam: the SMS Spam Collection and everything in its form.
+    """SMS messages, ham or spam: the SMS Spam Collection, and any file in its format.
 
     The original file has no header, `bundled:sms` has one; both are read, as is any other table
     with the columns label and text. For the arguments see `TextClassificationDataModule`.
@@ -196,7 +196,7 @@ class SpamDataModule(TextClassificationDataModule):
         )
 
     def read_frame(self, path: Path) -> pd.DataFrame:
-        """The table in a file, whose first line may be a message already."""
+        """The table in a file, whose first line may already be a message."""
         with path.open("rb") as file:
             first_cell = file.readline().removeprefix(codecs.BOM_UTF8).partition(b"\t")[0]
         has_header = first_cell.decode(errors="replace") not in self.label_names

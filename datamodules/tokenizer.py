@@ -1,9 +1,8 @@
-"""One tokenizer for everything, be it named, trained here or of a checkpoint.
+"""One tokenizer class for all: named ones, those trained here and those of checkpoints.
 
-Byte-level BPE, or SentencePiece's where a checkpoint of others has that: every text has an
-encoding, and decoding gives it back (composed, where its makers compose characters first). Special
-tokens are never made from text: `<|endoftext|>` typed by a user is encoded as the characters that
-it is.
+Byte-level BPE, or SentencePiece's if an imported checkpoint has that: every text has an encoding,
+and decoding restores it (in NFC, where the vocabulary normalises to that first). Text never becomes
+special tokens: `<|endoftext|>` typed by a user is encoded as the characters that it consists of.
 """
 
 from __future__ import annotations
@@ -27,35 +26,35 @@ CHAT_MARKERS = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|sy
 FILE_NAME = "tokenizer.json"
 
 _FORMAT = "gpt-pipeline tokenizer 1"
-# Qwen2's split into words: GPT-4's with one digit a piece, which suits small vocabularies.
-# tiktoken, Hugging Face and llama.cpp know it, so that what is trained here runs there.
+# Qwen2's pre-tokenisation: GPT-4's, but with single digits, which suits small vocabularies.
+# tiktoken, Hugging Face and llama.cpp know it, so that models trained here run there.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TRAINED_AT_ONCE = 1 << 16  # characters, and what is left of the line
+_TRAINED_AT_ONCE = 1 << 16  # characters, and the rest of the line
 _BYTES = [bytes([value]) for value in range(256)]
 _LINE_END = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything that decides ids, and how its makers write conversations.
+    """Everything that decides ids, and the chat template that comes with them.
 
     Attributes:
-        name: what the encoding is called; `bpe-<size>` where it was trained here.
+        name: name of the encoding; `bpe-<size>` if it was trained here.
         pattern: regular expression of the pieces that merges stay within.
         tokens: bytes of every id (without `sentencepiece` in the order of merges); empty for an id
-            that no text has.
-        special_tokens: name -> id; never made from text.
+            that no text is encoded with.
+        special_tokens: name -> id; text never becomes one.
         eos: the special token that ends a text, or an answer.
-        more_ends: special tokens that end what is written, too.
-        bos: the special token that its makers put before every text, if any.
-        chat_template: Jinja source of its makers' conversations, if any.
-        template_bos: the special token that the template calls `bos_token`, where it is not `bos`.
-        sentencepiece: what else decides ids where characters are merged; None at byte level.
-        shown: special tokens that are part of what is written, as `<think>` is, not marks of it.
-        nfc: characters are composed (Unicode's NFC) before all else, at byte level.
+        more_ends: further special tokens that end generation.
+        bos: the special token that starts every text, if any.
+        chat_template: Jinja source of the published chat template, if any.
+        template_bos: the special token that the template calls `bos_token`, if it is not `bos`.
+        sentencepiece: what else decides ids if characters are merged; None at byte level.
+        shown: special tokens that belong to the text and are shown with it, such as `<think>`.
+        nfc: whether text is first normalised to Unicode's NFC, at byte level.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Vocabulary:
 
     @property
     def bos_token(self) -> str | None:
-        """What a chat template calls so, whether or not it stands before other texts."""
+        """The chat template's `bos_token`, whether or not it starts other texts."""
         return self.template_bos or self.bos
 
     @property
@@ -83,27 +82,27 @@ class Vocabulary:
 
     @property
     def missing_bytes(self) -> list[bytes]:
-        """Bytes that have no token; vocabularies made elsewhere may leave out rare ones."""
+        """Bytes that have no token; vocabularies made elsewhere may lack rare ones."""
         known = set(self.tokens)
         return [byte for byte in _BYTES if byte not in known]
 
     def content(self) -> dict[str, Any]:
-        """The vocabulary in primitives; what is at its default is left out."""
+        """The vocabulary in primitives, without fields that have their default."""
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
         content = {name: value for name, (value, default) in values.items() if value != default}
         content["tokens"] = [base64.b64encode(token).decode() for token in self.tokens]
         if self.sentencepiece:
             content["sentencepiece"] = vars(self.sentencepiece)
-        # in the order of all files so far: runs know theirs by its bytes
+        # in the order of existing files, which runs identify by their bytes
         order = dict.fromkeys(("format", "name", "pattern", "special_tokens", "tokens"))
         return {**order, "format": _FORMAT, **content}
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A vocabulary that is run, with a digest.
+    """A vocabulary with its encoder and digest.
 
-    `digest` is the SHA-256 of its canonical file content; equal digests encode equally.
+    `digest` is the SHA-256 of the canonical file content; equal digests encode equally.
     """
 
     vocabulary: Vocabulary = field(repr=False, compare=False)
@@ -120,7 +119,7 @@ class Tokenizer:
         return cls(vocabulary, digest(vocabulary.content()), encoder)
 
     def is_like(self, other: Tokenizer) -> bool:
-        """Whether it is another but for its name: an export is read back under one of its own."""
+        """Whether it equals another up to the name: an export is read back under a new one."""
         renamed = replace(self.vocabulary, name=other.name)
         return renamed.content() == other.vocabulary.content()
 
@@ -141,28 +140,28 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends a text: `<|endoftext|>`, unless its makers chose another."""
+        """Id of the token that ends a text: `<|endoftext|>`, unless the vocabulary has another."""
         return self.special_ids[self.vocabulary.eos]
 
     @property
     def bos_ids(self) -> list[int]:
-        """What stands before every text: one id where the vocabulary's makers want it, or none."""
+        """Ids that start every text: the BOS id, or none if the vocabulary has no BOS."""
         return [self.special_ids[self.vocabulary.bos]] if self.vocabulary.bos else []
 
     def encode(self, text: str, before: Sequence[int] = ()) -> list[int]:
-        """Ids of a text, all of it ordinary; bytes that the vocabulary cannot spell are left out.
+        """Ids of a text, never special ones; bytes that the vocabulary cannot spell are dropped.
 
-        Vocabularies made here spell every byte. `before` are the ids that it follows: some
-        vocabularies begin a text otherwise than go on in one.
+        Vocabularies made here spell every byte. `before` are the preceding ids: some vocabularies
+        encode the start of a text differently from its continuation.
         """
         return self.encoder.encode(text, before)
 
     def decode(self, ids: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Text of ids, as `decode_bytes` has it; what is not UTF-8 (half a character) is U+FFFD."""
+        """Text of ids, see `decode_bytes`; what is not UTF-8 (half a character) becomes U+FFFD."""
         return self.decode_bytes(ids, before).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int], before: Sequence[int] = ()) -> bytes:
-        """Bytes of ids, exactly; a blank that `encode` put there after `before` is taken away.
+        """Exact bytes of ids that follow `before`, without a space that `encode` puts there.
 
         Raises:
             KeyError: for an id that the vocabulary does not have.
@@ -170,16 +169,16 @@ class Tokenizer:
         return self.encoder.decode(list(ids), before)
 
     def piece(self, token: int, before: Sequence[int] = ()) -> bytes:
-        """Bytes of an id that a model chose; none where the vocabulary leaves it out."""
+        """Bytes of an id that a model chose; empty if the vocabulary does not have it."""
         try:
             return self.decode_bytes([token], before)
         except KeyError:
             return b""
 
     def lengths(self) -> list[int]:
-        """Bytes of every id; none for a special token.
+        """Number of bytes of every id; 0 for special tokens.
 
-        Of a text's first id they count the blank that `encode` puts there, if it does.
+        For a text's first id this includes the space that `encode` may put there.
         """
         lengths = list(map(len, self.vocabulary.tokens))
         return lengths + [0] * (self.n_vocab - len(lengths))
@@ -193,7 +192,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
-        """The tokenizer of a name (`gpt2`), a file, or a directory (a checkpoint) that holds one.
+        """The tokenizer with a name (`gpt2`), in a file, or in a directory (a checkpoint).
 
         Raises:
             ValueError: if there is none, it cannot be fetched, or its file is damaged.
@@ -217,15 +216,15 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> Tokenizer:
-    """Learns a byte-level BPE vocabulary; the same texts in the same order give the same one.
+    """Trains a byte-level BPE vocabulary; the same texts in the same order give the same one.
 
-    It declares `<|endoftext|>` and the chat markers. Where the text is too small for the size
-    asked, the vocabulary is simply smaller: see `n_vocab`.
+    It declares `<|endoftext|>` and the chat markers. If there is too little text for the size asked
+    for, the vocabulary is simply smaller: see `n_vocab`.
 
     Args:
         texts: consumed once.
-        vocab_size: ids at most: 256 bytes, merged tokens and special tokens.
-        min_frequency: a pair that occurs less often is not merged.
+        vocab_size: maximum number of ids: 256 bytes, merged tokens and special tokens.
+        min_frequency: pairs that occur less often are not merged.
 
     Raises:
         ValueError: if the size leaves no room for a single merge, or the frequency is not positive.
@@ -261,8 +260,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int
 
 
 def _lines(text: str) -> Iterator[str]:
-    """A text in parts, cut where PATTERN ends a piece anyway, before a line that begins with no
-    blank: the trainer holds 256 of what it is given, at twenty times its size.
+    """Cuts a text at lines that start without white space, where PATTERN ends a piece anyway.
+
+    The trainer holds 256 of the parts that it is given, each at twenty times its size.
     """
     start = 0
     while end := _LINE_END.search(text, start + _TRAINED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Decoding: KV-cached, of many rows at a time, which may come and go; and beam search.
+"""Decoding with a KV cache: continuous batching of many rows, and beam search.
 
 Shapes: B rows, T tokens, V vocabulary; L, G, N and D as in `kv_cache.py`.
 """
@@ -19,21 +19,21 @@ from pipeline.decoding.prefix_cache import PrefixCache, common_length
 from pipeline.decoding.sampling import Sampling, choose
 from pipeline.gpt import GPT
 
-JOIN_SHARE = 4  # places that are filled at a time: one in so many, as a prefill of one row is dear
+JOIN_SHARE = 4  # rows wait until one place in four is free, as prefilling single rows is costly
 
 
 @dataclass(eq=False)
 class Row:
-    """A text that is being written."""
+    """A text that is being generated."""
 
     settings: Sampling
     ids: list[int]  # its tokens so far, the prompt's included
-    limit: int  # the length at which it ends: its own, or that of the context
-    n_cached: int  # tokens of the prompt that were not computed for it
-    token: int | None = None  # the newest; None where a stop token came
-    ended: Literal["stop", "length"] | None = None  # by what; None while it goes on
-    # where settings have them reported, those of the newest token, a stop token too; at first,
-    # with `echo`, those of the prompt before it
+    limit: int  # maximum length: its own, or that of the context
+    n_cached: int  # tokens of the prompt whose keys and values were reused
+    token: int | None = None  # the newest; None after a stop token
+    ended: Literal["stop", "length"] | None = None  # why; None while it goes on
+    # if the settings ask for them, those of the newest token, even a stop token; at first, with
+    # `echo`, those of the prompt come before it
     logprobs: list[TokenLogprob] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
 
@@ -41,7 +41,7 @@ class Row:
         self.generator = torch.Generator().manual_seed(self.settings.seed)
 
     def take(self, token: int) -> None:
-        """Goes on by a token, or ends."""
+        """Appends a token, or ends the row."""
         if token in self.settings.stop_ids:
             self.token, self.ended = None, "stop"
             return
@@ -52,27 +52,27 @@ class Row:
 
 
 class Batch:
-    """Rows that get a token each a step; others join and leave between steps.
+    """Rows that get one token each per step; rows join and leave between steps.
 
-    Continuous batching (Yu et al. 2022). What a row gets does not depend on its neighbours. A row
-    that is alone has its next tokens guessed, so that some steps cost nothing. `prefixes` keeps the
-    texts of rows that leave, for others that begin alike. The model is put into eval mode.
+    Continuous batching (Yu et al. 2022). A row's tokens do not depend on the other rows. For a row
+    that is alone the next tokens are guessed, so that some steps cost nothing. `prefixes` keeps the
+    texts of rows that leave, for prompts with the same beginning. Puts the model into eval mode.
     """
 
     def __init__(self, model: GPT, prefixes: PrefixCache | None = None) -> None:
         self.model, self.prefixes = model, prefixes or PrefixCache(0)
-        self.rows: list[Row] = []  # those that go on
+        self.rows: list[Row] = []  # those not ended
         self._cache: KVCache | None = None  # of `rows`, in their order
         self._ahead: deque[tuple[int, Tensor]] = deque()  # guesses, and logits (1, V) after each
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that there is memory for, of all rows."""
+        """Tokens that the cache has memory for, over all rows."""
         return 0 if self._cache is None else self._cache.n_tokens
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[Row]:
-        """New rows, each with its first token, of prompts of unequal length.
+        """Adds a row per prompt, of any lengths, and returns them, each with its first token.
 
         Each has settings of its own, without beams. ValueError for a prompt that is empty, or that
         fills the context.
@@ -109,7 +109,7 @@ class Batch:
 
     @torch.inference_mode()
     def read(self, prompt: Sequence[int], n_tokens: int) -> None:
-        """Computes so many of a prompt's unread tokens, not all, and keeps them until it joins."""
+        """Prefills `n_tokens` of a prompt's unread tokens, not all, for when it joins."""
         kv = self._known(prompt[:-1])
         n_read = n_tokens + (0 if kv is None else kv.shape[3])
         cache = prefill(self.model, [prompt[:n_read]], [kv]).cache
@@ -117,7 +117,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One more token for every row; the rows that got one, or ended instead."""
+        """Gives every row one more token, or ends it at a stop token; returns these rows."""
         assert self._cache is not None, "a step needs rows"
         rows = [*self.rows]
         _take(rows, self._next_logits(self._cache))
@@ -125,7 +125,7 @@ class Batch:
         return rows
 
     def _next_logits(self, cache: KVCache) -> Tensor:
-        """Logits (B, V) after the newest tokens: of a guess that came true, or computed."""
+        """Logits (B, V) after the newest tokens: known from a correct guess, or computed."""
         if self._ahead:
             guessed, logits = self._ahead.popleft()
             if guessed == self.rows[0].ids[-1]:
@@ -142,22 +142,22 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
-        """Gives a row up."""
+        """Removes a row that has not ended."""
         self._keep(other for other in self.rows if other is not row)
 
     def _read(
         self, prompts: Sequence[tuple[int, ...]], whole: Container[int]
     ) -> tuple[Prefilled, list[int]]:
-        """Runs different prompts through the model, some of them whole; how much was known."""
+        """Prefills distinct prompts, those in `whole` entirely; also counts the known tokens."""
         known = [None if i in whole else self._known(ids[:-1]) for i, ids in enumerate(prompts)]
         n_known = [0 if kv is None else kv.shape[3] for kv in known]
         shared = common_length(min(prompts), max(prompts)) * (len(prompts) - 1)
-        if shared > sum(n_known):  # at the beginning of a cache that is computed once for all
+        if shared > sum(n_known):  # computed once for all rows, but only in an empty cache
             known, n_known = [], [0] * len(prompts)
         return prefill(self.model, prompts, known), n_known
 
     def _known(self, ids: Sequence[int]) -> Tensor | None:
-        """Keys and values (L, 2, G, N, D) of what a text begins with, as far as another did."""
+        """Keys and values (L, 2, G, N, D) of the longest known prefix of a text."""
         kv = self.prefixes.find(ids)
         best = 0 if kv is None else kv.shape[3]
         for i, row in enumerate(self.rows):
@@ -172,7 +172,7 @@ class Batch:
             return
         assert self._cache is not None
         for i in reversed(range(len(self.rows))):
-            if (row := self.rows[i]) not in kept:  # its newest token may not have been read
+            if (row := self.rows[i]) not in kept:  # its newest token may not be cached
                 self.prefixes.add(row.ids[:-1], self._cache.text(i, len(row.ids) - 1))
                 self._cache.drop(i)
                 self.rows[i] = self.rows[-1]
@@ -192,7 +192,7 @@ def _take(rows: list[Row], logits: Tensor) -> None:
 
 
 def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -> list[list[int]]:
-    """New token ids of every prompt, without the stop token; all of them are written together."""
+    """New token ids of every prompt, without the stop token; without beams they are one batch."""
     if settings.num_beams > 1:
         return [beam_search(model, prompt, settings) for prompt in prompts]
     done = generate_each(model, prompts, settings, max_rows=len(prompts))
@@ -202,9 +202,9 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling) -
 def generate_each(
     model: GPT, prompts: Sequence[Sequence[int]], settings: Sampling, *, max_rows: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Number and new token ids of every prompt, without the stop token, as each is done.
+    """Yields index and new token ids of every prompt, without the stop token, as each is done.
 
-    At most `max_rows` are written at a time, the first ones first; row i draws with seed + i.
+    At most `max_rows` are decoded at a time, the first ones first; row i samples with seed + i.
     ValueError for a prompt that is empty or fills the context.
     """
     batch = Batch(model)
@@ -226,7 +226,7 @@ def generate_each(
 
 @torch.inference_mode()
 def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[int]:
-    """The likeliest continuation found, by mean log-probability a token, stop token included."""
+    """The likeliest continuation found, by mean log-probability per token, stop token included."""
     cache, logits, _ = prefill(model, [prompt])
     n_new = min(settings.max_new_tokens, model.config.block_size - len(prompt))
     scores = logits.log_softmax(dim=-1)  # (beams, V) nats of the whole continuation
@@ -251,17 +251,17 @@ def beam_search(model: GPT, prompt: Sequence[int], settings: Sampling) -> list[i
 
 class _Step(NamedTuple):
     nats: float  # of the whole continuation
-    beam: int  # that goes on by it
+    beam: int  # that it extends
     token: int
 
 
 def _steps(scores: Tensor, settings: Sampling) -> tuple[list[_Step], list[_Step]]:
-    """From the nats (beams, V) of every continuation, the likeliest next steps, best first.
+    """The likeliest next steps, best first, by the nats (beams, V) of every continuation.
 
     Returns:
         Those that stop, and num_beams that go on.
     """
-    # so many that num_beams go on however many stop here
+    # enough for num_beams to go on, however many stop here
     n_candidates = settings.num_beams * (1 + len(settings.stop_ids))
     values, places = scores.flatten().topk(min(n_candidates, scores.numel()))
     stopping: list[_Step] = []

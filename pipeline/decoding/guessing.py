@@ -1,19 +1,19 @@
-"""Tokens guessed ahead: what followed the newest two where the text had them before.
+"""Guesses of the next tokens: what followed the newest two tokens earlier in the text.
 
-A step of decoding takes little longer for five tokens than for one, so guesses are checked in the
-step that is due anyway (prompt lookup decoding, Saxena 2023). They change no text but for rounding:
-logits after a guess are used if that very token was chosen, by whatever way tokens are chosen.
+A decoding step takes little longer for five tokens than for one, so guesses are checked in the
+step that is due anyway (prompt lookup decoding, Saxena 2023). Apart from rounding they change no
+text: logits after a guess are used only if that token was then chosen, greedily or by sampling.
 """
 
 from collections.abc import Sequence
 
 from pipeline.layers.attention_products import MAX_NEW_TOKENS
 
-MAX_GUESSES = MAX_NEW_TOKENS - 1  # with two tokens to go by; as measured (benchmarks/NOTES.md)
+MAX_GUESSES = MAX_NEW_TOKENS - 1  # for a match of two tokens; as measured (benchmarks/NOTES.md)
 
 
 def guess(ids: Sequence[int], max_tokens: int) -> list[int]:
-    """At most so many tokens that may come next; none where nothing like it came before."""
+    """At most `max_tokens` guesses; none where the newest two tokens did not occur before."""
     n_tokens = min(MAX_GUESSES, max_tokens)
     if len(ids) < 2 or n_tokens < 1:
         return []

@@ -1,4 +1,4 @@
-"""What a model that writes has seen: keys and values, so that a new token costs one token.
+"""The KV cache: keys and values of earlier tokens, so that a step computes new tokens alone.
 
 Shapes: B rows, R places for rows, T new tokens, S tokens that there is room for, L layers, G
 key/value heads, D head size, N tokens of a text.
@@ -23,9 +23,9 @@ class KVCache:
     """Keys and values of the tokens seen so far; every row has a place of its own.
 
     It grows by CACHE_GROWTH tokens at a time and is read whole: products of slices would copy it.
-    Rows come and go in place; of the others only the last one is ever moved. Device and dtype are
-    those of `like`. A model that is not causal is a ValueError: what it has seen changes with every
-    token.
+    Rows join and leave in place; only the last row is ever moved, to fill a gap. Device and dtype
+    are those of `like`. ValueError for a model that is not causal, whose keys and values change
+    with every token.
     """
 
     def __init__(self, config: GPTConfig, n_rows: int, like: Tensor) -> None:
@@ -44,11 +44,11 @@ class KVCache:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that there is memory for, of all rows."""
+        """Tokens that there is memory for, over all rows."""
         return self.store.shape[2] * self.store.shape[4]
 
     def begin(self, texts: Sequence[Tensor | None]) -> None:
-        """Takes over what was seen of some rows' beginnings: (L, 2, G, N, D) each, or none."""
+        """Copies known keys and values of rows' beginnings, (L, 2, G, N, D) each, or None."""
         self.is_empty = False
         self._resize(self.n_rows, max(kv.shape[3] for kv in texts if kv is not None))
         for row, kv in enumerate(texts):
@@ -56,16 +56,16 @@ class KVCache:
                 self.text(row, kv.shape[3]).copy_(kv)
 
     def text(self, row: int, n_tokens: int) -> Tensor:
-        """What was seen of a row's first tokens: a view (L, 2, G, N, D)."""
+        """Keys and values of a row's first tokens: a view (L, 2, G, N, D)."""
         return self.store[:, :, row, :, :n_tokens]
 
     def reserve(self, n_tokens: int) -> None:
-        """Makes room for so many tokens of every row."""
+        """Makes room for `n_tokens` tokens in every row."""
         if n_tokens > self.store.shape[4]:
             self._resize(self.n_rows, n_tokens)
 
     def seek(self, positions: Tensor) -> Tensor:
-        """Goes to positions (B, T), which have room; what is seen there, (B, 1, T, S) bool."""
+        """Selects positions (B, T) for `update`; returns the mask of what they see (B, 1, T, S)."""
         self.is_empty = False
         n_places, n_heads, n_tokens = self.store.shape[2:5]
         seen = torch.arange(n_tokens, device=positions.device) <= positions[:, None, :, None]
@@ -75,34 +75,34 @@ class KVCache:
         return seen
 
     def update(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes heads of keys, then values (B, 2 G, T, D) where `seek` went.
+        """Writes heads of keys, then of values, (B, 2 G, T, D) at the positions of `seek`.
 
-        Returns keys and values so far, (B, G, S, D) each.
+        Returns all keys and values, (B, G, S, D) each.
         """
         flat, keys, values = self.layers[layer]  # (2 R G S, D), then twice (B, G, S, D)
         flat[self.places] = kv.to(flat.dtype)
         return keys, values
 
     def whole(self) -> KVCache:
-        """The same store with a row in every place."""
+        """A cache on the same store that has a row in every place."""
         other = copy.copy(self)
         other.graphs = {}
         other._hold(self.store, self.store.shape[2])
         return other
 
     def keep(self, rows: Tensor) -> None:
-        """Drops or repeats rows (B',) int64, as beams do."""
+        """Keeps only these rows (B',) int64, some perhaps repeated, as beam search does."""
         self._hold(self.store.index_select(2, rows), len(rows))
 
     def drop(self, row: int) -> None:
-        """Gives a row up; the last one takes its place."""
+        """Drops a row; the last one takes its place."""
         last = self.n_rows - 1
         if row != last:
             self.store[:, :, row] = self.store[:, :, last]
         self._hold(self.store, last)
 
     def fit(self, n_tokens: int) -> None:
-        """Gives up room: for more tokens than the longest row has, for twice as many rows."""
+        """Frees memory: of tokens beyond `n_tokens`, of rows once half of the places are empty."""
         n_places, _, room = self.store.shape[2:5]
         if _rounded(n_tokens) < room or 2 * self.n_rows <= n_places:
             self._resize(self.n_rows, n_tokens)
@@ -115,11 +115,11 @@ class KVCache:
             self._resize(n_rows, max(room, seen))
         new = self.store[:, :, n_before:n_rows]
         new[:, :, :, :, :seen] = other.store[:, :, : other.n_rows]
-        new[:, :, :, :, seen:] = 0.0  # of a row that is gone
+        new[:, :, :, :, seen:] = 0.0  # left by a dropped row
         self._hold(self.store, n_rows)
 
     def _resize(self, n_places: int, n_tokens: int) -> None:
-        """Moves to a store of so many rows and tokens, the latter rounded up."""
+        """Moves to a store of `n_places` rows and of `n_tokens` tokens, rounded up."""
         shape = list(self.store.shape)
         shape[2], shape[4] = n_places, _rounded(n_tokens)
         store, room = self.store.new_zeros(shape), min(shape[4], self.store.shape[4])

@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens, beside those of the likeliest in their places.
+"""Log-probabilities of tokens, beside those of the likeliest ones at their positions.
 
-Shapes: N places, T tokens, C channels, V vocabulary.
+Shapes: N positions, T tokens, C channels, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from pipeline.gpt import GPT
 
-PLACES_AT_A_TIME = 64  # whose logits are held: 12 MB with a vocabulary of 50,000
+PLACES_AT_A_TIME = 64  # their logits: 12 MB with a vocabulary of 50,000
 
 
 class TokenLogprob(NamedTuple):
-    """What the model gave a token, in nats: before temperature, top-k and top-p."""
+    """The model's log-probability of a token, in nats, before temperature, top-k and top-p."""
 
     token: int
-    logprob: float | None  # None where nothing comes before it
-    likeliest: list[tuple[int, float]]  # as many as were asked for in its place, best first
+    logprob: float | None  # None for a first token
+    likeliest: list[tuple[int, float]]  # at its position, best first, as many as were asked for
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], n_likeliest: int) -> list[TokenLogprob]:

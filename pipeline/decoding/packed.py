@@ -1,13 +1,12 @@
-"""Weights laid out for decoding: projections of one input are one matrix, in the blocked layout of
-oneDNN or FBGEMM.
+"""Weights packed for decoding: projections of one input as one matrix, in a fast memory layout.
 
-A step of decoding reads every weight for a few tokens, so on a CPU it takes as long as memory
-takes to give them. Rows of a plain matrix give 13 GB/s of the 31 that two cores can read; blocks
-as oneDNN wants them, and fewer and larger products, come closer; held in float16, as FBGEMM wants
-them, they are half as much to read. What is left of a step are small operations, each a few
-microseconds however small: so there are few of them, and some in place.
+A decoding step reads every weight for a few tokens, so on a CPU it is bound by memory bandwidth.
+Plain matrices are read at 13 GB/s of the 31 that two cores can reach; oneDNN's blocked layout,
+with fewer and larger products, comes closer; FBGEMM's float16 weights are half as much to read.
+The rest of a step is small operations that take a few microseconds each, however small: so there
+are few of them, and some in place.
 
-Shapes: I inputs, O outputs, of several layers one after the other; the rest as in `gpt.py`.
+Shapes: I inputs, O outputs, of several layers concatenated; the rest as in `gpt.py`.
 """
 
 from typing import Any, cast
@@ -25,8 +24,8 @@ ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.
 class PackedLinear(nn.Module):
     """Linear layers that read the same input, as one. For inference: its weight is no parameter.
 
-    With `in_f16` weights are held in float16, for products with float32; ValueError where it has no
-    room for one.
+    With `in_f16` weights are held in float16, for products with float32; ValueError if one is too
+    large for it.
     """
 
     def __init__(self, *layers: nn.Linear, in_f16: bool = False) -> None:
@@ -38,7 +37,7 @@ class PackedLinear(nn.Module):
         self.matrix: Any = weight
         if in_f16:
             largest = float(weight.abs().max())
-            if not largest <= torch.finfo(torch.float16).max:  # as NaN is not
+            if not largest <= torch.finfo(torch.float16).max:  # false for NaN, too
                 raise ValueError(
                     f"a weight is {largest:.3g}, for which f16-weights have no room; give "
                     "--precision 32-true."
@@ -61,7 +60,7 @@ class PackedLinear(nn.Module):
 
 
 def _has_blocks(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies such a matrix; torch's own compiler lays it out with the same."""
+    """Whether oneDNN multiplies such a matrix; torch.compile packs it with the same operator."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -70,10 +69,10 @@ def _has_blocks(weight: Tensor) -> bool:
 
 
 class PackedBlock(nn.Module):
-    """A block of few operations, for inference.
+    """A transformer block with few operations, for inference.
 
-    Queries and keys are rotated as one and in place, keys and values cached as one; the products
-    add to the residual stream.
+    Queries and keys are rotated as one and in place, keys and values cached as one; the output
+    projections add to the residual stream themselves.
     """
 
     def __init__(self, block: Block, *, in_f16: bool) -> None:
@@ -116,16 +115,16 @@ class PackedBlock(nn.Module):
 
 
 def pack(model: GPT, *, in_f16: bool = False) -> GPT:
-    """Lays a plain model out for decoding, in place; it can be neither trained nor saved then.
+    """Packs a plain model for decoding, in place; then it can be neither trained nor saved.
 
-    Weights may be held in float16 where `hardware.multiplies_f16_weights` says so; ValueError where
-    it has no room for one.
+    Weights may be held in float16 where `hardware.multiplies_f16_weights` is true; ValueError if
+    one is too large for it.
     """
     for i, block in enumerate(cast("list[Block]", model.blocks)):
         model.blocks[i] = PackedBlock(block, in_f16=in_f16)
     head = cast(Any, PackedLinear(model.head, in_f16=in_f16))
-    head.weight = model.head.weight  # losses take it; where it is tied it is the embedding anyway
+    head.weight = model.head.weight  # used by losses; a tied one is the embedding anyway
     if in_f16:
-        head.weight.data = head.weight.data.half().float()  # as it answers
+        head.weight.data = head.weight.data.half().float()  # rounded as in answers
     model.head = head
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Passes through a model that writes: prompts as far as they are new, then tokens one by one.
+"""Forward passes of decoding: prefill of what is new in prompts, then steps of one token or few.
 
 Shapes: B rows, T tokens, C width, V vocabulary; L, G, N and D as in `kv_cache.py`.
 """
@@ -28,7 +28,7 @@ def check_prompt(n_tokens: int, block_size: int) -> None:
 
 
 def check_finite(logits: Tensor) -> None:
-    """ValueError for logits that are no numbers, of which nothing can be chosen."""
+    """ValueError for logits that are not finite, from which no token can be chosen."""
     if not logits.isfinite().all():
         raise ValueError(
             "the model's answer is not made of numbers: some of its weights are not, or are too "
@@ -37,7 +37,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 class Prefilled(NamedTuple):
-    """What became of prompts."""
+    """The result of a prefill."""
 
     cache: KVCache  # with room for answers
     logits: Tensor  # (B, V) after each prompt
@@ -51,8 +51,8 @@ def prefill(
 
     Args:
         model: put into eval mode.
-        prompts: token ids, one list a row, of unequal length.
-        known: of some of them, keys and values (L, 2, G, N, D) of the first N tokens, not of all.
+        prompts: token ids, one list per row, of any lengths.
+        known: for each, keys and values (L, 2, G, N, D) of the first N tokens, not of all, or None.
 
     Raises:
         ValueError: for a prompt that is empty or fills the context, and for damaged weights.
@@ -73,7 +73,7 @@ def prefill(
     end = torch.tensor(list(map(len, prompts)), device=weight.device)[:, None]
     positions = start + torch.arange(longest, device=weight.device)  # (B, T)
     is_real = positions < end
-    # pads lie where the next token will, as beyond the context there are no places
+    # pads take the next token's position, as there may be none beyond it in the context
     positions = positions.minimum(end)
     cache.reserve(int(positions.max()) + 1)
     hidden = model(input_ids, is_real, positions=positions, cache=cache)
@@ -86,7 +86,7 @@ def prefill(
 def decode(
     model: GPT, tokens: Sequence[Sequence[int]], starts: Sequence[int], cache: KVCache
 ) -> Tensor:
-    """Runs T more tokens of every row, from positions (B,) on; logits (B, T, V) after each."""
+    """Runs T more tokens of every row, from positions (B,) on; returns logits (B, T, V)."""
     cache.reserve(max(starts) + len(tokens[0]))
     step = partial(_step, model)
     if _is_captured(model, cache):
@@ -99,7 +99,7 @@ def decode(
 
 
 def _is_captured(model: GPT, cache: KVCache) -> bool:
-    return cache.store.is_cuda and isinstance(model.head, PackedLinear)  # is not trained any more
+    return cache.store.is_cuda and isinstance(model.head, PackedLinear)  # not trained any more
 
 
 def _step(model: GPT, input_ids: Tensor, starts: Tensor, cache: KVCache) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prefix caching: what was computed for a text serves others that begin alike.
+"""Prefix caching: keys and values of a text are reused for others with the same beginning.
 
 Shapes: L layers, G key/value heads, N tokens of a text, D head size.
 """
@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 class PrefixCache:
-    """Keys and values of the latest texts that have ended, `max_texts` of them.
+    """Keys and values of the most recently used texts, at most `max_texts`.
 
-    A conversation is read again with every turn, and questions to one model begin alike: only what
-    is new has to be computed.
+    A conversation is sent again with every turn, and prompts to one model share beginnings: only
+    what is new has to be computed.
     """
 
     def __init__(self, max_texts: int) -> None:
         self.max_texts = max_texts
-        self._texts: dict[tuple[int, ...], Tensor] = {}  # what was used last stands last
+        self._texts: dict[tuple[int, ...], Tensor] = {}  # least recently used first
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all texts that are kept."""
+        """Number of tokens of all texts."""
         return sum(map(len, self._texts))
 
     def add(self, ids: Sequence[int], kv: Tensor) -> None:
         """Keeps N tokens of a text, and a copy of their keys, then values, (L, 2, G, N, D).
 
-        Gives up what it begins with, or the text that was longest unused.
+        Drops texts that are its prefixes, and the least recently used one if there are too many.
         """
         text = tuple(ids)
         if not self.max_texts or any(kept[: len(text)] == text for kept in self._texts):
@@ -39,7 +39,7 @@ class PrefixCache:
             self._drop_oldest()
 
     def find(self, ids: Sequence[int]) -> Tensor | None:
-        """Keys and values (L, 2, G, n, D) of what a text begins with, as far as one here does."""
+        """Keys and values (L, 2, G, n, D) of the longest cached prefix of a text, or None."""
         newest_first = reversed(self._texts)
         best = max(newest_first, key=lambda text: common_length(ids, text), default=())
         if not (n_tokens := common_length(ids, best)):
@@ -48,7 +48,7 @@ class PrefixCache:
         return kv[:, :, :, :n_tokens]
 
     def shrink(self, n_tokens: int) -> None:
-        """Gives up the longest unused until no more than so many tokens are left."""
+        """Drops the least recently used texts until at most `n_tokens` are left."""
         while self.n_tokens > max(n_tokens, 0):
             self._drop_oldest()
 
@@ -57,6 +57,6 @@ class PrefixCache:
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """Length of the common prefix of two texts, in tokens."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

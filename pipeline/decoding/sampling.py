@@ -1,4 +1,4 @@
-"""How the next token is chosen: the likeliest, or drawn with a temperature, top-k, top-p.
+"""How the next token is chosen: greedily, or by sampling with temperature, top-k and top-p.
 
 Shapes: B rows, V vocabulary.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MIN_TEMPERATURE = 1e-30  # of the division: float32 would make a smaller one nought
+MIN_TEMPERATURE = 1e-30  # in the division: float32 would round much smaller ones to 0
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Sampling:
     num_beams: int = 1  # of beam search, which needs temperature 0; 1 is none
     stop_ids: frozenset[int] = frozenset()  # tokens that end a row; they are not part of the text
     seed: int = 0  # of the draws
-    # each token's log-probability is reported, and those of so many likeliest in its place; or none
+    # report each token's log-probability and those of so many likeliest ones; None reports nothing
     n_likeliest: int | None = None
-    echo: bool = False  # the same of the prompt's tokens
+    echo: bool = False  # the same for the prompt's tokens
 
     def __post_init__(self) -> None:
         for key, ok, wanted in (
@@ -50,7 +50,7 @@ class Sampling:
 def choose(
     logits: Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """The next token of every row: logits (B, V), settings and a generator for each."""
+    """The next token of every row, from logits (B, V), with settings and a generator for each."""
     likeliest = logits.argmax(dim=-1).tolist()
     if all(own.temperature == 0 for own in settings):
         return likeliest
@@ -67,7 +67,7 @@ def _draw(logits: Tensor, settings: Sampling, generator: torch.Generator) -> int
 
 
 def probabilities(logits: Tensor, settings: Sampling) -> Tensor:
-    """What tokens are drawn with, (B, V): temperature, then top-k, then top-p of logits (B, V)."""
+    """Sampling probabilities (B, V) of logits (B, V): temperature, then top-k, then top-p."""
     best = logits.amax(dim=-1, keepdim=True)  # stays finite, however small the temperature
     logits = (logits - best) / max(settings.temperature, MIN_TEMPERATURE)
     if 0 < settings.top_k < logits.shape[1]:

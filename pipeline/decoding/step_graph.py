@@ -1,7 +1,7 @@
-"""A step of decoding captured as a CUDA graph: one replay, not hundreds of launches.
+"""A decoding step captured as a CUDA graph: one replay instead of hundreds of launches.
 
-A step of a small model is hundreds of kernels of a few microseconds each; to launch one takes
-longer than it runs.
+A step of a small model is hundreds of kernels of a few microseconds each; launching one takes
+longer than running it.
 
 Shapes: R places for rows, B of them with rows, T tokens, V vocabulary.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.decoding.kv_cache import KVCache
 
-WARM_UP = 2  # steps before it is captured: libraries load, and a store may grow at once
+WARM_UP = 2  # steps before the capture: libraries load, and a store may soon grow
 
 # from tokens (R, T), positions (R,) of the first of them, and a cache, to logits (R, T, V); never
 # waits for the device
@@ -21,10 +21,10 @@ Step = Callable[[Tensor, Tensor, KVCache], Tensor]
 
 
 class StepGraph:
-    """Steps of T tokens on the store of a cache.
+    """Decoding steps of T tokens on the store of a cache.
 
-    All of its places are computed, so that rows may leave and others join; what is in a place
-    without a row does not matter.
+    All of its places are computed, so that rows may leave and others join; the contents of places
+    without a row do not matter.
     """
 
     def __init__(self, step: Step, cache: KVCache, n_tokens: int) -> None:
@@ -46,13 +46,13 @@ class StepGraph:
         if self.graph is None:
             return self._run()[:n_rows]
         self.graph.replay()
-        return self.logits[:n_rows].clone()  # the next step writes there
+        return self.logits[:n_rows].clone()  # overwritten by the next step
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._run()
-        self.graph = graph  # that is whole
+        self.graph = graph  # only once it is complete
 
     def _run(self) -> Tensor:
         return self.step(self.input_ids, self.starts, self.cache)

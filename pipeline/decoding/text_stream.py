@@ -1,4 +1,4 @@
-"""Text as its tokens come: no half characters, and nothing of what ends it."""
+"""Text from tokens as they come, without half characters and without any of a stop text."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,10 @@ from datamodules.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns the tokens behind a prompt into text that never has to be taken back.
+    """Turns the tokens after a prompt into text that never has to be taken back.
 
     A character whose bytes span tokens waits until it is whole; what may be the start of a stop
-    text waits until it is not.
+    text waits until it turns out not to be.
     """
 
     def __init__(
@@ -19,16 +19,16 @@ class TextStream:
         self._tokenizer, self._before, self._stops = tokenizer, prompt, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False  # by a stop text, which is no part of it
+        self.stopped = False  # by a stop text, which is left out
 
     def push(self, token: int) -> str:
-        """What is certain after one more token."""
+        """The text that is certain after one more token."""
         read = self._decoder.decode(self._tokenizer.piece(token, self._before))
         self._before = [token]
         return self._release(read, is_last=False)
 
     def close(self) -> str:
-        """What is left when no more tokens come."""
+        """The rest of the text, when no more tokens come."""
         return self._release(self._decoder.decode(b"", final=True), is_last=True)
 
     def _release(self, read: str, *, is_last: bool) -> str:
@@ -40,7 +40,7 @@ class TextStream:
         ]
         self.stopped = bool(found)
         if found:
-            certain = min(found)[1]  # of the stop that is whole first, wherever tokens end
+            certain = min(found)[1]  # up to the stop that is complete first, wherever tokens end
         elif is_last:
             certain = len(text)
         else:
@@ -56,6 +56,6 @@ def text_of(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()
 
 
 def _begun(text: str, stop: str) -> int:
-    """Characters at the end of a text that are the start of a stop."""
+    """Number of characters at the end of a text that are the start of a stop text."""
     longest = min(len(stop) - 1, len(text))  # a stop may be much longer than what is held
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -14,23 +14,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pipeline.gpt import GPTConfig
 
-MAX_NEW_TOKENS = 5  # a row, in a step of decoding
+MAX_NEW_TOKENS = 5  # per row, in a decoding step
 
 
 def additive_mask(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor | None:
-    """What is added to attention's scores where two products are faster than the fused kernel.
+    """The mask to add to attention scores, where two products are faster than the fused kernel.
 
-    On a CPU the backward pass of fused bf16 attention takes 3 to 5 times theirs, and its forward
-    pass for one new token a row as much (on a GPU, a little longer). Tokens guessed after it are in
-    the same products, so that they are rounded as they would be one by one.
+    On a CPU the backward pass of fused bf16 attention takes 3 to 5 times as long as theirs, and so
+    does its forward pass for one new token per row (on a GPU, a little longer). Tokens guessed
+    after that one go through the same products, so that they are rounded as they would be alone.
 
     Args:
-        x: (B, T, C) what enters the first block.
-        mask: what may be attended to in a cache, (B, 1, T, S); none is the causal rule.
+        x: (B, T, C) input of the first block.
+        mask: (B, 1, T, S) what may be attended to in a cache; None for causal attention.
         config: configuration of the model.
 
     Returns:
-        0 or -inf, broadcast to (B G, H/G T, S); none where the fused kernel is to be taken.
+        0 or -inf, broadcast to (B G, H/G T, S); None where the fused kernel is to be used.
     """
     if not config.causal:
         return None
@@ -49,8 +49,8 @@ def additive_mask(x: Tensor, mask: Tensor | None, config: GPTConfig) -> Tensor |
 def attention_products(q: Tensor, k: Tensor, v: Tensor, additive: Tensor, dropout: float) -> Tensor:
     """Attention as two batched products: q (B, H, T, D), k and v (B, G, S, D) -> as q.
 
-    `additive` is what `additive_mask` gave. The rows of a group's H / G query heads stand below
-    each other, so that keys and values are not repeated.
+    `additive` comes from `additive_mask`. The rows of a group's H / G query heads are stacked, so
+    that keys and values are not repeated.
     """
     n_rows, n_head, n_tokens, size = q.shape
     per_group = n_head // k.shape[1]
@@ -63,6 +63,6 @@ def attention_products(q: Tensor, k: Tensor, v: Tensor, additive: Tensor, dropou
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of x are computed in, autocast included."""
+    """The dtype that matrix products of x are computed in, autocast included."""
     is_autocast = torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype

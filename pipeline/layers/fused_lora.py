@@ -2,7 +2,7 @@
 
 PEFT computes `W x + scale * B (A x)` operation by operation. On a CPU the passes over wide tensors
 that this takes, forward and backward, cost a third of a step of SmolLM2-135M; here the adapter's
-product is added where the layer's own is.
+product is accumulated into the layer's own result.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
@@ -18,7 +18,7 @@ from pipeline.layers.attention_products import product_dtype
 
 
 class FusedLinear(Linear):
-    """Without dropout on the adapter's input, and not for DoRA; its base is frozen."""
+    """A LoRA layer on a frozen base, without dropout on the adapter's input and without DoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., I) -> (..., O)."""

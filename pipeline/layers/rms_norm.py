@@ -1,6 +1,6 @@
 """RMSNorm (Zhang & Sennrich 2019) with a short backward pass for CPUs.
 
-There autograd takes torch's apart into some fifteen passes over memory, forward and backward, which
+There autograd splits torch's own into some fifteen passes over memory, forward and backward, which
 cost more than a small matrix product; a GPU has kernels for both.
 
 Shapes: C width.
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with another way to its gradients where it is trained through on a CPU."""
+    """torch's RMSNorm, with a backward pass of its own when gradients flow through it on a CPU."""
 
     weight: nn.Parameter
     eps: float

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), also stretched to longer contexts.
+"""Rotary position embeddings (Su et al. 2021), also stretched to longer contexts.
 
 Shapes: B rows, H heads, T tokens, D head size.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies were stretched for a context longer than the model was made for.
+    """How rotary frequencies are stretched for a longer context than the original one.
 
     Args:
         kind: linear (every frequency divided by factor), or llama3 (only low ones, smoothly).
         factor: how much the context is stretched.
         low_freq_factor: for llama3: waves longer than original_context / this are stretched fully.
         high_freq_factor: for llama3: waves shorter than original_context / this are left alone.
-        original_context: for llama3: tokens of the context before.
+        original_context: for llama3: the context before stretching, in tokens.
     """
 
     kind: Literal["linear", "llama3"]
@@ -40,9 +40,9 @@ class RopeScaling:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotary position of x (B, H, T, D), halves paired as in Llama; cos, sin broadcast to it.
+    """Rotates x (B, H, T, D) by its positions, halves paired as in Llama; cos, sin broadcast to it.
 
-    `out`, where there is no backward pass, may be x itself.
+    `out` may be x itself, if there is no backward pass.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin, out=out)
@@ -51,8 +51,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, (positions, D) float32 each, from frequencies (D / 2,).
 
-    On the CPU in any case. Sines of the first half are negative: what `rotate` adds them to is
-    subtracted there.
+    Always on the CPU. Sines of the first half are negated, as the rotation subtracts there and
+    `rotate` only adds.
     """
     angles = torch.outer(torch.arange(n_positions, device="cpu"), frequencies)
     cos, sin = angles.cos(), angles.sin()  # (positions, D / 2)
@@ -60,7 +60,7 @@ def rotary_table(frequencies: Tensor, n_positions: int) -> tuple[Tensor, Tensor]
 
 
 def rotary_frequencies(theta: float, head_size: int, scaling: RopeScaling | None = None) -> Tensor:
-    """Radians that each pair of a head's channels turns a token, (D / 2,) float32, on the CPU."""
+    """Radians per token that each pair of a head's channels turns, (D / 2,) float32, on the CPU."""
     pairs = torch.arange(0, head_size, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / theta ** (pairs / head_size)
     return frequencies if scaling is None else stretched(frequencies, scaling)
@@ -74,7 +74,7 @@ def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    waves = scaling.original_context * frequencies / (2 * math.pi)  # that fit in the old context
+    waves = scaling.original_context * frequencies / (2 * math.pi)  # that fit in that context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((waves - low) / (high - low)).clamp(0, 1)  # share of the frequency that stays
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -1,25 +1,25 @@
-"""Rows without their padding: attention alone has to know which token is where.
+"""Rows without their padding: only attention has to know which token is where.
 
-Shapes: B rows, T tokens, N tokens that are kept of them all, C width.
+Shapes: B rows, T tokens, N tokens kept of all B T, C width.
 """
 
 import torch
 from torch import Tensor
 
-MULTIPLE = 32  # of kept tokens; for every shape that it meets oneDNN makes, and keeps, code
+MULTIPLE = 32  # that N is rounded up to: oneDNN generates and caches code for every shape
 
 
 class Unpadding:
-    """Rows without their padding, and the tokens that all of them begin with taken once.
+    """Rows without their padding, and with the beginning that all of them share only once.
 
-    In a causal model such tokens have the same states in every row, so all but attention works on
+    In a causal model shared tokens have the same states in every row, so all but attention works on
     N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
-    run meets few shapes.
+    run has few shapes.
 
     Args:
         input_ids: (B, T).
         mask: (B, T) bool, true where a token is real.
-        shares_beginning: whether tokens that rows begin with have the same states in all of them.
+        shares_beginning: whether a beginning that all rows share has the same states in all.
     """
 
     def __init__(self, input_ids: Tensor, mask: Tensor, *, shares_beginning: bool) -> None:
@@ -27,9 +27,9 @@ class Unpadding:
         shared &= shares_beginning
         is_first = torch.arange(len(mask), device=mask.device)[:, None] == 0  # (B, 1)
         kept = mask & (is_first | ~shared)
-        places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # among those kept
+        places = kept.flatten().cumsum(0).sub(1).clamp_(min=0).view_as(mask)  # among the kept
         indices = kept.flatten().nonzero().squeeze(1)
-        filler = indices.new_zeros(-len(indices) % MULTIPLE)  # computed, never looked at
+        filler = indices.new_zeros(-len(indices) % MULTIPLE)  # computed, never read
         self.shape, self.kept = mask.shape, torch.cat((indices, filler))  # (N,)
         self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
 

@@ -1,4 +1,4 @@
 import sys
 
-if sys.platform == "win32":  # which has neither its locks of folders nor its signals
+if sys.platform == "win32":  # lacks the folder locks and signals used here
     raise ImportError("the pipeline does not run on Windows itself, but in WSL: `wsl --install`.")

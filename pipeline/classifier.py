@@ -10,11 +10,11 @@ from pipeline.gpt import GPT, INIT_STD
 
 
 class GPTClassifier(nn.Module):
-    """A GPT that labels: it is taken over, and its language-model head, if any, is dropped.
+    """A GPT that labels: it takes over a GPT and drops its language-model head, if any.
 
-    The last real token has seen the whole text, so its hidden state is what the head reads. The
-    head has a bias where the model's other linear layers have one. Llama's have none, and no other
-    tool could hold it there; GPT-2's last norm can take it in.
+    The last real token has seen the whole text, so the head reads its hidden state. The head has a
+    bias if the model's other linear layers have one. Llama's have none, so other tools have no
+    place for it; GPT-2's last norm can absorb it.
     """
 
     def __init__(self, gpt: GPT, n_labels: int) -> None:
@@ -28,7 +28,7 @@ class GPTClassifier(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, K) of ids (B, T), padded on the right; a bool mask (B, T) has what is real."""
+        """Logits (B, K) of ids (B, T), right-padded; the mask (B, T) bool is true at real ids."""
         hidden = self.gpt(input_ids, attention_mask)  # (B, T, C)
         if attention_mask is None:
             return self.classifier(hidden[:, -1])

@@ -15,12 +15,12 @@ from pipeline.precision import Precision
 
 
 def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"] = "auto") -> int:
-    """Run a whole chain; stages that are done are skipped, a broken chain goes on where it stopped.
+    """Run a whole chain; finished stages are skipped, an interrupted one resumes where it stopped.
 
     Args:
-        config: YAML of the chain; configs/run/quickstart.yaml says what stands in one.
-        set: `stage.key=value` each, stronger than the chain's YAML.
-        resume: auto takes up what there is; must insists on an interrupted run; never starts anew.
+        config: YAML file of the chain; configs/run/quickstart.yaml explains the format.
+        set: `stage.key=value` each; overrides the chain's YAML.
+        resume: auto resumes an earlier run, if any; must requires one; never starts anew.
 
     Returns:
         The exit code.
@@ -38,17 +38,17 @@ def tokenizer_train(
     text_column: str = "text",
     output: str | None = None,
 ) -> None:
-    """Train a byte-level BPE vocabulary from text.
+    """Train a byte-level BPE vocabulary on text.
 
-    The path of the vocabulary is printed.
+    Prints the path of the vocabulary.
 
     Args:
         source: text files, folders, globs, tables (.jsonl, .parquet, .csv, .tsv), or
             bundled:python-docs; one or a list.
-        vocab_size: ids in all, the 256 bytes and the special tokens included.
+        vocab_size: number of ids, including the 256 bytes and the special tokens.
         min_frequency: how often a pair must occur to be merged.
         text_column: field of JSONL, or column of Parquet, CSV or TSV, that holds the text.
-        output: a file that gets a copy of the vocabulary.
+        output: file to write a copy of the vocabulary to.
     """
     from pipeline.stages.tokenizer_stage import train_stage
 
@@ -75,21 +75,21 @@ def generate(
     chat: bool = False,
     system: str = "",
 ) -> None:
-    """Continue a text; the continuation alone goes to stdout, as it is made.
+    """Continue a text; stdout gets the continuation alone, as it is generated.
 
     Args:
-        ckpt: checkpoint directory, or what `import` takes as a source.
-        prompt: the text, as it stands; - reads it from stdin, of a message without the line end.
-        max_new_tokens: length limit of the continuation.
-        temperature: 0 takes the likeliest token.
-        top_k: draw only from the k likeliest tokens; 0 is all.
-        top_p: draw only from the likeliest tokens that together reach this probability.
-        num_beams: beams of beam search, printed when it is done; 1 is none.
+        ckpt: checkpoint directory, or any source that `import` takes.
+        prompt: the text to continue; - reads it from stdin (with --chat less the final line end).
+        max_new_tokens: maximum length of the continuation, in tokens.
+        temperature: sampling temperature; 0 always takes the likeliest token.
+        top_k: sample only from the k likeliest tokens; 0 for all.
+        top_p: sample only from the likeliest tokens that together reach this probability.
+        num_beams: beams of beam search, which prints its text when done; 1 for none.
         seed: random seed of sampling.
-        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
-            where the hardware multiplies it, else f16-weights where that is fast.
-        chat: take the prompt as a user's message, in the checkpoint's template.
-        system: what the model is told before that message.
+        precision: 32-true, bf16-true, f16-weights (float32, but weights held in float16), or auto:
+            bf16-true where hardware multiplies bf16, else f16-weights if supported, else 32-true.
+        chat: take the prompt as a user's message, in the checkpoint's prompt style.
+        system: system message before that message.
     """
     draws = _draws(temperature, top_k, top_p, seed)
     if system and not chat:
@@ -121,20 +121,20 @@ def chat(
     seed: int = 0,
     precision: Precision = "auto",
 ) -> None:
-    """Talk with an instruction-tuned checkpoint; an empty line or Ctrl-D ends it.
+    """Chat with an instruction-tuned checkpoint; an empty line or Ctrl-D ends the chat.
 
-    Ctrl-C ends an answer. What no longer fits into the context is forgotten, the oldest first.
+    Ctrl-C stops an answer. Messages that no longer fit into the context are dropped, oldest first.
 
     Args:
-        ckpt: checkpoint directory, or what `import` takes as a source.
-        system: what the model is told before the conversation.
-        max_new_tokens: length limit of each answer.
-        temperature: 0 takes the likeliest token.
-        top_k: draw only from the k likeliest tokens; 0 is all.
-        top_p: draw only from the likeliest tokens that together reach this probability.
+        ckpt: checkpoint directory, or any source that `import` takes.
+        system: system message before the conversation.
+        max_new_tokens: maximum length of each answer, in tokens.
+        temperature: sampling temperature; 0 always takes the likeliest token.
+        top_k: sample only from the k likeliest tokens; 0 for all.
+        top_p: sample only from the likeliest tokens that together reach this probability.
         seed: random seed of sampling.
-        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
-            where the hardware multiplies it, else f16-weights where that is fast.
+        precision: 32-true, bf16-true, f16-weights (float32, but weights held in float16), or auto:
+            bf16-true where hardware multiplies bf16, else f16-weights if supported, else 32-true.
     """
     draws = _draws(temperature, top_k, top_p, seed)
     from pipeline.inference import converse
@@ -158,17 +158,17 @@ def classify(
     threshold: float | None = None,
     batch_size: int = 32,
 ) -> None:
-    """Label a text, or the column of a table.
+    """Label a text, or every text in a column of a table.
 
     Args:
         ckpt: checkpoint directory of a classifier.
-        text: to label; - reads it from stdin.
+        text: text to label; - reads it from stdin.
         file: a .csv, .tsv, .jsonl or .parquet table to label instead.
         column: name of the column that holds the texts.
-        output: the table with labels and probabilities, a new file. A .csv made of a .csv has its
-            separator (beside semicolons a decimal comma), line ends and byte-order mark.
+        output: new file for the table with labels and probabilities. A .csv from a .csv keeps its
+            separator (with semicolons, a decimal comma), line ends and byte-order mark.
         threshold: probability from which on the second of two labels is given; null: the likelier.
-        batch_size: texts at a time.
+        batch_size: texts per batch.
     """
     if bool(text) == (file is not None):
         raise ValueError("give either --text, which is not empty, or --file.")
@@ -212,16 +212,16 @@ def score(
 
     Args:
         ckpt: checkpoint directory of the tuned model, or published weights (--data.test_source).
-        before: what to compare with, likewise; by default what ckpt was tuned from.
-        responses: a responses.jsonl to score instead of a checkpoint's.
-        data: arguments of InstructionDataModule; those not given are what ckpt was tuned with. All
-            of the file test_source is answered.
-        split: which split is answered: train, val or test.
-        max_new_tokens: length limit of each response.
-        batch_size: responses at a time.
-        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
-            where the hardware multiplies it, else f16-weights where that is fast.
-        judge: a language model that grades from 0 to 100; null for text metrics alone.
+        before: model to compare with, likewise; by default the one that ckpt was tuned from.
+        responses: a responses.jsonl file to score instead of a checkpoint's responses.
+        data: arguments of InstructionDataModule; by default those that ckpt was tuned with. A file
+            given as test_source is answered whole.
+        split: which split to answer: train, val or test.
+        max_new_tokens: maximum length of each response, in tokens.
+        batch_size: responses generated at a time.
+        precision: 32-true, bf16-true, f16-weights (float32, but weights held in float16), or auto:
+            bf16-true where hardware multiplies bf16, else f16-weights if supported, else 32-true.
+        judge: language model that grades from 0 to 100; null for text metrics alone.
     """
     if (ckpt is None) == (responses is None):
         raise ValueError("give either --ckpt or --responses.")
@@ -245,14 +245,14 @@ def score(
 
 
 def import_(*, source: str, output: str | None = None) -> None:
-    """Make a checkpoint of published weights: a Hugging Face directory or name, a .gguf file.
+    """Make a checkpoint of published weights: a Hugging Face directory or name, or a .gguf file.
 
-    Its path is printed; how many tensors were read, and which left out, goes to stderr.
+    Prints its path; stderr says how many tensors were read, and which were left out.
 
     Args:
         source: a directory, a .gguf file, a repository of the hub (owner/name or
             owner/name@revision), or smollm2-135m-instruct, which comes with pip.
-        output: directory of the checkpoint; by default it stays with its run.
+        output: directory of the checkpoint; by default in the directory of the run.
     """
     from pipeline.stages.import_stage import import_stage
 
@@ -268,14 +268,14 @@ def export(
 ) -> None:
     """Write a model for transformers, vLLM, PEFT, llama.cpp or Ollama, with a model card.
 
-    The path of the directory is printed. A directory that was exported before is replaced.
+    Prints the path of the directory. An earlier export there is replaced.
 
     Args:
-        ckpt: checkpoint directory, or what `import` takes as a source.
+        ckpt: checkpoint directory, or any source that `import` takes.
         format: huggingface (adapters merged), peft (the adapter alone, for the exported base), or
             gguf (with a Modelfile for Ollama).
-        dtype: of the weights: float32 (default) or bfloat16; of gguf f32 (default), f16 or q8_0.
-        output: the directory; by default it stays with its run.
+        dtype: of the weights: float32 (default) or bfloat16; for gguf f32 (default), f16 or q8_0.
+        output: the directory; by default in the directory of the run.
     """
     from pipeline.stages.export_stage import export_stage
 
@@ -283,15 +283,15 @@ def export(
 
 
 def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None = None) -> None:
-    """Merge an adapter into its base, with a certificate that the model stayed what it was.
+    """Merge an adapter into its base, with a certificate that the model's outputs are unchanged.
 
-    The path of the merged checkpoint is printed. Where logits, greedy texts or decisions on the
-    test set differ, nothing is written.
+    Prints the path of the merged checkpoint. If logits, greedy texts or decisions on the test set
+    differ, nothing is written.
 
     Args:
         ckpt: checkpoint directory of a LoRA run.
-        data: arguments of its data module to change, where the data lies elsewhere by now.
-        output: directory of the merged checkpoint; by default it stays with its run.
+        data: arguments of its data module to change, if the data has moved.
+        output: directory of the merged checkpoint; by default in the directory of the run.
     """
     from pipeline.stages.merge_stage import merge_stage
 
@@ -311,24 +311,24 @@ def serve(
     max_rows: int = 16,
     max_tokens: int = 16384,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does; a classifier labels, as vLLM's does.
+    """Serve a model over HTTP with OpenAI's API, or a classifier with vLLM's.
 
-    Requests are written together, a token of each a step, and join and leave at any time.
+    Requests are batched continuously: each gets a token per step, and may join or leave between.
 
     Args:
-        ckpt: checkpoint directory, or what `import` takes as a source.
-        name: what clients call the model; by default its run, or what it was asked for by.
-        host: address to listen on; one of this machine alone is asked for by localhost or an
-            address, where there is no key.
-        port: to listen on; 0 takes a free one.
-        api_key_env: environment variable with the key that clients have to show; empty for none.
-        max_new_tokens: length limit of answers to requests that name none.
-        temperature: of requests that name none; 0 takes the likeliest token.
-        precision: 32-true, bf16-true, f16-weights (float32 with weights in float16), or auto: bf16
-            where the hardware multiplies it, else f16-weights where that is fast. A classifier
-            answers in float32.
-        max_rows: texts that are written at the same time.
-        max_tokens: that these may hold, by the longest one, and ended ones: decides the memory.
+        ckpt: checkpoint directory, or any source that `import` takes.
+        name: what clients call the model; by default its run's name, or the one given as ckpt.
+        host: address to listen on; on loopback without a key, requests must name localhost or an
+            address as their host.
+        port: port to listen on; 0 takes a free one.
+        api_key_env: environment variable with the key that clients must send; empty for none.
+        max_new_tokens: maximum length of answers to requests that set none, in tokens.
+        temperature: sampling temperature of requests that set none; 0 takes the likeliest token.
+        precision: 32-true, bf16-true, f16-weights (float32, but weights held in float16), or auto:
+            bf16-true where the hardware multiplies bf16, else f16-weights if supported, else
+            32-true. A classifier answers in float32.
+        max_rows: how many texts are generated at the same time.
+        max_tokens: token limit over these texts (each counted as the longest) and cached ones.
     """
     from pipeline.decoding.sampling import Sampling
     from pipeline.serving.engine import Limits
@@ -346,12 +346,12 @@ def serve(
 
 
 def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None:
-    """Open MLflow's UI on the store of the runs, brought up to date first.
+    """Open MLflow's UI on the store of the runs, after bringing it up to date.
 
     Args:
         host: address to listen on; whoever reaches it sees everything.
-        port: to listen on.
-        sync: bring the store up to date and do no more.
+        port: port to listen on.
+        sync: only bring the store up to date.
     """
     if not 0 < port < 65536:
         raise ValueError(f"port is {port}; give one from 1 to 65535.")

@@ -1,4 +1,4 @@
-"""Errors of libraries that have a remedy: said in one line."""
+"""Library errors that have a remedy, explained in one line."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch
 from torch.distributed import DistBackendError, DistNetworkError
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory")
-_OF_GLOO = "gloo/transport"  # it has no class of its own
+_OF_GLOO = "gloo/transport"  # its errors have no class of their own
 _EARLY_STOPPING = re.compile("Early stopping conditioned on metric .* not available")
 _WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
 
@@ -16,7 +16,7 @@ def explain(
 ) -> str | None:
     """What happened and what to do, for known errors of libraries; None for any other.
 
-    `max_tokens` is a micro-batch's limit, `needed_gib` by `memory.estimate_gib`.
+    `max_tokens` is the limit of a micro-batch, `needed_gib` comes from `memory.estimate_gib`.
     """
     if is_out_of_memory(error):
         graphs = "model.cuda_graphs to false or " if torch.cuda.is_available() else ""
@@ -47,7 +47,7 @@ def explain(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused; on a CPU, and for a graph, torch has no class of its own."""
+    """Whether memory ran out; on a CPU, and for a CUDA graph, torch has no error class for it."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(name in str(error) for name in _OUT_OF_MEMORY)
 

@@ -1,4 +1,4 @@
-"""The model: one decoder-only transformer: GPT-2, Llama or Qwen, as its configuration says.
+"""The model: one decoder-only transformer that is configured as GPT-2, Llama or Qwen.
 
 Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang & Sennrich 2019),
 SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), norms of queries and keys
@@ -38,8 +38,8 @@ class GPTConfig:
     Args:
         n_layer: transformer blocks.
         n_head: query heads.
-        n_kv_head: key/value heads; n_head is multi-head, 1 multi-query, between them grouped-query
-            attention.
+        n_kv_head: key/value heads; as many as n_head for multi-head attention, 1 for multi-query,
+            between them for grouped-query.
         n_embd: width of the residual stream.
         block_size: the longest context, in tokens.
         vocab_size: rows of the embedding; null takes the tokenizer's size, rounded up to a
@@ -51,13 +51,13 @@ class GPTConfig:
         mlp: gelu (GPT-2, tanh form) or swiglu (Llama).
         mlp_hidden: width inside the MLP.
         bias: biases in linear layers and layernorms.
-        tie_embeddings: the output head is the token embedding.
-        dropout: probability, on embeddings, attention weights and both residual branches.
-        causal: a token sees only itself and what is before it.
-        rope_scaling: how rotary frequencies are stretched; null where they are not.
+        tie_embeddings: use the token embedding as the output head.
+        dropout: dropout probability, on embeddings, attention weights and both residual branches.
+        causal: tokens attend only to themselves and to earlier ones.
+        rope_scaling: how rotary frequencies are stretched; null if they are not.
         head_dim: width of a head; null for n_embd / n_head.
-        qkv_bias: biases of queries, keys and values, where others have none (Qwen2).
-        qk_norm: queries and keys of every head are RMS-normalised (Qwen3).
+        qkv_bias: biases in the projections of queries, keys and values, even without bias (Qwen2).
+        qk_norm: RMS-normalise the queries and keys of every head (Qwen3).
     """
 
     n_layer: int
@@ -110,25 +110,25 @@ class GPTConfig:
 
     @classmethod
     def from_primitives(cls, values: dict[str, Any]) -> GPTConfig:
-        """Undoes `asdict`, which a checkpoint keeps."""
+        """Makes a configuration from its `asdict`, as checkpoints store it."""
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
     @property
     def head_size(self) -> int:
-        """D."""
+        """Width D of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention must know of the rows that it sees, the same in every block."""
+    """What attention must know about its rows, the same in every block."""
 
-    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of their places, if rotary
-    mask: Tensor | None = None  # what may be seen, if not by the causal rule; (B, 1, T, S)
-    additive: Tensor | None = None  # the same, to add to scores of two products, (B G, H/G T, S)
-    cache: KVCache | None = None  # keys and values of what was seen before
-    unpadding: Unpadding | None = None  # where the tokens lie that all but attention works on
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of positions, if rotary
+    mask: Tensor | None = None  # what may be attended to, if not just causal; (B, 1, T, S)
+    additive: Tensor | None = None  # the same for `attention_products`, (B G, H/G T, S)
+    cache: KVCache | None = None  # keys and values of earlier tokens
+    unpadding: Unpadding | None = None  # between rows and the tokens that all but attention sees
 
 
 class Attention(nn.Module):
@@ -168,7 +168,7 @@ def split_heads(x: Tensor, size: int, context: AttentionContext) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, causal: bool, dropout: float = 0.0
 ) -> Tensor:
-    """From q (B, H, T, D), k and v (B, G, S, D) what o takes: (B, T, H D), or (1, N, H D)."""
+    """Attention of q (B, H, T, D) to k and v (B, G, S, D): (B, T, H D), or (1, N, H D), for o."""
     if context.additive is not None:
         y = attention_products(q, k, v, context.additive, dropout)
     else:
@@ -226,9 +226,9 @@ class GPT(nn.Module):
     cos: Tensor
     sin: Tensor
     n_tokens: int | None = None  # rows of the head that are tokens, if it is rounded up; None: all
-    draws_dropout: bool  # in training, by itself or an adapter on it
-    # keep what enters a block for the backward pass and compute the rest again there (Chen et al.
-    # 2016): less memory, a second forward pass, the same numbers
+    draws_dropout: bool  # in training, in the model or in an adapter on it
+    # keep only the inputs of blocks for the backward pass, and recompute the rest there (Chen et
+    # al. 2016): less memory, a second forward pass, the same numbers
     gradient_checkpointing = False
 
     def __init__(self, config: GPTConfig) -> None:
@@ -264,8 +264,8 @@ class GPT(nn.Module):
     def from_tensors(cls, config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
         """A model around given weights, which are taken as they are, not copied.
 
-        Tensors are every parameter by name, without `head.weight` where it is tied; ValueError
-        names missing and unexpected ones, or one of another shape.
+        Needs every parameter by name, without `head.weight` if it is tied; ValueError for tensors
+        that are missing, unexpected or of another shape.
         """
         model = cls.skeleton(config)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -286,7 +286,7 @@ class GPT(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), less in residual projections by sqrt(2 n_layer)."""
+        """GPT-2's initialisation: N(0, 0.02), its std / sqrt(2 n_layer) in residual projections."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -307,15 +307,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Final hidden states.
 
-        Rows are padded on the right, so in a causal model nothing real ever sees a pad. With
-        `attention_mask`, pads and the beginning that all rows share (unless a cache holds tokens,
-        or dropout is drawn) take part in attention alone; all else is computed once a token left.
+        Rows are padded on the right, so in a causal model no real token ever sees a pad. With
+        `attention_mask`, pads and repeats of a beginning that all rows share (unless a cache holds
+        tokens, or dropout is drawn) take part in attention only; other layers work without them.
 
         Args:
             input_ids: (B, T) int64, T <= block_size.
             attention_mask: (B, T) bool, true where a token is real.
-            positions: (B, T) int64 place of each token in its row; 0 to T-1 where not given.
-            cache: filled at `positions`, which it needs, and attended to.
+            positions: (B, T) int64 position of each token in its row; 0 to T-1 if None.
+            cache: filled at `positions`, which are then required, and attended to.
 
         Returns:
             (B, T, C), normalised, without meaning at pads; see `logits`.
@@ -355,7 +355,7 @@ class GPT(nn.Module):
     def _embed(
         self, input_ids: Tensor, places: slice | Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(B, T, C), with learned places; cosines and sines of rotary ones."""
+        """Embeddings (B, T, C), with learned positions; also (cos, sin) of rotary ones, or None."""
         x = self.token_embedding(input_ids)
         if self.position_embedding is not None:
             return x + self.position_embedding.weight[places], None
@@ -364,9 +364,9 @@ class GPT(nn.Module):
         return x, (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., C) -> logits (..., V) float32 of tokens alone."""
+        """Final hidden states (..., C) -> float32 logits (..., V), of the tokenizer's ids only."""
         return self.head(hidden).float()[..., : self.n_tokens]
 
     def n_parameters(self, *, trainable_only: bool = False) -> int:
-        """Parameters, a tied one counted once."""
+        """Number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)

@@ -1,4 +1,4 @@
-"""What the machine can do; asked once, before anything is built around it."""
+"""What the hardware can do: its device, precisions, speed and memory."""
 
 import ctypes
 import functools
@@ -22,15 +22,15 @@ _HEAP_STEP = 2**26  # bytes that a heap grows by
 
 
 def default_device() -> torch.device:
-    """Where models run unless something else is asked for: a GPU where there is one."""
+    """The device of models unless another is asked for: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def inference_precision(precision: Precision) -> Precision:
-    """`auto` as what answers fastest here: bf16-true, f16-weights or 32-true.
+    """Resolves `auto` to what answers fastest here: bf16-true, f16-weights or 32-true.
 
-    Decoding takes as long as memory takes to give the weights, so they are held in 16 bits where
-    the hardware multiplies bf16, or has products of float32 with float16.
+    Decoding takes as long as reading the weights from memory, so they are held in 16 bits where the
+    hardware multiplies bf16, or has products of float32 with float16.
 
     Raises:
         ValueError: f16-weights are asked for and there are no such products.
@@ -49,9 +49,9 @@ def inference_precision(precision: Precision) -> Precision:
 
 
 def resolve_precision(precision: str, accelerator: object) -> str:
-    """`auto` as bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
+    """Resolves `auto` to bf16-mixed where the hardware multiplies bf16 matrices, else 32-true.
 
-    Lightning's accelerator is a name, or an object, which is believed to be the default.
+    Lightning's accelerator is a name, or an object, which is taken for the default one.
 
     Raises:
         ValueError: 16-mixed on a CPU, which Lightning would take for bf16-mixed.
@@ -80,22 +80,22 @@ def multiplies_bf16(device: torch.device) -> bool:
 def multiplies_f16_weights(device: torch.device) -> bool:
     """Whether there are products of float32 with weights in float16: FBGEMM's, on AVX2 and later.
 
-    They round the weights to float16, and nothing else; what one row gets and what it gets among
-    others is summed in another order.
+    They round the weights to float16, and nothing else; a row on its own is summed in another order
+    than a row among others.
     """
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 @functools.cache
 def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of large matrix products, measured once a process."""
+    """Floating-point operations per second of large matrix products, measured once per process."""
     size = CEILING_SIZE_OF_GPUS if device.type == "cuda" else CEILING_SIZE
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
     n_products, best = 0, 0.0
     start = time.perf_counter()
     while (spent := time.perf_counter() - start) < CEILING_SECONDS or (
-        n_products < 3 and spent < 3 * CEILING_SECONDS  # emulated, one takes seconds
+        n_products < 3 and spent < 3 * CEILING_SECONDS  # an emulated one takes seconds
     ):
         before = time.perf_counter()
         product = a @ a
@@ -106,29 +106,29 @@ def matrix_product_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has had: of the GPU, or resident."""
+    """Peak memory of this process: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if not _STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
-    # on Linux ru_maxrss would be that of the process which started this one, where it is more
+    # on Linux ru_maxrss would be that of the process that started this one, if that is more
     found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     assert found, f"{_STATUS} names no peak"
     return 1024 * int(found[1])
 
 
 def used_memory_bytes(device: torch.device) -> int:
-    """The memory that this process has now."""
+    """Current memory of this process: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     return int(psutil.Process().memory_info().rss)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what this process frees, from now on, for what it will ask for next.
+    """Makes glibc keep the memory that this process frees, and reuse it for later allocations.
 
-    It gives each large tensor back to the kernel, and gets new pages for the next, filled with
-    zeros: up to 100,000 page faults a step of training. Other C libraries are left as they are.
+    Otherwise it returns each large tensor to the kernel and gets new, zeroed pages for the next: up
+    to 100,000 page faults per training step. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -138,7 +138,7 @@ def keep_freed_memory() -> None:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """All memory of the GPU, or of the machine, or of the container that this process is in."""
+    """All memory of the GPU, or of the machine or the container, whichever has less."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = int(psutil.virtual_memory().total)
@@ -146,19 +146,19 @@ def total_memory_bytes(device: torch.device) -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """The memory that is free: of the GPU, or of the machine and the container."""
+    """Free memory of the GPU, or of the machine or the container, whichever has less."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free, limit = int(psutil.virtual_memory().available), _container_limit()
     if limit is not None:
         used, stat = ((_CONTAINER / f"memory.{name}").read_text() for name in ("current", "stat"))
-        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given up if needed
+        cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # freed when needed
         free = min(free, limit - int(used) + (int(cached[1]) if cached else 0))
     return free
 
 
 def _container_limit() -> int | None:
-    """Bytes that the container may have (cgroup v2); None where nothing limits it."""
+    """Memory limit of the container in bytes (cgroup v2); None without a limit."""
     path = _CONTAINER / "memory.max"
     text = path.read_text().strip() if path.exists() else "max"
     return None if text == "max" else int(text)

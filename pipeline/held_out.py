@@ -1,4 +1,4 @@
-"""Whether what a checkpoint is evaluated on was held out from it, and is given as in training."""
+"""Checks that evaluation data was held out from a checkpoint's training, and has the same form."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ SPLIT = (  # arguments of data that decide what is held out
 
 
 def trained_on(meta: Facts) -> list[dict[str, Any]]:
-    """`data` and `dataset` of every training behind a checkpoint's meta, the first one first."""
+    """`data` and `dataset` of every training behind a checkpoint's meta, in their order."""
     own = [{key: meta[key] for key in ("data", "dataset")}] if meta.get("dataset") else []
     return [*meta.get("earlier", []), *own]
 
 
 def published(meta: Facts) -> list[dict[str, Any]]:
-    """`trained_on` for an export: names of files without the folders that they lie in here."""
+    """`trained_on` for an export: file names without the folders of this machine."""
     shown = []
     for training in trained_on(meta):
         dataset, options = training["dataset"], (training["data"] or {}).get("init_args", {})
@@ -37,12 +37,12 @@ def published(meta: Facts) -> list[dict[str, Any]]:
 
 
 def _names(paths: Iterable[str]) -> dict[str, str]:
-    """A name of its own for each path."""
+    """A unique name for each path."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for path in paths:
         name = Path(path).name
-        if name in taken:  # of another folder, which stays untold
+        if name in taken:  # in another folder, which is not disclosed
             name = f"{digest(path)[:16]}/{name}"
         taken.add(name)
         names[path] = name
@@ -60,15 +60,15 @@ def check_held_out(
 ) -> None:
     """Refuses to evaluate a checkpoint on another split of data that it was trained on.
 
-    Data that shares no file with what it was trained on last is said to be other data, and how
-    much of it says what was learned.
+    Warns if the data shares no file with that of the last training, and if parts of it were, or may
+    have been, trained on.
 
     Args:
         meta: the checkpoint's meta.json.
-        config: configuration of the data here, with `init_args`.
-        fingerprint: that of the data here.
+        config: configuration of the evaluation data, with `init_args`.
+        fingerprint: that of the evaluation data.
         splits: those that are evaluated on.
-        keys: of what is evaluated on; see `StepDataModule.keys`.
+        keys: of the rows that are evaluated on; see `StepDataModule.keys`.
         called: what a message calls the checkpoint.
 
     Raises:
@@ -79,7 +79,7 @@ def check_held_out(
             f"what is held out here may have been trained on: {found}. Restore that, or "
             f"give data.source with files that {called} has not seen."
         )
-    if not (trainings := trained_on(meta)):  # of others, who do not say
+    if not (trainings := trained_on(meta)):  # published weights, which do not say
         return
     dataset = trainings[-1]["dataset"]
     _warn_of_other_data(dataset, fingerprint, splits, called)
@@ -132,7 +132,7 @@ def _warn_of_repeats(dataset: Facts, fingerprint: Facts, called: str) -> None:
 
 
 def warn_of_split(source: str, meta: Facts, config: Facts | None, fingerprint: Facts) -> None:
-    """Says where weights from a source are trained on with another split than before."""
+    """Warns if weights from a source are trained further on another split than before."""
     if found := split_otherwise(meta, config, fingerprint, ("val", "test")):
         warn(
             f"what is held out here may have been trained on before, in {source}: "
@@ -142,7 +142,7 @@ def warn_of_split(source: str, meta: Facts, config: Facts | None, fingerprint: F
 
 
 def check_form(source: str, meta: Facts, ours: Facts) -> None:
-    """ValueError where data would be given to weights from a source otherwise than in training."""
+    """ValueError if weights from a source would get data in another form than in training."""
     for key, value in ours.items():
         if key in meta and meta[key] != value:
             raise ValueError(
@@ -154,9 +154,9 @@ def check_form(source: str, meta: Facts, ours: Facts) -> None:
 def split_otherwise(
     meta: Facts, config: Facts | None, fingerprint: Facts, splits: Collection[str]
 ) -> str:
-    """How data here is split otherwise than where a checkpoint, or one before it, trained on it.
+    """How the split of data differs from that in the trainings behind a checkpoint.
 
-    Takes what `check_held_out` takes; the text is empty where nothing is.
+    Takes what `check_held_out` takes; the text is empty where nothing differs.
     """
     found: list[str] = []
     for earlier in trained_on(meta):
@@ -171,7 +171,7 @@ def split_otherwise(
         if units != own_units:
             found.append(f"it was split by {units}, is split by {own_units}")
         theirs, ours = dataset["sources"], fingerprint["sources"]
-        if list(theirs.values()) != list(ours.values()):  # in this order the split counts its rows
+        if list(theirs.values()) != list(ours.values()):  # the split depends on their order
             found += [f"{name} is not what it was" for name in changed_files(theirs, ours)]
         if _apart(dataset) != _apart(fingerprint):
             found.append("data.val_source and data.test_source named other files")
@@ -179,7 +179,7 @@ def split_otherwise(
 
 
 def _learned(dataset: Facts) -> dict[str, str]:
-    """Files, by digest, that training has a share of, or all."""
+    """Files and digests that training has all or a share of."""
     apart = {path for files in dataset.get("apart", {}).values() for path in files}
     return {path: digest for path, digest in dataset["sources"].items() if path not in apart}
 

@@ -1,6 +1,4 @@
-"""A checkpoint put to use: text continued, conversations, labels; for the terminal, `serve` and
-`score`.
-"""
+"""Inference for the terminal, `serve` and `score`: continuations, conversations, labels."""
 
 import json
 import sys
@@ -37,7 +35,7 @@ def print_continuation(
     system: str = "",
     **sampling: Any,
 ) -> None:
-    """Writes the continuation of a prompt to stdout as it is made; see `commands.generate`."""
+    """Writes the continuation of a prompt to stdout as it is generated; see `commands.generate`."""
     loaded = load_language_model(source, precision)
     if is_message:
         said = [*_system_messages(system), Message(role="user", content=prompt)]
@@ -50,13 +48,13 @@ def print_continuation(
 
 
 def converse(source: str, *, precision: Precision, system: str, **sampling: Any) -> None:
-    """A conversation on stdin and stdout; see `commands.chat`."""
+    """Holds a conversation on stdin and stdout; see `commands.chat`."""
     loaded = load_language_model(source, precision)
     settings = settings_for(loaded, **sampling)
     opening = _system_messages(system)
     _check_system(loaded, opening)
     turns: list[Message] = []
-    prefixes = PrefixCache(max_texts=1)  # so that a turn costs what is new in it
+    prefixes = PrefixCache(max_texts=1)  # only what is new in a turn is computed
     while said := _line("you: "):
         turns.append(Message(role="user", content=said))
         ids = _recent(loaded, opening, turns, settings.max_new_tokens)
@@ -99,9 +97,9 @@ def _line(prompt: str) -> str:
 def _recent(
     loaded: Loaded, opening: list[Message], turns: list[Message], n_new: int
 ) -> list[int] | None:
-    """Ids of a conversation that leave room for an answer; what does not fit is taken out of it.
+    """Ids of a conversation with room for an answer; drops its oldest turns where they do not fit.
 
-    None where the last message alone is too long. Both is said on stderr.
+    None if the last message alone is too long. Either is reported on stderr.
     """
     context, style, n_turns = loaded.gpt.config.block_size, prompt_style(loaded), len(turns)
 
@@ -113,7 +111,7 @@ def _recent(
         del turns[-1]
         return None
     if len(encoded(turns)) + min(n_new, context // 4) > context:
-        while len(turns) > 1 and len(encoded(turns)) > context // 2:  # seldom: all is read anew
+        while len(turns) > 1 and len(encoded(turns)) > context // 2:  # rarely, as all is read anew
             del turns[:2]  # a question and its answer
     if n_gone := n_turns - len(turns):
         say(f"(the context is full: {n_gone} earlier messages are forgotten)")
@@ -121,7 +119,7 @@ def _recent(
 
 
 def load_for_use(source: str | Path, precision: Precision) -> Loaded:
-    """A checkpoint on the GPU if there is one; what continues text is laid out for decoding.
+    """Loads a checkpoint, onto the GPU if there is one; packs a language model for decoding.
 
     A classifier is in float32, so that all commands give a text the same probabilities.
     """
@@ -142,7 +140,7 @@ def load_language_model(source: str | Path, precision: Precision) -> Loaded:
 
 
 def prompt_style(loaded: Loaded) -> str:
-    """The template that the checkpoint was tuned with; ValueError for one that was not."""
+    """The prompt style that the checkpoint was tuned with; ValueError for one that was not."""
     if "prompt_style" not in loaded.meta:
         raise ValueError(
             f"{loaded.path} was not tuned to follow instructions; give a checkpoint of "
@@ -153,7 +151,7 @@ def prompt_style(loaded: Loaded) -> str:
 
 
 def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
-    """Sampling that stops where the checkpoint's texts end."""
+    """Sampling settings with the checkpoint's stop tokens."""
     stops = stop_ids(loaded.tokenizer, loaded.meta.get("prompt_style"))
     return Sampling(stop_ids=frozenset(stops), **sampling)
 
@@ -161,7 +159,7 @@ def settings_for(loaded: Loaded, **sampling: Any) -> Sampling:
 def pieces(
     loaded: Loaded, ids: Sequence[int], settings: Sampling, prefixes: PrefixCache | None = None
 ) -> Iterator[str]:
-    """Text as it is made, never half a character; `prefixes` as in `Batch`."""
+    """Yields text as it is generated, never half a character; `prefixes` as in `Batch`."""
     text = TextStream(loaded.tokenizer, ids)
     yield from map(text.push, _new_tokens(loaded, ids, settings, prefixes))
     yield text.close()
@@ -197,9 +195,9 @@ def print_label(source: str, text: str, threshold: float | None) -> None:
 def classify_table(
     source: str, file: Path, column: str, output: Path, threshold: float | None, batch_size: int
 ) -> None:
-    """Copies a table with a label and a probability a class for the texts of a column.
+    """Copies a table, adding a label and a probability per class for the texts of a column.
 
-    ValueError for a missing column, a cell without text, or a form that cannot be written.
+    ValueError for a missing column, a cell without text, or a format that cannot be written.
     """
     check_writable(output)
     frame = read_table(file)
@@ -251,9 +249,9 @@ def label_probabilities(
 def label_texts(
     loaded: Loaded, texts: Sequence[str], batch_size: int = 32, *, title: str = ""
 ) -> list[tuple[list[float], bool]]:
-    """Probabilities (K,) of each text, and whether it was cut: at the length that was tuned with.
+    """Probabilities (K,) of each text, and whether it was cut to the maximum length of training.
 
-    A title is that of a bar on stderr. ValueError for an empty text, and for damaged weights.
+    `title` names a progress bar on stderr. ValueError for an empty text, and for damaged weights.
     """
     assert isinstance(loaded.model, GPTClassifier)
     if "" in texts:
@@ -282,7 +280,7 @@ def label_texts(
 
 
 def decide(probabilities: Sequence[float], threshold: float | None) -> int:
-    """The likeliest class; with a threshold the second of two classes from that probability on."""
+    """The likeliest class; with a threshold, the second of two if its probability reaches that."""
     if threshold is None:
         return max(range(len(probabilities)), key=probabilities.__getitem__)
     return int(probabilities[1] >= threshold)

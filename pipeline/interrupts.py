@@ -1,4 +1,4 @@
-"""Signals: training finishes its step and saves; a chain lets its stage do so before both end."""
+"""Signals: training finishes its step and saves; a chain waits for its stage to do so, too."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent() -> None:
-    """Has the kernel send this process SIGTERM once its parent is gone, killed or not (Linux)."""
-    parent = os.environ.pop(_PARENT_PID, None)  # further processes have another
+    """Makes the kernel send this process SIGTERM when its parent ends, even if killed (Linux)."""
+    parent = os.environ.pop(_PARENT_PID, None)  # not for this process's own children
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if parent is not None and int(parent) != os.getppid():  # it was gone before that
+    if parent is not None and int(parent) != os.getppid():  # it had ended before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -36,10 +36,10 @@ class StopRequest:
     """SIGTERM, or Ctrl-C, while a model is trained; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # number of the one that came
+        self.signal: int | None = None  # the one received
 
     def listen(self) -> None:
-        """Takes both signals from now on; one that is ignored (nohup) stays so."""
+        """Handles both signals from now on; one that is ignored (nohup) stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,14 +55,14 @@ class StopRequest:
 
 
 class Child:
-    """Runs one subprocess after the other; while it is entered, signals go to the one that runs.
+    """Runs one subprocess after the other; inside its `with` block it forwards signals to them.
 
-    The children have a process group of their own: Ctrl-C reaches them once, through here. Signals
-    that are ignored (nohup) stay so; outside the main thread nothing is forwarded.
+    Each child has a process group of its own: Ctrl-C reaches it once, through here. Signals that
+    are ignored (nohup) stay ignored; outside the main thread nothing is forwarded.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # number of the last; from then on nothing is started
+        self.signal: int | None = None  # the last one; once there is one, nothing is started
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -87,7 +87,7 @@ class Child:
             env={**environment, _PARENT_PID: str(os.getpid())},
             process_group=0,
         )
-        if self.signal is not None:  # it came while the child was being made
+        if self.signal is not None:  # received while the child was starting
             self._forward(self.signal)
         exit_code = self._process.wait()
         return exit_code if exit_code >= 0 else 128 - exit_code

@@ -1,14 +1,14 @@
-"""Keys of others come from the environment; no option, file or error holds one."""
+"""API keys come from the environment; no option, file or error contains one."""
 
 import os
 import re
 
 
 def key_from_environment(variable: str, option: str) -> str:
-    """The key in an environment variable that an option names; nothing where it names none.
+    """The key in the environment variable that an option names; empty where it names none.
 
-    ValueError, which shows neither key nor variable, for what is not a name, a variable that is not
-    set, or holds no key.
+    ValueError, which shows neither key nor variable, if that is no valid name, or the variable is
+    not set or holds no key.
     """
     if not variable:
         return ""

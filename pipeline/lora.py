@@ -22,13 +22,13 @@ class LoRAConfig:
     """Low-rank adapters on linear layers.
 
     Args:
-        rank: r.
-        alpha: the update is multiplied with alpha / rank (alpha / sqrt(rank) with rslora).
-        dropout: on the adapter's input.
+        rank: rank of the adapters, PEFT's r.
+        alpha: the update is multiplied by alpha / rank (alpha / sqrt(rank) with rslora).
+        dropout: dropout probability, on the adapter's input.
         targets: names of linear layers in the blocks; [all-linear] stands for all of them, never
             for embeddings or heads.
-        rslora: rank-stabilised scale.
-        dora: weight-decomposed adapters.
+        rslora: scale by alpha / sqrt(rank) (rank-stabilised LoRA).
+        dora: train weight-decomposed adapters (DoRA).
     """
 
     rank: int
@@ -48,10 +48,10 @@ class LoRAConfig:
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Puts adapters on the targets, in place, and freezes all else; outputs stay as they were.
+    """Attaches adapters to the targets, in place, and freezes all else; outputs do not change.
 
-    Returns the configuration with `all-linear` spelled out; ValueError where a target names no
-    linear layer of the blocks.
+    Returns the configuration with `all-linear` spelled out; ValueError if a target names no linear
+    layer of the blocks.
     """
     from peft import inject_adapter_in_model
 
@@ -79,10 +79,10 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Holds what is frozen in the dtype that autocast computes in, once, not cast at every step.
+    """Casts frozen weights to the dtype that autocast computes in, once instead of at every step.
 
-    Adapters stay in float32. PEFT would cast their input to float32 too, only for autocast to cast
-    it back.
+    Adapters stay in float32. PEFT's cast of their input to float32 is disabled, as autocast would
+    only cast it back.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -139,7 +139,7 @@ def adapter_config_json(config: LoRAConfig) -> str:
 def merge(model: nn.Module) -> None:
     """Adds every adapter to its base weight, in place, and removes it; all is trainable again.
 
-    ValueError where a weight is not float32: merging in bf16 moves logits visibly.
+    ValueError if a weight is not float32: merging in bf16 changes logits visibly.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -43,12 +43,12 @@ def next_token_loss(
 def next_token_losses(
     hidden: Tensor, head: Tensor, labels: Tensor, each: CrossEntropies = cross_entropies
 ) -> Tensor:
-    """The same before the sum: (N,) float32 nats, in row-major order of supervised positions."""
+    """`next_token_loss` before the sum: (N,) float32 nats of supervised positions, row by row."""
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # (B, T-1)
     return each(hidden[:, :-1][supervised], head, targets[supervised])
 
 
 def count_supervised(labels: Tensor) -> int:
-    """Positions of labels (B, T) that carry a next-token loss."""
+    """Number of positions of labels (B, T) that carry a next-token loss."""
     return int((labels[:, 1:] != IGNORE).sum())

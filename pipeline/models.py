@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that can be used: weights, tokenizer, what they were made with."""
+"""Loads models from checkpoints and published weights, with their tokenizer and metadata."""
 
 import os
 from collections.abc import Iterator
@@ -31,9 +31,9 @@ class Loaded:
 
     model: Model
     tokenizer: Tokenizer
-    meta: dict[str, Any]  # meta.json; of weights of others the same keys, where they apply
+    meta: dict[str, Any]  # meta.json; for published weights the same keys, where they apply
     path: Path
-    name: str | None = None  # that it was fetched by, where it was not asked for by its path
+    name: str | None = None  # that it was asked for by, if not by its path
 
     def __post_init__(self) -> None:
         self.gpt.n_tokens = self.tokenizer.n_vocab
@@ -45,19 +45,19 @@ class Loaded:
 
     @property
     def title(self) -> str:
-        """What to call it: the name it was asked for by, else its run's, else its file's."""
+        """The model's title: the name it was asked for by, else its run's, else its file's."""
         return self.name or files.stem_of(self.path)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self.gpt.token_embedding.weight.device
 
 
 def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
-    """Reads whatever holds a model; an adapter is merged into its base in float32.
+    """Loads a model from any source; an adapter is merged into its base, in float32.
 
-    ValueError where it is no whole model, or an adapter's base is gone or another one.
+    ValueError if the model is not complete, or an adapter's base is missing or another one.
 
     Args:
         source: a checkpoint directory, verified; or what `weights.fetch.locate` takes.
@@ -73,7 +73,7 @@ def load(source: str | Path, dtype: torch.dtype = torch.float32) -> Loaded:
 
 
 def foreign_meta(foreign: Foreign) -> dict[str, Any]:
-    """What a checkpoint would say of weights of others."""
+    """What the meta.json of a checkpoint would say of published weights."""
     return {
         "kind": "language_model",
         "gpt": asdict(foreign.config),
@@ -86,9 +86,9 @@ def foreign_meta(foreign: Foreign) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, dtype: torch.dtype = torch.float32, *, merge: bool = True
 ) -> Loaded:
-    """A checkpoint of ours, verified; its adapter merged into its base, or live on it.
+    """Loads and verifies a checkpoint of ours; its adapter is merged into the base, or left on it.
 
-    ValueError where it is not whole, or an adapter's base is gone or another one.
+    ValueError if it is not complete, or an adapter's base is missing or another one.
     """
     files.verify_checkpoint(path)
     with _made_here(path):
@@ -103,7 +103,7 @@ def load_checkpoint(
 
 @contextmanager
 def _made_here(path: Path) -> Iterator[None]:
-    """A checkpoint may be whole and yet of a stranger's making: what does not fit is named."""
+    """Raises CheckpointError for an intact checkpoint of another program, naming what is wrong."""
     try:
         yield
     except (LookupError, TypeError, AttributeError) as error:
@@ -119,7 +119,7 @@ def _whole(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Model:
     if meta["kind"] == "language_model":
         return GPT.from_tensors(config, tensors)
     in_gpt = _below("gpt", tensors)
-    if not config.tie_embeddings:  # the head that a classifier does not have, until it is dropped
+    if not config.tie_embeddings:  # stands in for the head that is dropped next
         in_gpt["head.weight"] = in_gpt["token_embedding.weight"]
     return _with_head(GPT.from_tensors(config, in_gpt), tensors)
 
@@ -149,7 +149,7 @@ def _below(module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
-    """How an adapter's checkpoints in a folder name their base, which is in float32."""
+    """How an adapter's checkpoints in a folder refer to their base, which is in float32."""
     return {
         "name": loaded.name,
         "path": str(loaded.path),
@@ -159,9 +159,9 @@ def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
 
 
 def base_digest(loaded: Loaded) -> str:
-    """SHA-256 of a base's float32 weights as they are stored, whatever file they came in.
+    """SHA-256 of a base's float32 weights as they are stored, whatever the file format.
 
-    An adapter's are its own and its base's digest: merged, they round as the processor has it.
+    A base with an adapter combines both digests, as merged weights round differently by processor.
     """
     if not loaded.meta["lora"]:
         return files.tensors_digest(loaded.gpt.tensors())
@@ -170,12 +170,12 @@ def base_digest(loaded: Loaded) -> str:
 
 
 def find_base(path: Path, base: dict[str, Any]) -> Path:
-    """The base of an adapter's checkpoint, moved with it or not; ValueError where it is gone."""
+    """The path of an adapter's base, moved with it or not; ValueError if it is missing."""
     return next(_bases(path, base))
 
 
 def _base(path: Path, base: dict[str, Any]) -> Loaded:
-    """The base itself, in float32: what lies at a place now may be another."""
+    """Loads the base, in float32, and checks its digest: another may be at its path by now."""
     others = []
     for place in _bases(path, base):
         loaded = load(place)
@@ -190,7 +190,7 @@ def _base(path: Path, base: dict[str, Any]) -> Loaded:
 
 
 def _bases(path: Path, base: dict[str, Any]) -> Iterator[Path]:
-    """Where the base may be, one at least: beside the adapter, where it was, where it came from."""
+    """Paths of the base, at least one: relative to the adapter, absolute, or fetched by name."""
     places = [path.parent / base["relative"], Path(base["path"])]
     there = list(dict.fromkeys(resolved(place) for place in places if place.exists()))
     if there:

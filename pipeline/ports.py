@@ -1,4 +1,4 @@
-"""Where a server of ours listens."""
+"""Sockets that our servers listen on."""
 
 import socket
 
@@ -9,7 +9,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one.
 
     Raises:
-        ValueError: where it cannot, naming address and reason.
+        ValueError: if it cannot, naming address and reason.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

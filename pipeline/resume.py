@@ -13,13 +13,13 @@ from pipeline.directories import CHECKPOINTS
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import CONFIG, OUTCOME
 
-FIXED = "model.optimizer."  # what begins so is in the optimizer's saved state, and stays so
+FIXED = "model.optimizer."  # prefix of settings in the optimizer's saved state, never changed
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
 
 def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Key -> what the checkpoint has and what this run has, wherever they are not the same."""
+    """Key -> a text with the checkpoint's and this run's value, for values that differ."""
     return {
         key: f"{key} was {_shown(theirs.get(key))}, is {_shown(ours.get(key))}"
         for key in {**theirs, **ours}
@@ -28,12 +28,12 @@ def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str,
 
 
 def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool) -> str:
-    """Refuses a checkpoint that another run made, with a ValueError that names every difference.
+    """Refuses a checkpoint of a different run, with a ValueError that names every difference.
 
     Args:
         theirs: the checkpoint's meta: `identity`, and `dataset` with the digests of its files.
         ours: the same of this run.
-        allowed: take it all the same, the optimizer's settings excepted.
+        allowed: accept differences, except in the optimizer's settings.
 
     Returns:
         The differences that were allowed; empty where there are none.
@@ -58,7 +58,7 @@ def check_resumable(theirs: Mapping[str, Any], ours: Mapping[str, Any], *, allow
 
 
 def check_alike(first: Mapping[str, str], other: Mapping[str, str], rank: int) -> None:
-    """ValueError where the process of a rank would train something else than the first."""
+    """ValueError if the process of a rank would train something different from the first."""
     if found := differences(first, other):
         raise ValueError(
             f"process {rank} is not like the first: {'; '.join(found.values())} there. Give all of "
@@ -67,7 +67,7 @@ def check_alike(first: Mapping[str, str], other: Mapping[str, str], rank: int) -
 
 
 def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> None:
-    """ValueError for an adapter's checkpoint on another base; None where a run has no adapter."""
+    """ValueError if an adapter's checkpoint has another base; None stands for no adapter."""
     if (theirs or {}).get("digest") != (ours or {}).get("digest"):
         raise ValueError(
             f"the checkpoint belongs to the base {theirs and theirs['path']}, "
@@ -76,7 +76,7 @@ def check_base(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None)
 
 
 def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """ValueError for tensors, of `what`, of other names or shapes than the model's."""
+    """ValueError if the tensors of `what` differ from the model's in names or shapes."""
     if theirs.keys() != ours.keys():
         missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         raise ValueError(
@@ -92,7 +92,7 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
 
 
 def interrupted_like(run: Path) -> str:
-    """The last run of the same name that was interrupted, and how it differs; else empty."""
+    """Names the last interrupted run of the same name and how it differs; empty without one."""
     others = [
         other
         for other in run.parent.glob("*")
@@ -113,7 +113,7 @@ def interrupted_like(run: Path) -> str:
 
 
 def _options(run: Path) -> dict[str, str]:
-    """What decides the result of a run, by dotted key; nothing where the file is damaged."""
+    """The options that decide a run's result, by dotted key; empty if the file is damaged."""
     try:
         config = load_yaml((run / CONFIG).read_text("utf-8"))
     except (ValueError, yaml.YAMLError):

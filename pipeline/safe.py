@@ -1,14 +1,14 @@
-"""`--safe`: a config from a stranger may name the classes of a stage, and nothing else is imported.
+"""`--safe`: an untrusted config may name the classes of a stage, and nothing else is imported.
 
-jsonargparse keeps the gate: it checks a name before it imports the module, and checks again where
-what it found there was defined (`pipeline.cli.os.system` is `posix.system`).
+jsonargparse enforces it: it checks a name before it imports the module, and then also where the
+object found there was defined (`pipeline.cli.os.system` is `posix.system`).
 """
 
 import re
 import sys
 from pathlib import Path
 
-VARIABLE = "GPT_PIPELINE_SAFE"  # inherited by stages, and by processes that are started for others
+VARIABLE = "GPT_PIPELINE_SAFE"  # inherited by all subprocesses, such as stages and further ranks
 _LIGHTNING = ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
 ALLOWED = [
     "pipeline",
@@ -27,7 +27,7 @@ _KEY = re.compile(r'[Kk]ey "([^"]+)"')
 
 
 def refuse_strangers() -> None:
-    """From now on, and as long as the process lives, no option may name what is not allowed."""
+    """Makes options refuse every name that is not allowed, for the rest of the process."""
     from jsonargparse import set_parsing_settings
 
     set_parsing_settings(
@@ -38,7 +38,7 @@ def refuse_strangers() -> None:
 
 
 def refusal(message: str) -> str | None:
-    """What a parser refused to import, in one line; None where its message says something else."""
+    """One line on what a parser refused to import; None if its message is about something else."""
     denied = _DENIED.search(message)
     if denied is None:
         return None
@@ -51,7 +51,7 @@ def refusal(message: str) -> str | None:
 
 
 def _place(name: str) -> str:
-    """The config that holds a name, or else the command line."""
+    """The config file that contains a name, or else the command line."""
     for word in sys.argv[1:]:
         path = Path(word.rpartition("=")[2])
         if path.is_file() and name in path.read_text(encoding="utf-8", errors="replace"):

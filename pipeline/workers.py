@@ -1,4 +1,4 @@
-"""Threads that hold up nobody who ends the process, as those of `ThreadPoolExecutor` do."""
+"""Worker threads that, unlike those of `ThreadPoolExecutor`, do not keep the process alive."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Pieces of work, begun in the order in which they come, by as many threads as are given."""
+    """A pool of `n_threads` daemon threads that start calls in the order of submission."""
 
     def __init__(self, name: str, n_threads: int = 1) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -20,20 +20,20 @@ class Workers:
             threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Does it when a thread is free."""
+        """Schedules a call for when a thread is free."""
         future: Future[T] = Future()
         self._work.put((future, partial(fn, *args, **kwargs)))
         return future
 
     def run(self, fn: Callable[..., T], /, *args: Any) -> T:
-        """The same, waited for; a look every half second, as a lock can miss Ctrl-C."""
+        """Submits a call and waits for it; wakes every half second, as a lock can miss Ctrl-C."""
         future = self.submit(fn, *args)
         while not future.done():
             wait([future], timeout=0.5)
         return future.result()
 
     def close(self) -> None:
-        """Has the threads end, when what was given to them is done; nobody waits for it."""
+        """Ends the threads after all submitted calls, without waiting for them."""
         for _ in range(self._n_threads):
             self._work.put(None)
 
@@ -43,5 +43,5 @@ class Workers:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
-                except BaseException as error:  # whoever waits for the result gets it
+                except BaseException as error:  # raised by `result`
                     future.set_exception(error)

@@ -4,12 +4,15 @@ It is a fit that ends after a few steps, in a run that is thrown away: it reads 
 resolves data, tokenizer and weights by the same code.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
+
+from lightning.pytorch.callbacks import Timer
 
 from datamodules.step_data_module import StepDataModule, described
 from pipeline.checkpoint import newest_valid
@@ -75,7 +78,7 @@ class CheckCLI(PipelineCLI):
         epoch = Epoch.of(datamodule)
         order = epoch.trial_order()
         datamodule.train_order = lambda: lambda _: order  # type: ignore[method-assign]
-        trial, n_val_batches = Trial(epoch), self._n_val_batches()
+        trial, n_val_batches, limit_s = Trial(epoch), self._n_val_batches(), self._take_limit_s()
         self.trainer.callbacks.append(trial)  # type: ignore[attr-defined]
         self.trainer.limit_val_batches = min(N_VAL_BATCHES, n_val_batches)
         self._val_every = self.trainer.check_val_every_n_epoch
@@ -94,9 +97,25 @@ class CheckCLI(PipelineCLI):
         )
         for line in [*self._facts(trial, n_epochs, time), *self._warnings(trial, n_epochs, last)]:
             print(line)
+        if limit_s < training_s + validation_s:
+            n_steps = int(self._n_steps * limit_s / (training_s + validation_s))
+            print(
+                f"warning: time is up after about {n_steps:,} of {self._n_steps:,} steps "
+                "(trainer.max_time), before the learning rate has come down; lower "
+                "trainer.max_steps, or give more time"
+            )
 
     def after_fit(self) -> None:
         """Nothing: there is no result."""
+
+    def _take_limit_s(self) -> float:
+        """The time that training may take, which does not end the trial."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        timers = [callback for callback in callbacks if isinstance(callback, Timer)]
+        for timer in timers:
+            callbacks.remove(timer)
+        given = [left for timer in timers if (left := timer.time_remaining()) is not None]
+        return min(given, default=math.inf)
 
     def _n_val_batches(self) -> int:
         n_batches, limit = len(self.datamodule.val_dataloader()), self.trainer.limit_val_batches

@@ -115,6 +115,16 @@ def test_validations_by_the_clock_are_foreseen(tiny: Journey) -> None:
     assert "warning: the run ends before its first validation" in out
 
 
+def test_a_time_that_will_be_up_is_said_and_ends_no_trial(tiny: Journey) -> None:
+    words = ("--trainer.max_time=00:00:00:00", "--trainer.max_steps=80000")
+    code, out, err = said("check", *pretraining(tiny), *words)
+    assert code == 0, err
+    assert "not measured" not in out
+    assert "warning: time is up after about 0 of 80,000 steps (trainer.max_time)" in out
+    _, out, _ = said("check", *pretraining(tiny), "--trainer.max_time=00:01:00:00")
+    assert "time is up" not in out
+
+
 def test_what_a_killed_check_left_is_removed_by_the_next(tiny: Journey, tmp_path: Path) -> None:
     home = tmp_path / "mlruns"
     started = Started(["check", *pretraining(tiny), *at("Hang", 1)], tmp_path / "said.txt")

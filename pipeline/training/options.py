@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -76,6 +77,7 @@ _NO_CALLBACKS = (
     ((BatchSizeFinder, GradientAccumulationScheduler), A_STEP),
     (LearningRateFinder, "it trains outside of the run: give model.optimizer.lr."),
     (ModelPruning, "a checkpoint has no place for masks."),
+    (BaseFinetuning, "what is trained stays so in a run: set model.trainable, or model.lora."),
 )
 
 

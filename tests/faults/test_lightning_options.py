@@ -129,6 +129,7 @@ def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
         ("--trainer.callbacks+=EMAWeightAveraging", "the average would be lost"),
         ("--trainer.callbacks+=LearningRateFinder", "give model.optimizer.lr"),
         ("--trainer.callbacks+=BatchSizeFinder", "set data.batch_size"),
+        ("--trainer.callbacks+=BackboneFinetuning", "set model.trainable"),
         ("--ckpt_path=nowhere", "give a checkpoint directory"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from pipeline.launchers import n_started
 from pipeline.lora import LoRAConfig
 from pipeline.runs.run_directory import CONFIG, check_name
 from pipeline.runs.stage_run import mlruns_root
+from pipeline.training.callbacks import LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, check_monitor
 from pipeline.training.lit_classifier import LitClassifier
 from pipeline.training.lit_language_model import LitLanguageModel
@@ -77,6 +79,7 @@ _NO_CALLBACKS = (
     ((BatchSizeFinder, GradientAccumulationScheduler), A_STEP),
     (LearningRateFinder, "it trains outside of the run: give model.optimizer.lr."),
     (ModelPruning, "a checkpoint has no place for masks."),
+    ((Checkpoints, LossSpikes, Throughput), "a run has one anyway: leave it out."),
     (BaseFinetuning, "what is trained stays so in a run: set model.trainable, or model.lora."),
 )
 
@@ -233,3 +236,10 @@ def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
                 )
             check_monitor(callback.monitor, "EarlyStopping.monitor")
             callback._check_on_train_epoch_end = False
+    stateful = [c for c in callbacks if type(c).state_dict is not pl.Callback.state_dict]
+    for key, n in Counter(callback.state_key for callback in stateful).items():
+        if n > 1:
+            raise ValueError(
+                f"trainer.callbacks has {n} times {key}, and a checkpoint one place for its state; "
+                "keep one."
+            )

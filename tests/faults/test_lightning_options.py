@@ -22,6 +22,7 @@ def words(words: list[str], home: Path) -> list[str]:
     return [*words, *shorter, "--data.num_workers=0", "--checkpoints.every_n_steps=100"]
 
 
+TWICE = "{class_path: EarlyStopping, init_args: {monitor: val/loss}}"
 AVERAGE = "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.01}}"
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -130,6 +131,8 @@ def test_what_needs_one_process_is_not_run_by_two(command: str) -> None:
         ("--trainer.callbacks+=LearningRateFinder", "give model.optimizer.lr"),
         ("--trainer.callbacks+=BatchSizeFinder", "set data.batch_size"),
         ("--trainer.callbacks+=BackboneFinetuning", "set model.trainable"),
+        ("--trainer.callbacks+=pipeline.training.callbacks.LossSpikes", "has one anyway"),
+        (f"--trainer.callbacks=[{TWICE}, {TWICE}]", "has 2 times EarlyStopping"),
         ("--ckpt_path=nowhere", "give a checkpoint directory"),
     ],
 )

@@ -170,7 +170,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """What transformers offers to templates, with a budget for loops, calls and growth.
 
     Not all is counted: a width (`center`, `%99d`), `replace`, `join`, `format`, nested lists or a
-    recursive loop can still take much memory or time; a process with limits would bound that.
+    recursive loop can still take much memory or time; only a process with limits would bound that.
     """
 
     intercepted_binops = frozenset(("+", "*", "**"))  # nor are these folded while compiling

@@ -267,7 +267,7 @@ def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
         column = frame.iloc[:, i]
         if column.dtype == object:  # stays so: `map` would turn integers with gaps into floats
             cells = pd.Series([*map(text, column)], frame.index, dtype=object)
-            written.isetitem(i, cells)  # type: ignore[arg-type]  # which stubs do not know
+            written.isetitem(i, cells)  # type: ignore[arg-type]  # not in pandas' stubs
     return written
 
 

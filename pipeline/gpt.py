@@ -128,7 +128,7 @@ class AttentionContext:
     mask: Tensor | None = None  # what may be attended to, if not just causal; (B, 1, T, S)
     additive: Tensor | None = None  # the same for `attention_products`, (B G, H/G T, S)
     cache: KVCache | None = None  # keys and values of earlier tokens
-    unpadding: Unpadding | None = None  # between rows and the tokens that all but attention sees
+    unpadding: Unpadding | None = None  # from rows to the tokens that the other layers see
 
 
 class Attention(nn.Module):

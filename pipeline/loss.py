@@ -14,7 +14,7 @@ CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropies(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """From hidden states (N, C) and the head (V, C): (N,) float32 nats of targets (N,)."""
+    """Cross-entropies (N,), float32 nats, of targets (N,) by hidden states (N, C), head (V, C)."""
     return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
 
 

@@ -161,7 +161,7 @@ def describe_base(loaded: Loaded, checkpoint_folder: Path) -> dict[str, Any]:
 def base_digest(loaded: Loaded) -> str:
     """SHA-256 of a base's float32 weights as they are stored, whatever the file format.
 
-    A base with an adapter combines both digests, as merged weights round differently by processor.
+    For a base with an adapter, both digests are combined: merged, they round as the processor does.
     """
     if not loaded.meta["lora"]:
         return files.tensors_digest(loaded.gpt.tensors())

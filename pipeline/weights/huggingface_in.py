@@ -30,11 +30,6 @@ FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "mo
 OPTIONAL_FILES = (CARD, GENERATION_CONFIG, SPECIAL_TOKENS)  # a cache without them is whole
 _HEAD = "lm_head.weight"
 _WINDOW = 4096  # of Mistral's and Qwen's, where the configuration does not say
-_OF_CLASSES = {  # of tokenizers: what they have where no file says anything
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT),
-    "Qwen2Tokenizer": {"eos_token": ENDOFTEXT},
-}
-_CLASSES = {"gpt2": "GPT2Tokenizer", **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer")}
 _KINDS: dict[str, Family] = {**{family: family for family in TRAITS}, "mistral": "llama"}
 # what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
@@ -259,28 +254,10 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     model = content["model"]
     is_sentencepiece = model.get("byte_fallback", False)
     _check_algorithm(model, is_sentencepiece)
-    added = {token["content"]: token for token in content.get("added_tokens", [])}
-    options = _tokenizer_options(path, settings, added)
-    for name, token in added.items():
-        if token.get("lstrip") or token.get("rstrip"):
-            raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
-    ids = {name: token["id"] for name, token in added.items()}
-    names = {i: name for name, i in ids.items()}
-    end_ids = _end_ids(path, settings)
-    if odd := [i for i in end_ids if i not in names]:
-        raise ValueError(
-            f"its eos_token_id {odd[0]} is none of the tokens that {TOKENIZER} adds; correct it in "
-            f"{CONFIG}, or in {GENERATION_CONFIG} where that has it."
-        )
-    special = Special(
-        ids,
-        eos=_name(options.get("eos_token")) or names.get(next(iter(end_ids), None)),
-        ends=tuple(names[i] for i in end_ids),
-        bos=_leading_token(content.get("post_processor")),
-        bos_token=_name(options.get("bos_token")),
-        chat_template=_chat_template(path, options),
-        shown=tuple(name for name, token in added.items() if not token["special"]),
-    )
+    options = _read_json(path / TOKENIZER_CONFIG, {})
+    if "added_tokens_decoder" not in options:  # else transformers reads no map, either
+        options |= _read_json(path / SPECIAL_TOKENS, {})
+    special = _special(path, settings, content, options)
     parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
     if is_sentencepiece:
         prefix = prefix_of(content)
@@ -296,16 +273,33 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     )
 
 
-def _tokenizer_options(
-    path: Path, settings: dict[str, Any], added: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What transformers' class of tokenizer is made with, those of its own defaults that exist."""
-    options = _read_json(path / TOKENIZER_CONFIG, {})
-    if "added_tokens_decoder" not in options:  # else transformers reads no map, either
-        options |= _read_json(path / SPECIAL_TOKENS, {})
-    kind = options.get("tokenizer_class") or _CLASSES.get(settings["model_type"])
-    defaults = _OF_CLASSES.get(str(kind).removesuffix("Fast"), {})
-    return {key: token for key, token in defaults.items() if token in added} | options
+def _special(
+    path: Path, settings: dict[str, Any], content: dict[str, Any], options: dict[str, Any]
+) -> Special:
+    added = {token["content"]: token for token in content.get("added_tokens", [])}
+    for name, token in added.items():
+        if token.get("lstrip") or token.get("rstrip"):
+            raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
+    kind = str(options.get("tokenizer_class") or settings["model_type"])
+    if kind.lower().startswith("gpt2") and ENDOFTEXT in added:  # whose files need not say so
+        options = dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT) | options
+    ids = {name: token["id"] for name, token in added.items()}
+    names = {i: name for name, i in ids.items()}
+    end_ids = _end_ids(path, settings)
+    if odd := [i for i in end_ids if i not in names]:
+        raise ValueError(
+            f"its eos_token_id {odd[0]} is none of the tokens that {TOKENIZER} adds; correct it in "
+            f"{CONFIG}, or in {GENERATION_CONFIG} where that has it."
+        )
+    return Special(
+        ids,
+        eos=_name(options.get("eos_token")) or names.get(next(iter(end_ids), None)),
+        ends=tuple(names[i] for i in end_ids),
+        bos=_leading_token(content.get("post_processor")),
+        bos_token=_name(options.get("bos_token")),
+        chat_template=_chat_template(path, options),
+        shown=tuple(name for name, token in added.items() if not token["special"]),
+    )
 
 
 def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:

@@ -275,7 +275,7 @@ def test_any_path(llama: Path, tmp_path: Path) -> None:
         ("llama", {"model_type": None}, "None"),
         ("llama", {"head_dim": 16}, "q_proj.weight has the shape"),
         ("llama", {"head_dim": 5}, "even head size"),
-        ("qwen3", {"head_dim": 2**40}, "heads are 1099511627776 wide"),
+        ("qwen3", {"head_dim": 2**40}, "head_dim is 4398046511104"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor 0.0"),
         ("llama", {"model_type": "qwen2"}, "missing, such as model.layers.0.self_attn.k_proj.bias"),
         ("qwen3", {"model_type": "llama"}, "_norm.weight"),

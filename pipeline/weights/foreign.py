@@ -29,7 +29,6 @@ class Foreign:
     stored_as: Mapping[str, str] = field(default_factory=dict)  # other names than in `shapes`
     license: str | None = None  # of the weights, where the file says
     trained_on: Sequence[Mapping[str, Any]] = ()  # `held_out.published` of an export of ours
-    check: Callable[[], None] = lambda: None  # refuses two tensors that must be equal, and are not
 
     @property
     def entries(self) -> list[Entry]:
@@ -72,11 +71,9 @@ def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
 def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter with our name for it, in that dtype; those of one of their tensors at a time.
 
-    ValueError as from `parameter_shapes`; or for a tensor that is not finite, or that should equal
-    another and does not.
+    ValueError as from `parameter_shapes`, or for a tensor that is not finite.
     """
     shapes = parameter_shapes(foreign)
-    foreign.check()
     for entry in foreign.entries:
         # made before anything is read: what is freed then lies behind, and leaves no holes
         ours = {name: torch.empty(shapes[name], dtype=dtype) for name in entry.ours}
@@ -84,18 +81,11 @@ def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str,
         yield from ours.items()
 
 
-def few_rows(shape: tuple[int, ...]) -> Iterator[slice]:
-    """All rows of a matrix, a few at a time."""
-    n_rows, *row = shape
-    step = max(1, _CHUNK_VALUES // math.prod(row))
-    for start in range(0, n_rows, step):
-        yield slice(start, start + step)
-
-
 def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
-    shape = foreign.shapes[entry.theirs]
-    is_in_parts = entry.keeps_rows and len(shape) > 1
-    for rows in few_rows(shape) if is_in_parts else [slice(shape[0])]:
+    n_rows, *row = foreign.shapes[entry.theirs]
+    step = max(1, _CHUNK_VALUES // math.prod(row)) if entry.keeps_rows and row else n_rows
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
         for name, part in entry.split(foreign.read(entry.theirs, rows)).items():
             place = ours[name][rows] if entry.keeps_rows else ours[name]
             place.copy_(part)
@@ -108,17 +98,14 @@ def _check_sizes(foreign: Foreign) -> None:
     config = foreign.config
     if config.block_size > _MAX_CONTEXT:
         raise ValueError(f"its context is {config.block_size} tokens; supported: {_MAX_CONTEXT:,}.")
+    n_vocab, n_rows = foreign.tokenizer.n_vocab, config.vocab_size or 0
+    sizes = {"vocab_size": n_rows, "n_embd": config.n_embd, "mlp_hidden": config.mlp_hidden}
+    sizes["n_head x head_dim"] = config.n_head * config.head_size
     longest = max((n for shape in foreign.shapes.values() for n in shape), default=0)
-    for key in ("vocab_size", "n_embd", "mlp_hidden"):
-        if (size := getattr(config, key)) > longest:
+    for key, size in sizes.items():
+        if size > longest:
             raise ValueError(f"its {key} is {size}, more than any of its tensors has.")
-    if config.n_head * config.head_size > longest:
-        raise ValueError(
-            f"its {config.n_head} heads are {config.head_size} wide, more than any of its tensors "
-            "has room for."
-        )
-    n_vocab, n_rows = foreign.tokenizer.n_vocab, config.vocab_size
-    if n_rows is None or n_vocab > n_rows:
+    if n_vocab > n_rows:
         raise ValueError(
             f"its tokenizer has {n_vocab} tokens but its embedding only {n_rows} rows; "
             "the two do not belong together."

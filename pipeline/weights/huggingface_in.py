@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from datamodules.tokenizer import ENDOFTEXT, Tokenizer
 from pipeline.arguments import load_yaml
 from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import RopeScaling
-from pipeline.weights.foreign import Foreign, few_rows
-from pipeline.weights.names import TRAITS, Family, entries, head_dim
+from pipeline.weights.foreign import Foreign
+from pipeline.weights.names import TRAITS, Family, head_dim
 from pipeline.weights.sentencepiece import make_sentencepiece, prefix_of
 from pipeline.weights.vocabulary import Special, make_tokenizer, name_of_steps
 
@@ -47,6 +47,7 @@ def open_huggingface(path: Path) -> Foreign:
     _refuse_classifier(settings)
     config = _config(settings)
     prefix = "transformer." if settings["model_type"] == "gpt2" else ""
+    embedding = f"{prefix}wte.weight" if prefix else "model.embed_tokens.weight"
     files = _tensor_files(path)
     # the first GPT-2 files name their tensors without the prefix
     known = (prefix, "lm_head.")
@@ -61,7 +62,7 @@ def open_huggingface(path: Path) -> Foreign:
     wanted = {name: shape for name, shape in shapes.items() if name not in skipped}
     _refuse_quantised(settings, wanted)
 
-    def read(name: str, rows: slice) -> Tensor:
+    def rows_of(name: str, rows: slice) -> Tensor:
         given = stored[name]
         with safe_open(files[given].file, framework="pt") as opened:
             tensor: Tensor = opened.get_slice(given)[rows]
@@ -69,13 +70,18 @@ def open_huggingface(path: Path) -> Foreign:
             raise ValueError(f"its tensor {name} is {tensor.dtype}; only plain weights are read.")
         return tensor
 
-    def check() -> None:
-        embedding = entries(config, "huggingface")[0].theirs
-        if is_tied and not _are_equal(_HEAD, embedding, shapes, read):
+    def is_head(tensor: Tensor, rows: slice) -> bool:
+        same_shape = shapes[_HEAD] == shapes[embedding]
+        return same_shape and torch.equal(rows_of(_HEAD, rows).double(), tensor.double())
+
+    def read(name: str, rows: slice) -> Tensor:
+        tensor = rows_of(name, rows)
+        if is_tied and name == embedding and not is_head(tensor, rows):
             raise ValueError(
                 f"its {files[_HEAD].file.name} has a {_HEAD} other than {embedding}, but its "
                 f"{CONFIG} ties the two; set tie_word_embeddings to false there if both are meant."
             )
+        return tensor
 
     return Foreign(
         config,
@@ -86,16 +92,6 @@ def open_huggingface(path: Path) -> Foreign:
         skipped={stored[name]: why for name, why in skipped.items()},
         stored_as=stored,
         license=_license(path),
-        check=check,
-    )
-
-
-def _are_equal(
-    a: str, b: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, slice], Tensor]
-) -> bool:
-    """Whether two tensors have the same shape and numbers, whatever type those have."""
-    return shapes[a] == shapes[b] and all(
-        torch.equal(read(a, rows).double(), read(b, rows).double()) for rows in few_rows(shapes[a])
     )
 
 

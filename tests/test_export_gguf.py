@@ -132,11 +132,16 @@ def test_what_llama_cpp_has_for_other_families_alone(
         gguf_writers(loaded(model, vocabulary()), "f32", name="tiny", license=None)
 
 
-def test_any_scaling_of_llama_3s_kind_is_read_back(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
+def test_the_usual_scaling_of_llama_3s_kind_is_read_back(tiny_gpt: MakeGPT, tmp_path: Path) -> None:
     """A GGUF has factors alone, from which the usual constants can be told, others not."""
-    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS, rope_scaling=LLAMA3), vocabulary())
+    usual = RopeScaling("llama3", 4.0)
+    exported = loaded(tiny_gpt("llama", vocab_size=N_ROWS, rope_scaling=usual), vocabulary())
     path = write(gguf_writers(exported, "f32", name="tiny", license=None), tmp_path / "out")
-    assert open_foreign(path / "model.gguf").config.rope_scaling == LLAMA3
+    assert open_foreign(path / "model.gguf").config.rope_scaling == usual
+    other = loaded(tiny_gpt("llama", vocab_size=N_ROWS, rope_scaling=LLAMA3), vocabulary())
+    path = write(gguf_writers(other, "f32", name="tiny", license=None), tmp_path / "other")
+    with pytest.raises(ValueError, match="those of no known Llama"):
+        open_foreign(path / "model.gguf")
 
 
 def test_composed_characters_and_shown_marks(

@@ -19,8 +19,6 @@ from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
 from pipeline.weights.vocabulary import Special, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
-STRETCH = ("low_freq_factor", "high_freq_factor", "original_context")  # of Llama 3's scaling
-STRETCH_FIELD = "gpt_pipeline.rope.{}"  # where an export of ours says them
 ENDS = ("eot", "eom")  # of a turn, of a message: what ends a text beside EOS
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of tokens
 _KINDS = {
@@ -101,15 +99,9 @@ def _config(
     )
 
 
-def _llama3_scaling(
-    fields: dict[str, Any], factors: Tensor, rope_theta: float, head_size: int
-) -> RopeScaling:
-    """Llama 3's, solved for its factor by the lowest frequency.
-
-    All else is as in every Llama 3, but where an export of ours says otherwise.
-    """
-    stated = {key: fields[at] for key in STRETCH if (at := STRETCH_FIELD.format(key)) in fields}
-    known = RopeScaling("llama3", math.inf, **stated)
+def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeScaling:
+    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3."""
+    known = RopeScaling("llama3", math.inf)
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
     kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
     factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0
@@ -121,7 +113,7 @@ def _rope_scaling(
 ) -> RopeScaling | None:
     """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
     if factors is not None:
-        scaling = _llama3_scaling(fields, factors, rope_theta, head_size)
+        scaling = _llama3_scaling(factors, rope_theta, head_size)
         expected = stretch_factors(rope_theta, head_size, scaling)
         if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
             return scaling

@@ -21,7 +21,7 @@ from pipeline.gpt import GPTConfig
 from pipeline.layers.rotary import RopeScaling, stretch_factors
 from pipeline.models import Loaded
 from pipeline.weights.fetch import EXPORTED_GGUF
-from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS, STRETCH, STRETCH_FIELD
+from pipeline.weights.gguf_in import ENDS, ROPE_FACTORS
 from pipeline.weights.huggingface_out import chat_template
 from pipeline.weights.names import entries, family_of
 from pipeline.weights.sentencepiece import scores_of
@@ -120,13 +120,7 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
     if config.head_dim is not None:
         writer.add_key_length(config.head_size)
         writer.add_value_length(config.head_size)
-    if scaling := _llama3(config):
-        low, high, original = (STRETCH_FIELD.format(key) for key in STRETCH)
-        # for our own reader: llama.cpp has the factors alone
-        writer.add_float64(low, scaling.low_freq_factor)
-        writer.add_float64(high, scaling.high_freq_factor)
-        writer.add_uint32(original, scaling.original_context)
-    elif config.rope_scaling:
+    if config.rope_scaling and not _llama3(config):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
 

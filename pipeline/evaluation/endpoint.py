@@ -77,18 +77,7 @@ class Endpoint:
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
             },
         }
-        self._key_as_text = _spellings(self._key)
-        self._tls = httpx.create_ssl_context()
-        self._own = threading.local()  # a client for each thread
-        self._clients: list[httpx.Client] = []
-
-    def __enter__(self) -> Endpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for client in self._clients:
-            client.close()
+        self._tls = httpx.create_ssl_context()  # takes longer than all else of a client
 
     def complete(self, messages: list[Message]) -> str:
         """The content of the reply to a conversation.
@@ -112,25 +101,17 @@ class Endpoint:
         backoff_s = random.uniform(0.5, 1.0) * 2.0 ** (state.attempt_number - 1)
         return min(backoff_s if named_s is None else named_s, self.config.max_wait_s)
 
-    def _client(self) -> httpx.Client:
-        """This thread's own: to close one that is late breaks off no other's request."""
-        client: httpx.Client | None = getattr(self._own, "client", None)
-        if client is None or client.is_closed:
-            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            client = self._own.client = _client(self.config, headers, self._tls)
-            self._clients.append(client)
-        return client
-
     def _post(self, messages: list[Message], adapted: dict[str, Any] | None = None) -> str:
         parameters = adapted or self._parameters
         body = {"model": self.config.model, "messages": messages, **parameters}
         url = self.config.base_url.rstrip("/") + "/chat/completions"
-        client = self._client()
-        with deadline(client, self.config.timeout_s) as is_over:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # a client of its own: to close one that is late breaks off no other request
+        client = _client(self.config, headers, self._tls)
+        with client, deadline(client, self.config.timeout_s) as is_over:
             try:
                 with client.stream("POST", url, json=body) as response:
                     given = self._read(response)
-                    text = self._clean(given)
             except httpx.TransportError as error:
                 if isinstance(error, UNREACHABLE) and not is_over.is_set():
                     raise TransientError(_unreachable(self.config, error), is_fatal=True) from error
@@ -140,6 +121,7 @@ class Endpoint:
                     ) from error
                 what = str(error) or type(error).__name__
                 raise TransientError(f"the connection broke off ({what}).") from error
+        text = self._clean(given)
         if response.status_code in FORM_REFUSED:  # by now another thread may know
             other = self._parameters if self._is_settled else _adapted(parameters, text)
             if other != parameters:
@@ -190,7 +172,7 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
         text = text.encode(errors="replace").decode()
-        return self._key_as_text.sub("[key]", text) if self._key else text
+        return text.replace(self._key, "[key]") if self._key else text
 
 
 def connection_problem(config: JudgeConfig) -> str | None:
@@ -232,11 +214,6 @@ def _unreachable(config: JudgeConfig, error: Exception) -> str:
         f"cannot connect to {config.base_url} ({error}); start the server or correct "
         "judge.base_url."
     )
-
-
-def _spellings(key: str) -> re.Pattern[str]:
-    """The key, as it stands and as JSON may write it: every character may be escaped there."""
-    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
 
 
 def _content(body: str, *, shown: str) -> str:

@@ -65,8 +65,7 @@ def judge_responses(
         if key not in judgements and not response.is_empty
     }
     if asked:
-        with Endpoint(config, schema=VERDICT_SCHEMA) as endpoint:
-            judgements.update(_ask_all(endpoint, asked, kept))
+        judgements.update(_ask_all(Endpoint(config, schema=VERDICT_SCHEMA), asked, kept))
     silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
     sent = [judgements[k] for r, k in zip(responses, keys, strict=True) if not r.is_empty]
     if sent and not any(judgement.verdict for judgement in sent):  # a mean of empty ones alone

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,9 @@ def test_files_that_are_none(write: Callable[[str, str | bytes], Path], tmp_path
 def test_scores_of_every_scorer(judge: JudgeConfig, tmp_path: Path) -> None:
     items = responses("answer 0", "", "odd", "answer 4")
     scores = score_responses(items, judge=judge, cache=tmp_path / "cache.jsonl")
-    table = {(score.scorer, score.id): score for score in scores}
-    assert len(table) == len(scores) == 4 * 4
+    table = {(name, score.id): score for name, column in scores.items() for score in column}
+    assert [score.scorer for score in table.values()] == [name for name, _ in table]
+    assert len(table) == 4 * 4
     assert [table["judge", n].score for n in range(4)] == [100.0, 0.0, None, 20.0]
     assert [table["exact_match", n].score for n in range(4)] == [100.0, 0.0, 0.0, 0.0]
     assert [table["chrf", n].score for n in range(3)] == [100.0, 0.0, 0.0]
@@ -177,7 +179,8 @@ def test_a_response_is_held_against_its_reference_and_not_the_other_way_round(
 
 
 def judged(items: list[Response], scores: list[float | None]) -> Scored:
-    return Scored(items, [Score(i.id, "judge", s) for i, s in zip(items, scores, strict=True)])
+    column = [Score(i.id, "judge", s) for i, s in zip(items, scores, strict=True)]
+    return Scored(items, {"judge": column})
 
 
 def test_unscored_items_are_counted_and_in_no_mean() -> None:
@@ -202,7 +205,7 @@ def test_a_judge_that_scored_nothing() -> None:
     items = responses("a", "b")
     chrf = [Score(item.id, "chrf", 10.0) for item in items]
     scored = judged(items, [None, None])
-    summary = summarize(Scored(items, [*scored.scores, *chrf]), before=scored)
+    summary = summarize(Scored(items, {**scored.scores, "chrf": chrf}), before=scored)
     row = summary.rows[0]
     assert (row.after.estimate, row.difference, row.verdict) == (None, None, "unclear")
     assert summary.headline == "chrf"
@@ -212,7 +215,7 @@ def test_a_judge_that_scored_nothing() -> None:
 def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
     before = responses(*"abcdef", reference_nats=8.0, reference_tokens=2)
     after = [replace(r, reference_nats=float(1 + r.id), reference_tokens=2) for r in before]
-    summary = summarize(Scored(after, []), before=Scored(before, []))
+    summary = summarize(Scored(after, {}), before=Scored(before, {}))
     row = next(row for row in summary.rows if row.measure == "perplexity")
     assert row.before
     assert row.before.estimate
@@ -227,7 +230,7 @@ def test_perplexity_is_over_all_tokens_and_lower_is_better() -> None:
 def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
     """Two infinite perplexities: their difference is NaN, and so is its interval."""
     texts = [replace(r, reference_nats=1e6, reference_tokens=1) for r in responses(*"abcdef")]
-    rows = summarize(Scored(texts, []), before=Scored(texts, [])).rows
+    rows = summarize(Scored(texts, {}), before=Scored(texts, {})).rows
     (row,) = (row for row in rows if row.measure == "perplexity")
     assert row.difference
     assert math.isnan(row.difference.low)
@@ -236,7 +239,7 @@ def test_nothing_is_better_or_worse_than_what_no_number_says() -> None:
 
 def test_what_is_not_finite_is_null_in_a_file_and_no_metric() -> None:
     texts = [replace(r, reference_nats=1e6, reference_tokens=1) for r in responses(*"abcdef")]
-    summary = summarize(Scored(texts, []), before=None)
+    summary = summarize(Scored(texts, {}), before=None)
     text = json.dumps(summary.as_dict())
     measures = json.loads(text, parse_constant=pytest.fail)["measures"]
     assert measures["perplexity"]["after"]["estimate"]["value"] is None
@@ -248,7 +251,7 @@ def test_what_is_not_finite_is_null_in_a_file_and_no_metric() -> None:
 def test_perplexity_is_of_the_items_that_have_one() -> None:
     first, *others = responses("a", "b", "c", reference_nats=8.0, reference_tokens=2)
     mixed = [replace(first, reference_nats=None, reference_tokens=None), *others]
-    rows = summarize(Scored(mixed, []), before=None).rows
+    rows = summarize(Scored(mixed, {}), before=None).rows
     (row,) = (row for row in rows if row.measure == "perplexity")
     assert row.after.estimate
     assert row.after.estimate.value == pytest.approx(math.exp(4))
@@ -263,7 +266,7 @@ def test_few_questions_tell_nothing(n_pairs: int, n_questions: int, verdict: str
     """All of these answers are better, so that an interval never holds 0."""
     before, after = responses(*["no"] * n_pairs), responses(*["answer"] * n_pairs)
     asked = [
-        Scored([replace(r, instruction=f"Do {r.id % n_questions}.") for r in side], [])
+        Scored([replace(r, instruction=f"Do {r.id % n_questions}.") for r in side], {})
         for side in (before, after)
     ]
     rows = summarize(asked[1], before=asked[0]).rows
@@ -271,7 +274,7 @@ def test_few_questions_tell_nothing(n_pairs: int, n_questions: int, verdict: str
 
 
 def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
-    before, after = (Scored(responses(*texts), []) for texts in ("abcdef", "abcdef"))
+    before, after = (Scored(responses(*texts), {}) for texts in ("abcdef", "abcdef"))
     rows = summarize(after, before=before).rows
     assert {row.verdict for row in rows if row.difference} == {"equal"}
     turned = [judged(responses(*"abcdef"), scores * 3) for scores in ([0, 100], [100, 0])]
@@ -282,7 +285,7 @@ def test_no_difference_at_all_is_told_from_an_unclear_one() -> None:
 
 def test_no_exact_match_among_few_is_no_proof_that_there_never_is_one() -> None:
     items = [replace(r, instruction=f"Do {r.id // 2}.") for r in responses("a", "b", "c", "d")]
-    scores = [Score(item.id, "exact_match", 0.0) for item in items]
+    scores = {"exact_match": [Score(item.id, "exact_match", 0.0) for item in items]}
     (exact, _, bleu) = summarize(Scored(items, scores), before=None).rows
     assert exact.after.estimate
     assert exact.after.estimate.low == 0.0
@@ -305,8 +308,8 @@ def test_equal_questions_are_one_observation() -> None:
         ([replace(r, instruction=f"Do {r.id}.") for r in alike], False),
         ([replace(r, input=f"{r.id}") for r in alike], False),
     ):
-        before = Scored([replace(r, response="no") for r in items], [])
-        rows = summarize(Scored(items, []), before=before).rows
+        before = Scored([replace(r, response="no") for r in items], {})
+        rows = summarize(Scored(items, {}), before=before).rows
         (row,) = (r for r in rows if r.measure == "corpus_chrf")
         for estimate in (row.after.estimate, row.difference):
             assert estimate
@@ -351,14 +354,15 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
     assert files == sides | {"verdicts.jsonl", "summary.json", "report.html"}
     assert read_responses(tmp_path / "responses.jsonl") == after
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_bytes().splitlines()]
-    assert rows == [score.as_row() for score in summary.after.scores]
+    assert rows == [score.as_row() for score in chain(*summary.after.scores.values())]
     stored = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert stored["measures"]["judge"]["after"]["n_unscored"] == 1
     assert stored["measures"]["judge"]["after"]["estimate"]["value"] == (100 + 100 + 20 + 100) / 4
     assert (stored["n_empty_before"], stored["n_empty_after"]) == (1, 0)
     earlier = (tmp_path / "scores-before.jsonl").read_bytes().splitlines()
     assert summary.before
-    assert [json.loads(row) for row in earlier] == [s.as_row() for s in summary.before.scores]
+    written = [score.as_row() for score in chain(*summary.before.scores.values())]
+    assert [json.loads(row) for row in earlier] == written
 
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
@@ -429,7 +433,7 @@ def test_the_best_and_the_worst_are_shown() -> None:
     """By the judge, of equals by chrF; what it did not score is neither."""
     items = responses("one", "two", "three", "four")
     chrf = [Score(r.id, "chrf", s) for r, s in zip(items, (2.0, 0.0, 1.0, 99.0), strict=True)]
-    scored = Scored(items, [*judged(items, [50, 90, 50, None]).scores, *chrf])
+    scored = Scored(items, {**judged(items, [50, 90, 50, None]).scores, "chrf": chrf})
     best, worst = _best_and_worst(summarize(scored, before=None))
     assert [example["response"].response for example in best] == ["two"]
     assert [example["response"].response for example in worst] == ["three", "one"]
@@ -442,7 +446,7 @@ def test_real_responses(real_data: Path, tmp_path: Path) -> None:
     assert len(items) == 100
     gpt4 = [json.loads(line)["gpt4_score"] for line in path.read_text("utf-8").splitlines()]
     summary = evaluated(items, tmp_path)
-    chrf = [score.score or 0.0 for score in summary.after.by("chrf")]
+    chrf = [score.score or 0.0 for score in summary.after.scores["chrf"]]
     from scipy.stats import spearmanr
 
     assert spearmanr(chrf, gpt4).statistic > 0.5

@@ -56,7 +56,8 @@ def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
     unscored = [
         (side, score)
         for side, scored in (("before", summary.before), ("after", summary.after))
-        for score in (scored.scores if scored else ())
+        for column in (scored.scores.values() if scored else ())
+        for score in column
         if score.score is None
     ]
     return environment.get_template("report.html.j2").render(
@@ -77,14 +78,13 @@ def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
 def score_histogram(summary: Summary) -> Figure:
     """How the items' headline scores spread over 0-100, in steps of ten."""
     figure, axes = _axes()
-    sides = {"before": summary.before, "after": summary.after} if summary.before else {}
-    sides = sides or {"score": summary.after}
-    columns = [scored.column(summary.headline) for scored in sides.values() if scored]
+    sides = [scored for scored in (summary.before, summary.after) if scored]
+    columns = [scored.column(summary.headline) for scored in sides]
     axes.hist(
         [column[~np.isnan(column)] for column in columns],
         bins=np.arange(0, 101, 10).tolist(),
-        label=list(sides),
-        color=[BEFORE, AFTER][-len(columns) :],
+        label=["before", "after"][-len(sides) :],
+        color=[BEFORE, AFTER][-len(sides) :],
     )
     axes.set(xlabel=TITLES[summary.headline], ylabel="items", xlim=(0, 100))
     axes.set_xticks(range(0, 101, 20))
@@ -149,9 +149,9 @@ def _example(summary: Summary, index: int) -> dict[str, Response | Score | None]
     before, after, scorer = summary.before, summary.after, summary.headline
     return {
         "response": after.responses[index],
-        "score": after.by(scorer)[index],
+        "score": after.scores[scorer][index],
         "response_before": before.responses[index] if before else None,
-        "score_before": before.by(scorer)[index] if before else None,
+        "score_before": before.scores[scorer][index] if before else None,
     }
 
 

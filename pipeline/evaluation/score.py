@@ -50,7 +50,8 @@ def evaluate(
         for side, responses in sides.items()
     }
     for side, result in scored.items():
-        write_lines(directory / f"scores{side}.jsonl", [score.as_row() for score in result.scores])
+        rows = (score.as_row() for column in result.scores.values() for score in column)
+        write_lines(directory / f"scores{side}.jsonl", rows)
     summary = summarize(scored[""], before=scored.get("-before"))
     text = json.dumps(summary.as_dict(), indent=2) + "\n"
     write_atomically(directory / "summary.json", text.encode())
@@ -63,20 +64,15 @@ def evaluate(
 
 def score_responses(
     responses: Sequence[Response], *, judge: JudgeConfig | None, cache: Path
-) -> list[Score]:
-    """Scores every response by every scorer: the judge if there is one, chrF, ROUGE-L, exact match.
+) -> dict[str, list[Score]]:
+    """Every scorer's scores, in the order of the responses; of a judge, too, if one is given.
 
-    Returns:
-        Scores on 0-100, scorer by scorer, in the order of the responses, which have ids of their
-        own; `cache` keeps verdicts, see `judge_responses`.
-
-    Raises:
-        ValueError: if there is no judge.
+    `cache` keeps verdicts, see `judge_responses`. ValueError if there is no judge.
     """
-    scores = []
+    scores = {}
     if judge:
         judgements = judge_responses(responses, judge, cache=cache)
-        scores += [_judged(r, j) for r, j in zip(responses, judgements, strict=True)]
+        scores["judge"] = [_judged(r, j) for r, j in zip(responses, judgements, strict=True)]
     texts, references = [r.response for r in responses], [r.reference for r in responses]
     values = {
         "chrf": metrics.chrf(metrics.chrf_counts(texts, references)).tolist(),
@@ -84,7 +80,7 @@ def score_responses(
         "exact_match": list(map(metrics.exact_match, texts, references)),
     }
     for scorer, column in values.items():
-        scores += [Score(r.id, scorer, v) for r, v in zip(responses, column, strict=True)]
+        scores[scorer] = [Score(r.id, scorer, v) for r, v in zip(responses, column, strict=True)]
     return scores
 
 

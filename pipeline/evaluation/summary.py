@@ -38,23 +38,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Scored:
-    """Responses of one model and their scores, every scorer's in the order of the responses."""
+    """Responses of one model and every scorer's scores, in the order of the responses."""
 
     responses: Sequence[Response]
-    scores: Sequence[Score]
-
-    def by(self, scorer: str) -> list[Score]:
-        """The scores of one scorer, in the order of the responses."""
-        return [score for score in self.scores if score.scorer == scorer]
+    scores: Mapping[str, Sequence[Score]]
 
     def column(self, scorer: str) -> Array:
         """(N,) scores of one scorer, NaN where there is none."""
-        return np.array([score.score for score in self.by(scorer)], dtype=float)
-
-    @property
-    def scorers(self) -> list[str]:
-        """Names of the scorers, without repetition."""
-        return list(dict.fromkeys(score.scorer for score in self.scores))
+        return np.array([score.score for score in self.scores.get(scorer, ())], dtype=float)
 
     @property
     def n_empty(self) -> int:
@@ -120,8 +111,7 @@ class Summary:
     @property
     def headline(self) -> str:
         """The scorer by which items are ranked: the judge where it scored anything, else chrF."""
-        judged = any(score.score is not None for score in self.after.by("judge"))
-        return "judge" if judged else "chrf"
+        return "chrf" if np.isnan(self.after.column("judge")).all() else "judge"
 
     def as_dict(self) -> dict[str, Any]:
         """What `summary.json` holds."""
@@ -169,7 +159,7 @@ def summarize(after: Scored, *, before: Scored | None) -> Summary:
 def _tables(scored: Scored) -> dict[str, Array]:
     """(N, K) counts of each measure; NaN in the rows of items that it has no value for."""
     tables: dict[str, Array] = {}
-    for scorer in scored.scorers:
+    for scorer in scored.scores:
         values = scored.column(scorer)
         tables[scorer] = np.column_stack([values, np.ones(len(values))])
     texts = [response.response for response in scored.responses]

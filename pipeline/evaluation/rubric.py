@@ -7,8 +7,7 @@ replies that are no number drop out of the mean, here every one is kept and coun
 import hashlib
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.evaluation.responses import Response
 
@@ -54,11 +53,10 @@ _THOUGHTS = re.compile(r"\A(?!\s*\{).*?</think>", re.DOTALL)  # of models that r
 QUOTED_CHARACTERS = 4_000  # of an unreadable reply, when the judge is asked again
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the judge decided; `score` on 0-100."""
 
-    score: int
+    score: float
     rationale: str
 
 
@@ -106,7 +104,7 @@ def parse_verdict(reply: str) -> Verdict:
         raise ValueError("score is not within 0 to 100")
     if not isinstance(rationale, str):
         raise ValueError("rationale is not a string")
-    return Verdict(score, rationale.encode(errors="replace").decode())  # no lone surrogates
+    return Verdict(float(score), rationale.encode(errors="replace").decode())  # no lone surrogates
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datamodules.files import write_atomically
 from pipeline.evaluation import metrics
-from pipeline.evaluation.judge import Judgement, judge_responses
+from pipeline.evaluation.judge import judge_responses
 from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.responses import Response, write_lines
 from pipeline.evaluation.rubric import RUBRIC_DIGEST
@@ -72,7 +72,10 @@ def score_responses(
     scores = {}
     if judge:
         judgements = judge_responses(responses, judge, cache=cache)
-        scores["judge"] = [_judged(r, j) for r, j in zip(responses, judgements, strict=True)]
+        scores["judge"] = [
+            Score(r.id, "judge", j.score, j.rationale, j.raw)
+            for r, j in zip(responses, judgements, strict=True)
+        ]
     texts, references = [r.response for r in responses], [r.reference for r in responses]
     values = {
         "chrf": metrics.chrf(metrics.chrf_counts(texts, references)).tolist(),
@@ -82,10 +85,3 @@ def score_responses(
     for scorer, column in values.items():
         scores[scorer] = [Score(r.id, scorer, v) for r, v in zip(responses, column, strict=True)]
     return scores
-
-
-def _judged(response: Response, judgement: Judgement) -> Score:
-    verdict = judgement.verdict
-    if verdict is None:
-        return Score(response.id, "judge", None, judgement.problem, judgement.raw)
-    return Score(response.id, "judge", float(verdict.score), verdict.rationale, judgement.raw)

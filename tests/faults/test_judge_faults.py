@@ -69,11 +69,10 @@ def test_a_connection_that_does_harm(name: str, server: Server, tmp_path: Path) 
     n_attempts = 1 if answer is servers.endless_body else 2
     good = chat(verdict(7))
     first, second = judge(server, tmp_path, *[answer] * n_attempts, good)
-    assert first.verdict is None
-    assert first.problem.startswith(problem)
-    assert "\n" not in first.problem
-    assert second.verdict is not None
-    assert second.verdict.score == 7
+    assert first.score is None
+    assert first.rationale.startswith(problem)
+    assert "\n" not in first.rationale
+    assert second.score == 7
     assert len(server.requests) == n_attempts + 1
     assert server.n_sent < 16 << 20  # what lies in the buffers of sockets
 
@@ -94,7 +93,7 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
     )
     items = [Response(id=i, instruction="?", reference="10", response=i) for i in "0123456"]
     judgements = judge_responses(items, config, cache=tmp_path / "cache.jsonl")
-    scores = [j.verdict.score if j.verdict else None for j in judgements]
+    scores = [j.score for j in judgements]
     assert scores == [5, None, 8, 8, 8, 8, 8]
 
 
@@ -106,14 +105,14 @@ def test_one_that_is_late_breaks_off_no_other(server: Server, tmp_path: Path) ->
 def test_a_wait_that_cannot_be_meant(asked: str, server: Server, tmp_path: Path) -> None:
     busy = servers.status(429, b"busy", b"Retry-After: " + asked.encode())
     first, _ = judge(server, tmp_path, busy, chat(verdict(7)))
-    assert first.verdict is not None
+    assert first.score is not None
 
 
 def test_what_the_transport_unpacks_is_not_unpacked(server: Server, tmp_path: Path) -> None:
     bomb = servers.whole(gzip.compress(bytes(64 << 20)), b"Content-Encoding: gzip")
     with servers.little_memory():
         first, _ = judge(server, tmp_path, bomb, chat(verdict(7)))
-    assert first.problem == "the reply is not a chat completion."
+    assert first.rationale == "the reply is not a chat completion."
 
 
 SHAPES = [
@@ -140,12 +139,12 @@ SHAPES = [
 @pytest.mark.parametrize("body", SHAPES, ids=lambda body: body[:30])
 def test_json_of_another_shape(body: str, server: Server, tmp_path: Path) -> None:
     first, second = judge(server, tmp_path, servers.whole(body.encode()), chat(verdict(7)))
-    assert first.problem in (
+    assert first.rationale in (
         "the reply is not a chat completion.",
         "the reply's content is not text.",
     )
     assert first.raw == body[:20_000]
-    assert second.verdict is not None
+    assert second.score is not None
 
 
 @pytest.fixture
@@ -189,10 +188,10 @@ def test_empty_answers_alone_are_no_mean(
     for name, reply in (("fails", "nonsense"), ("works", verdict(50))):
         server.answers = [chat(reply)]
         found = judge_responses(items, config, cache=tmp_path / name)
-        scores[name] = [one.verdict and one.verdict.score for one in found]
+        scores[name] = [one.score for one in found]
     assert scores == {"fails": [None, None], "works": [50, 0]}
     found = judge_responses(items[1:], config, cache=tmp_path / "empty")
-    assert [one.verdict and one.verdict.score for one in found] == [0]
+    assert [one.score for one in found] == [0]
 
 
 def test_what_a_judge_says_moves_no_cursor(command: list[str], server: Server) -> None:

@@ -54,14 +54,9 @@ class TransientError(EndpointError):
 class Endpoint:
     """A chat endpoint with the patience of its `JudgeConfig`; one instance serves several threads.
 
-    Args:
-        config: where it is, and how patient to be.
-        schema: JSON schema of the replies. A server that refuses parameters is asked without them
-            until one request is answered, and like that from then on; so the conversation has to
-            state the format as well.
-
-    Raises:
-        ValueError: if the environment variable with the key is not set, or holds no key.
+    `schema` is the replies' JSON schema. A server that refuses parameters is asked without them
+    until one request is answered, and like that from then on; so the conversation has to state the
+    format as well. ValueError if the key is not in the environment.
     """
 
     def __init__(self, config: JudgeConfig, *, schema: dict[str, Any]) -> None:
@@ -80,11 +75,7 @@ class Endpoint:
         self._tls = httpx.create_ssl_context()  # takes longer than all else of a client
 
     def complete(self, messages: list[Message]) -> str:
-        """The content of the reply to a conversation.
-
-        Raises:
-            EndpointError: if there is none, after every attempt that is allowed.
-        """
+        """The content of the reply to a conversation, else EndpointError, after all attempts."""
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.config.max_attempts)
             | tenacity.stop_when_event_set(self.stop),

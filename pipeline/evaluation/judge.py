@@ -45,14 +45,9 @@ def judge_responses(
 ) -> list[Judgement]:
     """Has every response judged, in their order; an empty one gets 0 without being sent.
 
-    Args:
-        responses: what to judge.
-        config: the judge.
-        cache: a JSONL file of verdicts, appended one by one and read first, so that an evaluation
-            that broke goes on where it stopped. Items without a verdict are asked again.
-
-    Raises:
-        ValueError: if nothing could be asked: no connection, no key, or the first request refused.
+    `cache` is a JSONL file of verdicts, appended one by one and read first, so that an evaluation
+    that broke goes on where it stopped; what has none is asked again. ValueError if nothing could
+    be asked: no connection, no key, or the first request refused.
     """
     config.check()
     keys = [_key(config, response) for response in responses]

@@ -31,12 +31,9 @@ class JudgeConfig:
     max_wait_s: float = 30.0
 
     def check(self) -> None:
-        """Checks what can be checked without asking; worth doing before any long work.
+        """ValueError for a field that makes no sense, or if the key is not there.
 
         Not done on construction: the command line would print the values beside the error.
-
-        Raises:
-            ValueError: naming the field that makes no sense, or if the key is not there.
         """
         _check_url(self.base_url)
         if not self.model:
@@ -52,11 +49,7 @@ class JudgeConfig:
         self.api_key()
 
     def api_key(self) -> str:
-        """The key, or nothing where none is needed; errors show neither it nor its name.
-
-        Raises:
-            ValueError: if the environment variable has no name, is not set, or holds no key.
-        """
+        """The key, or nothing where none is needed; ValueError, without it, where it is no key."""
         return key_from_environment(self.api_key_env, "judge.api_key_env")
 
 

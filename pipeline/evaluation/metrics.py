@@ -48,15 +48,14 @@ def bootstrap(
     Replicates on which the statistic is undefined (NaN) are left out. Where all items agree the
     interval has no width: it tells the spread of the items, not what was never seen (`widened`).
 
+    ValueError if there are no items.
+
     Args:
         statistic: the value of every row of weights; the estimate itself is that of weights 1.
         n_items: N.
-        seed: decides the replicates; equal arguments give equal intervals.
+        seed: decides the replicates.
         keys: of the items; those of one key say the same thing and are drawn together, or an
             interval would count them as so many observations.
-
-    Raises:
-        ValueError: if there are no items.
     """
     return bootstrap_all(lambda w: statistic(w)[None], n_items, seed=seed, keys=keys)[0]
 

@@ -19,9 +19,7 @@ class Response:
 
     `settings` are those of the generation. `reference_nats` and `reference_tokens` say how well the
     model predicts the reference itself: the sum of its next-token losses and their number.
-
-    Raises:
-        ValueError: if a field has the wrong type or no sensible value; the message names it.
+    ValueError names a field of the wrong type or of no sensible value.
     """
 
     id: int | str
@@ -43,21 +41,13 @@ class Response:
             raise ValueError("'reference' is empty, so there is nothing to compare with.")
         if not isinstance(self.settings, dict):
             raise ValueError(f"'settings' is {self.settings!r}; it must be an object.")
-        self._check_perplexity()
-
-    def _check_perplexity(self) -> None:
-        nats, tokens = self.reference_nats, self.reference_tokens
-        if nats is None and tokens is None:
-            return
-        if type(nats) not in (int, float) or type(tokens) is not int:
+        nats, tokens, highest = self.reference_nats, self.reference_tokens, sys.float_info.max
+        are_numbers = type(nats) in (int, float) and type(tokens) is int
+        is_sum = are_numbers and 0 <= (nats or 0) <= highest and 1 <= (tokens or 0) <= highest
+        if not is_sum and (nats, tokens) != (None, None):
             raise ValueError(
-                "'reference_nats' and 'reference_tokens' must be numbers, or both left out."
-            )
-        highest = sys.float_info.max
-        if not (0 <= (nats or 0) <= highest and 1 <= (tokens or 0) <= highest):
-            raise ValueError(
-                f"'reference_nats' is {nats} over {tokens} 'reference_tokens'; "
-                "it takes a finite sum >= 0 over at least one token."
+                f"'reference_nats' is {nats!r} over {tokens!r} 'reference_tokens'; "
+                "it takes a finite sum >= 0 over at least one token, or neither."
             )
 
     @property
@@ -69,8 +59,7 @@ class Response:
 def read_responses(path: Path) -> list[Response]:
     """Reads a `responses.jsonl` of any model; what `Response` has not, and null, is left out.
 
-    Raises:
-        ValueError: naming file and line of the first bad line or repeated id, or if there is none.
+    ValueError names the first bad line or repeated id; or there is none.
     """
     lines_of_ids: dict[int | str, int] = {}
     responses = []

@@ -85,9 +85,8 @@ def again(reply: str, problem: str) -> list[Message]:
 def parse_verdict(reply: str) -> Verdict:
     """Reads `{"rationale": ..., "score": ...}`, after thoughts aloud, and accepts nothing else.
 
-    Raises:
-        ValueError: saying what is wrong: prose around it, another or a repeated field, a score that
-            is not a JSON integer or not within 0 to 100.
+    ValueError says what is wrong: prose around it, another or a repeated field, a score that is not
+    a JSON integer or not within 0 to 100.
     """
     try:
         fields = json.loads(_THOUGHTS.sub("", reply), object_pairs_hook=_unique)

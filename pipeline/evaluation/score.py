@@ -23,22 +23,19 @@ def evaluate(
     verdicts: Path,
     lineage: Mapping[str, str],
 ) -> Summary:
-    """Scores one model's responses, or two models' to the same items, and writes what came of it.
+    """Scores a model's responses, or two models' to the same items, and writes what came of it.
 
-    `directory` then holds `responses.jsonl`, `scores.jsonl`, `summary.json` and `report.html`, with
-    `before` also `responses-before.jsonl` and `scores-before.jsonl`. The responses are written
-    first: whatever happens to the judge, they are not lost.
+    The responses are written first: whatever happens to the judge, they are not lost. ValueError if
+    there is none at `judge.base_url`.
 
     Args:
         after: responses of the model in question.
         before: responses to the same items, in their order, to compare with.
         judge: an LLM judge to ask as well.
-        directory: where the files go.
+        directory: gets `responses.jsonl`, `scores.jsonl`, of `before` `responses-before.jsonl` and
+            `scores-before.jsonl`; `summary.json` and `report.html`.
         verdicts: JSONL file of what judges have said already; see `judge_responses`.
         lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
-
-    Raises:
-        ValueError: if there is no judge at `judge.base_url`.
     """
     from pipeline.evaluation.report import render_report
 

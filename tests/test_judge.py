@@ -14,8 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -290,11 +288,8 @@ def test_passing_trouble_is_waited_out(server: Server, tmp_path: Path, trouble: 
     assert time.monotonic() - started < 9
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_honoured(server: Server, tmp_path: Path, form: str) -> None:
-    until = datetime.now(UTC) + timedelta(seconds=2)  # a date has whole seconds
-    asked = {"seconds": "1", "date": format_datetime(until, usegmt=True)}[form]
-    server.script = [reply(429, "", Retry_After=asked)]
+def test_retry_after_is_honoured(server: Server, tmp_path: Path) -> None:
+    server.script = [reply(429, "", Retry_After="1")]
     started = time.monotonic()
     assert scores(judge(server, tmp_path, max_wait_s=5.0)) == [50]
     assert 0.9 <= time.monotonic() - started < 4

@@ -10,8 +10,6 @@ import random
 import re
 import ssl
 import threading
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,7 +44,7 @@ class EndpointError(Exception):
 
 
 class TransientError(EndpointError):
-    """Worth another attempt, after `retry_after_s` where the server named a time."""
+    """Worth another attempt, after `retry_after_s` where the server named seconds."""
 
     retry_after_s: float | None = None
 
@@ -154,7 +152,8 @@ class Endpoint:
         problem = f"HTTP {status} from {self.config.base_url} ({' '.join(raw.split())[:200]})"
         if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
             error = TransientError(f"{problem}.", raw)
-            error.retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            after = response.headers.get("Retry-After", "")
+            error.retry_after_s = float(after) if re.fullmatch(r"[0-9]+", after) else None
             raise error
         if status in REMEDIES:
             raise EndpointError(f"{problem}; {REMEDIES[status]}", raw, is_fatal=True)
@@ -220,13 +219,3 @@ def _content(body: str, *, shown: str) -> str:
     if not isinstance(content, str | None):
         raise EndpointError("the reply's content is not text.", shown[:KEPT_CHARACTERS])
     return content or ""
-
-
-def _retry_after_s(header: str) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number or a date."""
-    if re.fullmatch(r"[0-9]+", header):
-        return float(header)
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):  # no date, one without a zone, the year 10^20
-        return None

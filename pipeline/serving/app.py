@@ -58,7 +58,7 @@ def make_app(name: str, served: Writer | Labels, key: str, *, local: bool = Fals
     """
     # FastAPI's pages of documentation would load scripts from elsewhere, and need no key
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Bounded)
+    app.add_middleware(_bounded)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ValueError, lambda _, error: failure(400, str(error)))
@@ -270,17 +270,13 @@ def _note(answer: Answer) -> None:
     )
 
 
-class Bounded:
+def _bounded(app: ASGIApp) -> ASGIApp:
     """Refuses bodies of more than MAX_BODY_BYTES, whatever their headers say.
 
     FastAPI's own limit answers in plain text, which is not OpenAI's form.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Counts what is read."""
+    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
         n_bytes = 0
 
         async def counted() -> Message:
@@ -291,4 +287,6 @@ class Bounded:
                 raise HTTPException(413, f"the request is larger than {MAX_BODY_BYTES} bytes.")
             return message
 
-        await self.app(scope, counted, send)
+        await app(scope, counted, send)
+
+    return bounded

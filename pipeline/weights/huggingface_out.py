@@ -145,18 +145,17 @@ def _byte_level_parts(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _around(vocabulary: Vocabulary, suffix: Sequence[int]) -> dict[str, Any] | None:
     """A post-processor that puts BOS before a text, and a suffix after it."""
-    before, after = vocabulary.bos, "suffix" if suffix else None
-    ids = {before: [vocabulary.special_tokens[before]]} if before else {}
-    if after:
-        ids[after] = list(suffix)
-    if not ids:
+    before = {bos: [vocabulary.special_tokens[bos]]} if (bos := vocabulary.bos) else {}
+    after = {"suffix": list(suffix)} if suffix else {}
+    if not before | after:
         return None
     names = {i: name for name, i in spelled(vocabulary).items()}
 
     def parts(text: str, segment: int) -> list[dict[str, Any]]:
-        kinds = {before: "SpecialToken", text: "Sequence", after: "SpecialToken"}
-        named = ((kind, name) for name, kind in kinds.items() if name)
-        return [{kind: {"id": name, "type_id": segment}} for kind, name in named]
+        return [
+            {"Sequence" if name == text else "SpecialToken": {"id": name, "type_id": segment}}
+            for name in (*before, text, *after)
+        ]
 
     return {
         "type": "TemplateProcessing",
@@ -164,7 +163,7 @@ def _around(vocabulary: Vocabulary, suffix: Sequence[int]) -> dict[str, Any] | N
         "pair": parts("A", 0) + parts("B", 1),
         "special_tokens": {
             name: {"id": name, "ids": own, "tokens": [names[i] for i in own]}
-            for name, own in ids.items()
+            for name, own in (before | after).items()
         },
     }
 

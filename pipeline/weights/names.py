@@ -86,22 +86,18 @@ def entries(config: GPTConfig, form: Format) -> list[Entry]:
 
 
 def _huggingface_llama(config: GPTConfig) -> Iterator[Entry]:
+    names = {"input_layernorm.weight": "attention_norm.weight"}
+    names |= {f"self_attn.{part}_proj.weight": f"attention.{part}.weight" for part in "qkvo"}
+    if config.qkv_bias:
+        names |= {f"self_attn.{part}_proj.bias": f"attention.{part}.bias" for part in "qkv"}
+    if config.qk_norm:
+        names |= {f"self_attn.{part}_norm.weight": f"attention.{part}_norm.weight" for part in "qk"}
+    names["post_attention_layernorm.weight"] = "mlp_norm.weight"
+    names |= {f"mlp.{part}_proj.weight": f"mlp.{part}.weight" for part in ("gate", "up", "down")}
     yield Entry("model.embed_tokens.weight", ("token_embedding.weight",))
     for i in range(config.n_layer):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        yield Entry(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
-        for part in "qkvo":
-            yield Entry(
-                f"{theirs}.self_attn.{part}_proj.weight", (f"{ours}.attention.{part}.weight",)
-            )
-        for part in "qkv" if config.qkv_bias else "":
-            yield Entry(f"{theirs}.self_attn.{part}_proj.bias", (f"{ours}.attention.{part}.bias",))
-        for part in "qk" if config.qk_norm else "":
-            name = f"{part}_norm.weight"
-            yield Entry(f"{theirs}.self_attn.{name}", (f"{ours}.attention.{name}",))
-        yield Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",))
-        for part in ("gate", "up", "down"):
-            yield Entry(f"{theirs}.mlp.{part}_proj.weight", (f"{ours}.mlp.{part}.weight",))
+        for theirs, ours in names.items():
+            yield Entry(f"model.layers.{i}.{theirs}", (f"blocks.{i}.{ours}",))
     yield Entry("model.norm.weight", ("final_norm.weight",))
     if not config.tie_embeddings:
         yield Entry("lm_head.weight", ("head.weight",))

@@ -15,8 +15,16 @@ from sacrebleu.metrics import BLEU, CHRF
 from scipy.stats import binomtest
 
 from pipeline.evaluation import classification, metrics
-from pipeline.evaluation.classification import classification_statistics
-from pipeline.evaluation.metrics import Estimate, bootstrap, difference, mean_of, widened
+from pipeline.evaluation.classification import MEASURES, classification_statistics
+from pipeline.evaluation.metrics import (
+    Estimate,
+    Statistic,
+    bootstrap,
+    bootstrap_all,
+    difference,
+    mean_of,
+    widened,
+)
 from pipeline.training import classifier_report
 from pipeline.training.lit_classifier import MeanAUROC
 
@@ -235,6 +243,10 @@ def test_paired_differences_see_through_the_spread_of_items() -> None:
     assert pair.high - pair.low < (alone.high - alone.low) / 5
 
 
+def estimates(statistics: Statistic, n_items: int) -> dict[str, Estimate]:
+    return dict(zip(MEASURES, bootstrap_all(statistics, n_items), strict=True))
+
+
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_classification_equals_torchmetrics(n_classes: int) -> None:
     import torch
@@ -247,7 +259,8 @@ def test_classification_equals_torchmetrics(n_classes: int) -> None:
     probabilities = probabilities.round(2)  # ties
     predictions = probabilities.argmax(1)
     positive = 1 if n_classes == 2 else None
-    ours = classification_statistics(labels, predictions, probabilities, positive=positive)
+    statistics = classification_statistics(labels, predictions, probabilities, positive=positive)
+    ours = estimates(statistics, 200)
     names = {"precision": "precision", "recall": "recall", "f1": "f1_score", "auroc": "auroc"}
     scores, truth = torch.tensor(probabilities), torch.tensor(labels)
     for name, theirs in names.items():
@@ -259,19 +272,18 @@ def test_classification_equals_torchmetrics(n_classes: int) -> None:
             expected = getattr(reference, f"multiclass_{theirs}")(
                 given_, truth, num_classes=n_classes, average="macro"
             )
-        estimate = bootstrap(ours[name], 200, seed=0)
+        estimate = ours[name]
         assert estimate.value == pytest.approx(float(expected), abs=1e-6)  # float32
         assert estimate.low < estimate.value < estimate.high
-    assert bootstrap(ours["accuracy"], 200, seed=0).value == (labels == predictions).mean()
+    assert ours["accuracy"].value == (labels == predictions).mean()
 
 
 def test_means_are_of_the_classes_that_occur() -> None:
     labels, probabilities = np.array([0, 1, 0, 1]), np.eye(3)[[0, 1, 0, 1]]
     ours = classification_statistics(labels, labels, probabilities, positive=None)
-    for name in ("precision", "recall", "f1", "auroc"):
-        assert bootstrap(ours[name], 4, seed=0).value == 1.0, name
+    assert {estimate.value for estimate in estimates(ours, 4).values()} == {1.0}
     alike = classification_statistics(0 * labels, 0 * labels, probabilities, positive=None)
-    assert np.isnan(bootstrap(alike["auroc"], 4, seed=0).value)
+    assert np.isnan(estimates(alike, 4)["auroc"].value)
 
 
 def test_auroc_under_weights_equals_sklearn() -> None:
@@ -282,9 +294,9 @@ def test_auroc_under_weights_equals_sklearn() -> None:
     scores = (generator.normal(size=50) + labels).round(1)
     weights = generator.integers(3, size=(1, 50)).astype(float)
     columns = np.column_stack([1 - scores, scores])
-    ours = classification_statistics(labels, labels, columns, positive=1)["auroc"](weights)
+    *_, ours = classification_statistics(labels, labels, columns, positive=1)(weights)[:, 0]
     expected = roc_auc_score(labels, scores, sample_weight=weights[0])
-    assert ours[0] == pytest.approx(expected, abs=1e-12)
+    assert ours == pytest.approx(expected, abs=1e-12)
 
 
 def test_both_classifiers_are_scored_once_on_the_same_replicates(
@@ -355,6 +367,6 @@ def test_what_a_resample_leaves_undefined() -> None:
     labels = np.array([1] + [0] * 9)
     probabilities = np.column_stack([np.linspace(0.1, 0.9, 10), np.linspace(0.9, 0.1, 10)])
     never = np.zeros(10, dtype=np.int64)
-    ours = classification_statistics(labels, never, probabilities, positive=1)
-    assert bootstrap(ours["auroc"], 10, seed=0).low == 1.0
-    assert bootstrap(ours["precision"], 10, seed=0).value == 0.0
+    ours = estimates(classification_statistics(labels, never, probabilities, positive=1), 10)
+    assert ours["auroc"].low == 1.0
+    assert ours["precision"].value == 0.0

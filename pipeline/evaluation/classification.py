@@ -10,12 +10,13 @@ from scipy.sparse import csr_array
 from pipeline.evaluation.metrics import Array, Statistic, mean_of
 
 Labels = NDArray[np.int64]
+MEASURES = ("accuracy", "precision", "recall", "f1", "auroc")
 
 
 def classification_statistics(
     labels: Labels, predictions: Labels, probabilities: Array, *, positive: int | None
-) -> dict[str, Statistic]:
-    """Accuracy, precision, recall, F1 and AUROC, each ready for `metrics.bootstrap`.
+) -> Statistic:
+    """(5, R) values, the `MEASURES`, of (R, N) weights: for `metrics.bootstrap_all`.
 
     Args:
         labels: (N,) true classes.
@@ -29,21 +30,14 @@ def classification_statistics(
 
     correct = np.where(labels == predictions, labels, -1)
     counted = [_one_hot(chosen, n_classes)[classes] for chosen in (labels, predictions, correct)]
+    accuracy = mean_of((labels == predictions).astype(np.float64))
 
-    def rates(weights: Array) -> Array:
-        return _mean_of_known(_rates(*(chosen @ weights.T for chosen in counted)))
+    def values(weights: Array) -> Array:
+        rates = _mean_of_known(_rates(*(chosen @ weights.T for chosen in counted)))
+        auroc = [_auroc(weights, labels == c, probabilities[:, c]) for c in classes]
+        return np.stack([accuracy(weights), *rates, _mean_of_known(np.array(auroc))])
 
-    def auroc(weights: Array) -> Array:
-        per_class = [_auroc(weights, labels == c, probabilities[:, c]) for c in classes]
-        return _mean_of_known(np.array(per_class))
-
-    return {
-        "accuracy": mean_of((labels == predictions).astype(np.float64)),
-        "precision": lambda weights: rates(weights)[0],
-        "recall": lambda weights: rates(weights)[1],
-        "f1": lambda weights: rates(weights)[2],
-        "auroc": auroc,
-    }
+    return values
 
 
 def _mean_of_known(per_class: Array) -> Array:

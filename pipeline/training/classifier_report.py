@@ -15,7 +15,7 @@ from datamodules.text_classification import TextClassificationDataModule
 from pipeline.arguments import construct
 from pipeline.checkpoint import stem_of
 from pipeline.console import say, warn
-from pipeline.evaluation.classification import Labels, classification_statistics
+from pipeline.evaluation.classification import MEASURES, Labels, classification_statistics
 from pipeline.evaluation.metrics import Array, bootstrap_all, widened
 from pipeline.held_out import check_held_out
 from pipeline.inference import label_probabilities, load_classifier
@@ -196,8 +196,8 @@ def compare(
     units, present = keys or range(len(labels)), set(labels.tolist())
 
     def both_and_difference(weights: Array) -> Array:
-        values = [(mine[name](weights), base[name](weights)) for name in mine]
-        return np.concatenate([(own, other, own - other) for own, other in values])
+        own, other = mine(weights), base(weights)
+        return np.stack([own, other, own - other], axis=1).reshape(-1, len(weights))
 
     def n_behind(name: str, form: str) -> list[int]:
         if name == "accuracy":
@@ -210,7 +210,7 @@ def compare(
     estimates = bootstrap_all(both_and_difference, len(labels), keys=keys)
     scores: dict[str, float] = {}
     for (name, form), estimate in zip(
-        itertools.product(mine, (*models, rival.difference)), estimates, strict=True
+        itertools.product(MEASURES, (*models, rival.difference)), estimates, strict=True
     ):
         lowest = -1.0 if form == rival.difference else 0.0
         estimate = widened(estimate, *n_behind(name, form), scale=1.0, lowest=lowest)

@@ -9,15 +9,11 @@ from pipeline.console import warn
 
 
 class Kept:
-    """Rows by key in JSON Lines; a line that a crash cut short is passed over.
-
-    Attributes:
-        rows: of `key` and facts, by key; the last of a key holds.
-    """
+    """Rows by key in JSON Lines; a line that a crash cut short is passed over."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, Any]] = {}  # of `key` and facts; the last of a key holds
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():

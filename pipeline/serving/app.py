@@ -64,7 +64,6 @@ def make_app(name: str, served: Writer | Labels, key: str, *, local: bool = Fals
     app.add_exception_handler(ValueError, lambda _, error: failure(400, str(error)))
     app.add_exception_handler(Busy, lambda _, error: failure(429, str(error)))
     app.add_exception_handler(EngineError, lambda _, error: failure(503, str(error)))
-    app.add_exception_handler(_HungUpError, lambda *_: Response(status_code=HUNG_UP))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -112,17 +111,15 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
         prompts = await run_in_threadpool(writer.prompts, asked)
         answer.n_prompt = sum(map(len, prompts))
         deltas = writer.write(prompts, writer.settings(asked), asked)
+        if asked.stream:
+            first = await _unless_gone(request, anext(deltas))  # or else why there is none
+            events = _events(first, deltas, answer, asked.stream_options.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
         try:
-            if asked.stream:
-                first = await _unless_gone(request, anext(deltas))  # or else why there is none
-                events = _events(first, deltas, answer, asked.stream_options.include_usage)
-                return StreamingResponse(events, media_type="text/event-stream")
-            choices = await _unless_gone(request, _collect(deltas, answer))
-        except _HungUpError:
-            _note(answer)
-            raise
-        _note(answer)
-        return JSONResponse(answer.whole(choices))
+            return JSONResponse(answer.whole(await _unless_gone(request, _collect(deltas, answer))))
+        finally:
+            if answer.n_completion:
+                _note(answer)
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request, asked: ChatRequest) -> Response:
@@ -183,10 +180,6 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False).translate(LINE_ENDS)}\n\n"
 
 
-class _HungUpError(Exception):
-    """The client did not wait."""
-
-
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """What work gives; it is cancelled where the client hangs up."""
 
@@ -198,7 +191,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise _HungUpError
+            raise HTTPException(HUNG_UP, "the client hung up.")
         return task.result()
     finally:
         gone.cancel()

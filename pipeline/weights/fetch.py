@@ -47,12 +47,9 @@ PACKAGED = {
 def locate(source: str | Path) -> Path:
     """The file or directory that a source names, fetched where it is not there yet.
 
-    Args:
-        source: a path, which may be that of a finished run; a name of `PACKAGED`; or a repository
-            of the Hugging Face hub, as `owner/name` or `owner/name@revision`.
-
-    Raises:
-        ValueError: where there is no such thing, or it cannot be fetched.
+    A source is a path, which may be that of a finished run; a name of `PACKAGED`; or a repository
+    of the Hugging Face hub, as `owner/name` or `owner/name@revision`. ValueError where there is no
+    such thing, or it cannot be fetched.
     """
     path = expanded(source)
     if path.exists():

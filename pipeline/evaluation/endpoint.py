@@ -70,6 +70,7 @@ class Endpoint:
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
             },
         }
+        self._key_as_text = _spellings(self._key)
         self._tls = httpx.create_ssl_context()  # takes longer than all else of a client
 
     def complete(self, messages: list[Message]) -> str:
@@ -159,7 +160,7 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
         text = text.encode(errors="replace").decode()
-        return text.replace(self._key, "[key]") if self._key else text
+        return self._key_as_text.sub("[key]", text) if self._key else text
 
 
 def connection_problem(config: JudgeConfig) -> str | None:
@@ -199,6 +200,11 @@ def _unreachable(config: JudgeConfig, error: Exception) -> str:
         f"cannot connect to {config.base_url} ({error}); start the server or correct "
         "judge.base_url."
     )
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """The key, as it stands and as JSON may write it: every character may be escaped there."""
+    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
 
 
 def _content(body: str, *, shown: str) -> str:

@@ -100,13 +100,6 @@ def test_steps_behind_the_last_validation_are_told(tiny: Journey) -> None:
     assert "warning" not in err
 
 
-def test_what_ends_behind_its_last_validation_is_said_at_the_start(tiny: Journey) -> None:
-    words = ("--trainer.val_check_interval=5", "--trainer.max_steps=8")
-    code, _, err = said("fit", *pretraining(tiny), *words)
-    assert code == 0, err
-    assert "the last of 8 steps to be validated is 5, so the best checkpoint will be" in err
-
-
 def test_validations_by_the_clock_are_foreseen(tiny: Journey) -> None:
     words = ("--trainer.val_check_interval=00:00:10:00", "--trainer.min_steps=8")
     code, out, err = said("check", *pretraining(tiny), *words)

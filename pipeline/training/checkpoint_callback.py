@@ -20,7 +20,6 @@ from pipeline.directories import CHECKPOINTS, CheckpointError, CheckpointNotWrit
 from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.sharding import of_ranks
-from pipeline.training.steps import validations
 
 N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
 COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
@@ -168,25 +167,6 @@ class Checkpoints(pl.Callback):
         self._stop.listen()
         is_own = self.last_step is not None and self.path(trainer, self.last_step).exists()
         trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
-        if self._tells_of_validation(trainer):
-            self._foresee(trainer)
-
-    def _tells_of_validation(self, trainer: pl.Trainer) -> bool:
-        return trainer.enable_validation and trainer.is_global_zero and not self.is_quiet
-
-    def _foresee(self, trainer: pl.Trainer) -> None:
-        """Says where the best checkpoint will be without the last steps."""
-        n_steps, n_between = trainer.estimated_stepping_batches, trainer.val_check_batch
-        if n_steps == math.inf or not isinstance(n_between, int):  # None: by the clock
-            return
-        n_per_epoch, every = int(trainer.num_training_batches), trainer.check_val_every_n_epoch
-        _, last = validations(int(n_steps), n_between, n_per_epoch, every)
-        if 0 < last < n_steps:  # 0: said at the end
-            warn(
-                f"the last of {n_steps} steps to be validated is {last}, so the best checkpoint "
-                "will be without what comes after it; trainer.val_check_interval says when to "
-                "validate."
-            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Notes where a step ended.
@@ -262,7 +242,8 @@ class Checkpoints(pl.Callback):
         self._save(trainer)
         self._end_saving()
         n_since = trainer.global_step - self.last_validated
-        if n_since and self._tells_of_validation(trainer):
+        is_told = trainer.enable_validation and trainer.is_global_zero and not self.is_quiet
+        if n_since and is_told:
             last = self.path(trainer, trainer.global_step)
             said = (
                 f"the last {n_since} steps were not validated, so the best checkpoint is without "

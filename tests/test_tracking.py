@@ -604,25 +604,6 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.05)
 
 
-def test_what_ended_by_a_mistake_at_once_is_not_shown(root: Path) -> None:
-    reasons = {"missing": FileNotFoundError("data.source"), "crashed": RuntimeError("no")}
-    for name in ("mistaken", "missing", "measured", "crashed"):
-        run = Run.open(root / "spam" / name)
-        if name == "measured":
-            run.log_metrics({"loss": 1.0}, 0)
-        run.fail(reasons.get(name, ValueError("data.source is wrong")))
-    sync_all(root, ask=True)
-    assert runs_in(root).keys() == {"measured", "crashed"}
-    run = Run.open(root / "spam" / "mistaken")  # the file is there now
-    sync_all(root, patience_s=60)
-    assert "mistaken" not in runs_in(root), "it may be wrong again"
-    sync_all(root)
-    assert runs_in(root)["mistaken"].info.status == "RUNNING"
-    run.finish({}, {}, {})
-    sync_all(root)
-    assert runs_in(root)["mistaken"].info.status == "FINISHED"
-
-
 def test_names_that_mlflow_does_not_take_stay_apart(root: Path) -> None:
     run = Run.open(root / "a" / "b")
     values = {

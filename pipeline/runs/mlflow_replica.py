@@ -7,7 +7,7 @@ those that it has; all else replaces itself. A run is found again by its id, in 
 In MLflow, unlike in the journal, an infinite metric is NaN (its 1.8e308 would spoil every chart),
 with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out, and so are
 parameters that are None; one that changed is a tag `changed.<parameter>`; a text that is too long
-is an artifact. A run that ended by a user's mistake with nothing measured is not there at all.
+is an artifact.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ import json
 import math
 import posixpath
 import re
-import time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -44,7 +43,6 @@ from pipeline.runs.run_directory import is_open, read_outcome
 _RUN_TAG, _TABLES_TAG = "gpt_pipeline.run", "mlflow.loggedArtifacts"
 _NOT_ALLOWED = r"[^\w\-./: ]"  # in names
 _LINES_AT_ONCE = 500
-_MISTAKES = ("ValueError: ", "FileNotFoundError: ", "MisconfigurationException: ")
 
 
 @dataclass
@@ -60,11 +58,9 @@ class _Replicated:
     last_before: dict[str, list[Any]] = field(default_factory=dict)  # the same, at the last resume
 
 
-def send_missing(run: Path, uri: str, *, ask: bool, patience_s: float = 0.0) -> int:
+def send_missing(run: Path, uri: str, *, ask: bool) -> int:
     """Sends what a store lacks of a run, its parent first; see `pipeline.runs.tracking.sync`."""
     if not (ask or _is_behind(run, uri)):
-        return 0
-    if _remembered(run, uri) is None and _is_mistaken(run, patience_s):
         return 0
     client = open_store(uri)
     with FileLock(run / "mlflow.lock"):
@@ -116,20 +112,6 @@ def _is_behind(run: Path, uri: str) -> bool:
     if replicated is None or replicated.offset != (run / JOURNAL).stat().st_size:
         return True
     return replicated.status == "RUNNING" and not is_open(run)
-
-
-def _is_mistaken(run: Path, patience_s: float) -> bool:
-    """Whether a run ended by a mistake with nothing measured, or is too young to tell."""
-    status, began = {}, time.time()
-    for line, _ in read_journal(run):
-        began = min(began, line["time"])
-        if line["kind"] == "metric":
-            return False
-        if line["kind"] == "status":
-            status = line
-    if status.get("status") == "RUNNING":
-        return time.time() - began < patience_s and is_open(run)
-    return str(status.get("reason")).startswith(_MISTAKES)
 
 
 def _attach(client: MlflowClient, run: Path, uri: str) -> _Replicated | None:

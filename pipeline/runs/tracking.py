@@ -40,7 +40,7 @@ def database_uri(path: Path) -> str:
     return f"sqlite:///{text if is_plain else quote(text, safe='')}"
 
 
-def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0) -> int:
+def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
     """Sends what the store lacks of a run's journal, its parent's first; how many lines.
 
     A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
@@ -50,8 +50,6 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: fl
         run: `<root>/<experiment>/<run>`.
         uri: address of the store; by default `tracking_uri` of the root.
         ask: ask the store for the run, which it may have lost, whatever was sent.
-        patience_s: leave out an open run that is younger and has measured nothing: it may yet end
-            by a mistake, and not be worth a place there.
 
     Raises:
         ValueError: the journal is damaged.
@@ -63,7 +61,7 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False, patience_s: fl
     with _reaching(root, uri):
         from pipeline.runs.mlflow_replica import send_missing
 
-        return send_missing(run, uri, ask=ask, patience_s=patience_s)
+        return send_missing(run, uri, ask=ask)
 
 
 class Replica:
@@ -72,7 +70,7 @@ class Replica:
     Another thread fills in what the store lacks of earlier runs of the same root.
 
     Args:
-        run, uri, patience_s: as in `sync`.
+        run, uri: as in `sync`.
         interval_s: between looks at the journal.
         whole_root: follow all runs of the root, as a chain does whose stages are other processes.
     """
@@ -83,14 +81,12 @@ class Replica:
         uri: str | None = None,
         interval_s: float = 5.0,
         *,
-        patience_s: float = 10.0,
         whole_root: bool = False,
     ) -> None:
         self.run = run.resolve()
         self.root = self.run.parent.parent
         self.uri = uri or tracking_uri(self.root)
-        self.interval_s, self.patience_s = interval_s, patience_s
-        self._stop, self._warned = threading.Event(), False
+        self.interval_s, self._stop, self._warned = interval_s, threading.Event(), False
         root, own = (sync_all, self.root), (sync, self.run)
         works = [(self._follow, root)] if whole_root else [(self._follow, own), (self._try, root)]
         self._threads = [threading.Thread(target=f, args=args, daemon=True) for f, args in works]
@@ -114,7 +110,7 @@ class Replica:
 
     def _try(self, send: Callable[..., Any], path: Path) -> None:
         try:
-            send(path, self.uri, patience_s=self.patience_s)
+            send(path, self.uri)
         except Exception as error:  # whatever it is, the run goes on
             self._warn(str(error))
 
@@ -124,9 +120,7 @@ class Replica:
             warn(message)
 
 
-def sync_all(
-    root: Path, uri: str | None = None, *, ask: bool = False, patience_s: float = 0.0
-) -> dict[str, int]:
+def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[str, int]:
     """Sends what the store lacks of any run below a root, as `sync` does; OSError likewise.
 
     Returns:
@@ -143,7 +137,7 @@ def sync_all(
     for journal in sorted(root.glob(f"*/*/{JOURNAL}")):
         counts["runs"] += 1
         try:
-            counts["lines"] += sync(journal.parent, uri, ask=ask, patience_s=patience_s)
+            counts["lines"] += sync(journal.parent, uri, ask=ask)
         except ValueError as error:
             counts["damaged"] += 1
             warn(error)

@@ -6,11 +6,9 @@ those that it has; all else replaces itself. A run is found again by its id, in 
 
 In MLflow, unlike in the journal, an infinite metric is NaN (its 1.8e308 would spoil every chart),
 with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out, and so are
-parameters that are None; one that changed is a tag `changed.<parameter>`; a text that is too long
-is an artifact.
+parameters that are None; one that changed is a tag `changed.<parameter>`; what is too long is cut.
 """
 
-import hashlib
 import json
 import math
 import posixpath
@@ -237,15 +235,12 @@ class _Batch:
     def send(self, client: MlflowClient, run: Path) -> None:
         """Writes it all to the store, the status last; files are those of the run directory."""
         run_id = self.replicated.run_id
-        params = self._settle(client, client.get_run(run_id))
+        params = self._settle(client.get_run(run_id))
         client.log_batch(
             run_id,
             self._metrics,
             [Param(key, value) for key, value in params.items()],
-            [
-                RunTag(_key(name), _fitting(client, run_id, name, text, MAX_TAG_VAL_LENGTH))
-                for name, text in self.tags.items()
-            ],
+            [RunTag(_key(name), text[:MAX_TAG_VAL_LENGTH]) for name, text in self.tags.items()],
         )
         if self._datasets:
             try:
@@ -260,11 +255,11 @@ class _Batch:
         if self._status:
             _set_status(client, self.replicated, *self._status)
 
-    def _settle(self, client: MlflowClient, known: Run) -> dict[str, str]:
+    def _settle(self, known: Run) -> dict[str, str]:
         """Parameters that are new; tags for what else depends on what the store has."""
         params, tags = dict(known.data.params), known.data.tags
         for name, text in self._params:
-            value = _fitting(client, known.info.run_id, name, text, MAX_PARAM_VAL_LENGTH)
+            value = text[:MAX_PARAM_VAL_LENGTH]
             changed = f"changed.{_key(name)}"
             if params.setdefault(_key(name), value) != value or changed in tags | self.tags:
                 self.tags[changed] = value
@@ -299,12 +294,3 @@ def _metric_key(name: str) -> str:
     """Likewise; labels that are in it stay apart, with other characters by their numbers."""
     parts = re.sub(_NOT_ALLOWED, lambda found: f"_{ord(found[0]):x}", name).split("/")
     return _key("/".join({"": "_2f", ".": "_2e", "..": "_2e_2e"}.get(p, p) for p in parts))
-
-
-def _fitting(client: MlflowClient, run_id: str, name: str, text: str, limit: int) -> str:
-    """The text, or where it is too long, the name of an artifact that holds it."""
-    if len(text) <= limit:
-        return text
-    artifact = f"long/{_key(name)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.txt"
-    client.log_text(run_id, text, artifact)
-    return f"{len(text)} characters, in the artifact {artifact}"

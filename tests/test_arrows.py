@@ -10,7 +10,7 @@ LIGHTNING_MODULES = {
     f"pipeline.training.lit_{name}"
     for name in ("model", "checkpoint", "step", "language_model", "classifier")
 }
-MAY_IMPORT_THEM = {"cli", "options", "checkpoint_callback", "foresight"} | {
+MAY_IMPORT_THEM = {"cli", "options", "checkpoint_callback"} | {
     module.rpartition(".")[2] for module in LIGHTNING_MODULES
 }
 TORCH_ONLY = {  # and each other

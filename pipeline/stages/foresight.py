@@ -7,13 +7,10 @@ import json
 import os
 import sys
 from contextlib import suppress
-from typing import ClassVar
-
-from jsonargparse import ArgumentParser
+from typing import Any, ClassVar, NoReturn
 
 from datamodules.entries import make_item, read_entries
 from datamodules.sources import resolve
-from datamodules.step_data_module import StepDataModule
 from datamodules.tables import refused_together
 from pipeline import safe
 from pipeline.arguments import check_configs, guard_yaml, one_line
@@ -22,9 +19,7 @@ from pipeline.cli import main as lightning_main
 from pipeline.console import say
 from pipeline.interrupts import end_with_parent
 from pipeline.stages.chain_config import TO_COME
-from pipeline.training.checkpoint_callback import Checkpoints
-from pipeline.training.lit_step import LitStep
-from pipeline.training.options import RunConfig, check_trainer
+from pipeline.training.options import check_trainer
 from pipeline.weights.fetch import locate
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
@@ -41,20 +36,16 @@ class _ReadingCLI(PipelineCLI):
         """Nothing is drawn, and Lightning would say so."""
 
     def before_instantiate_classes(self) -> None:
-        """Builds what needs nothing of earlier stages, which may make tokenizer and weights."""
+        """Leaves out what earlier stages may make, tokenizer and weights, and who would log."""
         self.take_from_checkpoint()
         check_trainer(self.stage.trainer, str(self.subcommand))
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LitStep, "model")
-        parser.add_subclass_arguments(StepDataModule, "data")
-        parser.add_class_arguments(RunConfig, "run")
-        parser.add_class_arguments(Checkpoints, "checkpoints")
-        parts = ("model", "data", "run", "checkpoints")
-        given = {part: self.stage[part].as_dict() for part in parts}
-        made = parser.instantiate(parser.parse_object(given))
-        self.check_parts(made.model, made.data)
+        self.stage.trainer.logger = None
+
+    def instantiate_trainer(self, **_: Any) -> NoReturn:
+        """Reads the rows instead; what takes them and the model are built by now."""
+        self.check_parts(self.model, self.datamodule)
         if repr(self.stage.data) not in self.known:
-            made.data.read()
+            self.datamodule.read()
             self.known.add(repr(self.stage.data))
         raise _Read
 

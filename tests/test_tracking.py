@@ -500,7 +500,7 @@ def test_whoever_interrupts_waits_less_for_it(
     class Waiting:
         close = waited.append
 
-    monkeypatch.setattr(stage_run, "Replica", lambda _: Waiting)
+    monkeypatch.setattr(stage_run, "Replica", lambda _, **__: Waiting)
     attempt = Attempt(tmp_path / "mlruns" / "default" / "one", None)
     with pytest.raises(type(error)), stage_run.open_run(attempt, {}):
         raise error

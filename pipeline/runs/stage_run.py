@@ -62,18 +62,21 @@ def run_once(
 
 
 @contextmanager
-def open_run(attempt: Attempt, config: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(
+    attempt: Attempt, config: Mapping[str, Any], *, whole_root: bool = False
+) -> Iterator[Run]:
     """The run of a command, its configuration and environment recorded; it fails with the block.
 
-    MLflow is kept up to date meanwhile. In a chain the chain does that, gives another directory,
-    and has said why it runs anew. Raises what `Run.open` does.
+    MLflow is kept up to date meanwhile, of the `whole_root` by a chain. A stage leaves that to it,
+    has its directory from it, and says not again why it runs anew. Raises what `Run.open` does.
     """
     given, parent = os.environ.get(RUN_VARIABLE), os.environ.get(PARENT_VARIABLE)
     if attempt.why and not given:
         say(f"anew: {attempt.why}")
     path, command = Path(given) if given else attempt.path, shlex.join(sys.argv[1:])
     run = Run.open(path, parent=Path(parent) if parent else None, command=command)
-    replica, patience_s = None if parent else Replica(run.path), PATIENCE_S
+    replica = None if parent else Replica(run.path, whole_root=whole_root)
+    patience_s = PATIENCE_S
     try:
         run.config(config)
         run.log_params(config)

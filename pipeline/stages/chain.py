@@ -22,11 +22,9 @@ from pipeline.console import say, warn
 from pipeline.directories import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
 from pipeline.runs.journal import JOURNAL, dumps
-from pipeline.runs.provenance import environment
-from pipeline.runs.reuse import Outcome, code_digest, find_run, what_changed
+from pipeline.runs.reuse import Attempt, Outcome, code_digest, find_run, what_changed
 from pipeline.runs.run_directory import Run, handed_over, read_outcome
-from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root
-from pipeline.runs.tracking import INTERRUPTED_PATIENCE_S, PATIENCE_S, Replica
+from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.stages.chain_config import (
     TO_COME,
     Chain,
@@ -74,7 +72,7 @@ class StageFailed(Exception):
         self.exit_code = exit_code
 
 
-class StageInterrupted(StageFailed):
+class StageInterrupted(StageFailed, KeyboardInterrupt):
     """A stage that ended because the chain got a signal."""
 
 
@@ -113,8 +111,10 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         if exit_code := _foresee(chain, len(done)):
             return exit_code
         try:
-            parent = Run.open(parent_path, command=shlex.join(sys.argv[1:]))
-            done = _go_on(chain, folder, parent, anew)
+            config = {"experiment": chain.experiment, "stages": _resolved(chain)}
+            opened = open_run(Attempt(parent_path, None), config, whole_root=True)
+            with opened as parent, Child() as child:
+                done = _run_stages(chain, folder, parent, child, anew)
         except StageFailed as failure:
             again = ["run", "-c", str(path), *(word for o in overrides for word in ("--set", o))]
             hint = "correct that and go on" if failure.exit_code == 2 else "to go on"
@@ -214,26 +214,10 @@ def _what_changed(stage: Stage, outcome: Outcome) -> str:
     return "" if is_as_it_was else f"{written} is not what it wrote"
 
 
-def _go_on(chain: Chain, folder: Path, parent: Run, anew: bool) -> dict[str, StageRun]:
-    """Runs the stages, and ends the parent run well or not."""
-    mirror, patience_s = Replica(parent.path, whole_root=True), PATIENCE_S
-    try:
-        with Child() as child:
-            return _run_stages(chain, folder, parent, child, anew)
-    except BaseException as error:
-        is_interrupt = isinstance(error, KeyboardInterrupt | StageInterrupted)
-        parent.fail(KeyboardInterrupt(str(error)) if is_interrupt else error)
-        patience_s = INTERRUPTED_PATIENCE_S if is_interrupt else PATIENCE_S
-        raise
-    finally:
-        mirror.close(patience_s)
-
-
 def _run_stages(
     chain: Chain, folder: Path, parent: Run, child: Child, anew: bool
 ) -> dict[str, StageRun]:
-    parent.config({"experiment": chain.experiment, "stages": _resolved(chain)})
-    parent.log_tags({"chain": str(chain.path), **environment()})
+    parent.log_tags({"chain": str(chain.path)})
     done: dict[str, StageRun] = {}
     metrics: dict[str, float] = {}
     for number, stage in enumerate(chain.stages, start=1):

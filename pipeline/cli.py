@@ -35,7 +35,7 @@ from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import Attempt, find_run, what_changed
 from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
-from pipeline.training.callbacks import Lineage, LossSpikes, Throughput
+from pipeline.training.callbacks import LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
 from pipeline.training.classifier_report import read_rival, report_classifier
 from pipeline.training.lit_model import check_context
@@ -190,7 +190,7 @@ class PipelineCLI(LightningCLI):
         self._open_on_first_rank()
         self.datamodule.config = self.config_dump["data"]
         logger = RunLogger(self.run) if self.run else DummyLogger()  # which callbacks look for
-        callbacks = [*as_list(options.callbacks), LossSpikes(), Lineage()]
+        callbacks = [*as_list(options.callbacks), LossSpikes()]
         has_display = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if options.enable_progress_bar is not False and not has_display:
             callbacks = [*callbacks, ProgressDisplay()]

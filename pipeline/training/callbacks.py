@@ -81,27 +81,6 @@ class Throughput(pl.Callback):
         self.total_tokens = state_dict["total_tokens"]
 
 
-class Lineage(pl.Callback):
-    """Says which data and which weights a run stands on, by digest, once both are there."""
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Also of a run that will be killed."""
-        if (run := run_of(trainer)) is None:
-            return
-        facts = pl_module.data.fingerprint
-        name, source = type(pl_module.data).__name__, ", ".join(facts["sources"])
-        run.log_dataset(name, facts["digest"], facts["counts"], source)
-        if pl_module.parent is not None:
-            run.log_tags({"parent": pl_module.parent})
-
-    on_test_start = on_predict_start = on_fit_start
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Where it is all that is done."""
-        if trainer.state.fn == "validate":
-            self.on_fit_start(trainer, pl_module)
-
-
 class LossSpikes(pl.Callback):
     """Flags losses that stand out from those before: an event, and `train/loss_spikes` counts them.
 

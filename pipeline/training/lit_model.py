@@ -17,10 +17,12 @@ from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.lora import LoRAConfig
 from pipeline.models import Loaded, describe_base, load
+from pipeline.runs.run_directory import Run
 from pipeline.training import sharding
 from pipeline.training.compiling import compile_blocks
 from pipeline.training.nonfinite import NonFiniteGuard
 from pipeline.training.optim import OptimizerConfig
+from pipeline.training.steps import run_of
 
 VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 
@@ -110,6 +112,16 @@ class LitModel(pl.LightningModule):
         if isinstance(self.trainer.strategy, sharding.FullySharded):
             sharding.shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
         self.train()
+        if run := run_of(self.trainer):
+            self._log_lineage(run)
+
+    def _log_lineage(self, run: Run) -> None:
+        """Which data and which weights a run stands on, by digest."""
+        facts = self.data.fingerprint
+        source = ", ".join(facts["sources"])
+        run.log_dataset(type(self.data).__name__, facts["digest"], facts["counts"], source)
+        if self.parent is not None:
+            run.log_tags({"parent": self.parent})
 
     def build(self) -> nn.Module:
         """The model, with its adapters."""

@@ -23,10 +23,10 @@ from pipeline.arguments import parse
 from pipeline.commands import FUNCTIONS
 from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
-from pipeline.runs.run_directory import Run, is_open, read_outcome
+from pipeline.runs.run_directory import OUTCOME, Run, is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
 from pipeline.stages import foresight
-from pipeline.stages.chain import RECORD, _finished, _plan, _to_come, run_chain
+from pipeline.stages.chain import _finished, _plan, _to_come, run_chain
 from pipeline.stages.chain_config import Stage, load_chain
 from tests.journey import CONFIGS
 
@@ -104,8 +104,9 @@ def test_a_chain_from_start_to_table(
     assert [(e["stage"], e["state"]) for e in events] == [
         (stage, state) for stage in ("small", "big") for state in ("started", "finished")
     ]
-    record = json.loads((big / RECORD).read_text())
-    assert record["arguments"][-2:] == ["--source=texts", "--vocab_size=280"]
+    made = read_outcome(big)
+    assert made is not None
+    assert made["command"].split()[-2:] == ["--source=texts", "--vocab_size=280"]
 
     client = MlflowClient(tracking_uri(home))
     ids = {path: json.loads((path / "mlflow.json").read_text())["run_id"] for path in (parent, big)}
@@ -180,7 +181,7 @@ def test_lost_output_and_other_options_run_again(
     assert outcome["metrics"]["n_vocab"] == 275
     assert len(runs(home, "small")) == 1
 
-    record = runs(home, "small")[0] / RECORD
+    record = runs(home, "small")[0] / OUTCOME
     record.write_text(json.dumps({**json.loads(record.read_text()), "code": "older"}))
     capfd.readouterr()
     assert run_chain(chain) == 0

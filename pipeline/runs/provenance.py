@@ -1,5 +1,6 @@
 """Facts that a result is traced back by: the command, code, versions, hardware. Never secrets."""
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from datamodules.files import digest, sha256
 
 PACKAGES = ("torch", "lightning", "peft", "mlflow", "torchmetrics", "tiktoken", "transformers")
 _GIT_TIMEOUT_S = 10
@@ -57,6 +60,19 @@ def environment() -> dict[str, str]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["hardware.gpu"] = ", ".join(names)
     return facts | _git_facts(Path(__file__).parent) | _versions()
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the sources of both packages, templates included, when it is first asked for."""
+    folder = Path(__file__).parents[2]
+    files = sorted(
+        file
+        for name in ("datamodules", "pipeline")
+        for file in folder.glob(f"{name}/**/*")
+        if file.suffix in (".py", ".j2")
+    )
+    return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
 
 
 def _versions() -> dict[str, str]:

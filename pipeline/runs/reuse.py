@@ -8,7 +8,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.files import cache_dir, digest, sha256
+from datamodules.files import cache_dir
 from datamodules.sources import PYTHON_DOCS, SOURCES, resolve
 from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.runs.journal import JOURNAL, read_journal
@@ -73,18 +73,6 @@ def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
             for source in value if isinstance(value, list) else [value]:
                 if _has_grown(source, set(recorded), of_data=key.startswith("data.")):
                     yield f"{source} has other files"
-
-
-def code_digest() -> str:
-    """SHA-256 of the sources of both packages, templates included."""
-    folder = Path(__file__).parents[2]
-    files = sorted(
-        file
-        for name in ("datamodules", "pipeline")
-        for file in folder.glob(f"{name}/**/*")
-        if file.suffix in (".py", ".j2")
-    )
-    return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
 
 
 def _is_stranded(path: Path) -> bool:

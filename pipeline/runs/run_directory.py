@@ -25,7 +25,7 @@ from datamodules.files import MALFORMED, write_atomically
 from pipeline.arguments import dump_yaml
 from pipeline.console import warn
 from pipeline.runs.journal import Journal, dumps
-from pipeline.runs.provenance import redact
+from pipeline.runs.provenance import code_digest, redact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +55,7 @@ class Run:
 
     def __init__(self, path: Path, lock: FileLock, parent: Path | None, command: str) -> None:
         self.path, self._lock, self.command = path, lock, redact(command)
+        self._code = code_digest()  # before it may change
         self._journal, self._opened = Journal(path), time.monotonic()
         self.reattached = not self._journal.is_new
         facts = {"command": self.command}
@@ -179,6 +180,7 @@ class Run:
             "status": "FINISHED",
             "complete": complete,
             "command": self.command,
+            "code": self._code,
             "path": str(self.path),
             "outputs": outputs,
             "digests": digests or {},

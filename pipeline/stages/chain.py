@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import MALFORMED, at, digest, expanded, write_atomically
+from datamodules.files import at, digest, expanded
 from pipeline.commands import FUNCTIONS
 from pipeline.console import say, warn
 from pipeline.directories import path_digest
 from pipeline.interrupts import PARENT_VARIABLE, Child
-from pipeline.runs.journal import JOURNAL, dumps
-from pipeline.runs.reuse import Attempt, Outcome, code_digest, find_run, what_changed
+from pipeline.runs.journal import JOURNAL
+from pipeline.runs.provenance import code_digest
+from pipeline.runs.reuse import Attempt, Outcome, find_run, what_changed
 from pipeline.runs.run_directory import Run, handed_over, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.stages.chain_config import (
@@ -34,8 +35,6 @@ from pipeline.stages.chain_config import (
     made_before,
 )
 
-RECORD = "stage.json"  # in a stage's run directory: how the chain started it
-
 
 @dataclass(frozen=True)
 class StageRun:
@@ -43,7 +42,6 @@ class StageRun:
 
     Attributes:
         inputs: path of each input.
-        identity: what decides the result, with digests of the inputs.
         outcome: None where it has to run.
         why: why an earlier one is not used again, if there is one.
         is_reused: it had its outcome before.
@@ -52,7 +50,6 @@ class StageRun:
     stage: Stage
     path: Path
     inputs: Mapping[str, str]
-    identity: Mapping[str, Any]
     outcome: Outcome | None
     why: str = ""
     is_reused: bool = True
@@ -199,7 +196,7 @@ def _plan(stage: Stage, folder: Path, done: Mapping[str, StageRun], anew: bool =
         identity["given"] = {key: path_digest(handed_over(path)) for key, path in given.items()}
     base = folder / f"{stage.name}-{digest(identity)[:8]}"
     found = find_run(base, partial(_what_changed, stage), anew=anew or stage.starts_anew())
-    return StageRun(stage, found.path, inputs, identity, found.outcome, found.why)
+    return StageRun(stage, found.path, inputs, found.outcome, found.why)
 
 
 def _what_changed(stage: Stage, outcome: Outcome) -> str:
@@ -246,8 +243,6 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
     if run.why:
         say(f"{title}: anew, {run.why}")
     say(f"{title}: python -m pipeline {shlex.join(words)}")
-    record = {**run.identity, "paths": run.inputs, "arguments": words, "code": code_digest()}
-    write_atomically(run.path / RECORD, dumps(record, indent=2).encode())
     facts = {"stage": run.stage.name, "run": run.path.name}
     parent.event("stage", state="started", **facts)
     started = time.monotonic()
@@ -276,18 +271,8 @@ def _outcome(run: StageRun, parent: Run, elapsed_s: float) -> Outcome | None:
 
 
 def _warn_of_code(runs: Iterable[StageRun]) -> None:
-    now, older = code_digest(), []
-    for run in (run for run in runs if run.is_reused):
-        try:
-            code = json.loads((run.path / RECORD).read_text("utf-8"))["code"]
-        except (OSError, *MALFORMED):
-            warn(
-                f"{run.path / RECORD} is missing or damaged: whether the code has changed "
-                "since is not known; the result is reused."
-            )
-            continue
-        if code != now:
-            older.append(run.stage.name)
+    now = code_digest()
+    older = [r.stage.name for r in runs if r.is_reused and r.result.get("code") != now]
     if older:
         warn(
             f"the code has changed since {', '.join(older)} ran; the results are reused. "

@@ -9,8 +9,6 @@ from datamodules import files
 from pipeline.directories import CHECKPOINTS
 from pipeline.resume import interrupted_like
 from pipeline.runs.run_directory import CONFIG, OUTCOME, Run, read_outcome
-from pipeline.stages.chain import RECORD, StageRun, _warn_of_code
-from pipeline.stages.chain_config import Stage
 from tests.faults.test_checkpoint_faults import empty
 from tests.journey import said
 
@@ -87,20 +85,6 @@ def test_the_config_of_a_run_that_goes_on(damage: Damage, tmp_path: Path) -> Non
     again.config(config)
     again.fail("killed")
     assert (run.path / CONFIG).read_text() == whole
-
-
-@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, Path.unlink])
-def test_a_stages_record(
-    damage: Damage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / RECORD).write_text('{"inputs": {}, "code": "' + "0" * 64 + '"}')
-    run = StageRun(Stage("small", "fit", (), {}, {}), tmp_path, {}, {}, None)
-    _warn_of_code([run])
-    assert "the code has changed since small ran" in capsys.readouterr().err
-    damage(tmp_path / RECORD)
-    _warn_of_code([run])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / RECORD} is missing or damaged" in line
 
 
 @damages

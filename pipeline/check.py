@@ -75,7 +75,7 @@ class CheckCLI(PipelineCLI):
         say("taking a few steps ...")
         datamodule.prepare_data()
         datamodule.setup("fit")
-        epoch = Epoch.of(datamodule)
+        epoch = Epoch(datamodule)
         order = epoch.trial_order()
         datamodule.train_order = lambda: lambda _: order  # type: ignore[method-assign]
         trial, n_val_batches, limit_s = Trial(epoch), self._n_val_batches(), self._take_limit_s()

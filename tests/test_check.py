@@ -219,7 +219,7 @@ def test_several_processes_are_refused(tiny: Journey, overlay: str) -> None:
 def test_an_epoch_is_what_the_loader_yields(tiny: Journey) -> None:
     data = instruction_data(tiny.tokenizer, max_tokens=300, batch_size=7)
     data.setup("fit")
-    epoch = Epoch.of(data)
+    epoch = Epoch(data)
     batches = list(data.train_dataloader())
     shapes = [mb["input_ids"].shape for batch in batches for mb in batch]
     real = [
@@ -236,7 +236,7 @@ def test_an_epoch_is_what_the_loader_yields(tiny: Journey) -> None:
 def test_a_trial_begins_with_the_largest_step_and_sees_all_sizes(tiny: Journey) -> None:
     data = instruction_data(tiny.tokenizer, train_fraction=0.9, batch_size=4)
     data.setup("fit")
-    epoch = Epoch.of(data)
+    epoch = Epoch(data)
     order = epoch.trial_order()
     steps = order.split(4)
     assert len(order) == epoch.n_samples

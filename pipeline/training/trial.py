@@ -3,11 +3,8 @@
 Shapes: B rows, T tokens, N samples of an epoch.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,45 +26,25 @@ TRIAL_S = 20.0  # of timed steps; at least three are taken
 N_VAL_BATCHES = 5
 
 
-@dataclass(frozen=True)
 class Epoch:
-    """The first pass over the training samples, in numbers."""
+    """The first pass over the training samples of a data module that is set up, in numbers."""
 
-    keys: tuple[Tensor, ...]  # of its samples, in order, step by step
-    step_tokens: Tensor  # (steps,) without padding
-    n_padded: int  # tokens in all with padding
-    largest: tuple[int, int]  # rows and tokens a row of the micro-batch with the most tokens
-    heaviest: int  # the step that it belongs to
-
-    @classmethod
-    def of(cls, data: StepDataModule) -> Epoch:
-        """The first epoch of a data module that is set up."""
+    def __init__(self, data: StepDataModule) -> None:
         order = data.train_order()(0)
+        self.keys = order.split(data.batch_size)  # of its samples, in order, step by step
         steps = data.train_lengths(order).split(data.batch_size)
+        self.step_tokens = torch.stack([of_step.sum() for of_step in steps])  # (steps,)
+        self.n_samples, self.n_tokens = len(order), int(self.step_tokens.sum())  # without padding
         shapes = [
             (rows.stop - rows.start, lengths[rows.start], step)
             for step, of_step in enumerate(steps)
             for lengths in [sorted(of_step.tolist(), reverse=True)]
             for rows in cut(lengths, data.max_tokens)
         ]
-        n_rows, n_tokens, heaviest = max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
-        return cls(
-            keys=order.split(data.batch_size),
-            step_tokens=torch.stack([of_step.sum() for of_step in steps]),
-            n_padded=sum(b * t for b, t, _ in shapes),
-            largest=(n_rows, n_tokens),
-            heaviest=heaviest,
-        )
-
-    @property
-    def n_samples(self) -> int:
-        """N."""
-        return sum(map(len, self.keys))
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all, without padding."""
-        return int(self.step_tokens.sum())
+        self.n_padded = sum(b * t for b, t, _ in shapes)  # tokens in all with padding
+        # of the micro-batch with the most tokens: its step, its rows and the tokens a row
+        n_rows, n_tokens, self.heaviest = max(shapes, key=lambda s: (s[0] * s[1], s[1]))
+        self.largest = n_rows, n_tokens
 
     def trial_order(self) -> Tensor:
         """(N,) keys that begin with the steps of the trial: warm-up, then steps of all sizes."""

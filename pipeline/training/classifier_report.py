@@ -128,15 +128,13 @@ def _learned(
             raise ValueError("it does not say how they were read.")
         learned = construct(kind, given["init_args"], "data")
         learned.read()
+        known = training["dataset"]["sources"]
+        if changed := changed_files(known, learned.file_facts()["sources"]):
+            raise ValueError(f"{', '.join(changed)}: not what was learned.")
     except (OSError, ValueError, AttributeError, TypeError) as error:  # of another's class
-        problem = str(error)
-    else:
-        changed = changed_files(training["dataset"]["sources"], learned.file_facts()["sources"])
-        if not changed:
-            return learned
-        problem = f"{', '.join(changed)}: not what was learned."
-    warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {problem}")
-    return data
+        warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
+        return data
+    return learned
 
 
 def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -63,12 +63,8 @@ class ProgressDisplay(ProgressBar):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Adds a bar of batches."""
-        name, n_batches = "val", trainer.num_val_batches
-        if trainer.testing:
-            name, n_batches = "test", trainer.num_test_batches
-        elif trainer.predicting:
-            name, n_batches = "predict", trainer.num_predict_batches
-        self._evaluation = self._add(name, sum(n_batches))
+        name = "test" if trainer.testing else "predict" if trainer.predicting else "val"
+        self._evaluation = self._add(name, sum(getattr(trainer, f"num_{name}_batches")))
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Moves that bar on."""

@@ -21,10 +21,11 @@ def explain(
     if is_out_of_memory(error):
         graphs = "model.cuda_graphs to false or " if torch.cuda.is_available() else ""
         return (
-            f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB, "
-            f"{free_gib:.1f} GiB are free: lower data.max_tokens (it is {max_tokens}, and changes "
-            f"no result, but for what dropout draws), set {graphs}model.gradient_checkpointing to "
-            "true, train adapters (model.lora), or take a smaller model."
+            f"out of memory ({_first_line(error)}). Training needs about {needed_gib:.1f} GiB "
+            f"beside the weights, {free_gib:.1f} GiB are free: lower data.max_tokens (it is "
+            f"{max_tokens}, and changes no result, but for what dropout draws), set {graphs}"
+            "model.gradient_checkpointing to true, train adapters (model.lora), or take a smaller "
+            "model."
         )
     if _WORKER.search(str(error)):
         return (

@@ -48,7 +48,7 @@ class LitStep(LitCheckpoint):
         needed, free = self.memory_gib(), available_memory_bytes(self.device) / GIB
         if needed > free:
             warn(
-                f"training needs about {needed:.1f} GiB of memory, {free:.1f} GiB are "
+                f"training needs about {needed:.1f} GiB beside the weights, {free:.1f} GiB are "
                 f"free; lower data.max_tokens (it is {self.data.max_tokens}) or train adapters "
                 "(model.lora)."
             )
@@ -70,7 +70,7 @@ class LitStep(LitCheckpoint):
             training_graph.remove(self.gpt)
 
     def memory_gib(self) -> float:
-        """About what a training step needs."""
+        """About what training needs beside the weights."""
         half = "16" in str(self.trainer.precision)
         return estimate_gib(self.model, self.gpt, self.data.max_tokens, half=half)
 

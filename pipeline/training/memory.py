@@ -12,14 +12,12 @@ _VECTORS = 16  # of n_embd that a block keeps for the backward pass, for every t
 
 
 def estimate_gib(model: nn.Module, gpt: GPT, max_tokens: int, *, half: bool) -> float:
-    """What a training step keeps in memory: weights, gradients, optimizer, one micro-batch.
+    """What training adds to the weights in memory: gradients, optimizer, one micro-batch.
 
-    Coarse, by counting; `check` measures it. A micro-batch has `max_tokens` at most, computed in
-    two bytes a number (`half`) or four.
+    Coarse, by counting; `check` measures it. A micro-batch has `max_tokens` at most, all of them
+    supervised, computed in two bytes a number (`half`) or four.
     """
-    parameters = [local(p) for p in model.parameters()]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad) * _OPTIMIZER_BYTES
+    n_trained = sum(local(p).numel() for p in model.parameters() if p.requires_grad)
     config, size = gpt.config, 2 if half else 4
     n_blocks = len(gpt.blocks) - lowest_trained_block(gpt)  # frozen ones below keep nothing
     block = (_VECTORS * config.n_embd + 3 * config.mlp_hidden) * size
@@ -28,4 +26,4 @@ def estimate_gib(model: nn.Module, gpt: GPT, max_tokens: int, *, half: bool) -> 
         kept = min(kept, n_blocks * config.n_embd * size + block)
     n_logits = gpt.head.out_features if hasattr(gpt, "head") else 0  # not of a classifier
     logits = n_logits * (size + 8)  # and in float32, and their gradient
-    return (weights + trained + max_tokens * (kept + logits)) / GIB
+    return (n_trained * _OPTIMIZER_BYTES + max_tokens * (kept + logits)) / GIB

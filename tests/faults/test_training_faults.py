@@ -35,7 +35,7 @@ def test_an_allocator_that_refuses_is_one_line(words: list[str], home: Path) -> 
     line = refused(*words, *at("Allocate", 6), "--data.num_workers=0")
     assert "out of memory" in line
     assert "data.max_tokens (it is 192, and changes no result, but for what dropout draws)" in line
-    assert re.search(r"needs about \d+\.\d GiB, \d+\.\d GiB are free: lower", line)
+    assert re.search(r"needs about \d+\.\d GiB beside the weights, \d+\.\d GiB are free: l", line)
     (ended,) = (e for e in read_events(home, "status") if e["status"] == "FAILED")
     assert "out of memory" in ended["reason"]
     assert read_events(home, "dataset"), "what it stands on is known of a failed run, too"

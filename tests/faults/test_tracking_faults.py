@@ -210,7 +210,9 @@ def test_a_slow_server_slows_no_training(
         proxy.port_behind, proxy.answered = server.port, []  # type: ignore[attr-defined]
         Thread(target=proxy.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
-        started = Started(logging_words, tmp_path / "said.txt")
+        started = Started([*logging_words, *at("Pause", 15)], tmp_path / "said.txt")
+        started.until(lambda: pauses(home, 15) and bool(proxy.answered))  # type: ignore[attr-defined]
+        go_on(home, 15)
         assert started.wait() == 0, started.said()
         proxy.shutdown()
     ends = [line["time"] for line, _ in read_journal(run_in(home)) if line["kind"] == "status"]

@@ -1,1 +1,1 @@
-"""Weights of others, in and out: Hugging Face directories and GGUF files, strictly."""
+"""Strict import and export of Hugging Face directories and GGUF files."""

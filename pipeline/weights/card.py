@@ -27,7 +27,7 @@ def card(loaded: Loaded, steps: Sequence[dict[str, Any]], *, name: str, form: st
     )
     is_classifier, config = isinstance(loaded.model, GPTClassifier), loaded.gpt.config
     facts = ModelCardData(
-        license=steps[-1].get("license"),  # of the weights that all began with
+        license=steps[-1].get("license"),  # of the weights that it all started from
         library_name=_LIBRARIES[form],
         pipeline_tag="text-classification" if is_classifier else "text-generation",
         tags=["gpt-pipeline"],

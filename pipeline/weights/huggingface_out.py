@@ -1,8 +1,8 @@
-"""A model as a Hugging Face directory, which transformers, vLLM and others load.
+"""Export of a model as a Hugging Face directory, which transformers, vLLM and others load.
 
-A classifier becomes a ...ForSequenceClassification. Theirs has a head without a bias: ours has one
-only with GPT-2, where W (h + d) = W h + b for a shift d of the last norm's own bias, so nothing is
-lost. Logits, decisions and ids are compared with transformers' in tests/test_export_huggingface.py.
+A classifier becomes a ...ForSequenceClassification, whose head has no bias. Ours has one only with
+GPT-2, where shifting the final norm's bias by d with W (h + d) = W h + b replaces it without loss.
+Logits, decisions and ids are compared with transformers' in tests/test_export_huggingface.py.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ _CLASSES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
 }
 _BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
-_NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that cuts no text
+_NEVER_SHORTENS = int(1e30)  # transformers' own value for a tokenizer that never truncates
 
 
 def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
-    """A writer for every file; ValueError where model or tokenizer has no counterpart there."""
+    """Writers of all files; ValueError if model or tokenizer has no counterpart in transformers."""
     tensors = {name: t.to(dtype) for name, t in huggingface_tensors(loaded).items()}
     return {
         hf.CONFIG: json_writer(_config(loaded, dtype)),
@@ -46,9 +46,9 @@ def huggingface_writers(loaded: Loaded, dtype: torch.dtype) -> Writers:
 
 
 def tokenizer_writers(loaded: Loaded) -> Writers:
-    """A writer for every file of the tokenizer, and of what a model that writes text has beside."""
+    """Writers of the tokenizer's files, and a language model's generation options and template."""
     tokenizer, meta = loaded.tokenizer, loaded.meta
-    suffix = tokenizer.encode(meta.get("suffix") or "", tokenizer.encode("a"))  # behind any text
+    suffix = tokenizer.encode(meta.get("suffix") or "", tokenizer.encode("a"))  # after any text
     writers = {
         hf.TOKENIZER: json_writer(tokenizer_json(tokenizer.vocabulary, suffix)),
         hf.TOKENIZER_CONFIG: json_writer(_tokenizer_config(loaded)),
@@ -76,7 +76,7 @@ def huggingface_tensors(loaded: Loaded) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def shifted_bias(model: GPTClassifier) -> Tensor:
-    """The last norm's bias (C,), shifted so that the head needs none; ValueError if none can."""
+    """The final norm's bias (C,), shifted to replace the head's; ValueError if it cannot be."""
     head, norm = model.classifier, model.gpt.final_norm
     weight, bias = head.weight.double(), head.bias.double()
     shift = torch.linalg.pinv(weight) @ bias
@@ -90,9 +90,9 @@ def shifted_bias(model: GPTClassifier) -> Tensor:
 
 
 def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[str, Any]:
-    """The file of the `tokenizers` library, which puts the ids of the suffix after every text.
+    """A tokenizer.json for the `tokenizers` library, which adds the suffix's ids to every text.
 
-    It finds special tokens in the text that it is given, which the tokenizer here never does.
+    The library recognises special tokens in plain text, which the tokenizer here never does.
     ValueError for a vocabulary that it cannot run with the same ids.
     """
     form = vocabulary.sentencepiece
@@ -173,7 +173,7 @@ def _tokenizer_config(loaded: Loaded) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": vocabulary.eos,
-        "pad_token": vocabulary.eos,  # never made from text, so it marks nothing real as padding
+        "pad_token": vocabulary.eos,  # never made from text, so no real token looks like padding
         **({"bos_token": vocabulary.bos_token} if vocabulary.bos_token else {}),
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
@@ -188,9 +188,9 @@ def _token_ids(loaded: Loaded) -> dict[str, Any]:
 
 
 def chat_template(loaded: Loaded) -> str | None:
-    """Jinja source of the style that it was tuned with, or that its makers published.
+    """Jinja source of the style that the model was tuned with, or of its published template.
 
-    What was tuned answers without thinking first, as it was tuned, though a template could ask it.
+    A tuned model answers without thinking, as in tuning, even if the template has a switch for it.
     """
     style, published = loaded.meta.get("prompt_style"), loaded.tokenizer.vocabulary.chat_template
     source = jinja(loaded.tokenizer, style) if style else published
@@ -225,7 +225,7 @@ def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
-        "n_ctx": config.block_size,  # the same to llama.cpp's converter
+        "n_ctx": config.block_size,  # llama.cpp's converter reads this
         "n_inner": config.mlp_hidden,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
@@ -234,7 +234,7 @@ def _gpt2_config(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama_config(config: GPTConfig, family: Family) -> dict[str, Any]:
-    # Qwen2's has no such field, though its model heeds one
+    # not a field of Qwen2's configuration, though its model uses it if present
     heads = {"head_dim": config.head_size} if config.head_dim or family != "qwen2" else {}
     return {
         **heads,

@@ -1,4 +1,4 @@
-"""What a model was made from, up to the weights that somebody else published."""
+"""What a model was made from, back to the published weights it started from."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,10 @@ from pipeline.weights.reading import is_foreign, open_foreign
 
 
 def lineage(loaded: Loaded) -> list[dict[str, Any]]:
-    """The model and its ancestors, the youngest first; primitives, and no path of this machine.
+    """The model and its ancestors, newest first, as primitives without paths of this machine.
 
-    Each has a `name` and a `digest`; a checkpoint its `kind`, `data` and `metrics` too; what was
-    published its `license`, where that is known.
+    Each has a `name` and a `digest`; checkpoints also `kind`, `data` and `metrics`, and published
+    weights their `license`, if known.
     """
     path = loaded.path
     steps: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ def lineage(loaded: Loaded) -> list[dict[str, Any]]:
         places = (p for p in _places(path, parent["path"], meta) if p.exists())
         found = next((p for p in places if path_digest(p) == parent["digest"]), None)
         if found is None:
-            return steps  # gone, or another one by now
+            return steps  # the parent is gone or has changed
         path = found
     if is_foreign(path):
         steps[-1]["license"] = open_foreign(path).license
@@ -42,7 +42,7 @@ def lineage(loaded: Loaded) -> list[dict[str, Any]]:
 
 
 def _places(path: Path, parent: str, meta: dict[str, Any]) -> Iterator[Path]:
-    """Where a checkpoint's parent may be: where it was, or moved with it or with all runs."""
+    """Where a checkpoint's parent may be: at its old path, or moved with it or with all runs."""
     yield Path(parent)
     if base := meta.get("base"):
         yield path.parent / base["relative"]
@@ -64,7 +64,7 @@ def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
         "lora": meta["lora"],
         "data": dataset
         and {
-            "source": ", ".join(Path(path).name for path in paths),  # folders stay untold
+            "source": ", ".join(Path(path).name for path in paths),  # without their folders
             "digest": dataset["digest"],
             "counts": dataset["counts"],
         },
@@ -73,7 +73,7 @@ def _facts(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(path: Path, meta: dict[str, Any]) -> dict[str, float]:
-    """Of the run that made a checkpoint, if it is its best one; else what that step's were."""
+    """The run's metrics if a checkpoint is its best one, else validation metrics of its step."""
     if path.parent.name != CHECKPOINTS:
         return {}
     run = path.parents[1]

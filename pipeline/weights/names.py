@@ -1,4 +1,4 @@
-"""What tensors are called elsewhere, and how they lie there: one table, read in both directions.
+"""Names and layouts of tensors in other formats: one table, for import and for export.
 
 Shapes: C n_embd, H heads, D head size.
 """
@@ -30,14 +30,14 @@ class Entry:
     """One tensor of a file, and the parameters that it holds."""
 
     theirs: str  # its name in the file
-    ours: tuple[str, ...]  # parameters, one behind the other along the output dimension
-    transposed: bool = False  # stored as (in, out), as GPT-2's Conv1D does
-    # heads, the halves of whose rows (H D, ...) llama.cpp wants interleaved, of queries and keys
+    ours: tuple[str, ...]  # parameters, concatenated along the output dimension
+    transposed: bool = False  # stored as (in, out), as in GPT-2's Conv1D
+    # number of heads of queries or keys (H D, ...), whose halves of D llama.cpp interleaves
     rotary_heads: int | None = None
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether any rows of the tensor are the same rows of one parameter."""
+        """Whether rows of the tensor are the same rows of a single parameter."""
         return len(self.ours) == 1 and not self.transposed and not self.rotary_heads
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Entry:
 
 
 def family_of(config: GPTConfig) -> Family:
-    """Which published architecture a configuration is; ValueError where no other tool knows it."""
+    """The published architecture of a configuration; ValueError if no other tool supports it."""
     is_plain = (
         config.n_kv_head == config.n_head and config.n_head * config.head_size == config.n_embd
     )
@@ -76,12 +76,12 @@ def family_of(config: GPTConfig) -> Family:
 
 
 def head_dim(given: int | None, n_embd: int, n_head: int) -> int | None:
-    """A head's width for a configuration: null where it is what it would be anyway."""
+    """A configuration's `head_dim`: the given one, or None if that is the default."""
     return None if given is None or given * n_head == n_embd else given
 
 
 def entries(config: GPTConfig, form: Format) -> list[Entry]:
-    """Every tensor of a model in a file of that form, tied ones once."""
+    """Every tensor of a model in a file of that format; tied ones appear once."""
     return list(_gguf(config) if form == "gguf" else _TABLES[family_of(config)](config))
 
 

@@ -1,8 +1,8 @@
-"""A LoRA checkpoint as a PEFT adapter on the exported base, with Hugging Face's module names.
+"""Export of a LoRA checkpoint as a PEFT adapter on the exported base, with Hugging Face's names.
 
-GPT-2's queries, keys and values are one matrix there. Adapters on some of them become one on it,
-block-diagonal: the rows of A are stacked, B sends each part to its own outputs, and the rank adds
-up. The same logits are shown in tests/test_export_peft.py.
+GPT-2's queries, keys and values are one matrix there, so adapters on some of them become one
+block-diagonal adapter: the rows of A are stacked, B maps each part to its own outputs, and the
+ranks add up. Equality of the logits is shown in tests/test_export_peft.py.
 """
 
 import json
@@ -28,9 +28,9 @@ _SCORE, _NORM = "score", "transformer.ln_f"
 
 
 def peft_writers(loaded: Loaded) -> Writers:
-    """A writer for each of PEFT's two files, and for the tokenizer's: the base may have another.
+    """Writers of PEFT's two files, and of the tokenizer's, as the base's may differ.
 
-    ValueError for another checkpoint, or DoRA on a part of GPT-2's joined matrix.
+    ValueError for a checkpoint without an adapter, or DoRA on a part of GPT-2's joined matrix.
     """
     if not loaded.meta["lora"]:
         raise ValueError(
@@ -61,7 +61,7 @@ def peft_writers(loaded: Loaded) -> Writers:
 
 
 def _joined(entry: Entry, adapters: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """Adapters of the parts of one of their matrices, as one; empty where it has none."""
+    """The adapters on the parts of one of their matrices, joined; empty if there are none."""
     modules = [name.removesuffix(".weight") for name in entry.ours]
     if len(modules) == 1:
         prefix = f"{modules[0]}."
@@ -74,7 +74,7 @@ def _joined(entry: Entry, adapters: Mapping[str, Tensor], config: LoRAConfig) ->
             f"DoRA on {', '.join(modules)} cannot be an adapter on {entry.theirs}, where they are "
             "joined: it normalises each alone. Use merge, and export the result."
         )
-    # as wide as one another: GPT-2 has as many key heads as heads
+    # parts are equally wide: GPT-2 has as many key/value heads as heads
     none = adapters[f"{adapted[0]}.lora_B.weight"][:, :0]
     widen = [adapters.get(f"{module}.lora_B.weight", none) for module in modules]  # (C, rank)
     return {
@@ -84,7 +84,7 @@ def _joined(entry: Entry, adapters: Mapping[str, Tensor], config: LoRAConfig) ->
 
 
 def _beside(loaded: Loaded) -> dict[str, Tensor]:
-    """What is trained beside the adapter: a classifier's head, and the norm that holds its bias."""
+    """Tensors saved beside the adapter: a classifier's head, and the norm that holds its bias."""
     if not isinstance(loaded.model, GPTClassifier):
         return {}
     tensors = {f"{_SCORE}.weight": loaded.model.classifier.weight.detach()}
@@ -99,7 +99,7 @@ def _beside(loaded: Loaded) -> dict[str, Tensor]:
 def _config(
     loaded: Loaded, config: LoRAConfig, parts: Mapping[str, int], saved: list[str]
 ) -> dict[str, Any]:
-    """adapter_config.json; a joined adapter's scale stays that of its parts."""
+    """The adapter_config.json; joined adapters keep the scale of their parts."""
     values = json.loads(lora.adapter_config_json(config))
     values["target_modules"] = sorted({_suffix(theirs) for theirs in parts})
     for theirs, n_parts in parts.items():
@@ -118,5 +118,5 @@ def _config(
 
 
 def _suffix(module: str) -> str:
-    """What tells a module from others: `attn.c_proj`, since GPT-2's MLP has a c_proj too."""
+    """The part of a name that tells modules apart: `attn.c_proj`, as the MLP has a c_proj, too."""
     return ".".join(module.split(".")[-2:])

@@ -1,4 +1,4 @@
-"""One door to weights of others: a Hugging Face directory or a GGUF file."""
+"""The common way to read third-party weights: a Hugging Face directory or a GGUF file."""
 
 import json
 import math
@@ -26,12 +26,12 @@ _BYTES = 4  # of a float32
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path holds weights in somebody else's form."""
+    """Whether a path holds weights in a third-party format."""
     return path.suffix == ".gguf" if path.is_file() else (path / CONFIG).is_file()
 
 
 def open_foreign(path: Path) -> Foreign:
-    """Weights of others, their metadata read; ValueError names the path and what is wrong there."""
+    """Opens third-party weights and reads their metadata; ValueError names path and problem."""
     if not is_foreign(path):
         raise ValueError(
             f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
@@ -43,9 +43,9 @@ def open_foreign(path: Path) -> Foreign:
 
 
 def _verify_export(path: Path) -> list[dict[str, Any]]:
-    """What an export of ours was trained on; others do not say, and carry no digests.
+    """What an export of ours was trained on; empty for others, which have no digests, either.
 
-    ValueError where it is not what was written.
+    ValueError if the files are not as they were written.
     """
     folder = path if path.is_dir() else path.parent
     if not (folder / EXPORT).is_file():
@@ -53,7 +53,7 @@ def _verify_export(path: Path) -> list[dict[str, Any]]:
     stated = json.loads((folder / EXPORT).read_bytes())
     read = {name: facts for name, facts in stated["files"].items() if name not in FOR_PEOPLE}
     if path.is_file():
-        if path.name not in read:  # made of it by others, such as llama-quantize
+        if path.name not in read:  # made from it by a tool such as llama-quantize
             return []
         read = {path.name: read[path.name]}
     for name in damaged(folder, read):
@@ -68,9 +68,9 @@ def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:
 
 
 def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
-    """Writes opened weights as safetensors in float32, never all of them in memory.
+    """A writer of opened weights as float32 safetensors, which never holds all of them in memory.
 
-    It raises ValueError as `read_model` does, then half-way through the file.
+    It raises ValueError as `read_model` does, but possibly half-way through the file.
     """
 
     def write(file: Path) -> None:
@@ -80,7 +80,7 @@ def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         try:
             yield from read_parameters(foreign, torch.float32)
-        except OSError as error:  # else it would be taken for one of writing
+        except OSError as error:  # else it would look like one of writing
             raise ValueError(f"it could not be read ({error}).") from error
 
     return write
@@ -89,7 +89,7 @@ def weights_writer(foreign: Foreign, path: Path) -> Callable[[Path], object]:
 def _write_one_by_one(
     path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes float32 tensors, in any order: the bytes that `safetensors.torch.save_file` writes."""
+    """Writes float32 tensors, given in any order, byte for byte as `safetensors`' `save_file`."""
     facts: dict[str, dict[str, Any]] = {}
     end = 0
     for name in sorted(shapes):
@@ -106,7 +106,7 @@ def _write_one_by_one(
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors name the path; what is of the wrong type in a file is an error like any other."""
+    """Makes errors name the path; a value of the wrong type in a file becomes a ValueError, too."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -119,12 +119,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def tokenizer_of(source: str | Path) -> str:
-    """Where `Tokenizer.load` finds the tokenizer of a source, which is what `locate` takes."""
+    """The argument with which `Tokenizer.load` loads the tokenizer of a source (see `locate`)."""
     path = locate(source)
     if is_foreign(path):
         tokenizer = open_foreign(path).tokenizer
         copy = cache_dir() / "tokenizers" / tokenizer.digest[:16] / FILE_NAME
-        tokenizer.save(copy)  # again, too: the one that is there may be damaged
+        tokenizer.save(copy)  # always: an existing copy may be damaged
         return str(copy)
     refuse_folder_of_checkpoints(path)
     return str(source if expanded(source).resolve() == path else path)

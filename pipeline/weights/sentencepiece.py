@@ -1,7 +1,7 @@
-"""SentencePiece's BPE of others as a tokenizer of ours, and back: tokenizer.json and GGUF.
+"""Import and export of SentencePiece's BPE: tokenizer.json and GGUF.
 
-tokenizer.json has a list of merges. GGUF has a score for every token, and any neighbours that spell
-a token are merged, the best score first. Equality with `tokenizers`, transformers and llama.cpp is
+A tokenizer.json has a list of merges. GGUF has a score per token, and any neighbours that spell a
+token are merged, the best score first. Equality with `tokenizers`, transformers and llama.cpp is
 shown in tests/test_sentencepiece.py.
 """
 
@@ -26,7 +26,7 @@ _STEPS: dict[Prefix, tuple[Any, Any]] = {
 
 
 def prefix_of(content: Mapping[str, Any]) -> Prefix:
-    """Where the text of a tokenizer.json is given a blank; ValueError for steps not supported."""
+    """Where a tokenizer.json puts a space before text; ValueError for unsupported steps."""
     steps = (content.get("normalizer"), content.get("pre_tokenizer"))
     for prefix, known in _STEPS.items():
         if steps == known:
@@ -42,7 +42,7 @@ def prefix_of(content: Mapping[str, Any]) -> Prefix:
 
 
 def tokenizer_json_parts(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, Any]:
-    """Steps and merges of a tokenizer.json."""
+    """The steps and merges of a tokenizer.json."""
     names = {i: name for name, i in spelled(vocabulary).items()}
     normalizer, pre_tokenizer = _STEPS[form.prefix]
     back = {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}
@@ -65,10 +65,10 @@ def make_sentencepiece(
     special: Special,
     prefix: Prefix,
 ) -> Tokenizer:
-    """A tokenizer from the parts that tokenizer.json has; see `merges_of_scores` for GGUF's.
+    """A tokenizer from the parts of a tokenizer.json; for GGUF's, see `merges_of_scores`.
 
-    Tokens have blanks written ▁, special ones may be among them. ValueError where a byte has no
-    token, or a token is none that text could be made of.
+    Tokens have spaces written as ▁; special ones may be among them. ValueError if a byte has no
+    token, or a token or merge cannot be part of text.
     """
     fields, ordinary = special.fields(), ordinary_tokens(tokens, special)
     if missing := [name for name in BYTES if name not in ordinary]:
@@ -97,15 +97,15 @@ def make_sentencepiece(
 
 
 def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The list of merges that gives the ids of scores, as transformers 4 converts them.
+    """The list of merges that gives the same ids as scores, converted as in transformers 4.
 
-    Of equal scores the leftmost pair is merged first, which a list cannot say. But runs of blanks,
-    of one score with Llama 2 and Mistral, then grow from the left: the longest pair is the next.
-    Where no list gives these ids, it is a ValueError.
+    Of pairs with equal scores the leftmost is merged first, which a list cannot express, except for
+    runs of spaces, which share a score in Llama 2 and Mistral: they grow from the left, so that the
+    longest pair comes next. ValueError if no list gives the same ids.
 
     Args:
-        tokens: id of every token that text is made of, but for those of bytes.
-        scores: of every id.
+        tokens: id of every ordinary token, except those of bytes.
+        scores: one per id.
     """
     _check_characters(tokens)
     pairs = [pair for token in tokens for pair in cuts(token, tokens)]
@@ -122,7 +122,7 @@ def merges_of_scores(tokens: Mapping[str, int], scores: Sequence[float]) -> list
 
 
 def scores_of(vocabulary: Vocabulary, form: SentencePiece) -> dict[str, float]:
-    """Score of every token that merges make; ValueError where scores would give other ids."""
+    """Score of every token that merges make; ValueError if no scores give the same ids."""
     ids = spelled(vocabulary)
     names = {i: name for name, i in ids.items()}
     merges = [(names[left], names[right]) for left, right in form.merges]
@@ -156,7 +156,7 @@ def _is_blank(pair: tuple[str, str]) -> bool:
 
 
 def _check_characters(tokens: Mapping[str, int]) -> None:
-    """ValueError for a token that a list of merges cannot make, though scores can."""
+    """Raises ValueError for a token that no list of merges can make, though scores can."""
     for token in tokens:
         if not set(token) <= tokens.keys():
             raise ValueError(f"its token {token!r} has a character that is not a token.")

@@ -1,6 +1,6 @@
-"""The prompt styles of `datamodules.prompts` as chat templates of others: Jinja, and Ollama's Go.
+"""The prompt styles of `datamodules.prompts` as chat templates: Jinja, and Go for Ollama.
 
-Rendered and encoded elsewhere, a prompt has the ids that `encode_prompt` gives it here (shown for
+Rendered and encoded by other tools, a prompt has the same ids as from `encode_prompt` (shown for
 transformers in tests/test_export_tokenizers.py).
 """
 
@@ -20,7 +20,7 @@ _PROBE = [
 
 
 def jinja(tokenizer: Tokenizer, style: str) -> str:
-    """A style as Jinja source; the tokenizer's own where the style is `template`."""
+    """A style as Jinja source; for the style `template`, the tokenizer's own."""
     if style == TEMPLATE:
         return tokenizer.vocabulary.chat_template or ""
     written = STYLES[style]
@@ -40,7 +40,7 @@ def jinja(tokenizer: Tokenizer, style: str) -> str:
 
 
 def go(tokenizer: Tokenizer, style: str) -> str | None:
-    """A style as Ollama's TEMPLATE, without BOS, which Ollama adds; none for an unknown one."""
+    """A style as Ollama's TEMPLATE, without BOS, which Ollama adds; None for unknown ones."""
     if style == TEMPLATE:
         known = known_style(tokenizer)
         return go(tokenizer, known) if known else None
@@ -57,12 +57,10 @@ def go(tokenizer: Tokenizer, style: str) -> str | None:
 
 
 def known_style(tokenizer: Tokenizer) -> str | None:
-    """The style of ours that the tokenizer's own template writes, where a conversation has a
-    system message; see `default_system`.
-    """
+    """The style, if any, that renders as the tokenizer's own template, given a system message."""
     try:
         theirs = render(tokenizer, _PROBE, opening=True)
-    except ValueError:  # there are some without a system message
+    except ValueError:  # some templates take no system message
         return None
     for name in STYLES:
         vocabulary = replace(tokenizer.vocabulary, chat_template=jinja(tokenizer, name))
@@ -72,7 +70,7 @@ def known_style(tokenizer: Tokenizer) -> str | None:
 
 
 def default_system(tokenizer: Tokenizer) -> str | None:
-    """What the tokenizer's own template, if known, says where there is no system message."""
+    """The system message that the tokenizer's own template, if known, adds where none is given."""
     known = known_style(tokenizer)
     if known is None:
         return None
@@ -83,13 +81,13 @@ def default_system(tokenizer: Tokenizer) -> str | None:
 
 
 def stop_words(tokenizer: Tokenizer, style: str | None) -> list[str]:
-    """Special tokens that end an answer, or a text where there is no style."""
+    """Special tokens that end an answer, or a text if there is no style."""
     names = {i: name for name, i in tokenizer.special_ids.items()}
     return [names[i] for i in stop_ids(tokenizer, style)]
 
 
 def _around(tokenizer: Tokenizer, style: PromptStyle, role: str) -> tuple[str, str]:
-    """What stands before and after the content of a turn."""
+    """The text before and after the content of a turn."""
     end = reply_end(tokenizer, style) if role == "assistant" else style.end or ""
     return "".join(style.opening[role]), end if role in style.ends else ""
 
@@ -99,5 +97,5 @@ def _reply_opening(tokenizer: Tokenizer, style: PromptStyle) -> str:
 
 
 def _quoted(text: str) -> str:
-    """An expression for a text, whose line ends a template would otherwise drop."""
+    """A text as a Jinja expression, since a template could drop its line ends otherwise."""
     return f"{{{{ {json.dumps(text)} }}}}" if text else ""

@@ -1,9 +1,9 @@
-"""Byte-level BPE of others as a tokenizer of ours, with the same ids for the same text.
+"""Import and export of byte-level BPE vocabularies, with the same ids for the same text.
 
-tiktoken merges by rank, others by a list of merges: where the list makes tokens in the order of
-their ids both give the same ids, and where it does not the vocabulary is refused. Equality with
-`tokenizers` is shown in tests/test_weights_tokenizers.py; of the way out, where the list is made
-from the ranks, in tests/test_export_tokenizers.py.
+tiktoken merges by rank, others by a list of merges. If the list makes tokens in the order of their
+ids, both give the same ids; otherwise the vocabulary is refused. Equality with `tokenizers` is
+shown in tests/test_weights_tokenizers.py and, for export, where the list is made from the ranks, in
+tests/test_export_tokenizers.py.
 """
 
 import re
@@ -21,11 +21,11 @@ from datamodules.tokenizer import PATTERN, Tokenizer, Vocabulary
 
 T = TypeVar("T", str, bytes)
 Pair = tuple[int, int]  # ids that a merge joins
-_MAX_IDS = 1 << 20  # a list of all ids is made
+_MAX_IDS = 1 << 20  # as a list of all ids is allocated
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# as GPT-2's, but digits are cut out first: so blanks before a digit stay together, unlike before
-# a word, which takes the last of them
+# as GPT-2's, but digits are split off first: so spaces before a digit stay together, while a word
+# takes the last of those before it
 _SMOLLM = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -45,7 +45,7 @@ def _split(regex: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut into pieces before merges: tiktoken's pattern, and tokenizer.json's steps."""
+    """How text is split into pieces before merging: tiktoken's pattern, tokenizer.json's steps."""
 
     pattern: str
     steps: list[dict[str, Any]]
@@ -65,7 +65,7 @@ _BY_PATTERN[r50k_pat_str] = "gpt-2"  # tiktoken's own way of writing it
 
 
 def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
-    """llama.cpp's name of a pre-tokenizer; ValueError where it is one that only tiktoken runs."""
+    """llama.cpp's name of a vocabulary's pre-tokenizer; ValueError if only tiktoken can run it."""
     if vocabulary.pattern not in _BY_PATTERN:
         raise ValueError(
             f"the tokenizer {vocabulary.name} splits text as none of {', '.join(PRE_TOKENIZERS)} "
@@ -75,7 +75,7 @@ def pre_tokenizer_of(vocabulary: Vocabulary) -> str:
 
 
 def spelled(vocabulary: Vocabulary) -> dict[str, int]:
-    """Id of every token that has one, special ones too, as tokenizer.json and GGUF write it."""
+    """Id of every token, special ones included, spelled as in tokenizer.json and GGUF."""
     if form := vocabulary.sentencepiece:
         names = spell(vocabulary.tokens, form.byte_ids)
     else:
@@ -86,17 +86,17 @@ def spelled(vocabulary: Vocabulary) -> dict[str, int]:
 class Merges(NamedTuple):
     """A list of merges as tokenizer.json and GGUF hold it."""
 
-    pairs: list[tuple[str, str]]  # in GPT-2's spelling of bytes, in their order
-    # a token that no merge makes, None where merges make all; it is had only where a piece that is
-    # a token is not merged (`ignore_merges`)
+    pairs: list[tuple[str, str]]  # in order, bytes in GPT-2's spelling
+    # a token that no merge makes, None if merges make all; it only occurs where a piece that is a
+    # token is taken whole (`ignore_merges`)
     whole: bytes | None
 
 
 def merges_of(vocabulary: Vocabulary) -> Merges:
-    """The merge that makes each token; all pairs that spell one where some are made by none.
+    """The merge that makes each token; if some have none, all pairs that spell any token.
 
-    tiktoken merges any neighbours that spell a token. Where merges make every token these are
-    always the same two; otherwise they may be others, and the order is that of Llama 3's list.
+    tiktoken merges any neighbours that spell a token. If merges make every token, these are always
+    the same two; otherwise they may vary, and the pairs are in the order of Llama 3's list.
     """
     ranks = {token: rank for rank, token in enumerate(vocabulary.tokens) if token}
     made = {token: _last_merge(token, ranks) for token in ranks if len(token) > 1}
@@ -109,7 +109,7 @@ def merges_of(vocabulary: Vocabulary) -> Merges:
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts that are left of a token without its own rank; none where there are more."""
+    """The two parts to which lower ranks merge a token; None if more parts are left."""
     rank, parts = ranks[token], [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
@@ -149,22 +149,22 @@ def name_of_steps(pre_tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class Special:
-    """What a tokenizer's makers say of its special tokens."""
+    """A tokenizer's special tokens and chat template, as published."""
 
-    ids: Mapping[str, int]  # of each, by its name
+    ids: Mapping[str, int]  # of all special tokens, by name
     eos: str | None  # the one that ends a text
-    ends: tuple[str, ...]  # those that end it too, `eos` among them or not
-    bos: str | None  # the one that stands before every text, if any
-    bos_token: str | None  # what a chat template calls so, whether or not it stands there
+    ends: tuple[str, ...]  # all that end generation, with or without `eos`
+    bos: str | None  # the one that starts every text, if any
+    bos_token: str | None  # the chat template's `bos_token`, whether or not it starts other texts
     chat_template: str | None  # Jinja source
-    # those that are part of what is written, as `<think>` is, not marks around it; others find them
-    # wherever text has them, here marks in angle brackets are never made from text
+    # those that belong to the text, such as `<think>`; other tools also find them in plain text,
+    # here text never becomes one, so they have to be marks in angle brackets
     shown: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """Keyword arguments of `Vocabulary`.
 
-        ValueError where one is not special, none ends a text, or text may well have one shown.
+        ValueError if one is not in `ids`, none ends a text, or one of `shown` may be plain text.
         """
         for name in self.shown:
             if not re.fullmatch(r"<\S+>", name):
@@ -173,7 +173,7 @@ class Special:
                 )
         if self.eos is None:
             raise ValueError("it names no token that ends a text (eos_token).")
-        # kept only where it decides ids, so that other digests stay as they were
+        # kept only if it decides ids, so that other tokenizers' digests do not change
         is_written = self.bos_token != self.bos and "bos_token" in (self.chat_template or "")
         template_bos = self.bos_token if is_written else None
         for token in filter(None, (self.eos, *self.ends, self.bos, template_bos)):
@@ -199,12 +199,12 @@ def make_tokenizer(
     whole_pieces: bool = False,
     nfc: bool = False,
 ) -> Tokenizer:
-    """A tokenizer from the parts that tokenizer.json and GGUF both have.
+    """A tokenizer from the parts that tokenizer.json and GGUF share.
 
-    Tokens are in GPT-2's spelling of bytes, special ones may be among them; `pre` is llama.cpp's
-    name of the pre-tokenizer. With `whole_pieces` a piece that is a token is not merged, so that
-    tokens may be made by no merge; with `nfc` characters are composed first. ValueError for a
-    vocabulary that tiktoken cannot run with the same ids.
+    Tokens are in GPT-2's spelling of bytes; special ones may be among them. `pre` is llama.cpp's
+    name of the pre-tokenizer. With `whole_pieces` a piece that is a token is taken whole, so that
+    some tokens need no merge; with `nfc` text is normalised first. ValueError for a vocabulary that
+    tiktoken cannot run with the same ids.
     """
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
@@ -231,7 +231,7 @@ def _spelled_bytes(token: str) -> bytes:
 
 
 def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list[bytes]:
-    """Bytes of every token at the place of its id; empty where there is none."""
+    """The bytes of tokens, indexed by id; empty for an id without a token."""
     tokens = [b""] * (1 + max(ordinary.values(), default=-1))
     for token, i in ordinary.items():
         tokens[i] = as_bytes(token)
@@ -239,7 +239,7 @@ def by_id(ordinary: Mapping[str, int], as_bytes: Callable[[str], bytes]) -> list
 
 
 def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, int]:
-    """The tokens that text is made of; ValueError where two have one id, or one has a huge id."""
+    """The tokens that are not special; ValueError if two share an id, or an id is out of range."""
     ordinary = {token: i for token, i in tokens.items() if token not in special.ids}
     ids = [*ordinary.values(), *special.ids.values()]
     if len(set(ids)) < len(ids):
@@ -252,14 +252,14 @@ def ordinary_tokens(tokens: Mapping[str, int], special: Special) -> dict[str, in
 def check_merges(
     tokens: Mapping[str, int], merges: Sequence[str | Sequence[str]], *, whole_pieces: bool
 ) -> None:
-    """ValueError unless tiktoken's merges, of any neighbours that make a token, are the list's.
+    """Raises ValueError unless tiktoken, merging any pair that spells a token, gives the same ids.
 
-    They are where ids rise along the list, and every token is what the list makes of its text: the
-    neighbours that tiktoken would merge to a token then are the pair that the list names for it.
-    So it is with the scores of a GGUF file, given ids in their order.
+    It does if ids rise along the list, and every token is what the list makes of its own text: the
+    neighbours that tiktoken would merge into a token are then the pair that the list has for it.
+    The same holds for the scores of a GGUF file, with ids in the order of scores.
     """
     made: dict[Pair, int] = {}
-    halves: dict[int, Pair] = {}  # of every token that the list makes of its text
+    halves: dict[int, Pair] = {}  # of every token that the list makes of its own text
     last = -1
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -283,7 +283,7 @@ def check_merges(
 def _meet(
     left: int, right: int, limit: int, made: Mapping[Pair, int], halves: Mapping[int, Pair]
 ) -> bool:
-    """Whether two tokens come to stand side by side: no merge before `limit` reaches across.
+    """Whether two tokens can become neighbours: no merge before `limit` crosses their border.
 
     The merges that made both are undone, the latest first, as in github.com/github/rust-gems, bpe.
     """
@@ -299,5 +299,5 @@ def _meet(
 
 
 def _is_split(token: str, tokens: Mapping[str, int], made: Mapping[Pair, int]) -> bool:
-    """Whether any two tokens that spell a token are a pair of the list, so that none is special."""
+    """Whether all pairs of tokens that spell a token are merges, as tiktoken may use any one."""
     return all((tokens[a], tokens[b]) in made for a, b in cuts(token, tokens))

@@ -1,4 +1,4 @@
-"""Classification scores on 0-1 as statistics for the bootstrap, equal to those of torchmetrics.
+"""Classification metrics on 0-1 as statistics for the bootstrap, equal to those of torchmetrics.
 
 Shapes: N items, C classes, R bootstrap replicates.
 """
@@ -16,14 +16,14 @@ MEASURES = ("accuracy", "precision", "recall", "f1", "auroc")
 def classification_statistics(
     labels: Labels, predictions: Labels, probabilities: Array, *, positive: int | None
 ) -> Statistic:
-    """(5, R) values, the `MEASURES`, of (R, N) weights: for `metrics.bootstrap_all`.
+    """Statistic for `metrics.bootstrap_all`: the (5, R) values of `MEASURES` for (R, N) weights.
 
     Args:
         labels: (N,) true classes.
         predictions: (N,) predicted classes.
         probabilities: (N, C) scores of the classes; only their order matters.
-        positive: the class that precision, recall, F1 and AUROC are about; None averages over the
-            classes that occur (macro).
+        positive: the class that precision, recall, F1 and AUROC are computed for; None averages
+            them over the classes that occur (macro).
     """
     n_classes = probabilities.shape[1]
     classes = list(range(n_classes)) if positive is None else [positive]
@@ -41,20 +41,20 @@ def classification_statistics(
 
 
 def _mean_of_known(per_class: Array) -> Array:
-    """Mean over the first axis without NaN: the classes that occur; NaN where none does."""
+    """Mean over classes, the first axis, ignoring NaN (absent classes); NaN if all are absent."""
     with np.errstate(invalid="ignore"):  # 0 / 0
         return np.nansum(per_class, axis=0) / np.isfinite(per_class).sum(axis=0)
 
 
 def _one_hot(chosen: Labels, n_classes: int) -> csr_array:
-    """(C, N), 1 at the class chosen: one product counts all classes. Of class -1 there is none."""
+    """One-hot (C, N), so that one product counts all classes; all zeros for an item of class -1."""
     items = np.flatnonzero(chosen >= 0)
     places = (chosen[items], items)
     return csr_array((np.ones(len(items)), places), shape=(n_classes, len(chosen)))
 
 
 def _rates(n_actual: Array, n_predicted: Array, n_hit: Array) -> Array:
-    """(C, 3, R) precision, recall and F1 from (C, R) counts; 0 if undefined, NaN if none occurs."""
+    """Precision, recall, F1 (C, 3, R) of (C, R) counts; 0 if undefined, NaN for absent classes."""
     n_both = n_actual + n_predicted
     denominators = np.stack([n_predicted, n_actual, n_both / 2], axis=1)
     rates = n_hit[:, None] / np.maximum(denominators, 1e-9)
@@ -62,11 +62,11 @@ def _rates(n_actual: Array, n_predicted: Array, n_hit: Array) -> Array:
 
 
 def _auroc(weights: Array, actual: NDArray[np.bool_], scores: Array) -> Array:
-    """(R,) probability that a positive item outranks a negative one, ties counting half."""
+    """Probability (R,) that a positive item outranks a negative one; ties count half."""
     order = np.argsort(scores, kind="stable")
     positive = order[actual[order]]
     drawn = weights[:, positive]
-    outranked = sum(  # once those of lower scores, once those of equal ones too
+    outranked = sum(  # negatives with lower scores, then with lower or equal ones; halved below
         _before(weights[:, order], np.searchsorted(scores[order], scores[positive], side))
         - _before(drawn, np.searchsorted(scores[positive], scores[positive], side))
         for side in ("left", "right")
@@ -78,7 +78,7 @@ def _auroc(weights: Array, actual: NDArray[np.bool_], scores: Array) -> Array:
 
 
 def _before(weights: Array, ends: NDArray[np.int64]) -> Array:
-    """(R, M) sums of the weights before each of M ends."""
+    """Sums (R, M) of the weights (R, N) before each of M ends."""
     sums = np.zeros((len(weights), weights.shape[1] + 1))
     np.cumsum(weights, axis=1, out=sums[:, 1:])
     return sums[:, ends]

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible chat endpoint, asked patiently: attempts, time and replies have bounds.
+"""An OpenAI-compatible chat endpoint, with limits on attempts, waiting times and reply sizes.
 
 Whatever comes back is kept as text; the key appears in the request's header and nowhere else.
 """
@@ -24,8 +24,8 @@ from pipeline.evaluation.rubric import Message
 from pipeline.ports import LOOPBACK
 
 MAX_REPLY_BYTES = 2**20
-KEPT_CHARACTERS = 20_000  # of a reply that is no answer, for the record
-FORM_REFUSED = (400, 422)  # OpenAI, llama.cpp and Ollama; FastAPI servers such as vLLM
+KEPT_CHARACTERS = 20_000  # of an unusable reply, for the record
+FORM_REFUSED = (400, 422)  # 400: OpenAI, llama.cpp, Ollama; 422: FastAPI servers such as vLLM
 REMEDIES = dict.fromkeys((301, 302, 307, 308), "give the final address as judge.base_url.") | {
     401: "export the right key under the name that judge.api_key_env gives.",
     403: "export a key with access under the name that judge.api_key_env gives.",
@@ -36,7 +36,7 @@ PROBE_S = 5.0
 
 
 class EndpointError(Exception):
-    """No answer; `raw` is what came instead; `is_fatal`: other requests will fare no better."""
+    """No usable reply; `raw` is what came instead, `is_fatal` if other requests would fail too."""
 
     def __init__(self, problem: str, raw: str = "", *, is_fatal: bool = False) -> None:
         super().__init__(problem)
@@ -44,24 +44,24 @@ class EndpointError(Exception):
 
 
 class TransientError(EndpointError):
-    """Worth another attempt, after `retry_after_s` where the server named seconds."""
+    """An error worth a retry, after `retry_after_s` if the server stated seconds."""
 
     retry_after_s: float | None = None
 
 
 class Endpoint:
-    """A chat endpoint with the patience of its `JudgeConfig`; one instance serves several threads.
+    """A chat endpoint with the limits of its `JudgeConfig`; threads may share an instance.
 
-    `schema` is the replies' JSON schema. A server that refuses parameters is asked without them
-    until one request is answered, and like that from then on; so the conversation has to state the
-    format as well. ValueError if the key is not in the environment.
+    `schema` is the JSON schema of replies. Parameters that the server refuses are left out, until a
+    request is answered; all later requests have the parameters of that one. The conversation must
+    therefore state the format, too. ValueError if the key is not in the environment.
     """
 
     def __init__(self, config: JudgeConfig, *, schema: dict[str, Any]) -> None:
         self.config = config
         self.stop = threading.Event()
         self._key = config.api_key()
-        self._settling, self._is_settled = threading.Lock(), False  # which parameters it takes
+        self._settling, self._is_settled = threading.Lock(), False  # on the parameters below
         self._parameters: dict[str, Any] = {
             "temperature": 0,
             "max_tokens": config.max_tokens,
@@ -71,10 +71,10 @@ class Endpoint:
             },
         }
         self._key_as_text = _spellings(self._key)
-        self._tls = httpx.create_ssl_context()  # takes longer than all else of a client
+        self._tls = httpx.create_ssl_context()  # shared: the slowest part of making a client
 
     def complete(self, messages: list[Message]) -> str:
-        """The content of the reply to a conversation, else EndpointError, after all attempts."""
+        """The content of the reply to a conversation; EndpointError if no attempt succeeds."""
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.config.max_attempts)
             | tenacity.stop_when_event_set(self.stop),
@@ -96,7 +96,7 @@ class Endpoint:
         body = {"model": self.config.model, "messages": messages, **parameters}
         url = self.config.base_url.rstrip("/") + "/chat/completions"
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        # a client of its own: to close one that is late breaks off no other request
+        # a client per request, so that closing one that is late interrupts no other request
         client = _client(self.config, headers, self._tls)
         with client, deadline(client, self.config.timeout_s) as is_over:
             try:
@@ -112,18 +112,18 @@ class Endpoint:
                 what = str(error) or type(error).__name__
                 raise TransientError(f"the connection broke off ({what}).") from error
         text = self._clean(given)
-        if response.status_code in FORM_REFUSED:  # by now another thread may know
+        if response.status_code in FORM_REFUSED:  # another thread may have settled it by now
             other = self._parameters if self._is_settled else _adapted(parameters, text)
             if other != parameters:
                 return self._post(messages, other)
         self._check_status(response, text)
-        # a short key may well stand in a number there, or in a name of the form itself
+        # parsed with the key still in: a short one may occur in a number or a field's name
         reply = self._clean(_content(given, shown=text))
         self._settle(parameters)
         return reply
 
     def _settle(self, parameters: dict[str, Any]) -> None:
-        """What a request was answered with is what all are sent with from now on."""
+        """Fixes the parameters of all requests to those of the first answered one."""
         with self._settling:
             if self._is_settled:
                 return
@@ -134,7 +134,7 @@ class Endpoint:
             warn("the judge takes no temperature of 0; its verdicts may differ if repeated.")
 
     def _read(self, response: httpx.Response) -> str:
-        """The body, within the size that is allowed."""
+        """The body of a response; EndpointError if it is longer than MAX_REPLY_BYTES."""
         body = bytearray()
         for chunk in response.iter_raw():
             body += chunk
@@ -158,13 +158,13 @@ class Endpoint:
         raise EndpointError(f"{problem}.", text)
 
     def _clean(self, text: str) -> str:
-        """Valid UTF-8 (JSON can spell lone surrogates) without the key, should a server echo it."""
+        """Valid UTF-8 (JSON can spell lone surrogates), with the key, if echoed, hidden."""
         text = text.encode(errors="replace").decode()
         return self._key_as_text.sub("[key]", text) if self._key else text
 
 
 def connection_problem(config: JudgeConfig) -> str | None:
-    """Why no connection can be made to a judge; asked for nothing, without the key, for seconds."""
+    """Why a connection to a judge fails, or None; sends no key and gives up after seconds."""
     try:
         with _client(config, {}, httpx.create_ssl_context()) as client:
             client.head(config.base_url, timeout=PROBE_S)
@@ -176,7 +176,7 @@ def connection_problem(config: JudgeConfig) -> str | None:
 
 
 def _adapted(sent: dict[str, Any], refusal: str) -> dict[str, Any]:
-    """Parameters to try instead: without one that is named, else without the reply's format."""
+    """Parameters for a retry: without one that the refusal names, else without response_format."""
     named = (key for key in ("response_format", "temperature") if key in sent and key in refusal)
     parameters = dict(sent)
     if "max_tokens" in sent and "max_completion_tokens" in refusal:  # OpenAI's newer models
@@ -191,7 +191,7 @@ def _client(config: JudgeConfig, headers: dict[str, str], tls: ssl.SSLContext) -
         headers={"Accept-Encoding": "identity", **headers},
         timeout=config.timeout_s,
         verify=tls,
-        trust_env=urlsplit(config.base_url).hostname not in LOOPBACK,  # no proxy
+        trust_env=urlsplit(config.base_url).hostname not in LOOPBACK,  # which needs no proxy
     )
 
 
@@ -203,15 +203,15 @@ def _unreachable(config: JudgeConfig, error: Exception) -> str:
 
 
 def _spellings(key: str) -> re.Pattern[str]:
-    """The key, as it stands and as JSON may write it: every character may be escaped there."""
+    """Matches the key as it is and as JSON may spell it, where any character may be escaped."""
     return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
 
 
 def _content(body: str, *, shown: str) -> str:
-    """`choices[0].message.content`; a null is an empty reply; `shown`: for the record."""
+    """Returns `choices[0].message.content`, null as ""; an EndpointError has `shown` as `raw`."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
-        if isinstance(content, list):  # of parts; thoughts are not of type text
+        if isinstance(content, list):  # of parts; reasoning is not of type text
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except MALFORMED as error:
         raise EndpointError("the reply is not a chat completion.", shown) from error

@@ -1,4 +1,4 @@
-"""An LLM as judge: every response asked about once, no reply lost, resumable from a cache."""
+"""An LLM as judge, which is asked about every response once, loses no reply, and can resume."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -43,11 +43,11 @@ class Judgement:
 def judge_responses(
     responses: Sequence[Response], config: JudgeConfig, *, cache: Path
 ) -> list[Judgement]:
-    """Has every response judged, in their order; an empty one gets 0 without being sent.
+    """Judges every response, in order; an empty one gets 0 without being sent.
 
-    `cache` is a JSONL file of verdicts, appended one by one and read first, so that an evaluation
-    that broke goes on where it stopped; what has none is asked again. ValueError if nothing could
-    be asked: no connection, no key, or the first request refused.
+    `cache` is a JSONL file of verdicts, read first and appended one by one, so that an interrupted
+    evaluation resumes where it stopped; responses without a verdict are asked about again.
+    ValueError if nothing could be asked: no connection, no key, or the first request refused.
     """
     config.check()
     keys = [_key(config, response) for response in responses]
@@ -62,7 +62,7 @@ def judge_responses(
         judgements.update(_ask_all(Endpoint(config, schema=VERDICT_SCHEMA), asked, kept))
     silent = Judgement((), 0.0, "The response is empty; it was not sent to the judge.")
     sent = [judgements[k] for r, k in zip(responses, keys, strict=True) if not r.is_empty]
-    if sent and all(judgement.score is None for judgement in sent):  # a mean of empty ones alone
+    if sent and all(judgement.score is None for judgement in sent):  # no mean of empty ones alone
         silent = Judgement((), None, "the response is empty, and no other has a verdict")
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
@@ -82,7 +82,7 @@ def _known(kept: Kept) -> dict[str, Judgement]:
 def _ask_all(
     endpoint: Endpoint, asked: Mapping[str, Response], kept: Kept
 ) -> Iterator[tuple[str, Judgement]]:
-    """Yields judgements as they come; the first item goes alone, to see if there is a judge."""
+    """Yields judgements as they come; the first item is sent alone, to see if the judge works."""
     (first_key, first), *others = asked.items()
     judgement = _ask_and_keep(endpoint, kept, first_key, first)
     if judgement.error and judgement.error.is_fatal and len(judgement.replies) == 1:
@@ -97,7 +97,7 @@ def _ask_all(
         console = Console(stderr=True)
         for future in track(as_completed(futures), "judging", len(futures), console=console):
             yield futures[future], future.result()
-    finally:  # also after an interrupt: nothing new is asked, and nobody goes on waiting
+    finally:  # also after an interrupt: sends no new requests, and ends waits for retries
         endpoint.stop.set()
         for future in futures:
             future.cancel()
@@ -105,7 +105,7 @@ def _ask_all(
 
 
 def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) -> Judgement:
-    """One item; a verdict is on disk before whoever asked goes on to the next."""
+    """Judges an item; a verdict is on disk before the thread goes on to the next item."""
     judgement = _ask(endpoint, response)
     if judgement.score is not None:
         kept.append(key, replies=judgement.replies)
@@ -113,7 +113,7 @@ def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) 
 
 
 def _ask(endpoint: Endpoint, response: Response) -> Judgement:
-    """One item: a question, and one more where the reply cannot be read."""
+    """Asks about an item, and once more if the reply cannot be parsed."""
     messages, problem = conversation(response), ""
     replies: tuple[str, ...] = ()
     for _ in range(2):
@@ -131,7 +131,7 @@ def _ask(endpoint: Endpoint, response: Response) -> Judgement:
 
 
 def _key(config: JudgeConfig, response: Response) -> str:
-    """What a verdict depends on: the judge, the rubric and the item's content, not its id."""
+    """Digest of what a verdict depends on: judge, rubric and the item's content, but not its id."""
     judge = [config.base_url, config.model, config.max_tokens, RUBRIC_DIGEST]
     content = [response.instruction, response.input, response.reference, response.response]
     return digest([judge, content])

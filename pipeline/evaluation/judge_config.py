@@ -1,4 +1,4 @@
-"""Where a judge is, and how patiently it is asked; checked before anything is sent."""
+"""A judge's endpoint and the limits on requests to it, checked before anything is sent."""
 
 import re
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from pipeline.keys import key_from_environment
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Where the judge is and how patiently it is asked.
+    """The judge's endpoint, and the limits on requests to it.
 
     Args:
-        base_url: an OpenAI-compatible server, up to and with /v1: Ollama, vLLM, llama.cpp, ...
-        model: the name by which the server knows it.
-        api_key_env: name of the environment variable that holds the key; empty if none is needed.
-        max_concurrency: requests at a time.
-        max_tokens: length limit of one reply.
-        timeout_s: for one request, from connecting to the last byte.
-        max_attempts: for one request, on 429, 5xx, timeouts and broken connections.
-        max_wait_s: between two attempts, whatever a Retry-After asks for.
+        base_url: URL of an OpenAI-compatible server, including /v1: Ollama, vLLM, llama.cpp, ...
+        model: name of the model on that server.
+        api_key_env: environment variable that holds the server's key; empty if it needs none.
+        max_concurrency: maximum number of requests at a time.
+        max_tokens: maximum length of a reply, in tokens.
+        timeout_s: time limit of a request, in seconds, from connecting to the last byte.
+        max_attempts: attempts per request; 429, 5xx, timeouts and lost connections are retried.
+        max_wait_s: longest wait before a retry, in seconds, even if Retry-After asks for more.
     """
 
     base_url: str
@@ -31,7 +31,7 @@ class JudgeConfig:
     max_wait_s: float = 30.0
 
     def check(self) -> None:
-        """ValueError for a field that makes no sense, or if the key is not there.
+        """Raises ValueError for an invalid field or a missing key.
 
         Not done on construction: the command line would print the values beside the error.
         """
@@ -49,7 +49,7 @@ class JudgeConfig:
         self.api_key()
 
     def api_key(self) -> str:
-        """The key, or nothing where none is needed; ValueError, without it, where it is no key."""
+        """The key, empty if none is needed; ValueError, without showing it, if it is invalid."""
         return key_from_environment(self.api_key_env, "judge.api_key_env")
 
 

@@ -1,4 +1,4 @@
-"""What takes long to come by, kept on disk as it comes: a command that was killed goes on."""
+"""Results that take long to get, kept on disk as they come, so that a killed command can resume."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from pipeline.console import warn
 
 
 class Kept:
-    """Rows by key in JSON Lines; a line that a crash cut short is passed over."""
+    """Rows by key in a JSON Lines file; a line that a crash cut short is skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}  # of `key` and facts; the last of a key holds
+        self.rows: dict[str, dict[str, Any]] = {}  # `key` and facts; the last row of a key wins
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():
@@ -26,13 +26,13 @@ class Kept:
             self._write(b"\n")
 
     def append(self, key: str, **facts: Any) -> None:
-        """Adds a row; a single write, so that lines of two processes do not mix."""
+        """Appends a row in a single write, so that the lines of two processes do not mix."""
         row = {"key": key, **facts}
         self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.rows[key] = row
 
     def pass_over(self) -> None:
-        """Says that a line cannot be used."""
+        """Warns that a line cannot be used."""
         warn(f"{self.path}: passing over a damaged line; its item is asked for again.")
 
     def _write(self, line: bytes) -> None:

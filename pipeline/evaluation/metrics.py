@@ -1,9 +1,9 @@
 """Text metrics on 0-100 and bootstrap intervals over items.
 
 A corpus-level value (BLEU, chrF, perplexity, a mean) is a function of sums over items, so one
-resampling serves them all: a bootstrap replicate is a row of weights, the times an item was drawn.
+resampling serves them all: a bootstrap replicate is a row of weights, how often each item is drawn.
 
-Shapes: N items, K counts an item, R bootstrap replicates.
+Shapes: N items, K counts per item, R bootstrap replicates.
 """
 
 import math
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # (R, N) weights of the items -> (R,) values
 
 SEED = 0  # of all intervals
-RESAMPLES = 2_000  # the ends of a 95 % interval then rest on 50 replicates each
+RESAMPLES = 2_000  # so that 50 replicates lie beyond either end of a 95 % interval
 MAX_WEIGHTS = 4_000_000  # R x N held at once: 32 MB
 CHAR_ORDER, WORD_ORDER = 6, 4  # of chrF (Popović 2015) and BLEU (Papineni 2002)
 
@@ -45,17 +45,17 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
 
-    Replicates on which the statistic is undefined (NaN) are left out. Where all items agree the
-    interval has no width: it tells the spread of the items, not what was never seen (`widened`).
+    Replicates on which the statistic is undefined (NaN) are left out. If all items agree, the
+    interval has zero width, as it only reflects the spread of these items (see `widened`).
 
     ValueError if there are no items.
 
     Args:
-        statistic: the value of every row of weights; the estimate itself is that of weights 1.
+        statistic: maps rows of weights to values; the estimate itself is the value for weights 1.
         n_items: N.
-        seed: decides the replicates.
-        keys: of the items; those of one key say the same thing and are drawn together, or an
-            interval would count them as so many observations.
+        seed: random seed of the replicates.
+        keys: one per item; items with the same key say the same and are drawn together, as they
+            would otherwise count as independent observations.
     """
     return bootstrap_all(lambda w: statistic(w)[None], n_items, seed=seed, keys=keys)[0]
 
@@ -63,7 +63,7 @@ def bootstrap(
 def bootstrap_all(
     statistics: Statistic, n_items: int, *, seed: int = SEED, keys: Sequence[str] | None = None
 ) -> list[Estimate]:
-    """`bootstrap` of (S, R) values at once: they are of the same replicates, drawn once."""
+    """`bootstrap` of S statistics at once, whose values are (S, R), on the same replicates."""
     if n_items == 0:
         raise ValueError("an interval needs at least one item, and there is none.")
     generator, numbers = np.random.default_rng(seed), dict[str, int]()
@@ -89,16 +89,16 @@ def _interval(replicates: Array) -> tuple[float, float]:
 
 
 def widened(estimate: Estimate, *n_items: int, scale: float, lowest: float = 0.0) -> Estimate:
-    """The same; but an interval without width holds what was never seen, too.
+    """The estimate, but with an interval of zero width widened for what the sample may lack.
 
-    N items that all have one score leave it possible, at 95 %, that up to 1 - 0.025^(1 / N) of all
-    there are have another (Clopper & Pearson 1934), be it the lowest or the highest.
+    If N items all have the same score, up to 1 - 0.025^(1 / N) of the population may still have
+    another one, the lowest or the highest, at 95 % (Clopper & Pearson 1934).
 
     Args:
-        estimate: of a mean of items.
-        n_items: N; of a mean of several means, of each.
-        scale: the highest score, or difference of two.
-        lowest: the lowest.
+        estimate: of a mean over items.
+        n_items: N; for a mean of several means, the N of each.
+        scale: the highest possible score, or difference of two scores.
+        lowest: the lowest possible one.
     """
     value = estimate.value
     if not math.isclose(estimate.low, estimate.high, abs_tol=1e-9 * scale):
@@ -109,17 +109,17 @@ def widened(estimate: Estimate, *n_items: int, scale: float, lowest: float = 0.0
 
 
 def of_sums(counts: Array, value: Callable[[Array], Array]) -> Statistic:
-    """Statistic of a corpus: `value`, which maps (..., K) to (...), of summed (N, K) `counts`."""
+    """Corpus-level statistic: `value`, mapping (..., K) to (...), of weighted sums of `counts`."""
     return lambda weights: value(weights @ counts)
 
 
 def mean_of(scores: Sequence[float] | Array) -> Statistic:
-    """Mean of (N,) scores."""
+    """Statistic: the mean of (N,) scores."""
     return of_sums(np.column_stack([scores, np.ones(len(scores))]), mean)
 
 
 def mean(sums: Array) -> Array:
-    """Total over number, from (..., 2) sums."""
+    """Total / number, from (..., 2) sums of both."""
     return sums[..., 0] / sums[..., 1]
 
 
@@ -129,16 +129,16 @@ def difference(before: Statistic, after: Statistic) -> Statistic:
 
 
 def exact_match(response: str, reference: str) -> float:
-    """100 where the texts are equal, else 0; only differences in whitespace are forgiven."""
+    """100 if the texts are equal, up to whitespace and Unicode normalisation (NFC), else 0."""
     return 100.0 * (" ".join(_nfc(response).split()) == " ".join(_nfc(reference).split()))
 
 
 def rouge_l(response: str, reference: str) -> float:
     """ROUGE-L F1 (Lin 2004) on 0-100, on words of any script.
 
-    torchmetrics' own normaliser drops everything but a-z and 0-9; on such text the two agree
-    (tests/test_metrics.py), but its table has a cell for each pair of words: 4,000 beside as many
-    take 40 s. Where the reference has no words ("?"), it is what `exact_match` says.
+    torchmetrics' default normaliser drops everything but a-z and 0-9; on such text the two agree
+    (tests/test_metrics.py), but its table has a cell per pair of words: two texts of 4,000 words
+    take 40 s. For a reference without words ("?") it is the same as `exact_match`.
     """
     wanted, given = words(_nfc(reference)), words(_nfc(response))
     if not wanted:
@@ -147,7 +147,7 @@ def rouge_l(response: str, reference: str) -> float:
 
 
 def _longest_common(given: list[str], wanted: list[str]) -> int:
-    """Words of the longest common subsequence; a row of the usual table is one integer.
+    """Length, in words, of the longest common subsequence; a row of its table is one integer.
 
     A bit of it is 0 where the length grows (Hyyrö 2004, "Bit-parallel LCS-length computation").
     """
@@ -167,10 +167,10 @@ def words(text: str) -> list[str]:
 
 
 def chrf_counts(responses: Sequence[str], references: Sequence[str]) -> Array:
-    """(N, 18) character n-grams of the response, of the reference and in both, orders 1 to 6.
+    """Counts (N, 18) of character n-grams in response, reference and both, each of orders 1 to 6.
 
-    By sacrebleu rather than torchmetrics 1.9, whose chrF gives an exact "42" 33 of 100 (it divides
-    by orders that a short text has not) and forgets the reference of an item without any match.
+    By sacrebleu rather than torchmetrics 1.9, whose chrF gives an exact "42" only 33 (it divides by
+    orders for which a text is too short) and ignores the reference of an item without any match.
     """
     from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
@@ -179,13 +179,13 @@ def chrf_counts(responses: Sequence[str], references: Sequence[str]) -> Array:
         given = extract_all_char_ngrams(_nfc(response), CHAR_ORDER)
         wanted = extract_all_char_ngrams(_nfc(reference), CHAR_ORDER)
         for order, (have, want) in enumerate(zip(given, wanted, strict=True)):
-            # as sacrebleu: n-grams longer than the reference are not held against the response
+            # as in sacrebleu, n-grams longer than the reference do not count against the response
             row[:, order] = have.total() if want else 0, want.total(), (have & want).total()
     return counts.reshape(len(responses), 3 * CHAR_ORDER)
 
 
 def chrf(counts: Array) -> Array:
-    """chrF2 on 0-100 from (..., 18) counts, of an item or summed over a corpus, as sacrebleu."""
+    """chrF2 on 0-100, as in sacrebleu, from (..., 18) counts of an item or summed over a corpus."""
     given, wanted, matched = np.moveaxis(counts.reshape(*counts.shape[:-1], 3, CHAR_ORDER), -2, 0)
     present = (given > 0) & (wanted > 0)
     n_orders = np.maximum(present.sum(-1), 1)
@@ -195,10 +195,10 @@ def chrf(counts: Array) -> Array:
 
 
 def bleu_counts(responses: Sequence[str], references: Sequence[str]) -> Array:
-    """(N, 10) by torchmetrics: word n-grams matched and given, orders 1 to 4, and both lengths.
+    """Counts (N, 10) by torchmetrics: matching and all word n-grams, orders 1 to 4, both lengths.
 
-    Tokenised as sacreBLEU's 13a; scripts without spaces are first cut into characters, as its zh
-    does with Chinese.
+    Tokenised by sacreBLEU's 13a; scripts without spaces are first split into characters, as its zh
+    does for Chinese.
     """
     from torchmetrics.text import SacreBLEUScore
 

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else."""
+"""The report of an evaluation: a self-contained HTML file."""
 
 import io
 from collections.abc import Mapping
@@ -30,14 +30,14 @@ N_EXAMPLES = 5  # best and worst items
 MAX_UNSCORED = 50  # shown with their raw text; scores.jsonl has all
 MAX_CHARACTERS = 2_000  # of one text; the JSONL files have the rest
 
-INK = "#010203"  # stands for the page's own text colour
-BEFORE, AFTER = "#a0795a", "#3d7fd9"  # apart from each other also without colour vision
+INK = "#010203"  # placeholder for the page's own text colour
+BEFORE, AFTER = "#a0795a", "#3d7fd9"  # distinguishable even without colour vision
 
 
 def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
     """The report as HTML.
 
-    Texts of models are data and shown as such: escaped, clipped, and the page forbids scripts.
+    Texts from models are treated as data: escaped and clipped, on a page that forbids scripts.
 
     `lineage` says what the numbers come from: checkpoint and digest, data, settings.
     """
@@ -76,7 +76,7 @@ def render_report(summary: Summary, *, lineage: Mapping[str, str]) -> str:
 
 
 def score_histogram(summary: Summary) -> Figure:
-    """How the items' headline scores spread over 0-100, in steps of ten."""
+    """Histogram of the items' headline scores over 0-100, in steps of ten."""
     figure, axes = _axes()
     sides = [scored for scored in (summary.before, summary.after) if scored]
     columns = [scored.column(summary.headline) for scored in sides]
@@ -94,7 +94,7 @@ def score_histogram(summary: Summary) -> Figure:
 
 
 def before_and_after(summary: Summary) -> Figure:
-    """Each item's headline score before and after; above the diagonal it has improved."""
+    """Scatter plot of the headline scores before and after; above the diagonal, items improved."""
     assert summary.before is not None, "there is nothing to compare with"
     figure, axes = _axes()
     before = summary.before.column(summary.headline)
@@ -135,7 +135,7 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _best_and_worst(summary: Summary) -> tuple[list[Any], list[Any]]:
-    """The two ends of the ranking by headline score; ties are broken by chrF."""
+    """The best and the worst items by headline score; chrF breaks ties."""
     column = summary.after.column(summary.headline)
     ranked = np.lexsort((summary.after.column("chrf"), column))  # NaN last
     ranked = ranked[: int((~np.isnan(column)).sum())]

@@ -1,4 +1,4 @@
-"""`responses.jsonl`: what a model answered, one object an item, whichever model it was."""
+"""`responses.jsonl`: the responses of any model, one JSON object per item."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ Primitive = str | int | float | bool | None
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One answer to one instruction, and what it is compared with.
+    """A model's response to an instruction, and the reference to compare it with.
 
     `settings` are those of the generation. `reference_nats` and `reference_tokens` say how well the
     model predicts the reference itself: the sum of its next-token losses and their number.
-    ValueError names a field of the wrong type or of no sensible value.
+    ValueError names a field with a wrong type or an invalid value.
     """
 
     id: int | str
@@ -32,7 +32,7 @@ class Response:
     reference_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.id) not in (int, str):  # nor is it True
+        if type(self.id) not in (int, str):  # a bool is refused, too
             raise ValueError(f"'id' is {self.id!r}; it must be a number or a string.")
         for name in ("instruction", "input", "reference", "response"):
             if not isinstance(value := getattr(self, name), str):
@@ -57,9 +57,9 @@ class Response:
 
 
 def read_responses(path: Path) -> list[Response]:
-    """Reads a `responses.jsonl` of any model; what `Response` has not, and null, is left out.
+    """Reads a `responses.jsonl` of any model; ignores fields that `Response` lacks, and nulls.
 
-    ValueError names the first bad line or repeated id; or there is none.
+    ValueError names the first invalid line or repeated id, or says that there are no responses.
     """
     lines_of_ids: dict[int | str, int] = {}
     responses = []
@@ -79,7 +79,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON Lines (UTF-8) in one move, so that the file is whole or not there."""
+    """Writes JSON Lines (UTF-8) atomically, so that the file is never incomplete."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, (line.encode() for line in lines))
 

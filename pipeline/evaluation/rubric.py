@@ -1,7 +1,7 @@
-"""What the judge is told, and the strict reading of what it answers.
+"""The judge's instructions, and a strict parser of its replies.
 
 The 0-100 scale is that of Raschka, *Build a Large Language Model (From Scratch)*, 7.8; there,
-replies that are no number drop out of the mean, here every one is kept and counted.
+replies that are not a number are dropped from the mean, here every one is kept and counted.
 """
 
 import hashlib
@@ -49,19 +49,19 @@ VERDICT_SCHEMA: dict[str, Any] = {
 }
 
 RUBRIC_DIGEST = hashlib.sha256(json.dumps([RUBRIC, REPAIR, VERDICT_SCHEMA]).encode()).hexdigest()
-_THOUGHTS = re.compile(r"\A(?!\s*\{).*?</think>", re.DOTALL)  # of models that reason
+_THOUGHTS = re.compile(r"\A(?!\s*\{).*?</think>", re.DOTALL)  # of reasoning models
 QUOTED_CHARACTERS = 4_000  # of an unreadable reply, when the judge is asked again
 
 
 class Verdict(NamedTuple):
-    """What the judge decided; `score` on 0-100."""
+    """The judge's decision; `score` is on 0-100."""
 
     score: float
     rationale: str
 
 
 def conversation(response: Response) -> list[Message]:
-    """The rubric, and the item as JSON: out of a quoted string no text can break."""
+    """The rubric and the item, as JSON: no text can break out of a quoted string."""
     item = {
         "instruction": response.instruction,
         "input": response.input,
@@ -75,7 +75,7 @@ def conversation(response: Response) -> list[Message]:
 
 
 def again(reply: str, problem: str) -> list[Message]:
-    """What follows a reply that could not be read."""
+    """The messages that follow a reply that could not be parsed."""
     return [
         {"role": "assistant", "content": reply[:QUOTED_CHARACTERS]},
         {"role": "user", "content": REPAIR.format(problem=problem)},
@@ -83,10 +83,10 @@ def again(reply: str, problem: str) -> list[Message]:
 
 
 def parse_verdict(reply: str) -> Verdict:
-    """Reads `{"rationale": ..., "score": ...}`, after thoughts aloud, and accepts nothing else.
+    """Parses `{"rationale": ..., "score": ...}`, after any reasoning, and accepts nothing else.
 
-    ValueError says what is wrong: prose around it, another or a repeated field, a score that is not
-    a JSON integer or not within 0 to 100.
+    ValueError says what is wrong: text around it, a field that is missing, unknown or repeated, a
+    score that is not a JSON integer or not within 0 to 100.
     """
     try:
         fields = json.loads(_THOUGHTS.sub("", reply), object_pairs_hook=_unique)

@@ -23,19 +23,19 @@ def evaluate(
     verdicts: Path,
     lineage: Mapping[str, str],
 ) -> Summary:
-    """Scores a model's responses, or two models' to the same items, and writes what came of it.
+    """Scores a model's responses, or two models' to the same items, and writes the results.
 
-    The responses are written first: whatever happens to the judge, they are not lost. ValueError if
-    there is none at `judge.base_url`.
+    The responses are written first, so that they are not lost if the judge fails. ValueError if the
+    judge cannot be asked.
 
     Args:
-        after: responses of the model in question.
-        before: responses to the same items, in their order, to compare with.
+        after: responses of the model to evaluate.
+        before: responses to the same items, in the same order, to compare with.
         judge: an LLM judge to ask as well.
-        directory: gets `responses.jsonl`, `scores.jsonl`, of `before` `responses-before.jsonl` and
-            `scores-before.jsonl`; `summary.json` and `report.html`.
-        verdicts: JSONL file of what judges have said already; see `judge_responses`.
-        lineage: what the report names as the origin of the numbers: checkpoint, data, settings, ...
+        directory: folder for `responses.jsonl` and `scores.jsonl`, `responses-before.jsonl` and
+            `scores-before.jsonl` of `before`, `summary.json` and `report.html`.
+        verdicts: JSONL file of earlier verdicts, the cache of `judge_responses`.
+        lineage: origin of the numbers, for the report: checkpoint, data, settings, ...
     """
     from pipeline.evaluation.report import render_report
 
@@ -62,9 +62,9 @@ def evaluate(
 def score_responses(
     responses: Sequence[Response], *, judge: JudgeConfig | None, cache: Path
 ) -> dict[str, list[Score]]:
-    """Every scorer's scores, in the order of the responses; of a judge, too, if one is given.
+    """Every scorer's scores, in the order of the responses, including a judge's if one is given.
 
-    `cache` keeps verdicts, see `judge_responses`. ValueError if there is no judge.
+    `cache` keeps verdicts, see `judge_responses`. ValueError if the judge cannot be asked.
     """
     scores = {}
     if judge:

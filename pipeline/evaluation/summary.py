@@ -1,4 +1,4 @@
-"""Scores of items brought together: a row a measure, with 95 % intervals and paired differences."""
+"""Summary of items' scores: a row per measure, with 95 % intervals and paired differences."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import Array, Estimate, Statistic
 from pipeline.evaluation.responses import Response
 
-Keys = NDArray[np.object_]  # of the items: equal where they ask the same
+Keys = NDArray[np.object_]  # one per item, equal for items that ask the same
 
-SCALE = 100.0  # a score is between 0 and this
+SCALE = 100.0  # scores are between 0 and this
 LOWER_IS_BETTER = ("perplexity",)
-MIN_QUESTIONS = 6  # of fewer that all point one way, a sign test says p > 0.05 (2 / 2^5)
+MIN_QUESTIONS = 6  # even if fewer all agree, a sign test gives p > 0.05 (2 / 2^5)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One item's score by one scorer, 0-100; None, and why in `rationale`, where it is unscored."""
+    """An item's score by one scorer, 0-100; None if it is unscored, with the why in `rationale`."""
 
     id: int | str
     scorer: str
@@ -32,7 +32,7 @@ class Score:
     raw: str = ""
 
     def as_row(self) -> dict[str, Any]:
-        """The object that `scores.jsonl` holds."""
+        """The score's object in `scores.jsonl`."""
         return asdict(self) | {"status": "unscored" if self.score is None else "scored"}
 
 
@@ -49,13 +49,13 @@ class Scored:
 
     @property
     def n_empty(self) -> int:
-        """Responses that say nothing."""
+        """Number of empty responses."""
         return sum(response.is_empty for response in self.responses)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measure of one model; no estimate where no item was scored."""
+    """One measure of one model; there is no estimate if no item was scored."""
 
     estimate: Estimate | None
     n_scored: int
@@ -67,9 +67,9 @@ class Row:
     """One measure; `difference` is after - before over the items that are scored in both.
 
     Attributes:
-        n_paired: those items.
-        n_questions: how many different ones they ask.
-        is_equal: whether all of them are the same before and after.
+        n_paired: number of those items.
+        n_questions: number of different questions that they ask.
+        is_equal: whether the counts of each are the same before and after.
     """
 
     measure: str
@@ -82,9 +82,9 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, or `unclear` where the interval of the difference holds 0 or NaN.
+        """`better`, `worse`, or `unclear` if the interval of the difference contains 0 or NaN.
 
-        Fewer questions than `MIN_QUESTIONS` tell nothing. `equal` where no item differs.
+        Also `unclear` for fewer questions than `MIN_QUESTIONS`; `equal` if no item differs.
         """
         difference = self.difference
         if difference is None or self.n_questions < MIN_QUESTIONS:
@@ -95,7 +95,7 @@ class Row:
         return "better" if is_better else "worse"
 
     def as_dict(self) -> dict[str, Any]:
-        """What `summary.json` holds; null for what is not finite."""
+        """The row's object in `summary.json`, with null for values that are not finite."""
         row = asdict(self) | {"verdict": self.verdict if self.before else None}
         return json.loads(json.dumps(row), parse_constant=lambda _: None)
 
@@ -110,11 +110,11 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """The scorer by which items are ranked: the judge where it scored anything, else chrF."""
+        """The scorer that ranks the items: the judge if it scored any, else chrF."""
         return "chrf" if np.isnan(self.after.column("judge")).all() else "judge"
 
     def as_dict(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
+        """The content of `summary.json`."""
         return {
             "n_items": len(self.after.responses),
             "n_empty_before": self.before.n_empty if self.before else None,
@@ -146,7 +146,7 @@ class Summary:
 def summarize(after: Scored, *, before: Scored | None) -> Summary:
     """Every measure with its interval; with `before`, also the paired differences.
 
-    Both are of the same items, in the same order.
+    Both have the same items, in the same order.
     """
     tables = _tables(after)
     others = _tables(before) if before else {}
@@ -157,7 +157,7 @@ def summarize(after: Scored, *, before: Scored | None) -> Summary:
 
 
 def _tables(scored: Scored) -> dict[str, Array]:
-    """(N, K) counts of each measure; NaN in the rows of items that it has no value for."""
+    """Counts (N, K) by measure, NaN in the rows of items without a value."""
     tables: dict[str, Array] = {}
     for scorer in scored.scores:
         values = scored.column(scorer)
@@ -172,7 +172,7 @@ def _tables(scored: Scored) -> dict[str, Array]:
     return tables
 
 
-_OF_CORPUS: Mapping[str, Callable[[Array], Array]] = {  # others are means over items
+_OF_CORPUS: Mapping[str, Callable[[Array], Array]] = {  # the others are means over items
     "corpus_chrf": metrics.chrf,
     "corpus_bleu": metrics.bleu,
     "perplexity": metrics.perplexity,
@@ -184,7 +184,7 @@ def _statistic(measure: str, table: Array) -> Statistic:
 
 
 def _estimate(measure: str, of: Statistic, keys: list[str], lowest: float = 0.0) -> Estimate:
-    """With its interval, which where all items agree holds what was never seen, too."""
+    """The estimate of a measure; where all items agree, a mean's interval is `metrics.widened`."""
     estimate = metrics.bootstrap(of, len(keys), keys=keys)
     if measure in _OF_CORPUS:
         return estimate

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, errors in OpenAI's form, a key, a limit to what is read."""
+"""The HTTP layer: routes, errors in OpenAI's format, the API key, a limit on request sizes."""
 
 import asyncio
 import contextlib
@@ -34,29 +34,29 @@ from pipeline.serving.writer import Writer
 
 MAX_BODY_BYTES = 4 * 2**20
 JSON = "application/json"
-LOCAL = (".localhost", ".internal")  # ends of names that nobody can register (RFC 6761, ICANN)
-HUNG_UP = 499  # nginx's status for a client that did not wait; nobody reads it
-# ends of lines to what reads events by `str.splitlines`, as httpx's `iter_lines` does
+LOCAL = (".localhost", ".internal")  # domains that nobody can register (RFC 6761, ICANN)
+HUNG_UP = 499  # nginx's status for a client that disconnected; nobody reads it
+# line ends for clients that split events by `str.splitlines`, as httpx's `iter_lines` does
 LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 T = TypeVar("T")
 
 
-Labelled = tuple[list[float], bool]  # probabilities (K,) of a text, and whether it was cut
+Labelled = tuple[list[float], bool]  # probabilities (K,) of a text, and whether it was truncated
 
 
 class Labels(NamedTuple):
-    """A model that labels, one request after the other: each uses all cores."""
+    """A classifier; it handles one request at a time, as each uses all cores."""
 
     names: list[str]
     of: Callable[[Sequence[str]], Future[list[Labelled]]]
 
 
 def make_app(name: str, served: Writer | Labels, key: str, *, local: bool = False) -> FastAPI:
-    """The server of a model that clients call `name`; they have to show the key, if any.
+    """The app that serves a model as `name`; clients must send the key, if there is one.
 
-    A `local` one that wants none has to be asked for by its address, or as localhost.
+    If `local` without a key, requests' host must be an IP address, localhost or of `LOCAL`.
     """
-    # FastAPI's pages of documentation would load scripts from elsewhere, and need no key
+    # FastAPI's documentation pages would load third-party scripts, and ask for no key
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_bounded)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -81,7 +81,7 @@ def make_app(name: str, served: Writer | Labels, key: str, *, local: bool = Fals
 
 
 def failure(status: int, message: str, *, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
+    """An error response in OpenAI's format."""
     headers = {"Retry-After": "1"} if status == 429 else None
     return JSONResponse(_error(status, message, param), status, headers)
 
@@ -112,7 +112,7 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
         answer.n_prompt = sum(map(len, prompts))
         deltas = writer.write(prompts, writer.settings(asked), asked)
         if asked.stream:
-            first = await _unless_gone(request, anext(deltas))  # or else why there is none
+            first = await _unless_gone(request, anext(deltas))  # an error here gets a status
             events = _events(first, deltas, answer, asked.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         try:
@@ -139,7 +139,7 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
 
 
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Delta]:
-    """Whole texts."""
+    """Joins the deltas of every choice."""
     choices: dict[int, Delta] = {}
     async for delta in deltas:
         answer.count(delta)
@@ -153,12 +153,12 @@ async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[
 async def _events(
     first: Delta, deltas: AsyncGenerator[Delta, None], answer: Answer, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; an error in the middle is the last of them."""
-    no_usage = {"usage": None} if include_usage else {}  # as OpenAI has it
+    """Server-sent events; an error on the way is the last of them."""
+    no_usage = {"usage": None} if include_usage else {}  # as in OpenAI's events
 
     def events_of(delta: Delta) -> str:
         answer.count(delta)
-        if not (delta.text or delta.ended or delta.tokens):  # half a character
+        if not (delta.text or delta.ended or delta.tokens):  # part of a character
             return ""
         return _event({**answer.event(delta), **no_usage})
 
@@ -181,7 +181,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What work gives; it is cancelled where the client hangs up."""
+    """The result of `work`, which is cancelled if the client disconnects."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -204,7 +204,7 @@ def _check_name(asked: str | None, name: str) -> None:
 
 
 def _needs(key: str) -> Callable[[Request], None]:
-    """Checks `Authorization: Bearer KEY`, in the same time for every wrong one."""
+    """A check of `Authorization: Bearer KEY` that takes equally long for every wrong key."""
 
     def check(request: Request) -> None:
         scheme, _, shown = request.headers.get("Authorization", "").partition(" ")
@@ -216,7 +216,7 @@ def _needs(key: str) -> Callable[[Request], None]:
 
 
 def _is_local(request: Request) -> None:
-    """A page of a browser may have the name of its site lead here (DNS rebinding)."""
+    """Refuses other hosts: a website could make its own name resolve to here (DNS rebinding)."""
     asked = request.headers.get("Host", "")
     host = urlsplit(f"//{asked}").hostname or ""
     with contextlib.suppress(ValueError):
@@ -236,12 +236,12 @@ def _refused(request: Request, error: Exception) -> Response:
         known = ", ".join(request.app.openapi()["paths"])
         message = f"{request.url.path} is not here; there are {known}."
     answer = failure(error.status_code, message)
-    answer.headers.update(error.headers or {})  # of 405, what is allowed
+    answer.headers.update(error.headers or {})  # a 405's Allow
     return answer
 
 
 def _invalid(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a request, by its key."""
+    """A response that names the first invalid key of a request, and why it is invalid."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][1:]) or "body"
@@ -266,7 +266,7 @@ def _note(answer: Answer) -> None:
 def _bounded(app: ASGIApp) -> ASGIApp:
     """Refuses bodies of more than MAX_BODY_BYTES, whatever their headers say.
 
-    FastAPI's own limit answers in plain text, which is not OpenAI's form.
+    FastAPI's own limit answers in plain text, not in OpenAI's format.
     """
 
     async def bounded(scope: Scope, receive: Receive, send: Send) -> None:

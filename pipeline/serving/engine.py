@@ -1,4 +1,4 @@
-"""One thread runs the model for all who ask: requests wait, join the batch, and leave it."""
+"""One thread runs the model for all requests: they wait, join the batch, and leave it."""
 
 import threading
 from collections import deque
@@ -16,13 +16,13 @@ from pipeline.failures import is_out_of_memory
 from pipeline.gpt import GPT
 from pipeline.workers import Workers
 
-READ_AT_A_TIME = 256  # tokens of prompts that are computed between two steps of other texts
-READ_ALONE = 1024  # likewise of one prompt, where nothing else is written
-READ_TOGETHER = 4096  # of several: who comes or hangs up meanwhile is not seen
+READ_AT_A_TIME = 256  # prompt tokens that are prefilled between two decoding steps
+READ_ALONE = 1024  # the same for one prompt while nothing is being decoded
+READ_TOGETHER = 4096  # and for several; new or cancelled requests go unnoticed meanwhile
 
 
 class EngineError(Exception):
-    """The model could not go on with a request."""
+    """The engine could not complete a request."""
 
 
 class Busy(EngineError):
@@ -30,21 +30,21 @@ class Busy(EngineError):
 
 
 class Piece(NamedTuple):
-    """What became of a request in a step."""
+    """What a step adds to a request's text."""
 
-    token: int | None  # one more, if any
-    ended: Literal["stop", "length"] | EngineError | None  # why no more come; None while they do
-    n_cached: int = 0  # tokens of the prompt that were not computed for it; with the first piece
-    logprobs: Sequence[TokenLogprob] = ()  # as `Row` has them
+    token: int | None  # the new one, if any
+    ended: Literal["stop", "length"] | EngineError | None  # why it ended; None while it goes on
+    n_cached: int = 0  # prompt tokens that were not computed for it; only in the first piece
+    logprobs: Sequence[TokenLogprob] = ()  # as in `Row`
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is done at a time; it decides memory and waiting, and no answer."""
+    """How much is done at a time; this decides memory and waiting times, but not the texts."""
 
-    max_rows: int  # written at the same time; as many that ended are kept, for those begun alike
-    max_tokens: int  # that all of them hold, the longest one's room counted for each being written
-    max_waiting: int = 256  # texts; more are turned away
+    max_rows: int  # texts generated at a time; the prefix cache keeps as many finished ones
+    max_tokens: int  # of all these; each text being generated counts as long as the longest
+    max_waiting: int = 256  # texts in the queue; more are refused
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -54,22 +54,22 @@ class Limits:
 
 @dataclass(eq=False)
 class Request:
-    """A text to be written."""
+    """A text to generate."""
 
     prompt: Sequence[int]
     settings: Sampling
     deliver: Callable[[Piece], None]  # called in the engine's thread
     row: Row | None = None  # its place in the batch, once it has one
-    n_read: int = 0  # tokens that were computed before it had one
+    n_read: int = 0  # prompt tokens that were prefilled before it had one
     is_cancelled: bool = False
 
 
 class Engine:
-    """Writes many texts at a time, in the thread of a worker, which it keeps until it is closed.
+    """Generates many texts at a time in a worker's thread, which it occupies until it is closed.
 
-    Whoever comes is taken into the batch between two steps, in the order of coming, as soon as
-    there is room. A long prompt is read in pieces, so that the others go on meanwhile (chunked
-    prefill, Agrawal et al. 2023), and no more of it than is wanted if its reader hangs up.
+    Requests join the batch between two steps, in their order of arrival, as soon as there is room.
+    A long prompt is prefilled in pieces, so that the others go on meanwhile (chunked prefill,
+    Agrawal et al. 2023), and so that the rest is skipped if its client disconnects.
     """
 
     def __init__(self, worker: Workers, model: GPT, limits: Limits) -> None:
@@ -80,14 +80,14 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._closing = False
         self._changed = threading.Condition()  # guards _waiting and _closing
-        self.ended = worker.submit(self._run)  # done by an error, or when it is closed
+        self.ended = worker.submit(self._run)  # done after an error, or when closed
 
     def submit(
         self, prompt: Sequence[int], settings: Sampling, deliver: Callable[[Piece], None]
     ) -> Request:
-        """Asks for a text.
+        """Queues a text to generate.
 
-        ValueError for one that does not fit, Busy where too many wait, EngineError at the end.
+        ValueError if it does not fit, Busy if too many are waiting, EngineError after the end.
         """
         check_prompt(len(prompt), self.block_size)
         request = Request(prompt, settings, deliver)
@@ -108,11 +108,11 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Gives a request up; nothing more is delivered to it from the next step on."""
+        """Cancels a request; nothing more is delivered to it from the next step on."""
         request.is_cancelled = True
 
     def close(self) -> None:
-        """Comes to an end after the step at hand; whoever is not done is told so."""
+        """Ends after the current step; unfinished requests are delivered an error."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -135,14 +135,14 @@ class Engine:
             self._give_up("the server has ended.")
 
     def _has_work(self) -> bool:
-        """Waits for some; false where the thread is to end."""
+        """Waits for work; false if the thread is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._waiting or self._running)
             return not self._closing
 
     def _advance(self) -> None:
-        """Takes in who waits and fits; then everybody in the batch gets a step."""
-        for request in [r for r in self._running if r.is_cancelled]:  # looked at once
+        """Lets waiting requests that fit join the batch, then runs a step of all its rows."""
+        for request in [r for r in self._running if r.is_cancelled]:  # other threads set it
             self._running.remove(request)
             if request.row:
                 self._batch.leave(request.row)
@@ -162,7 +162,7 @@ class Engine:
         self._running = [r for r in self._running if r.row and r.row.ended is None]
 
     def _admit(self) -> list[Request]:
-        """Who waited and has a place now; beside others in pieces, of which this reads one."""
+        """Requests that join now; one with a long prompt only gets its next piece prefilled."""
         admitted: list[Request] = []
         at_a_time, left = READ_ALONE, READ_TOGETHER
         if self._running:
@@ -172,13 +172,13 @@ class Engine:
             n_unread = len(request.prompt) if is_whole else self._batch.n_unread(request.prompt)
             if admitted and n_unread > min(left, at_a_time):
                 break
-            free = self._free([*self._running, request])  # then: what is read has to stay
+            free = self._free([*self._running, request])  # the pieces must stay cached
             if n_unread > at_a_time and not is_whole and len(request.prompt) <= free:
                 self._batch.prefixes.shrink(free - at_a_time)
                 try:
                     self._batch.read(request.prompt, at_a_time)
                 except Exception:
-                    self._take_first()  # is told of it, and not tried for ever
+                    self._take_first()  # gets the error, and is not retried forever
                     raise
                 request.n_read += at_a_time
                 break
@@ -186,12 +186,12 @@ class Engine:
             admitted.append(request)
             left -= n_unread
         for request in admitted:
-            self._batch.prefixes.find(request.prompt)  # what it begins with is given up last
+            self._batch.prefixes.find(request.prompt)  # makes its prefix the last to be dropped
         self._batch.prefixes.shrink(self._free(self._running))
         return admitted
 
     def _first(self) -> Request | None:
-        """Who has waited longest, if there is room."""
+        """The request that has waited longest, if there is room for it."""
         with self._changed:
             while self._waiting and self._waiting[0].is_cancelled:
                 self._waiting.popleft()
@@ -203,7 +203,7 @@ class Engine:
             self._running.append(self._waiting.popleft())
 
     def _free(self, requests: list[Request]) -> int:
-        """Tokens of texts that may be kept beside those that are written, and to be written."""
+        """Tokens that the prefix cache may hold beside these requests."""
         return self.limits.max_tokens - max(self._room(requests), self._batch.n_tokens)
 
     def _fits(self, requests: list[Request]) -> bool:
@@ -211,7 +211,7 @@ class Engine:
         return is_room and len(requests) <= self.limits.max_rows
 
     def _room(self, requests: list[Request]) -> int:
-        """Tokens that there is to be memory for; a row has as much as the longest."""
+        """Tokens to have memory for: every row takes as much as the longest."""
         wanted = [len(r.prompt) + r.settings.max_new_tokens for r in requests]
         return len(requests) * min(max(wanted, default=0), self.block_size)
 

@@ -1,6 +1,6 @@
-"""OpenAI's protocol, as far as it is kept: what may be asked, and the form of the answers.
+"""The supported part of OpenAI's protocol: requests, and the format of responses.
 
-What is not kept is refused by name; nothing that a client asks for is left out silently.
+What is not supported is refused by name; nothing that a client asks for is silently ignored.
 """
 
 import time
@@ -22,7 +22,7 @@ from pydantic import (
 from pipeline.serving.telling import Told, chat_form, text_form
 
 MAX_STOPS, MAX_CHOICES, MAX_INPUTS, MAX_LIKELIEST = 4, 16, 256, 20
-# what clients send by habit, with the values that ask for nothing, as null does
+# keys that clients send by habit, with the values that, like null, ask for nothing
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "best_of": (1,),
@@ -56,14 +56,14 @@ Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(
 
 
 class Strict(BaseModel):
-    """What has no keys but those that are kept; null is as good as not given."""
+    """A pydantic model that refuses unknown keys; null is the same as absent."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, asked: Any) -> Any:
-        """Without what asks for nothing."""
+        """Drops keys with values that ask for nothing."""
         if not isinstance(asked, dict):
             return asked
         return {
@@ -74,21 +74,21 @@ class Strict(BaseModel):
 
 
 def _prompts(value: Any) -> Any:
-    """A list of prompts, of one too."""
+    """A list of prompts, even if there is only one."""
     are_ids = isinstance(value, list) and bool(value) and isinstance(value[0], int)
     return [value] if are_ids or isinstance(value, str) else value
 
 
 class StreamOptions(Strict):
-    """What else is sent while a text is made."""
+    """What else a stream contains."""
 
     include_usage: bool = False
 
 
 class WritingRequest(Strict):
-    """What both forms of completion have."""
+    """The keys that chat and text completions share."""
 
-    model: str | None = None  # there is but one
+    model: str | None = None  # there is only one
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -103,7 +103,7 @@ class WritingRequest(Strict):
 
 
 class TextPart(Strict):
-    """A piece of a message; there is no other kind than text."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -126,14 +126,14 @@ class ChatMessage(Strict):
 
     @property
     def text(self) -> str:
-        """What it says; parts are lines, as vLLM and llama.cpp have them."""
+        """The content as one text, its parts joined by line breaks, as in vLLM and llama.cpp."""
         return "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(WritingRequest):
     """POST /v1/chat/completions."""
 
-    echo: ClassVar[bool] = False  # a chat is never said again
+    echo: ClassVar[bool] = False  # a conversation is never repeated
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -148,7 +148,7 @@ class ChatRequest(WritingRequest):
 
     @property
     def n_likeliest(self) -> int | None:
-        """Tokens to be told beside each one; None where nothing is told."""
+        """How many likeliest tokens to report with each token; None for no log-probabilities."""
         return self.top_logprobs if self.logprobs else None
 
 
@@ -165,7 +165,7 @@ class CompletionRequest(WritingRequest):
 
     @property
     def n_likeliest(self) -> int | None:
-        """Tokens to be told beside each one; None where nothing is told."""
+        """How many likeliest tokens to report with each token; None for no log-probabilities."""
         return self.logprobs
 
 
@@ -180,43 +180,43 @@ class ClassifyRequest(Strict):
 
 
 class Delta(NamedTuple):
-    """What came of one of the texts asked for, or all of it."""
+    """A piece of one of the requested texts, or all of it."""
 
     number: int
     text: str
-    ended: str | None  # why there will be no more of it; None while it goes on
-    n_tokens: int  # that were written for it
-    n_cached: int  # of its prompt, that were computed for another text; once for all choices
-    # where they are to be told: those written, the one that ended the text and those of a stop
-    # text too; with `echo` the prompt's before them
+    ended: str | None  # why it ended; None while it goes on
+    n_tokens: int  # that were generated for it
+    n_cached: int  # prompt tokens that were computed for another text; counted once per prompt
+    # if log-probabilities are requested: all generated tokens, including a stop token or those of
+    # a stop text; with `echo`, the prompt's come before them
     tokens: list[Told]
 
 
 class Answer:
-    """An answer's form, whole or in events while it is made: to a chat a message, else a text."""
+    """The format of an answer, whole or as events of a stream: a message to a chat, else a text."""
 
     def __init__(self, model: str, *, is_chat: bool) -> None:
         self.is_chat, self.began = is_chat, time.monotonic()
         self.n_prompt = self.n_completion = self.n_cached = 0  # tokens
         name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model}
-        self._begun: set[int] = set()  # choices of which an event has said whose they are
+        self._begun: set[int] = set()  # choices whose role has been sent
 
     def count(self, delta: Delta) -> None:
-        """Adds to what `usage` says."""
+        """Adds a delta's tokens to `usage`."""
         self.n_completion += delta.n_tokens
         self.n_cached += delta.n_cached
 
     def whole(self, choices: Iterable[Delta]) -> dict[str, Any]:
-        """The answer, when all of it is there."""
+        """The complete answer."""
         return self._form("chat.completion", "message", choices) | {"usage": self.usage()}
 
     def event(self, *choices: Delta) -> dict[str, Any]:
-        """What came of some choices."""
+        """An event of the stream, with deltas of some choices."""
         return self._form("chat.completion.chunk", "delta", choices)
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and written."""
+        """Counts of prompt and completion tokens."""
         return {
             "prompt_tokens": self.n_prompt,
             "completion_tokens": self.n_completion,
@@ -246,7 +246,7 @@ def label_form(
 ) -> dict[str, Any]:
     """The answer to `ClassifyRequest`: probabilities (K,) of texts, with the likeliest label.
 
-    Beside them, whether the end of a text was too far for the classifier to look at.
+    `truncated` says whether a text was too long for the classifier to see all of it.
     """
     data = [
         {

@@ -1,4 +1,4 @@
-"""`serve`: a checkpoint at an HTTP port, until it is stopped."""
+"""`serve`: serves a checkpoint over HTTP until it is stopped."""
 
 import asyncio
 import json
@@ -27,8 +27,8 @@ from pipeline.serving.engine import Engine, Limits
 from pipeline.serving.writer import Writer
 from pipeline.workers import Workers
 
-PATIENCE_S = 30  # with texts that are being written when the server is stopped
-TO_BE_TOLD_S = 5  # for those who are not done to hear of it
+PATIENCE_S = 30  # for requests in progress when the server is stopped
+TO_BE_TOLD_S = 5  # after that, for the remaining ones to receive an error
 
 
 def serve(
@@ -41,18 +41,18 @@ def serve(
     limits: Limits,
     defaults: Sampling,
 ) -> None:
-    """Answers until SIGINT or SIGTERM, which let what is being written come to its end.
+    """Serves until SIGINT or SIGTERM; requests in progress then have PATIENCE_S to finish.
 
-    ValueError where the port is taken, there is no key, ckpt holds no model, or a classifier is to
-    answer in another precision.
+    ValueError if the port is taken, the key is missing, ckpt holds no model, or a classifier is to
+    answer in a precision other than 32-true.
     """
     key = key_from_environment(api_key_env, "api_key_env")
     listener = listen(*address)
     app_of = partial(make_app, key=key, local=address[0] in LOOPBACK)
     if address[0] not in LOOPBACK and not key:
         warn(f"whoever reaches {address[0]} can use it; --api_key_env asks for a key.")
-    # OpenMP has threads for every thread that computes: where that makes more of them than there
-    # are cores, they sleep between any two operations, and decoding takes 1.3 times as long
+    # a single worker computes: OpenMP starts threads for every thread that does, and where those
+    # outnumber the cores, they sleep between operations, and decoding takes 1.3 times as long
     worker = Workers("model")
     loaded = worker.run(load_for_use, ckpt, precision)
     name = name or loaded.title
@@ -77,9 +77,9 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which since Python 3.12 would wait for connections after a second Ctrl-C too.
+    """uvicorn's, which since Python 3.12 would wait for connections even after a second Ctrl-C.
 
-    `give_up` tells those who wait that they will get no more, after the patience with them.
+    `give_up` is called PATIENCE_S after the first signal, to end the requests still in progress.
     """
 
     def __init__(self, app: FastAPI, give_up: Callable[[], None] | None = None) -> None:
@@ -92,11 +92,11 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self._give_up = give_up
-        # a second Ctrl-C cancels what is being written, which is no error to be shown
+        # a second Ctrl-C cancels requests in progress, which is no error to log
         logging.getLogger("uvicorn.error").addFilter(_is_error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Takes a signal; the second interrupt hangs up on everyone."""
+        """Handles a signal; the second interrupt closes all connections."""
         if self._give_up and not self.should_exit:
             patience = threading.Timer(PATIENCE_S, self._give_up)
             patience.daemon = True
@@ -114,7 +114,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def _greet(loaded: Loaded, name: str, listener: socket.socket, key_variable: str) -> None:
-    """The address on stdout, on stderr a command to try."""
+    """Prints the address to stdout, and a command to try to stderr."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     asked: dict[str, Any] = {"model": name}

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two forms: tokens as pieces of a text, and where each begins."""
+"""Log-probabilities in OpenAI's two formats: tokens as pieces of a text, and where each begins."""
 
 import codecs
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from pipeline.decoding.logprobs import TokenLogprob
 
 
 class Told(NamedTuple):
-    """A token of a text."""
+    """A token of a text, with its log-probability."""
 
-    piece: bytes  # which may be half a character
-    offset: int  # characters of the text before it
-    logprob: float | None  # in nats; None where nothing comes before it
-    likeliest: list[tuple[bytes, float]]  # those in its place, with their log-probabilities
+    piece: bytes  # which may be part of a character
+    offset: int  # number of characters of the text before it
+    logprob: float | None  # in nats; None for a text's first token
+    likeliest: list[tuple[bytes, float]]  # at its position, with their log-probabilities
 
 
 class Teller:
-    """Tells tokens, one after the other, as pieces of a text; the first one follows `before`."""
+    """Turns tokens, one after the other, into pieces of a text; the first one follows `before`."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
         self._tokenizer, self._before = tokenizer, before
@@ -26,7 +26,7 @@ class Teller:
         self._offset, self._is_first = 0, True
 
     def tell(self, token: TokenLogprob) -> Told:
-        """The next token; BOS before a text is no part of it."""
+        """The next token as a piece; BOS at the start does not count as text."""
         piece = self._tokenizer.piece(token.token, self._before)
         likeliest = [
             (self._tokenizer.piece(other, self._before), logprob)
@@ -41,7 +41,7 @@ class Teller:
 
 
 def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:
-    """Log-probabilities as a chat's choice has them."""
+    """The `logprobs` of a chat completion's choice."""
     content = [
         {
             **_chat_piece(told.piece, told.logprob),
@@ -58,7 +58,7 @@ def _chat_piece(piece: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
-    """Log-probabilities as a text's choice has them."""
+    """The `logprobs` of a text completion's choice."""
     return {
         "tokens": [_named(told.piece) for told in tokens],
         "token_logprobs": [told.logprob for told in tokens],
@@ -68,7 +68,7 @@ def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
 
 
 def _by_name(told: Told) -> dict[str, float] | None:
-    """Log-probabilities of the likeliest and of the token itself; none for a text's first."""
+    """Log-probabilities of the likeliest tokens and the token itself; None for a text's first."""
     if told.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -78,7 +78,7 @@ def _by_name(told: Told) -> dict[str, float] | None:
 
 
 def _named(piece: bytes) -> str:
-    """Text, or half a character in OpenAI's spelling, so that no two pieces have one name."""
+    """The piece as text, or as bytes in OpenAI's spelling, so that no two pieces share a name."""
     try:
         return piece.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Turns HTTP requests into texts for the engine to write, and streams what it writes."""
+"""Turns HTTP requests into prompts for the engine, and streams the texts that it generates."""
 
 import asyncio
 import contextlib
@@ -20,16 +20,16 @@ from pipeline.serving.telling import Teller
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes; requests that name no length or temperature take the defaults'."""
+    """A language model; requests without a length or temperature take those of `defaults`."""
 
     loaded: Loaded
     engine: Engine
     defaults: Sampling
 
     def prompts(self, asked: Asked) -> list[list[int]]:
-        """Token ids of what is to be continued.
+        """Token ids of the prompts.
 
-        ValueError where the model's template has no form for a conversation, its vocabulary no ids.
+        ValueError if the model cannot take such a conversation, or ids are not in its vocabulary.
         """
         tokenizer = self.loaded.tokenizer
         if isinstance(asked, CompletionRequest):
@@ -44,13 +44,13 @@ class Writer:
         if isinstance(prompt, str):
             return encode_start(tokenizer, None, prompt)
         with contextlib.suppress(KeyError):
-            tokenizer.decode_bytes(prompt)  # there may be no token of an id
+            tokenizer.decode_bytes(prompt)  # KeyError if an id has no token
             if max(prompt) < tokenizer.n_vocab:
                 return prompt
         raise ValueError(f"the prompt has ids that are not among the {tokenizer.n_vocab} tokens.")
 
     def settings(self, asked: Asked) -> Sampling:
-        """How tokens are chosen; what is not said is as the server was started."""
+        """Sampling settings of a request; only length and temperature default to the server's."""
         newer = asked.max_completion_tokens if isinstance(asked, ChatRequest) else None
         temperature = self.defaults.temperature if asked.temperature is None else asked.temperature
         return settings_for(
@@ -67,21 +67,21 @@ class Writer:
     async def write(
         self, prompts: Sequence[list[int]], settings: Sampling, asked: Asked
     ) -> AsyncGenerator[Delta, None]:
-        """The texts asked for, `n` of every prompt, as they come; choice i draws with seed + i.
+        """Yields deltas of `n` texts per prompt as they are generated; choice i uses seed + i.
 
-        ValueError for a prompt that does not fit, or more texts than may ever wait; EngineError
-        where the model cannot write, or not go on.
+        ValueError for a prompt that does not fit, or more texts than may wait at all; EngineError
+        if the engine refuses a text or fails.
         """
         events: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, piece: Piece) -> None:  # in the engine's thread
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, (index, piece))
 
         each = [prompt for prompt in prompts for _ in range(asked.n)]
         limit = self.engine.limits.max_waiting
-        if len(each) > limit:  # to come again would not help
+        if len(each) > limit:  # retrying would not help
             raise ValueError(
                 f"{len(each)} texts are asked for (prompts times n), but at most {limit} may wait; "
                 "ask for fewer at a time."
@@ -95,7 +95,7 @@ class Writer:
             going = set(range(len(each)))
             while going:
                 index, piece = await events.get()
-                if index not in going:  # on its way when a stop text had come
+                if index not in going:  # sent before a stop text ended it
                     continue
                 delta = texts[index].read(index, piece)
                 if index % asked.n:
@@ -110,7 +110,7 @@ class Writer:
 
 
 class SaidText:
-    """What is said of a text while it is written."""
+    """Turns what the engine delivers for a text into deltas for the client."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], asked: Asked) -> None:
         self._stream = TextStream(tokenizer, prompt, asked.stop)
@@ -121,7 +121,7 @@ class SaidText:
             self._echo = tokenizer.decode(prompt[n_bos:])
 
     def read(self, number: int, piece: Piece) -> Delta:
-        """What came of it; EngineError where the model could not go on."""
+        """The delta of a piece; EngineError if the engine failed."""
         if isinstance(piece.ended, EngineError):
             raise piece.ended
         stream, text, self._echo = self._stream, self._echo, ""

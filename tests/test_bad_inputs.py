@@ -279,7 +279,7 @@ def test_sample_texts_that_are_none(tiny: Journey) -> None:
     line = pretrain(tiny, *words, "--trainer.callbacks.max_new_tokens=0")
     assert "SampleTexts.max_new_tokens is 0" in line
     line = tune(tiny, "spam", *words, "--trainer.callbacks.max_new_tokens=3")
-    assert "SampleTexts is of models that write" in line
+    assert "SampleTexts needs a model that writes text" in line
 
 
 @pytest.mark.parametrize("command", ["fit", "check", "score", "generate", "run"])

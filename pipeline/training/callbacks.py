@@ -1,4 +1,4 @@
-"""What watches a training run: speed, losses that stand out, sample texts."""
+"""Callbacks that watch a training run: throughput, loss spikes, sample texts."""
 
 import math
 import time
@@ -23,21 +23,21 @@ from pipeline.training.flops import flops_per_token
 from pipeline.training.sharding import gather_shared
 from pipeline.training.steps import is_logged_step, log_figures, n_real_tokens, run_of, sample_ids
 
-SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses that are looked back on; what stands out
+SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses to compare with; robust z-score of a spike
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
-NORMAL_MAD = 1.4826  # standard deviations of a normal distribution in its median distance
+NORMAL_MAD = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
 
 
 class Throughput(pl.Callback):
-    """Logs tokens a second, and what share of the machine's matrix-product ceiling that is.
+    """Logs tokens per second, and the share of the machine's matrix-product ceiling that they use.
 
-    The ceiling is measured when training starts, in the precision that it runs in. Padding counts
-    for nothing; every other token as if it went through the whole model, also where logits that
-    nobody needs, or what rows begin with in common, are not computed.
+    The ceiling is measured when training starts, in the precision of the run. Padding does not
+    count; every other token counts as if it went through the whole model, even where logits that
+    are not needed, or a prefix that rows share, are not computed.
     """
 
     def __init__(self) -> None:
-        self.total_tokens, self.ceiling = 0, 0.0  # of all ranks, since the run began
+        self.total_tokens, self.ceiling = 0, 0.0  # over all ranks, since the run began; FLOP/s
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -53,7 +53,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], *_: Any
     ) -> None:
-        """Counts; logs where Lightning logs."""
+        """Counts tokens; logs at the steps that Lightning logs."""
         self.total_tokens += pl_module.over_ranks(n_real_tokens(batch))
         if not is_logged_step(trainer):
             return
@@ -69,11 +69,11 @@ class Throughput(pl.Callback):
         log_figures(pl_module, figures)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Validation's time is not training's."""
+        """Leaves validation out of the training time."""
         self._restart_clock()
 
     def state_dict(self) -> dict[str, int]:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return {"total_tokens": self.total_tokens}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -82,10 +82,10 @@ class Throughput(pl.Callback):
 
 
 class LossSpikes(pl.Callback):
-    """Flags losses that stand out from those before: an event, and `train/loss_spikes` counts them.
+    """Records each loss spike as an event, and counts them in `train/loss_spikes`.
 
-    A loss stands out by its robust z-score: its distance from the median, in units of the median
-    distance from it, scaled so that for a normal distribution it is the usual z-score.
+    A spike has a high robust z-score: its distance above the median of recent losses, divided by
+    their median absolute deviation, scaled to be the usual z-score for a normal distribution.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class LossSpikes(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: list[MicroBatch], i: int
     ) -> None:
-        """Judges the step's loss, then takes it into the window; one that is not finite never."""
+        """Judges the step's loss, then adds it to the window if it is finite."""
         loss = float(outputs["loss"])
         z = robust_z(loss, self.window) if len(self.window) >= SPIKE_WINDOW // 2 else 0.0
         if z > SPIKE_Z:
@@ -109,7 +109,7 @@ class LossSpikes(pl.Callback):
             self.window = [*self.window, loss][-SPIKE_WINDOW:]
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses that the next one is judged by."""
+        """The losses that the next one is compared with, and the number of spikes."""
         return {"window": list(self.window), "n_spikes": self.n_spikes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,16 +121,16 @@ def robust_z(value: float, others: Sequence[float]) -> float:
     """How far a value is above the median of others, in robust standard deviations."""
     middle = median(others)
     spread = median(abs(other - middle) for other in others) * NORMAL_MAD
-    floor = max(abs(middle) * 1e-3, LOSS_FLOOR)  # equal losses are no scale
+    floor = max(abs(middle) * 1e-3, LOSS_FLOOR)  # equal losses have no spread
     return (value - middle) / max(spread, floor)
 
 
 class SampleTexts(pl.Callback):
-    """Writes what the model says to fixed prompts at every validation, greedily.
+    """Logs the model's greedy continuations of fixed prompts at every validation.
 
     Args:
-        prompts: texts to go on from; of an instruction-tuned model, what the user asks.
-        max_new_tokens: length limit of each answer.
+        prompts: texts to continue; for an instruction-tuned model, messages of a user.
+        max_new_tokens: maximum length of each continuation, in tokens.
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int) -> None:
@@ -139,29 +139,29 @@ class SampleTexts(pl.Callback):
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Refuses prompts that the model could not go on from, and one that writes nothing."""
+        """Refuses prompts that the model cannot continue, and a model that generates no text."""
         if pl_module.model is not pl_module.gpt:
             raise ValueError(
-                "SampleTexts is of models that write; take it out of trainer.callbacks."
+                "SampleTexts needs a model that writes text; take it out of trainer.callbacks."
             )
         for prompt, ids in zip(self.prompts, self._ids(pl_module.data), strict=True):
             with at(f"SampleTexts.prompts, {prompt[:60]!r}"):
                 check_prompt(len(ids), pl_module.model.config.block_size)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Generates and logs a table."""
+        """Generates the texts and logs them as a table."""
         run, is_fit = run_of(trainer), trainer.state.fn == "fit" and not trainer.sanity_checking
         if not is_fit or not self.prompts or (run is None and trainer.world_size == 1):
             return
-        gather_shared(pl_module.model)  # so every rank generates, where each has a share
+        gather_shared(pl_module.model)  # under FSDP2, so every rank has to generate
         tokenizer, style = pl_module.data.tokenizer, pl_module.data.meta().get("prompt_style")
         settings = Sampling(
             max_new_tokens=self.max_new_tokens, stop_ids=frozenset(stop_ids(tokenizer, style))
         )
         ids = self._ids(pl_module.data)
-        is_compiled = pl_module.is_compiled  # which decoding is not
+        is_compiled = pl_module.is_compiled  # decoding runs uncompiled
         eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-        with trainer.precision_plugin.forward_context(), eager:  # adapters' base may be bf16
+        with trainer.precision_plugin.forward_context(), eager:  # an adapter's base may be bf16
             new = generate(pl_module.model, ids, settings)
         pl_module.train()
         if run is None:

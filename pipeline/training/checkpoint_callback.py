@@ -21,10 +21,10 @@ from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.sharding import of_ranks
 
-N_MOMENTS = 2  # that an optimizer keeps of a weight, at most
-COPY_FRACTION = 0.1  # of the free memory, that a copy for a save may take unasked
-OF_VALIDATION = "val/"  # what its metrics begin with
-_AT_ODDS = {  # metrics of validation, with the mode by which their worst value is the best
+N_MOMENTS = 2  # that an optimizer keeps per weight, at most
+COPY_FRACTION = 0.1  # of the free memory, that a save's copy may take by default
+OF_VALIDATION = "val/"  # prefix of its metrics
+_AT_ODDS = {  # validation metrics, each with the mode that would take its worst value for the best
     **dict.fromkeys(("val/loss", "val/perplexity", "val/bits_per_byte"), "max"),
     **{f"val/{name}": "min" for name in ("accuracy", "auroc", "f1", "precision", "recall")},
 }
@@ -46,8 +46,8 @@ class DirectoryCheckpointIO(CheckpointIO):
         Args:
             checkpoint: the dictionary that Lightning makes.
             path: the checkpoint directory.
-            storage_options: has it written while training goes on, from a copy on the CPU;
-                without, it is written when this returns.
+            storage_options: called with a function that writes a copy on the CPU, to run it while
+                training goes on; None: the checkpoint is written before this returns.
         """
         if storage_options is not None:
             changing = {key: v for key, v in checkpoint.items() if key != "tokenizer"}
@@ -73,7 +73,7 @@ class DirectoryCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: Any = None
     ) -> dict[str, Any]:
-        """Reads a verified directory; never a pickle of anything but tensors and primitives."""
+        """Verifies and reads a directory; unpickles nothing but tensors and primitives."""
         folder = Path(path)
         files.verify_checkpoint(folder)
         checkpoint = files.read_training(folder)
@@ -89,21 +89,21 @@ class DirectoryCheckpointIO(CheckpointIO):
 
 
 class Checkpoints(pl.Callback):
-    """Writes checkpoints by optimizer step, after its validation if any; keeps the last and best.
+    """Writes a checkpoint every N steps and after each validation; keeps the last and the best.
 
-    Keeps the random state too: a resumed run draws what the uninterrupted one would have drawn.
+    They hold the random state, too: a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
-        every_n_steps: optimizer steps between checkpoints; each validation makes one too.
-        monitor: metric that decides which is the best.
+        every_n_steps: optimizer steps between checkpoints; each validation writes one, too.
+        monitor: validation metric that decides which checkpoint is the best.
         mode: whether the best is the smallest (min) or the largest (max).
-        keep_last: how many of the last are kept.
-        keep_best: how many of the best.
-        asynchronous: write from a copy in memory while training goes on, one at a time; null
-            wherever the copy takes less than a tenth of the memory that is free.
+        keep_last: how many of the last checkpoints to keep.
+        keep_best: how many of the best checkpoints to keep.
+        asynchronous: write from a copy in memory while training goes on, one at a time; null: if
+            the copy takes less than a tenth of the free memory.
     """
 
-    is_quiet = False  # about steps that are not validated
+    is_quiet = False  # about steps that were not validated
 
     def __init__(
         self,
@@ -125,23 +125,23 @@ class Checkpoints(pl.Callback):
             raise ValueError(f"checkpoints.mode is {mode!r}; give min or max.")
         self.best: dict[int, dict[str, Any]] = {}  # step -> value and metrics, best first
         self.asynchronous, self._thread = asynchronous, ThreadPoolExecutor(max_workers=1)
-        self._saving: Future[Any] | None = None  # beside training
+        self._saving: Future[Any] | None = None  # in the background
         self.last_step: int | None = None
         self.last_validated = 0  # step
-        self.should_stop = False  # something had asked for the run's end, as early stopping does
+        self.should_stop = False  # whether the run was asked to end, as by early stopping
         self._is_due = False
         self._at_step_end: dict[str, Any] = {}  # loops and data position
         self._rng: list[dict[str, Any]] | None = None  # by rank
         self._stop = StopRequest()
 
     def path(self, trainer: pl.Trainer, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Path of the checkpoint of a step."""
         return Path(trainer.default_root_dir) / CHECKPOINTS / files.step_name(step)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives every rank the first one's run directory; tells of a mode that cannot be meant.
+        """Shares rank 0's run directory; warns of a mode that takes the worst value for the best.
 
-        Only that one can name a run that is started anew.
+        Only rank 0 can name a run that starts anew.
         """
         path = trainer.strategy.broadcast(trainer.default_root_dir)
         trainer._default_root_dir = path  # type: ignore[attr-defined]
@@ -152,15 +152,15 @@ class Checkpoints(pl.Callback):
                 warn(f"{name} takes the worst {judge.monitor} for the best: its mode is {mode}.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the random state, now that every iterator exists; listens to signals.
+        """Restores the random state, now that every iterator exists; starts handling signals.
 
-        Of another run, which this one goes on from, neither its best are among the checkpoints nor
-        does its end count. Lightning puts the signals' handlers back when the trainer ends.
+        If the run resumes from another run's checkpoint, that run's best checkpoints and its end
+        do not count. Lightning restores the signal handlers when the trainer ends.
         """
         saved, rank = self._rng or [], trainer.global_rank
         if rank < len(saved):
             set_random_state(saved[rank], pl_module.device)
-        elif rank > 0:  # as begun, all would drop the same
+        elif rank > 0:  # else dropout would be alike on all ranks
             torch.manual_seed(torch.initial_seed() + rank)
         self._rng = None
         self.best = {n: best for n, best in self.best.items() if self.path(trainer, n).exists()}
@@ -169,10 +169,10 @@ class Checkpoints(pl.Callback):
         trainer.should_stop = trainer.should_stop or (is_own and self.should_stop)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Notes where a step ended.
+        """Notes the state at the end of a step.
 
-        Whenever the file is written after that, training resumes from here: Lightning then knows
-        that the step's validation, if any, is over, and neither repeats nor loses it.
+        A checkpoint written later resumes from here: Lightning then knows that the step's
+        validation, if any, is over, and neither repeats nor loses it.
         """
         data, fit_loop = trainer.datamodule, trainer.fit_loop  # type: ignore[attr-defined]
         loops, epoch = fit_loop.state_dict(), data.state_dict()["epoch"]
@@ -186,10 +186,10 @@ class Checkpoints(pl.Callback):
         self._is_due = trainer.global_step % self.every_n_steps == 0 and not is_validated
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Saves the step before, if it is due: by now its metrics are in the journal.
+        """Saves the previous step, if due: by now its metrics are in the journal.
 
         Raises:
-            SystemExit: a signal came; that step is saved, and the code is 128 + the signal.
+            SystemExit: a signal was received; that step is saved, the code is 128 + the signal.
             CheckpointNotWritten: an asynchronous save has failed.
         """
         if self._saving is not None and self._saving.done():
@@ -199,7 +199,7 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
         if number:
             self._end_saving()
-            trainer.strategy.barrier()  # launchers end all once one has ended
+            trainer.strategy.barrier()  # launchers end all processes once one ends
             say(
                 f"stopped after step {trainer.global_step}; the same command goes on (not with "
                 "--run.resume never)"
@@ -225,19 +225,19 @@ class Checkpoints(pl.Callback):
         value = metrics[self.monitor]
         self.last_validated = trainer.global_step
         self.best[trainer.global_step] = {"value": value, "metrics": metrics}
-        best_first = sorted(self.best.items(), key=self._rank, reverse=True)  # of equals the first
+        best_first = sorted(self.best.items(), key=self._rank, reverse=True)  # ties: the earliest
         self.best = dict(best_first[: self.keep_best])
         self._save(trainer)
 
     def _rank(self, item: tuple[int, dict[str, Any]]) -> float:
         value = item[1]["value"]
-        if math.isnan(value):  # worse than any
+        if math.isnan(value):  # worse than any number
             return -math.inf
         return value if self.mode == "max" else -value
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the last step, where it is not saved already; all is on disk then."""
-        if not self._at_step_end:  # none was taken
+        """Saves the last step unless it is saved already, and waits until all is on disk."""
+        if not self._at_step_end:  # no step was taken
             return
         self._save(trainer)
         self._end_saving()
@@ -256,7 +256,7 @@ class Checkpoints(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Lets the save that is being written end."""
+        """Waits for a save in the background."""
         try:
             self._end_saving()
         except CheckpointNotWritten as error:
@@ -289,14 +289,14 @@ class Checkpoints(pl.Callback):
             trainer.logger.log_metrics({"perf/checkpoint_s": seconds}, step - 1)
 
     def _end_saving(self) -> None:
-        """Waits for the save that is written beside training; raises its error."""
+        """Waits for the save in the background, if any; raises its error."""
         if saving := self._saving:
             wait([saving])
             self._saving = None
             saving.result()
 
     def _is_beside(self, trainer: pl.Trainer) -> bool:
-        """Whether a save is written beside training."""
+        """Whether saves are written in the background."""
         if self.asynchronous is None:
             parameters = trainer.lightning_module.parameters()
             copied = sum(p.nbytes * (1 + N_MOMENTS * p.requires_grad) for p in parameters)
@@ -305,7 +305,7 @@ class Checkpoints(pl.Callback):
         return self.asynchronous
 
     def _prune(self, trainer: pl.Trainer, newest: Path, best: set[str]) -> None:
-        """Removes what is neither among the last nor the best, if the newest is whole."""
+        """Removes checkpoints that are neither last nor best, if the newest one is whole."""
         try:
             files.verify_checkpoint(newest)
         except CheckpointError as error:
@@ -318,7 +318,7 @@ class Checkpoints(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the random state; loops and position in the data as they were at the step's end."""
+        """Adds the random state, and loops and position in the data as of the step's end."""
         checkpoint["rng"] = of_ranks(trainer, random_state(pl_module.device))
         if self._at_step_end:
             checkpoint["loops"]["fit_loop"] = self._at_step_end["loops"]
@@ -332,7 +332,7 @@ class Checkpoints(pl.Callback):
         self._rng = checkpoint["rng"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and whether the run was to end."""
+        """The best so far, the last steps saved and validated, whether the run was to end."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -344,7 +344,7 @@ class Checkpoints(pl.Callback):
         return next(iter(self.best.values()))["metrics"] if self.best else {}
 
     def outputs(self, trainer: pl.Trainer) -> dict[str, str]:
-        """What a stage hands over: the last checkpoint, and the best by the monitored metric.
+        """Paths that a stage hands over: the last checkpoint, and the best by the monitored metric.
 
         Raises:
             ValueError: no step was taken, so there is none.
@@ -360,19 +360,19 @@ class Checkpoints(pl.Callback):
 
 
 def check_monitor(name: str, key: str) -> None:
-    """ValueError for a metric of training: at a validation it is of a step before, or of none."""
+    """ValueError for a training metric: at a validation it is an earlier step's, or not there."""
     if not name.startswith(OF_VALIDATION):
         raise ValueError(f"{key} is {name!r}; name a metric of validation, such as val/loss.")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor | None]:
-    """State of torch's generators, of the CPU and of a device that is a GPU."""
+    """State of torch's random generators: the CPU's, and the device's if that is a GPU."""
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "gpu": gpu}
 
 
 def set_random_state(state: dict[str, Tensor | None], device: torch.device) -> None:
-    """Restores what `random_state` gave, of another device too."""
+    """Restores what `random_state` returned, possibly on another kind of device."""
     assert state["cpu"] is not None
     torch.set_rng_state(state["cpu"].cpu())
     if state["gpu"] is not None and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a classifier's test says: scores with intervals, beside others' on the same texts."""
+"""Report of a classifier's test: scores with intervals, compared with others on the same texts."""
 
 import itertools
 import pydoc
@@ -25,31 +25,31 @@ from pipeline.runs.run_directory import Run
 from pipeline.training.figures import confusion_figure
 from pipeline.training.reports import Prediction, Report, log_predictions, prediction_rows
 
-OWN = "test/{}"  # keys of metrics
+OWN = "test/{}"  # keys of the classifier's own metrics
 
 
 class Rival(NamedTuple):
-    """What a classifier is compared with; its keys have a place for the measure."""
+    """What a classifier is compared with; keys are format strings for a measure's name."""
 
-    words: str  # what it is called
+    words: str  # its name in reports
     own: str  # key of its metrics
-    difference: str  # of the classifier's minus its own
+    difference: str  # key of the classifier's metrics minus these
 
 
 TFIDF = Rival("TF-IDF + logistic regression", "baseline/tfidf_{}", "test/{}_minus_tfidf")
 
 
 def read_rival(source: str, data: StepDataModule) -> tuple[Rival, Loaded]:
-    """Another classifier, by its checkpoint; read before a test, so that a mistake costs none.
+    """Reads another classifier's checkpoint; called before a test, so that a mistake costs none.
 
     Raises:
-        ValueError: it is no classifier, has other labels, or may have learned what is held out.
+        ValueError: it is no classifier, has other labels, or may have trained on held-out texts.
     """
     if not isinstance(data, TextClassificationDataModule):
         raise ValueError("--before compares classifiers, this is none; leave it out.")
     loaded, called = load_classifier(source), f"before ({source})"
     names = loaded.meta["label_names"]
-    if names != data.label_names:  # in another order they would be split otherwise, too
+    if names != data.label_names:  # their order changes the split, too
         raise ValueError(f"{called} has the labels {names}, here they are {data.label_names}.")
     data.setup("test")
     facts, keys = data.fingerprint, data.keys("test")
@@ -65,15 +65,15 @@ def report_classifier(
     training: Mapping[str, Any] | None = None,
     other: tuple[Rival, Loaded] | None = None,
 ) -> Report:
-    """Scores with 95 % intervals, beside a bag of words' on the same texts, and another's.
+    """Scores with 95 % intervals, compared on the same texts with TF-IDF and another classifier.
 
     Args:
         run: gets the confusion matrix and the predictions.
-        data: whose test set was predicted.
-        metrics: what the module logged itself.
+        data: data module whose test set was predicted.
+        metrics: what the LightningModule has logged.
         predictions: micro-batches of a classifier's `predict_step`.
-        training: `data` and `dataset` of what the classifier learned, where it is known.
-        other: what `read_rival` gave.
+        training: `data` and `dataset` of the classifier's training, if known.
+        other: what `read_rival` returned.
     """
     labels, ours = in_order(predictions)
     predicted = zip(prediction_rows(data, [predictions]), labels, strict=True)
@@ -104,13 +104,13 @@ def report_classifier(
 
 
 def _headline(label_names: Sequence[str]) -> dict[str, str]:
-    """The measures that a chain's table has, and how it calls them."""
+    """The measures in a chain's table, and their names there."""
     of = label_names[1] if len(label_names) == 2 else None
     return {"accuracy": "accuracy", "f1": f"f1 of {of}" if of else "f1, mean of the labels'"}
 
 
 def _tfidf(data: TextClassificationDataModule, training: Mapping[str, Any] | None) -> Array:
-    """(N, K) probabilities of a bag of words that learned what the classifier did."""
+    """(N, K) probabilities by TF-IDF, trained on what the classifier was trained on."""
     learned = _learned(data, training)
     train, val = ((learned.texts(split), learned.labels(split)) for split in ("train", "val"))
     return tfidf_baseline(*train, *val, data.texts("test"))
@@ -119,7 +119,7 @@ def _tfidf(data: TextClassificationDataModule, training: Mapping[str, Any] | Non
 def _learned(
     data: TextClassificationDataModule, training: Mapping[str, Any] | None
 ) -> TextClassificationDataModule:
-    """The data whose training set a classifier learned: those here, or its own of other files."""
+    """The data that a classifier was trained on: `data`, or other files that it names."""
     if training is None or training["dataset"].get("digest") == data.fingerprint["digest"]:
         return data
     kind, given = type(data), training["data"] or {}
@@ -131,14 +131,14 @@ def _learned(
         known = training["dataset"]["sources"]
         if changed := changed_files(known, learned.file_facts()["sources"]):
             raise ValueError(f"{', '.join(changed)}: not what was learned.")
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # of another's class
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's class may
         warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
         return data
     return learned
 
 
 def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Precision, recall and F1 of each label, NaN where there is none, and how many texts it has.
+    """Precision, recall and F1 of each label, NaN where undefined, and its number of texts.
 
     `labels` (N,) are the true classes, `predicted` (N,) the model's, `names` (K,) all of them.
     """
@@ -147,14 +147,14 @@ def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[st
     found = precision_recall_fscore_support(
         labels, predicted, labels=range(len(names)), zero_division=np.nan
     )
-    return {  # where nothing is right the counts come as floats
+    return {  # the counts are floats where no prediction is right
         name: {"precision": precision, "recall": recall, "f1": f1, "texts": int(n)}
         for name, precision, recall, f1, n in zip(names, *found, strict=True)
     }
 
 
 def beside(scores: Mapping[str, float], name: str, words: str, rival: Rival) -> str:
-    """A score, called `words`, a rival's, and the paired difference, with 95 % intervals."""
+    """A line with a score, named `words`, a rival's, and the difference, with 95 % intervals."""
 
     def shown(of: str, form: str = ".3f") -> str:
         key = of.format(name)
@@ -176,16 +176,16 @@ def compare(
 ) -> dict[str, float]:
     """Scores of two classifiers on the same items, and the paired difference, with 95 % intervals.
 
-    Where no resample differs an interval is `widened`: that of accuracy by all items, of precision
-    by those that were given a label, others by those that have it: of two labels the rarer one, of
-    more each, whose mean they are.
+    If all resamples agree, an interval is `widened` by the number of items behind it: for accuracy
+    all, for precision those predicted to have a label, for other measures those that have it. With
+    two labels the rarer one counts, with more each of them, as the measure is their mean.
 
     Args:
         labels: (N,) true classes.
         ours: (N, K) probabilities.
         theirs: (N, K) probabilities of the rival.
-        keys: (N,) equal for texts that say the same thing, which are no observations of their own.
-        rival: what the keys of its scores are.
+        keys: (N,) equal for texts that say the same thing, which count as one observation.
+        rival: names the keys of the scores.
     """
     positive = 1 if ours.shape[1] == 2 else None
     mine = classification_statistics(labels, ours.argmax(1), ours, positive=positive)
@@ -219,16 +219,16 @@ def compare(
 
 
 def _n_of_each(classes: Labels, keys: Iterable[Any], among: Iterable[int]) -> list[int]:
-    """How many different items have each class; at least 1."""
+    """Number of distinct items in each class, at least 1."""
     counts = Counter(c for c, _ in set(zip(classes.tolist(), keys, strict=True)))
     return [max(1, counts[c]) for c in among]
 
 
 def in_order(predictions: Sequence[Prediction]) -> tuple[Labels, Array]:
-    """Labels (N,) and probabilities (N, K) by sample id; micro-batches are sorted by length.
+    """Labels (N,) and probabilities (N, K) in order of sample id; batches are sorted by length.
 
     Raises:
-        ValueError: where the model overflowed, and a text has no label.
+        ValueError: some probabilities are NaN, because the model overflowed.
     """
     ids, labels, probabilities = (
         torch.cat([prediction[key] for prediction in predictions]).cpu().numpy()

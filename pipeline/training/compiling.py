@@ -1,16 +1,16 @@
-"""torch.compile where it pays: blocks, of whose many small kernels it makes few."""
+"""torch.compile where it pays: in the blocks, whose many small kernels it fuses into few."""
 
 import torch
 
 from pipeline.gpt import GPT
 
-RECOMPILE_LIMIT = 32  # of training and validation, rows with padding and without, each shape anew
+RECOMPILE_LIMIT = 32  # training and validation, with padding and without, each shape anew
 
 
 def compile_blocks(gpt: GPT) -> None:
-    """Compiles a model's blocks when they first run: one for all, since they are alike.
+    """Has a model's blocks compiled when they first run: once for all, since they are alike.
 
-    What is around `forward`, as FSDP2's hooks, stays as it is.
+    Only `forward` is compiled, not what wraps it, such as FSDP2's hooks.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in gpt.blocks:

@@ -1,4 +1,4 @@
-"""Figures of training and classification; a function returns a Figure and shows nothing."""
+"""Figures of training and classification; each function returns a Figure and shows nothing."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 FIRST, SECOND = "#3b6ea8", "#d2691e"
-MAX_COUNTED = 50  # labels whose counts are written: of 200 they took minutes and 10 GB to draw
+MAX_COUNTED = 50  # labels with their counts written out: for 200 that took minutes and 10 GB
 
 
 def loss_curves(
@@ -15,7 +15,7 @@ def loss_curves(
     """Training and validation loss over optimizer steps, and over tokens on a second axis.
 
     `train` has (step, tokens seen, loss) of every step, `val` (step, loss) of every validation; a
-    loss is in nats a `unit`.
+    loss is in nats per `unit`.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -40,10 +40,10 @@ def loss_curves(
 def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
     """Confusion matrix with its counts; rows are the truth.
 
-    Of more than MAX_COUNTED labels colours alone say the counts, and some of the labels are named.
+    With more than MAX_COUNTED labels, only colours show the counts, and only some are named.
     """
     every = -(-len(label_names) // MAX_COUNTED)
-    named = [name.replace("$", r"\$") for name in label_names[::every]]  # else it is a formula's
+    named = [name.replace("$", r"\$") for name in label_names[::every]]  # else it starts a formula
     width = max(4.2, 0.55 * len(named) + 0.1 * max(map(len, named)))
     figure = Figure(figsize=(width, width - 0.4), layout="constrained")
     axes = figure.subplots()
@@ -57,7 +57,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=color)
     places = range(0, len(label_names), every)
     axes.set_xticks(places, labels=named)
-    if sum(map(len, named)) > 24:  # they would run into one another
+    if sum(map(len, named)) > 24:  # they would overlap
         axes.tick_params(axis="x", labelrotation=45)
     axes.set_yticks(places, labels=named)
     axes.set(xlabel="predicted", ylabel="true")

@@ -1,4 +1,4 @@
-"""What a LightningModule's checkpoints hold, and when one may be gone on with."""
+"""What a LightningModule's checkpoints hold, and when a run may resume from one."""
 
 from dataclasses import asdict
 from functools import partial
@@ -17,14 +17,14 @@ from pipeline.training.steps import run_of
 
 
 class LitCheckpoint(LitModel):
-    """Checkpoints that resume exactly: of a LoRA run, the adapter alone and what names its base."""
+    """Checkpoints that resume exactly; a LoRA run's hold what is trained and name the base."""
 
     strict_loading = False  # on_load_checkpoint is stricter
-    allow_changes = False  # go on from a checkpoint of another run
-    ckpt_path: str | None = None  # what is gone on from
+    allow_changes = False  # resume even if data or model have changed
+    ckpt_path: str | None = None  # checkpoint that the run resumes from
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint says of itself; primitives."""
+        """Metadata of a checkpoint; primitives only."""
         return {
             "kind": self.kind,
             "step": self.global_step,
@@ -43,7 +43,7 @@ class LitCheckpoint(LitModel):
     def identity(self) -> dict[str, str]:
         """What a resumed run must share with its checkpoint, as text by dotted key.
 
-        `max_tokens` is not among it: it may be lowered where memory has run out.
+        `max_tokens` is left out: it may be lowered when memory has run out.
         """
         model = {
             "kind": self.kind,
@@ -56,7 +56,7 @@ class LitCheckpoint(LitModel):
         return flat({"data": self.data.identity(), "model": model, "trainer": run})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """All weights; of a LoRA run the adapter and what else is trained, nothing of the base."""
+        """Adds all weights; in a LoRA run only those that are trained, none of the base."""
         sharding.share_out_again(self.model)
         gathered = partial(sharding.gathered, keep=self.trainer.is_global_zero)
         checkpoint["state_dict"] = gathered(self._own_tensors())
@@ -68,7 +68,7 @@ class LitCheckpoint(LitModel):
             checkpoint["adapter_config"] = lora.adapter_config_json(self.lora_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that a checkpoint is of this model, on this base, to the last tensor."""
+        """Checks that a checkpoint fits model and base to the last tensor; loads the adapter."""
         check_base(checkpoint["meta"]["base"], self.base)
         changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
         if changes:
@@ -85,7 +85,7 @@ class LitCheckpoint(LitModel):
             lora.load_adapter(self.model, sharding.shares(checkpoint["adapter"], own))
 
     def _remember_trainings(self, meta: dict[str, Any]) -> None:
-        """What the checkpoint was trained on, should it not be this run's data, was learned too."""
+        """Records other data that the checkpoint was trained on; warns of another split."""
         config, fingerprint = self.data.config, self.data.fingerprint
         for training in held_out.trained_on(meta):
             is_own = training["dataset"].get("digest") == fingerprint["digest"]

@@ -1,4 +1,4 @@
-"""LitClassifier: a head on the last real token, and as much of the model below it as one likes."""
+"""LitClassifier: trains a head on the last real token, and as much of the model as configured."""
 
 import math
 import warnings
@@ -27,11 +27,11 @@ from pipeline.training.lit_step import LitStep
 
 
 class LitClassifier(LitStep):
-    """Cross-entropy on the label of every text.
+    """Classifies texts: trained with cross-entropy on their labels.
 
     Args:
-        trainable: what is trained below the head, which always is: nothing (head), the last block
-            and the final norm (last_block), everything (all), or adapters (lora, see `lora`).
+        trainable: what to train besides the head: nothing (head), the last block and the final
+            norm (last_block), everything (all), or adapters (lora, see `lora`).
         **options: those of `LitStep`.
     """
 
@@ -51,7 +51,7 @@ class LitClassifier(LitStep):
         self.predictions: list[dict[str, Tensor]] = []
 
     def wrap(self, gpt: GPT, loaded: Loaded | None) -> nn.Module:
-        """The transformer with a head; what is not trained below that is frozen."""
+        """The transformer with a head; freezes what is not trained below the head."""
         names = self.data.meta()["label_names"]
         if loaded is not None and isinstance(loaded.model, GPTClassifier):
             if loaded.meta["label_names"] != names:
@@ -73,25 +73,25 @@ class LitClassifier(LitStep):
         return model
 
     def build(self) -> nn.Module:
-        """The model, whose head is always trained; adapters would freeze it."""
+        """Builds the model and unfreezes its head, which attaching adapters freezes."""
         model: Any = super().build()
         model.classifier.requires_grad_(True)
         return model
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
-        """Cross-entropy, summed, in nats."""
+        """Sum of cross-entropies, in nats."""
         logits = self._logits(micro_batch)
         return F.cross_entropy(logits.float(), micro_batch["label"], reduction="sum")
 
     def n_targets(self, micro_batch: MicroBatch) -> int:
-        """One target a text."""
+        """One target per text."""
         return len(micro_batch["label"])
 
     def _logits(self, micro_batch: MicroBatch) -> Tensor:
         return self.model(micro_batch["input_ids"], micro_batch.get("attention_mask"))  # (B, K)
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
-        """Adds to loss and metrics."""
+        """Updates loss and metrics."""
         for micro_batch, is_own in self.micro_batches(batch):
             logits, labels = self._logits(micro_batch).float(), micro_batch["label"]
             if is_own:
@@ -99,12 +99,12 @@ class LitClassifier(LitStep):
                 self.metrics.update(logits.softmax(dim=-1), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Loss, accuracy, precision, recall, F1, AUROC."""
+        """Logs loss, accuracy, precision, recall, F1 and AUROC."""
         auroc: Any = self.metrics["auroc"]
         auroc.fill_up(self.device)
         self.log("val/loss", self.loss_mean.compute(), prog_bar=True)
         for name, value in self.metrics.compute().items():
-            number = value[1] if value.dim() else value  # with two labels that of the second (spam)
+            number = value[1] if value.dim() else value  # of two labels the second's (spam)
             self.log(f"val/{name}", number, prog_bar=name == "accuracy")
         self.loss_mean.reset()
         self.metrics.reset()
@@ -126,9 +126,9 @@ class LitClassifier(LitStep):
 
 
 def make_metrics(n_labels: int) -> MetricCollection:
-    """Validation metrics; with two labels precision, recall and F1 come as (2,), one of each.
+    """Validation metrics; with two labels, precision, recall and F1 are (2,), one value per label.
 
-    With more these three, and AUROC always, are means over the labels that occur, as in a test.
+    With more labels these three, and AUROC always, are means over labels that occur, as in a test.
     """
     average: Literal["none", "macro"] = "none" if n_labels == 2 else "macro"
     return MetricCollection(
@@ -144,19 +144,19 @@ def make_metrics(n_labels: int) -> MetricCollection:
 
 
 class MeanAUROC(MulticlassAUROC):
-    """torchmetrics' of each label, of those alone that some texts have and others do not.
+    """Mean AUROC over the labels that some texts have and others do not.
 
-    Its own mean counts the others as 0.
+    torchmetrics' own mean counts other labels as 0.
     """
 
     def fill_up(self, device: torch.device) -> None:
-        """Gives a rank that saw no text no rows of probabilities, else none could be gathered."""
+        """Gives a rank that saw no text empty tensors, without which gathering would fail."""
         if not self.preds:
             self.preds.append(torch.zeros((0, self.num_classes), device=device))
             self.target.append(torch.zeros(0, dtype=torch.int64, device=device))
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """Scalar; NaN where no label is so."""
+        """Scalar mean; NaN if there is no such label."""
         targets = dim_zero_cat(self.target)
         counts = targets.bincount(minlength=self.num_classes)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of absent labels

@@ -1,4 +1,4 @@
-"""LitLanguageModel: pretraining and instruction tuning, the same loss on other data."""
+"""LitLanguageModel: pretraining and instruction tuning, with one loss on different data."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.training.lit_step import LitStep
 
 
 class LitLanguageModel(LitStep):
-    """Next-token prediction."""
+    """Language model, trained by next-token prediction."""
 
     kind = "language_model"
     model: GPT
@@ -40,28 +40,28 @@ class LitLanguageModel(LitStep):
         return gpt
 
     def compile_loss(self) -> None:
-        """Logits of half precision are not copied to float32 any more."""
+        """Compiles the loss, so that half-precision logits are not copied to float32."""
         self._cross_entropies = torch.compile(cross_entropies)
 
     def loss_sum(self, micro_batch: MicroBatch) -> Tensor:
-        """Next-token loss, summed, in nats."""
+        """Sum of next-token losses, in nats."""
         hidden = self.model(micro_batch["input_ids"], micro_batch.get("attention_mask"))
         labels, head = micro_batch["labels"], self.model.head.weight
         return next_token_loss(hidden, head, labels, self._cross_entropies)[0]
 
     def n_targets(self, micro_batch: MicroBatch) -> int:
-        """Supervised positions."""
+        """Number of supervised positions."""
         return count_supervised(micro_batch["labels"])
 
     def validation_step(self, batch: list[MicroBatch], batch_idx: int) -> None:
-        """Adds to the loss, token by token."""
+        """Updates the mean loss, weighted by supervised tokens."""
         for micro_batch, is_own in self.micro_batches(batch):
             loss_sum, n_targets = self.loss_sum(micro_batch), self.n_targets(micro_batch)
             if is_own and n_targets:
                 self.loss_mean.update(loss_sum / n_targets, n_targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Loss, perplexity, bits per byte."""
+        """Logs loss, perplexity and bits per byte."""
         split = "test" if self.trainer.testing else "val"
         nats = self.loss_mean.compute()
         self.loss_mean.reset()
@@ -73,7 +73,7 @@ class LitLanguageModel(LitStep):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: list[MicroBatch], batch_idx: int) -> list[dict[str, Any]]:
-        """Loss of every sample: nats in all, and over how many tokens."""
+        """Loss of every sample: its sum in nats, and over how many tokens."""
         return [
             {"sample_id": int(row["sample_ids"][0]), "nats": self.loss_sum(row).item(), "tokens": n}
             for micro_batch in batch

@@ -1,4 +1,4 @@
-"""What both LightningModules train: a model that is built anew, or weights that are there."""
+"""What both LightningModules train: a new model, or existing weights."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -28,19 +28,19 @@ VOCAB_MULTIPLE = 64  # matrix products are faster on round sizes
 
 
 class LitModel(pl.LightningModule):
-    """A transformer with what a subclass puts around it, from its configuration or from weights.
+    """A transformer, new or from existing weights, with what a subclass puts around it.
 
     Args:
-        gpt: a model to build anew; or else
-        init_from: a checkpoint whose weights to start from.
+        gpt: configuration of a new model; give either this or init_from.
+        init_from: checkpoint whose weights to start from, or any source that `import` takes.
         lora: adapters to train instead of the weights of `init_from`.
         optimizer: how weights are updated.
-        gradient_checkpointing: compute blocks again in the backward pass instead of keeping all
-            that it needs: less memory for about a third more time, the same numbers.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their
+            activations: less memory for about a third more time, the same numbers.
         compile: compile blocks and loss with torch.compile; it pays on a GPU, after a minute of
             compiling. A resumed run may then round differently.
-        cuda_graphs: capture each training pass as CUDA graphs, which pays where it is many small
-            operations; null: wherever it can be done.
+        cuda_graphs: capture training passes as CUDA graphs, which pays where a pass is many small
+            operations; null: wherever possible.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class LitModel(pl.LightningModule):
         self.base: dict[str, Any] | None = None
         self.parent: dict[str, str] | None = None
         self.earlier: list[dict[str, Any]] = []  # trainings that the starting weights went through
-        self._step: list[MicroBatch] = []  # that is being taken
+        self._step: list[MicroBatch] = []  # micro-batches of the current step
         self._loss = self._norm = torch.zeros(())  # its mean loss, the norm of its gradients
         self._guard = NonFiniteGuard()
 
@@ -92,11 +92,11 @@ class LitModel(pl.LightningModule):
 
     @property
     def gpt(self) -> GPT:
-        """The transformer in the model, or that the model is."""
+        """The transformer: a part of the model, or the model itself."""
         return getattr(self.model, "gpt", self.model)
 
     def compile_loss(self) -> None:
-        """Compiles what of the loss is worth it."""
+        """Compiles the parts of the loss that gain from it."""
 
     def configure_model(self) -> None:
         """Builds or loads the model; called by Lightning once the data is there."""
@@ -116,7 +116,7 @@ class LitModel(pl.LightningModule):
             self._log_lineage(run)
 
     def _log_lineage(self, run: Run) -> None:
-        """Which data and which weights a run stands on, by digest."""
+        """Logs which data and weights a run builds on, by digest."""
         facts = self.data.fingerprint
         source = ", ".join(facts["sources"])
         run.log_dataset(type(self.data).__name__, facts["digest"], facts["counts"], source)
@@ -124,7 +124,7 @@ class LitModel(pl.LightningModule):
             run.log_tags({"parent": self.parent})
 
     def build(self) -> nn.Module:
-        """The model, with its adapters."""
+        """Builds or loads the model, with its adapters."""
         loaded = load(self.init_from) if self.init_from else None
         gpt = loaded.gpt if loaded else self._new_gpt()
         if loaded is not None and not loaded.tokenizer.is_like(self.data.tokenizer):
@@ -159,9 +159,9 @@ class LitModel(pl.LightningModule):
         return GPT(replace(self.gpt_config, vocab_size=vocab_size))
 
     def _check_held_out(self, meta: dict[str, Any]) -> None:
-        """Refuses to evaluate on data that the weights were trained on, or in another form.
+        """Refuses to evaluate on data that the weights were trained on, or given in another form.
 
-        Training goes on from them on such data, with a warning.
+        Further training on such data is allowed, with a warning.
         """
         assert self.init_from is not None
         data, fn = self.data, self.trainer.state.fn
@@ -177,7 +177,7 @@ class LitModel(pl.LightningModule):
 
 
 def check_context(data: StepDataModule, block_size: int) -> None:
-    """ValueError for rows that do not fit in the model's context."""
+    """ValueError if rows do not fit into the model's context."""
     key, n_tokens = data.context
     if n_tokens > block_size:
         raise ValueError(

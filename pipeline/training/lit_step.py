@@ -1,4 +1,4 @@
-"""The optimizer step of both LightningModules: the exact mean, whatever the micro-batches."""
+"""The optimizer step of both LightningModules: an exact mean over any micro-batches."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from pipeline.training.steps import is_logged_step, log_figures
 
 
 class LitStep(LitCheckpoint):
-    """One batch is one optimizer step: the exact mean of its losses, whatever the micro-batches."""
+    """One batch is one optimizer step: the exact mean of its losses, however they are batched."""
 
     automatic_optimization = False
 
@@ -31,13 +31,13 @@ class LitStep(LitCheckpoint):
 
     @abstractmethod
     def n_targets(self, micro_batch: MicroBatch) -> int:
-        """How many losses that sum adds up."""
+        """Number of losses in that sum."""
 
     def on_fit_start(self) -> None:
-        """Warns of too little memory; has it kept between steps, and passes captured on a GPU.
+        """Warns of too little memory; on a CPU reuses freed memory, on a GPU captures passes.
 
         Raises:
-            ValueError: processes differ, as where a node has other files.
+            ValueError: the ranks differ, as when a node has other files.
         """
         own = {"ckpt_path": str(self.ckpt_path), **self.identity()}
         first, *others = sharding.of_ranks(self.trainer, own)
@@ -56,7 +56,7 @@ class LitStep(LitCheckpoint):
             training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))
 
     def on_train_start(self) -> None:
-        """Takes the first step at this run's rate: that of a checkpoint is of its run's length."""
+        """Sets the first step's learning rate: a checkpoint's fits the length of its own run."""
         schedule: Any = self.lr_schedulers()
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # of a subclass
             return
@@ -65,12 +65,12 @@ class LitStep(LitCheckpoint):
             group["lr"] = rate * factor(schedule.last_epoch)
 
     def teardown(self, stage: str) -> None:
-        """Removes captured graphs: they hold for the weights' present addresses."""
+        """Removes captured graphs: they are bound to the weights' present addresses."""
         if self.model is not None:
             training_graph.remove(self.gpt)
 
     def memory_gib(self) -> float:
-        """About what training needs beside the weights."""
+        """Estimated memory of a training step beside the weights, in GiB."""
         half = "16" in str(self.trainer.precision)
         return estimate_gib(self.model, self.gpt, self.data.max_tokens, half=half)
 
@@ -86,7 +86,7 @@ class LitStep(LitCheckpoint):
         for i, (micro_batch, is_own) in enumerate(micro_batches, start=1):
             with self._synchronized(last=i == len(micro_batches)):
                 share = float(is_own) * self.loss_sum(micro_batch) / n_targets
-                self.manual_backward(share * self.trainer.world_size)  # ranks are averaged
+                self.manual_backward(share * self.trainer.world_size)  # averaged over ranks
             mean += share.detach()
         mean = self.trainer.strategy.reduce(mean, reduce_op="sum")
         self._loss = mean
@@ -112,9 +112,9 @@ class LitStep(LitCheckpoint):
         return int(self.trainer.strategy.reduce(counts, reduce_op=operation))
 
     def micro_batches(self, batch: list[MicroBatch]) -> list[tuple[MicroBatch, bool]]:
-        """What a rank computes, and what of it is its own: the rest fills up and weighs nothing.
+        """This rank's micro-batches, each with true, then fillers with false, which weigh nothing.
 
-        All ranks have as many, so that none waits for another.
+        All ranks get equally many, so that none waits for another.
         """
         n_missing = self.over_ranks(len(batch), "max") - len(batch)
         fillers = [(self._filler(), False) for _ in range(n_missing)]
@@ -134,8 +134,8 @@ class LitStep(LitCheckpoint):
         max_norm = self.optimizer_config.max_grad_norm
         norm = sharding.gathered(nn.utils.clip_grad_norm_(trained, max_norm), keep=True)
         self._norm = norm
-        # both are of all ranks; under 16-mixed gradients overflow routinely, and the scaler skips
-        # those steps by itself, but a loss that is not finite is what it is elsewhere
+        # both are over all ranks; under 16-mixed, gradients overflow routinely and the scaler skips
+        # those steps itself, but a loss that is not finite counts as in other precisions
         is_finite = bool(torch.isfinite(self._loss if self._has_scaler else norm + self._loss))
         if not is_finite:
             optimizer.zero_grad(set_to_none=True)
@@ -146,7 +146,7 @@ class LitStep(LitCheckpoint):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_optimizers(self) -> Any:
-        """AdamW or Muon, with warm-up and a cosine over the whole run, a step at a time."""
+        """AdamW or Muon, with warm-up and a cosine over the whole run, updated every step."""
         config, n_steps = self.optimizer_config, self.trainer.estimated_stepping_batches
         if n_steps == float("inf"):
             raise ValueError("the run has no end; give trainer.max_steps or trainer.max_epochs.")

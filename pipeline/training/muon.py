@@ -1,9 +1,9 @@
-"""Muon with the matrices of a shape, and the heads of a layer, orthogonalised together.
+"""Muon that orthogonalises matrices of equal shape, and the heads of a layer, together.
 
 torch 2.13's takes matrices one by one, some thirty operations each, which on a GPU took longer than
-the step's forward and backward pass; and it orthogonalises in bf16 whatever the hardware, which on
-a CPU without bf16 products made a step of a small model ten times slower. tests/test_optim.py shows
-that they agree.
+the step's forward and backward pass; and it orthogonalises in bf16 on any hardware, which on a CPU
+without bf16 products made a step of a small model ten times slower. tests/test_optim.py shows that
+both agree.
 """
 
 import math
@@ -20,10 +20,10 @@ from pipeline.training.sharding import share, whole
 class Muon(torch.optim.Muon):
     """Momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024).
 
-    In bf16 where the hardware multiplies that; on a GPU all matrices of a shape at a time. Where a
-    group of parameters has a `head_size`, every so many rows of a matrix are one of their own, as
-    heads are in attention's scores. The update is scaled to AdamW's usual size, so that both take
-    one rate (Liu et al. 2025): `adjust_lr_fn="match_rms_adamw"` of torch's.
+    In bf16 where the hardware multiplies it; on a GPU, all matrices of one shape at a time. If a
+    parameter group has a `head_size`, each group of so many rows is a matrix of its own, as heads
+    are in attention scores. The update is scaled to AdamW's usual size, so that both share one
+    learning rate (Liu et al. 2025): torch's `adjust_lr_fn="match_rms_adamw"`.
     """
 
     @torch.no_grad()
@@ -64,10 +64,10 @@ class Muon(torch.optim.Muon):
 
 
 def _alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Matrices of one shape on a GPU, unless they are shared out; others alone."""
+    """Groups matrices by shape if they are on a GPU and not sharded; others stay alone."""
     groups: dict[object, list[Tensor]] = defaultdict(list)
     for i, p in enumerate(parameters):
-        is_whole = type(p) is nn.Parameter  # shares of FSDP2 are gathered one at a time
+        is_whole = type(p) is nn.Parameter  # FSDP2's shards are gathered one at a time
         groups[p.shape if p.is_cuda and is_whole else i].append(p)
     return list(groups.values())
 
@@ -77,7 +77,7 @@ def orthogonalize(
 ) -> Tensor:
     """The nearest semi-orthogonal matrices (B, M, N), roughly: singular values of 0.7 to 1.2.
 
-    The quintic x -> a x + b x^3 + c x^5 (`coefficients`) is applied to these `n_steps` times.
+    The quintic x -> a x + b x^3 + c x^5 (`coefficients`) is applied to them `n_steps` times.
     """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -93,10 +93,10 @@ def orthogonalize(
 
 
 def _factor(gram: Tensor, coefficients: tuple[float, float, float], n_steps: int) -> Tensor:
-    """What all steps together multiply matrices with, from their products with themselves.
+    """The factor that all steps together multiply matrices by, from their Gram matrices (B, M, M).
 
-    A step multiplies with a polynomial p of that product (B, M, M), which becomes p gram p: all of
-    these are small where a matrix is wide, 1.8 times as fast for (384, 1536).
+    A step multiplies by a polynomial p of the Gram matrix, which then becomes p gram p: these are
+    small where a matrix is wide, 1.8 times as fast for (384, 1536).
     """
     a, b, c = coefficients
 

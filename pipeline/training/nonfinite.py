@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are not finite: skipped, counted, and in the end too many."""
+"""Steps whose loss or gradients are not finite: skipped, counted, fatal if too many in a row."""
 
 from dataclasses import dataclass
 
@@ -23,10 +23,10 @@ class NonFiniteGuard:
     in_all: int = 0
 
     def saw(self, is_finite: bool, trainer: pl.Trainer, batch: list[MicroBatch]) -> None:
-        """Takes in a step before it is taken; all ranks call it, with the same answer.
+        """Counts a step before it is taken; all ranks call this, with the same `is_finite`.
 
         Raises:
-            NonFiniteLossError: it is one too many.
+            NonFiniteLossError: too many steps in a row were not finite.
         """
         if is_finite:
             self.in_a_row = 0

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.gpt import Attention
 from pipeline.training.muon import Muon
 
-MUON_STEPS = 4  # of Newton-Schulz; a fifth costs 6 % of a step of a small model and wins nothing
+MUON_STEPS = 4  # of Newton-Schulz; a fifth costs 6 % of a small model's step and gains nothing
 OptimizerName = Literal["adamw", "muon"]
 
 
@@ -22,11 +22,11 @@ class OptimizerConfig:
     Args:
         name: adamw for everything, or muon for the blocks' matrices and adamw for the rest.
         lr: peak learning rate.
-        final_lr_fraction: what is left of it at the end of the cosine.
+        final_lr_fraction: fraction of lr that is left at the end of the cosine decay.
         warmup_steps: optimizer steps of linear warm-up.
-        weight_decay: on matrices and embeddings; never on biases and norms.
-        betas: AdamW's decay rates of its two averages.
-        max_grad_norm: gradients are scaled down to this Euclidean norm.
+        weight_decay: weight decay of matrices and embeddings; biases and norms have none.
+        betas: AdamW's decay rates for the averages of gradients and of their squares.
+        max_grad_norm: gradients with a larger Euclidean norm are scaled down to this one.
     """
 
     name: OptimizerName
@@ -52,7 +52,7 @@ class OptimizerConfig:
 
 
 def check_warmup(warmup_steps: int, total_steps: int) -> None:
-    """ValueError for a warm-up that would not end."""
+    """ValueError if the warm-up takes the whole run or more."""
     if 0 <= total_steps <= warmup_steps:
         raise ValueError(
             f"model.optimizer.warmup_steps is {warmup_steps} but the run has only {total_steps} "
@@ -61,9 +61,9 @@ def check_warmup(warmup_steps: int, total_steps: int) -> None:
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, final: float) -> float:
-    """What the peak rate is multiplied with: linear warm-up, then a cosine down to `final`.
+    """Factor of the peak learning rate: linear warm-up, then a cosine down to `final`.
 
-    `step` optimizer steps were taken so far; the first already has a rate above 0.
+    `step` is the number of optimizer steps so far; the first already has a rate above 0.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -76,11 +76,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all that is trainable, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Gradients that are scaled, as in 16-mixed, go to no fused AdamW: it unscales them itself, which
-    is after they were clipped.
+    With scaled gradients, as in 16-mixed, AdamW is not fused: fused AdamW unscales gradients
+    itself, after they were clipped.
 
     Raises:
-        ValueError: where nothing is trainable, or nothing that Muon can take.
+        ValueError: nothing is trainable, or nothing that Muon can take.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
@@ -103,7 +103,7 @@ def make_optimizer(
 
 
 def _by_head(module: nn.Module, matrices: dict[str, nn.Parameter]) -> list[dict]:
-    """Groups of matrices: queries and keys, of which every head is one of its own, and others."""
+    """Muon's parameter groups: queries and keys, to be treated head by head, and others."""
     sizes = {
         layer.weight: attention.config.head_size
         for attention in module.modules()
@@ -127,7 +127,7 @@ def _adamw(
 
 
 class Chained(torch.optim.Optimizer):
-    """Several optimizers that step as one: one optimizer step stays one step for Lightning."""
+    """Several optimizers that step as one, which Lightning counts as one step."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
@@ -135,7 +135,7 @@ class Chained(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:  # type: ignore[override]
-        """All groups of all optimizers; a rate set here is the rate there."""
+        """All groups of all optimizers, not copies: a rate that is set here takes effect there."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
@@ -151,7 +151,7 @@ class Chained(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients."""
+        """Clears all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 

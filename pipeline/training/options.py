@@ -1,4 +1,4 @@
-"""Options of Lightning's commands: where they come from, their names, and what cannot be meant."""
+"""Options of Lightning's commands: where they come from, their names, and which are refused."""
 
 import argparse
 import inspect
@@ -47,7 +47,7 @@ from pipeline.training.optim import OptimizerConfig
 from pipeline.training.sharding import FullySharded
 
 A_STEP = "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
-# an option, its values without effect, and what to use instead
+# trainer options that are refused: name, values that do no harm, what to use instead
 _NOT_HERE = (
     ("accumulate_grad_batches", (1,), A_STEP),
     ("fast_dev_run", (False, 0), "it keeps nothing; use check, or trainer.max_steps."),
@@ -57,7 +57,7 @@ _NOT_HERE = (
     ("enable_checkpointing", (None, True), "a run goes on from its own; see checkpoints."),
     ("default_root_dir", (None,), "runs lie below GPT_PIPELINE_HOME, or else mlruns: set that."),
 )
-# an option that is not to be 0 or false, and what to use instead
+# trainer options that must not be 0 or false, and what to use instead
 _NOT_OFF = {
     "logger": "a run always keeps a journal: leave it out.",
     "val_check_interval": "give the steps between validations, or to have none "
@@ -65,7 +65,7 @@ _NOT_OFF = {
     "check_val_every_n_epoch": "give the epochs between validations, or null to count "
     "trainer.val_check_interval over epochs.",
 }
-# callbacks, and what to use instead
+# callbacks that are refused, and what to use instead
 _NO_CALLBACKS = (
     (
         (ModelCheckpoint, OnExceptionCheckpoint),
@@ -89,11 +89,11 @@ class RunConfig:
     """Where a run is kept.
 
     Args:
-        experiment: folder below the root, and the experiment in MLflow.
+        experiment: folder of the run below the folder of all runs; experiment in MLflow.
         name: name of the run; a digest of its configuration is added.
-        resume: auto goes on from the newest whole checkpoint of the same configuration, must
-            insists on one, never starts anew.
-        allow_changes: resume even where data, model or number of processes have changed.
+        resume: auto resumes from the newest whole checkpoint of the same configuration, if any;
+            must requires one; never starts anew.
+        allow_changes: resume even if data, model or number of processes have changed.
     """
 
     experiment: str
@@ -102,17 +102,17 @@ class RunConfig:
     allow_changes: bool = False
 
     def __post_init__(self) -> None:
-        check_name(self.experiment, "run.experiment")  # folders: none may lead out of the root
+        check_name(self.experiment, "run.experiment")  # folders: must not lead out of the root
         check_name(self.name, "run.name")
 
 
 def as_list(value: Any) -> list[Any]:
-    """One, several or none, as Lightning takes plugins and callbacks."""
+    """A list of one, several or no values, as Lightning takes plugins and callbacks."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def check_precision(words: Sequence[str]) -> None:
-    """ValueError for a precision of the trainer's alone, which follows from `precision`.
+    """ValueError if trainer.precision is given on its own: it follows from `precision`.
 
     The configuration that a run keeps has both.
     """
@@ -131,10 +131,10 @@ def check_precision(words: Sequence[str]) -> None:
 
 
 def with_options_of_fit(words: Sequence[str]) -> list[str]:
-    """A command on a checkpoint, without a config: with that of the run that made the checkpoint.
+    """Gives a command on a checkpoint, if it has no config, that of the run that made it.
 
     Raises:
-        ValueError: it does not lie with such a run.
+        ValueError: the checkpoint does not lie in such a run.
     """
     parser = argparse.ArgumentParser(**EARLY)
     parser.add_argument("-c", "--config")
@@ -151,13 +151,13 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
         )
     say(f"options: {config}")
     run, where = config.parent.resolve(), []
-    if run.parents[1] == mlruns_root():  # a chain has named it otherwise than its config does
+    if run.parents[1] == mlruns_root():  # a chain names it otherwise than its config
         where = [f"--run.experiment={run.parent.name}", f"--run.name={stem_of(run)}"]
     return [words[0], f"--config={config}", *where, *words[1:]]
 
 
 def option_names() -> list[str]:
-    """Names of options, without those of the groups that they stand in."""
+    """Names of options, without the names of their groups."""
     data = (StepDataModule, SplitDataModule, InstructionDataModule, PretrainingDataModule)
     models = (LitStep, LitClassifier, LitLanguageModel, GPTConfig, LoRAConfig, OptimizerConfig)
     kinds = (pl.Trainer, RunConfig, Checkpoints, *models, *data, TextClassificationDataModule)
@@ -165,7 +165,7 @@ def option_names() -> list[str]:
 
 
 def check_trainer(options: Any, command: str) -> None:
-    """ValueError for options of the trainer that cannot be meant here, in a command."""
+    """ValueError for trainer options that make no sense here, or for a command."""
     for key, usual, remedy in _NOT_HERE:
         if options[key] not in usual:
             raise ValueError(f"trainer.{key} is {options[key]}; {remedy}")
@@ -184,7 +184,7 @@ def check_trainer(options: Any, command: str) -> None:
             f"trainer.limit_test_batches is {limit}; a test is of the whole test set, leave it out."
         )
     if command in (splits := {"validate": "val", "predict": "predict"}):
-        key = f"limit_{splits[command]}_batches"  # of a fit without validation, say
+        key = f"limit_{splits[command]}_batches"  # 0 in a fit without validation, say
         if options[key] == 0:
             raise ValueError(
                 f"trainer.{key} is {options[key]}, so {command} would see nothing; give 1.0."
@@ -192,7 +192,7 @@ def check_trainer(options: Any, command: str) -> None:
 
 
 def check_processes(trainer: pl.Trainer) -> None:
-    """ValueError for processes that would train side by side, or share this one's open run."""
+    """ValueError for processes that would train independently, or share this one's open run."""
     n_processes = n_started()
     if n_processes > 1 and n_processes != trainer.world_size:
         raise ValueError(
@@ -219,10 +219,10 @@ def check_processes(trainer: pl.Trainer) -> None:
 
 
 def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
-    """Has early stopping judge a validation before its checkpoint is written, which keeps that.
+    """Makes early stopping judge a validation before its checkpoint, which stores the verdict.
 
     Raises:
-        ValueError: for a callback that cannot be meant here.
+        ValueError: a callback is not supported here.
     """
     for callback in callbacks:
         for kinds, remedy in _NO_CALLBACKS:

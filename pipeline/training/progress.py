@@ -1,4 +1,4 @@
-"""What a training run says on stderr: its bars, its data modules; and what libraries do not."""
+"""What a training run shows on stderr: progress bars, and fewer messages of libraries."""
 
 import logging
 import time
@@ -23,14 +23,14 @@ SHOWN_METRICS = {
     "val/loss": "val {:.3f}",
     "perf/tokens_per_s": "{:,.0f} tok/s",
 }
-SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, lines in a file
+SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, or lines in a file
 
 
 class ProgressDisplay(ProgressBar):
     """One bar over all steps of a run, on stderr: losses, speed, time elapsed and left.
 
-    In a terminal a second bar shows a validation while it runs; in a file the bar becomes a line
-    now and then.
+    In a terminal a second bar shows a validation while it runs; in a file the bar is printed as a
+    line now and then.
     """
 
     def __init__(self) -> None:
@@ -40,18 +40,18 @@ class ProgressDisplay(ProgressBar):
         self._progress: Progress | None = None
 
     def disable(self) -> None:
-        """Shows nothing that starts from here on; Lightning asks for it on all ranks but one."""
+        """Hides bars that start from now on; Lightning calls this on all ranks but one."""
         self.is_enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Adds the bar of all steps, those before a resume included."""
+        """Adds the bar of all steps, including those before a resume."""
         n_steps = int(trainer.estimated_stepping_batches)
         self._training = self._add("train", n_steps, completed=trainer.global_step)
         self._interval_s = SCREEN_INTERVAL_S if self._console.is_terminal else LOG_INTERVAL_S
         self._due = time.monotonic() + self._interval_s
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Updates the bar now and then: to read a loss is to wait for the device."""
+        """Updates the bar, but only now and then: reading a loss waits for the device."""
         if time.monotonic() >= self._due:
             self._update(trainer)
             self._print()
@@ -67,12 +67,12 @@ class ProgressDisplay(ProgressBar):
         self._evaluation = self._add(name, sum(getattr(trainer, f"num_{name}_batches")))
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Moves that bar on."""
+        """Advances that bar."""
         if self._progress:
             self._progress.advance(self._evaluation)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Takes that bar away again, where training goes on."""
+        """Removes that bar, if training goes on."""
         if self._progress and trainer.state.fn == "fit":
             self._progress.remove_task(self._evaluation)
 
@@ -80,14 +80,14 @@ class ProgressDisplay(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Leaves the last state there."""
+        """Stops the display, with its last state left visible."""
         if self._progress:
             self._progress.stop()
             self._print()
             self._progress = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Shows how far it came, and gives the terminal back."""
+        """Shows how far training got, and releases the terminal."""
         if self._progress is not None and trainer.training:
             self._update(trainer)
         self.teardown(trainer, pl_module, "")
@@ -117,20 +117,20 @@ class ProgressDisplay(ProgressBar):
         self._progress.update(self._training, completed=trainer.global_step, metrics=metrics)
 
     def _print(self) -> None:
-        """The bars as lines, where they do not move."""
+        """Prints the bars as lines, unless a terminal shows them."""
         if self.is_enabled and not self._console.is_terminal:
             self._console.print(self._progress)
 
 
 def quiet_libraries() -> None:
-    """Leaves out what the libraries say that is of no use here: tips, hints, their own past."""
+    """Silences messages of libraries that are of no use here: tips, hints, deprecations."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report asked for
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a requested report
     for message in (
         ".*does not have many workers.*",
         ".*is not resumable.*",
         ".*logging interval.*",
-        ".*sync_dist=True.*",  # validation's means are of all data in every process
+        ".*sync_dist=True.*",  # the means are over all ranks already
         r".*isinstance\(treespec, LeafSpec\).*",
     ):
         warnings.filterwarnings("ignore", message)

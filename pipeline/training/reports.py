@@ -1,4 +1,4 @@
-"""What a Lightning stage says when it ends: figures, baselines, the rows of the chain's table."""
+"""What a Lightning stage reports at its end: figures, baselines, rows of the chain's table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ NO_THIRD_SPLIT = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a stage hands to the journal and to the chain's table."""
+    """What a stage reports to the journal and to the chain's table."""
 
     metrics: dict[str, float]
     headline: list[dict[str, Any]] = field(default_factory=list)  # rows: metric, before, after
-    lines: list[str] = field(default_factory=list)  # what is said of it, where that is more
+    lines: list[str] = field(default_factory=list)  # printed instead of the headline, if any
 
 
 def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Report:
     """Loss curves, from the run's journal, and the validation metrics of the best checkpoint.
 
-    For pretraining, also what a compressor and a 5-gram model reach on the same text.
+    For pretraining, also the scores of a compressor and a 5-gram model on the same text.
     """
     history = metric_history(run.path)
     tokens, known = history.get("train/tokens", {}), history.get("train/loss", {})
@@ -71,14 +71,14 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
 
 
 def report_language_model(data: StepDataModule, metrics: dict[str, float]) -> Report:
-    """The loss of a test, and what it is of."""
+    """The loss of a test, with a note on what it was measured on where that needs one."""
     row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
     is_val = isinstance(data, PretrainingDataModule)
     return Report(metrics, [row], [*lines_of([row]), NO_THIRD_SPLIT] if is_val else [])
 
 
 def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Lightning's predictions as one JSON object a sample, in the order of the samples' ids."""
+    """Lightning's predictions as one JSON object per sample, in order of sample id."""
     rows = []
     for prediction in (p for batch in outputs for p in batch):
         if "probabilities" not in prediction:
@@ -95,13 +95,13 @@ def prediction_rows(data: Any, outputs: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def log_predictions(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Keeps them in the run, one JSON line a sample."""
+    """Writes predictions into the run, one JSON line per sample."""
     write_lines(run.path / PREDICTIONS, rows)
     run.log_artifact(PREDICTIONS)
 
 
 def hand_over(path: Path) -> None:
-    """Says on stdout what the next command takes from a finished run: its best checkpoint."""
+    """Prints what the next command takes from a run: its best checkpoint, or its predictions."""
     outcome = read_outcome(path)
     for name in ("best", "predictions"):
         if outcome and name in outcome["outputs"]:

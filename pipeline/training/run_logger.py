@@ -9,13 +9,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pipeline.runs.run_directory import Run
 from pipeline.training.steps import is_logged_step
 
-OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # what metrics of training steps begin with
+OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # prefixes of metrics of training steps
 
 
 class RunLogger(Logger):
-    """Writes to the open run, of the first rank, not to a server that may be slow or down."""
+    """Writes metrics to the open run, on rank 0, not to a server that may be slow or down."""
 
-    trainer: pl.Trainer  # whose optimizer steps count; it is made later
+    trainer: pl.Trainer  # counts optimizer steps; it is made later
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class RunLogger(Logger):
         return self.run.path.name
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends to the journal.
+        """Appends metrics to the journal.
 
-        Once a run is to stop, Lightning logs every step, with what it remembers of earlier ones:
-        such values are left out.
+        Once a run is to stop, Lightning logs at every step, with values left over from earlier
+        ones: these are left out.
         """
         is_stale = not is_logged_step(self.trainer)
         values = {
@@ -44,9 +44,9 @@ class RunLogger(Logger):
             if key != "epoch" and not (is_stale and key.startswith(OF_A_STEP))
         }
         if values:
-            fits = self.trainer.state.fn == TrainerFn.FITTING  # and counts steps from 0
+            fits = self.trainer.state.fn == TrainerFn.FITTING  # Lightning counts from 0
             n_steps = step + 1 if fits and step is not None else self.trainer.global_step
             self.run.log_metrics(values, n_steps)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved YAML is the parameters, and the command line logs it."""
+        """Does nothing: the parameters are the resolved YAML, which the command line logs."""

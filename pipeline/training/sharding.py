@@ -1,8 +1,8 @@
-"""FSDP2: weights, gradients and optimizer state are shared out over processes (Zhao et al. 2023).
+"""FSDP2: weights, gradients and optimizer state are sharded over processes (Zhao et al. 2023).
 
-Every block is gathered when it computes and given back after it; what all have in common, a tied
-embedding above all, once a step. The learning is that of one process, and so are the checkpoints:
-whole tensors, gathered on the first process, of which each takes its share when it resumes.
+Each block is gathered when it computes and freed afterwards; what lies outside the blocks, above
+all a tied embedding, once per step. Training gives what one process would, and so do checkpoints:
+whole tensors, gathered on rank 0, of which each process takes its shard when it resumes.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from pipeline.gpt import Block
 class FullySharded(ModelParallelStrategy):
     """Lightning's FSDP2 over all processes, with this project's checkpoints.
 
-    Lightning's own restores the data's position after it has made the loader, and would write past
+    Lightning's own restores the position in the data only after making the loader, and bypasses
     the checkpoint directory; so loading and saving are those of a single process here.
     """
 
@@ -37,16 +37,16 @@ class FullySharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Shares out over all processes, of all nodes."""
+        """Shards over all processes of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: the module itself gathers what its checkpoints keep."""
+        """Empty: the module itself gathers what its checkpoints keep."""
         return {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes this process's share of every tensor."""
+        """Loads this process's shard of every tensor."""
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         with torch.no_grad():
@@ -54,11 +54,11 @@ class FullySharded(ModelParallelStrategy):
                 parameters[name].copy_(tensor)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The whole state, on the first process."""
+        """The whole state, on rank 0."""
         return gathered(Strategy.optimizer_state(self, optimizer), keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes this process's share of what has the shape of its parameter."""
+        """Loads the state; of tensors of their parameter's shape only this process's shard."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
@@ -67,9 +67,9 @@ class FullySharded(ModelParallelStrategy):
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shares out a model in place, block by block, then the rest; it begins as on the first rank.
+    """Shards a model in place, block by block, then the rest; weights start as those of rank 0.
 
-    It needs to have its final dtypes and `requires_grad`; the mesh is of one dimension.
+    The model must have its final dtypes and `requires_grad`; the mesh has one dimension.
     """
     model.to(mesh.device_type)
     for tensor in model.parameters():
@@ -80,7 +80,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def of_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """The value of every rank, in their order."""
+    """The values of all ranks, in rank order."""
     values = [value] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(values, value)
@@ -88,24 +88,24 @@ def of_ranks(trainer: pl.Trainer, value: Any) -> list[Any]:
 
 
 def gather_shared(model: nn.Module) -> None:
-    """Makes what lies outside the blocks readable as plain tensors, until the next step ends."""
+    """Makes weights outside the blocks readable as plain tensors, until the next step ends."""
     if isinstance(model, FSDPModule):
         model.unshard()
 
 
 def share_out_again(model: nn.Module) -> None:
-    """Ends `gather_shared`, and what a validation has gathered; plain tensors of it are void then.
+    """Reshards what `gather_shared` or a validation has gathered; its plain tensors become void.
 
-    Whoever keeps tensors of a model calls this before: PEFT's state dict, for one, does so midway.
+    Call it before keeping tensors of a model: some calls, as PEFT's state dict, reshard midway.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:
-    """A tree with its shared-out tensors whole, on the CPU; all ranks must call it.
+    """A tree with its sharded tensors gathered, on the CPU; all ranks must call this.
 
-    Plain tensors stay as they are; where whole ones are not kept, they are empty, to save memory.
+    Plain tensors stay as they are; without `keep`, gathered ones are empty, to save memory.
     """
 
     def gather(shared: DTensor) -> Tensor:
@@ -116,17 +116,17 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 
 
 def shares(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, which every rank has, as this rank's shares: `share` by name."""
+    """This rank's shards of whole tensors, which every rank has: `share` by name."""
     return {name: share(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered where it is shared out; then all ranks must call it."""
+    """A tensor, gathered if it is sharded; then all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def share(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """This rank's share of a whole tensor, which every rank has; all of it if `like` is whole."""
+    """This rank's shard of a whole tensor, which every rank has; all if `like` is no shard."""
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh
@@ -134,5 +134,5 @@ def share(tensor: Tensor, like: Tensor | None) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""What the trainer knows of a step: whether it is logged, its samples, the run that it is of."""
+"""What the trainer knows of a step: whether it is logged, its samples, its run."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from pipeline.training.sharding import of_ranks
 
 
 def run_of(trainer: pl.Trainer) -> Run | None:
-    """The open run, where there is one to log to."""
+    """The open run to log to, if there is one."""
     run = getattr(trainer.logger, "run", None)
     return run if isinstance(run, Run) else None
 
@@ -29,8 +29,8 @@ def is_logged_step(trainer: pl.Trainer) -> bool:
 def log_figures(module: pl.LightningModule, figures: Mapping[str, float | Tensor]) -> None:
     """Logs figures of the step just taken that neither the progress bar nor early stopping needs.
 
-    The run's journal gets them as they are, which takes a tenth of what `log` does; that gives
-    loggers of others, where there are any, all values of a step together.
+    They go straight to the run's journal, in a tenth of the time that `log` takes. Other loggers,
+    if there are any, get them by `log`, all values of a step together.
     """
     trainer = module.trainer
     if (run := run_of(trainer)) is None or len(trainer.loggers) > 1:
@@ -42,7 +42,7 @@ def log_figures(module: pl.LightningModule, figures: Mapping[str, float | Tensor
 
 
 def n_real_tokens(batch: list[MicroBatch]) -> int:
-    """Tokens of a step, padding left out."""
+    """Number of tokens in a step, without padding."""
     return sum(
         int(mb["attention_mask"].sum()) if "attention_mask" in mb else mb["input_ids"].numel()
         for mb in batch
@@ -54,8 +54,8 @@ def validations(
 ) -> tuple[int, int]:
     """How often a run validates, and after which step it does so last.
 
-    `n_between` is Lightning's `val_check_batch`, `every_n_epochs` its `check_val_every_n_epoch`, of
-    which None counts over epochs.
+    `n_between` is Lightning's `val_check_batch`, `every_n_epochs` its `check_val_every_n_epoch`,
+    where None counts steps across epochs.
     """
     if every_n_epochs is None:
         every_n_epochs, n_per_epoch = 1, max(1, n_steps)

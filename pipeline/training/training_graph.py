@@ -1,8 +1,7 @@
-"""Training's forward and backward passes captured as CUDA graphs: one replay, not thousands of
-launches.
+"""Training passes captured as CUDA graphs: one replay instead of thousands of kernel launches.
 
 A pass through a small model, or one with adapters, is thousands of kernels of a few microseconds
-each; to launch one takes longer than it runs.
+each; launching one takes longer than running it.
 
 Shapes: B rows, T tokens, C width.
 """
@@ -23,16 +22,16 @@ from torch.func import functional_call
 from pipeline.gpt import GPT
 from pipeline.training.sharding import FullySharded
 
-MULTIPLE = 64  # of tokens a row: few shapes, for each has a graph of its own
-MAX_SHAPES = 32  # that are captured
-MAX_GRADIENT_BYTES = 3 * 2**30  # a pass has its own beside those that it adds to
+MULTIPLE = 64  # of tokens per row: few shapes, as each has graphs of its own
+MAX_SHAPES = 32  # captured at most
+MAX_GRADIENT_BYTES = 3 * 2**30  # a pass has its own besides those that it adds to
 
 
 def install(gpt: GPT, trainer: pl.Trainer, *, is_asked_for: bool) -> None:
-    """Has a model's passes in training captured from now on, where that can be done.
+    """Makes a model's training passes be captured from now on, if that is possible.
 
     Raises:
-        ValueError: where it is asked for and cannot be done.
+        ValueError: it is asked for and not possible.
     """
     device, n_processes = trainer.strategy.root_device.type, trainer.world_size
     is_sharded = isinstance(trainer.strategy, FullySharded)
@@ -56,19 +55,19 @@ def install(gpt: GPT, trainer: pl.Trainer, *, is_asked_for: bool) -> None:
 
 
 def remove(gpt: GPT) -> None:
-    """Gives graphs up: they hold for the weights where they are now, and take memory."""
+    """Drops the graphs, which are bound to the weights' present addresses and take memory."""
     if isinstance(graphs := gpt.__dict__.pop("forward", None), TrainingGraphs):
-        graphs.captured.clear()  # each of which knows the others
+        graphs.captured.clear()  # breaks a reference cycle
 
 
 def is_installed(gpt: GPT) -> bool:
-    """Whether a model's passes in training are captured."""
+    """Whether a model's training passes are captured."""
     return isinstance(gpt.forward, TrainingGraphs)
 
 
 @contextmanager
 def left_out(gpt: GPT) -> Iterator[None]:
-    """Within it passes run operation by operation, so that these can be counted."""
+    """Context without graphs: passes run operation by operation, so that these can be observed."""
     graphs = gpt.__dict__.pop("forward", None)
     try:
         yield
@@ -78,33 +77,33 @@ def left_out(gpt: GPT) -> Iterator[None]:
 
 
 class TrainingGraphs:
-    """A model's `forward`; passes that train it are captured, others are as before.
+    """A model's `forward` that captures training passes and leaves others as they are.
 
-    Rows are padded to few lengths, and padding is computed: that is cheaper than to ask. A shape
-    is captured when it comes again. Until then, and where there are too many, the same operations
-    are asked for one by one and round alike: a run that goes on may have met others first.
+    Rows are padded to few lengths, and padding is computed: that is cheaper than testing for it. A
+    shape is captured the second time that it occurs. Before that, and beyond MAX_SHAPES, the same
+    operations are launched one by one and round alike: a resumed run may meet other shapes first.
 
-    The weights, and which of them are trained, stay what and where they are.
+    The weights must keep their addresses and their `requires_grad`.
 
     Args:
-        gpt: causal, on a GPU, of one process.
+        gpt: a causal model on a GPU, in a single process.
     """
 
     def __init__(self, gpt: GPT) -> None:
         self.gpt = gpt
-        self.pool: Any = None  # of memory, for all
+        self.pool: Any = None  # memory pool of all graphs
         self.met: set[tuple[int, int]] = set()  # shapes that libraries and compilers have seen
         self.captured: dict[tuple[int, int], CapturedPass] = {}
         named = gpt.named_parameters()
-        # without the head: it is no part of a pass
+        # without the head, which is no part of a pass
         self.trained = {n: p for n, p in named if p.requires_grad and not n.startswith("head.")}
-        self.anchor = torch.zeros((), requires_grad=True)  # gives what a pass returns a grad_fn
-        self.latest: object = None  # what tells the last pass from those before
+        self.anchor = torch.zeros((), requires_grad=True)  # gives a pass's result a grad_fn
+        self.latest: object = None  # token of the latest forward pass
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """Does what `GPT.forward` does; what it returns is overwritten by the next pass."""
+        """Does what `GPT.forward` does; the next pass overwrites what it returns."""
         n_tokens, block_size = input_ids.shape[1], self.gpt.config.block_size
         is_trained = torch.is_grad_enabled() and self.gpt.training and not options
         if not is_trained or n_tokens > block_size:
@@ -121,18 +120,18 @@ class TrainingGraphs:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """Gradients of `trained`: passes add to them, in the same place at every step."""
+        """Gradients of `trained`, at fixed addresses; passes add to them."""
         return [torch.zeros_like(parameter) for parameter in self.trained.values()]
 
     def hold_gradients(self) -> None:
-        """Puts all gradients there; one that was forgotten is zero."""
+        """Makes these the weights' gradients, with the values of the present ones, or zero."""
         for parameter, held in zip(self.trained.values(), self.gradients, strict=True):
             if parameter.grad is not held:
                 held.zero_() if parameter.grad is None else held.copy_(parameter.grad)
                 parameter.grad = held
 
     def pass_of(self, shape: tuple[int, int]) -> Pass:
-        """What is to be done for token ids (B, T)."""
+        """The pass for token ids of a shape (B, T), captured or not."""
         if shape in self.captured:
             return self.captured[shape]
         if len(self.captured) == MAX_SHAPES:
@@ -149,14 +148,14 @@ class TrainingGraphs:
 
 
 class Pass:
-    """A pass forward and back, operation by operation.
+    """A forward and a backward pass, operation by operation.
 
     Its weights are fresh leaves that share the model's memory: autograd's AccumulateGrad waits for
     the stream that first used a leaf, and such a wait cannot be captured.
     """
 
     def __init__(self, graphs: TrainingGraphs) -> None:
-        self.graphs, self.gradients = graphs, graphs.gradients  # which no capture may make
+        self.graphs, self.gradients = graphs, graphs.gradients  # not made in a capture
         self.weights: dict[str, Tensor] = {
             name: nn.Parameter(p.detach()) for name, p in graphs.trained.items()
         }
@@ -174,7 +173,7 @@ class Pass:
         return self.states.detach()
 
     def backward(self, upstream: Tensor) -> None:
-        """Adds to the gradients; `upstream` (B, T, C) is that of what `forward` returned."""
+        """Adds to the gradients; `upstream` (B, T, C) is the gradient of `forward`'s result."""
         weights = list(self.weights.values())
         found = torch.autograd.grad(self.states, weights, upstream, materialize_grads=True)
         del self.states
@@ -182,10 +181,10 @@ class Pass:
 
 
 class CapturedPass(Pass):
-    """The same of one shape as two graphs, on tensors of their own.
+    """The same for one shape, as two graphs on tensors of their own.
 
-    All share one pool of memory: what one keeps for its way back, and what it returned, is gone
-    when another begins.
+    All share one memory pool: what a pass keeps for its backward pass, and what it returned, is
+    gone when another pass begins.
     """
 
     def __init__(self, graphs: TrainingGraphs, shape: tuple[int, int]) -> None:
@@ -199,19 +198,19 @@ class CapturedPass(Pass):
             super().backward(self.upstream)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Copies in, replays."""
+        """Copies the ids in and replays the graph."""
         self.input_ids.copy_(input_ids)
         self.ahead.replay()
         return self.returned.detach()
 
     def backward(self, upstream: Tensor) -> None:
-        """Copies in, replays."""
+        """Copies the gradient in and replays the graph."""
         self.upstream.copy_(upstream)
         self.back.replay()
 
 
 class _Run(torch.autograd.Function):
-    """A pass in the eyes of autograd, which sees none of the weights."""
+    """A pass as a single autograd operation, which does not see the weights."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, input_ids: Tensor, graphs: TrainingGraphs) -> Tensor:

@@ -1,4 +1,4 @@
-"""A few steps of a training run, taken to know what all of it costs.
+"""A few steps of a training run, taken to estimate what the whole run costs.
 
 Shapes: B rows, T tokens, N samples of an epoch.
 """
@@ -19,19 +19,19 @@ from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory
 from pipeline.training.steps import n_real_tokens
 from pipeline.training.training_graph import is_installed, left_out
 
-QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of the steps' tokens; balanced early
-N_WARMUP = 4  # steps before any is timed: the largest and one of median size, twice
+QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of tokens per step; balanced early on
+N_WARMUP = 4  # untimed steps: the largest and one of median size, twice
 N_TIMED = 3 * len(QUANTILES)
 TRIAL_S = 20.0  # of timed steps; at least three are taken
 N_VAL_BATCHES = 5
 
 
 class Epoch:
-    """The first pass over the training samples of a data module that is set up, in numbers."""
+    """Statistics of the first epoch of training samples, from a data module that is set up."""
 
     def __init__(self, data: StepDataModule) -> None:
         order = data.train_order()(0)
-        self.keys = order.split(data.batch_size)  # of its samples, in order, step by step
+        self.keys = order.split(data.batch_size)  # of samples, in training order, by step
         steps = data.train_lengths(order).split(data.batch_size)
         self.step_tokens = torch.stack([of_step.sum() for of_step in steps])  # (steps,)
         self.n_samples, self.n_tokens = len(order), int(self.step_tokens.sum())  # without padding
@@ -41,13 +41,13 @@ class Epoch:
             for lengths in [sorted(of_step.tolist(), reverse=True)]
             for rows in cut(lengths, data.max_tokens)
         ]
-        self.n_padded = sum(b * t for b, t, _ in shapes)  # tokens in all with padding
-        # of the micro-batch with the most tokens: its step, its rows and the tokens a row
+        self.n_padded = sum(b * t for b, t, _ in shapes)  # all tokens, with padding
+        # of the micro-batch with the most tokens: its step, rows, and tokens per row
         n_rows, n_tokens, self.heaviest = max(shapes, key=lambda s: (s[0] * s[1], s[1]))
         self.largest = n_rows, n_tokens
 
     def trial_order(self) -> Tensor:
-        """(N,) keys that begin with the steps of the trial: warm-up, then steps of all sizes."""
+        """(N,) keys, beginning with the steps of the trial: warm-up, then steps of all sizes."""
         whole = max(1, len(self.keys) - 1)  # the last step may have fewer samples
         by_size = self.step_tokens[:whole].argsort()
         quantiles = [int(by_size[round(q * (whole - 1))]) for q in QUANTILES]
@@ -59,39 +59,39 @@ class Epoch:
 class Trial(pl.Callback):
     """Takes the steps of `Epoch.trial_order`, times them, validates a little, and ends the run.
 
-    Where the run needs more memory than there is, no step is taken.
+    If the run needs more memory than there is, no step is taken.
     """
 
     def __init__(self, epoch: Epoch) -> None:
         self.epoch = epoch
         self.start_s = 0.0  # from the start of the process to the first step
-        self.kept_bytes = 0  # by the largest micro-batch for the backward pass, by count
-        self.needed_bytes = 0  # by the run at least, by count
-        self.peak_bytes = self.total_bytes = 0  # that were used, that there are
+        self.kept_bytes = 0  # counted: what the largest micro-batch keeps for backward
+        self.needed_bytes = 0  # counted: what the run needs at least
+        self.peak_bytes = self.total_bytes = 0  # used at most; of the machine
         self.step_s: list[float] = []  # of the timed steps
         self.step_tokens: list[int] = []  # likewise
         self.val_batch_s: list[float] = []
-        self.val_rest_s = 0.0  # of what a validation does beside: checkpoint, sample texts
+        self.val_rest_s = 0.0  # what else a validation does: checkpoint, sample texts
         self._n_steps, self._since, self._n_prepared = 0, 0.0, 0
 
     @property
     def fits(self) -> bool:
-        """Whether the machine has the memory."""
+        """Whether the machine has enough memory."""
         return max(self.needed_bytes, self.peak_bytes) <= self.total_bytes
 
     def training_s(self, n_tokens: float) -> float:
-        """Seconds that training on so many tokens takes; 0 where no step was timed."""
+        """Seconds that training on so many tokens takes; 0 if no step was timed."""
         return sum(self.step_s) / max(1, sum(self.step_tokens)) * n_tokens
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Counts memory; ends the run where there is too little."""
+        """Counts the memory that is needed; ends the run if there is too little."""
         self.start_s = time.time() - psutil.Process().create_time()
         device = pl_module.device
         self.total_bytes = total_memory_bytes(device)
         self.kept_bytes = largest_kept_bytes(trainer, pl_module, self.epoch)
-        gradients = 2 if is_installed(pl_module.gpt) else 1  # in graphs too
+        gradients = 2 if is_installed(pl_module.gpt) else 1  # graphs have their own, too
         held = sum(
-            p.nbytes * (gradients + (1 if "momentum" in group else 2))  # Muon's, AdamW's moments
+            p.nbytes * (gradients + (1 if "momentum" in group else 2))  # moments of Muon, AdamW
             for group in trainer.optimizers[0].param_groups
             for p in group["params"]
         )
@@ -107,7 +107,7 @@ class Trial(pl.Callback):
         self._n_steps += 1
         n_before = self._n_prepared
         self._n_prepared = getattr(pl_module.gpt.forward, "n_prepared", 0)
-        if self._n_steps > N_WARMUP and self._n_prepared == n_before:  # each shape twice
+        if self._n_steps > N_WARMUP and self._n_prepared == n_before:  # no graph prepared
             self.step_s.append(now - self._since)
             self.step_tokens.append(n_real_tokens(batch))
         is_long = len(self.step_s) >= 3 and sum(self.step_s) > TRIAL_S
@@ -131,14 +131,14 @@ class Trial(pl.Callback):
         self.val_rest_s = self._since - self._val_start - sum(self.val_batch_s)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Reads the peak."""
+        """Reads the peak memory."""
         self.peak_bytes = peak_memory_bytes(pl_module.device)
 
 
 def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:
     """Bytes that the largest micro-batch keeps for the backward pass, padding included.
 
-    Counted on its longest row alone and on that row twice: what a row costs, and what it does not.
+    Extrapolated from its longest row, taken once and twice: costs per row, and fixed costs.
     """
     data: StepDataModule = trainer.datamodule  # type: ignore[attr-defined]
     keys, (n_rows, _) = epoch.keys[epoch.heaviest], epoch.largest
@@ -155,7 +155,7 @@ def largest_kept_bytes(trainer: pl.Trainer, module: Any, epoch: Epoch) -> int:
 
 
 def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes that a forward pass of a module keeps for the backward pass beside its parameters."""
+    """Bytes that a forward pass of a module keeps for the backward pass besides its parameters."""
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
@@ -163,7 +163,7 @@ def kept_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # with what made it, it would never be freed
+        return tensor.detach()  # with its graph, it would never be freed
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
         loss = forward()

@@ -1,1 +1,1 @@
-"""A run: its directory and journal, what makes it the same again, and its replica in MLflow."""
+"""A run: its directory, its journal, what identifies it, and its replica in MLflow."""

@@ -1,8 +1,8 @@
-"""What makes two runs the same: the options that decide a result, and their digest."""
+"""What makes two runs the same: the options that decide a result."""
 
 from typing import Any
 
-NEUTRAL = {  # options that decide memory, speed, names or what is seen, never the result
+NEUTRAL = {  # options that affect memory, speed, names or display, never the result
     "run.experiment",
     "run.name",
     "run.resume",
@@ -21,7 +21,7 @@ NEUTRAL = {  # options that decide memory, speed, names or what is seen, never t
 
 
 def decisive(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Options by dotted key, as the command line has them; of those, what decides the result."""
+    """The options that decide the result, by dotted key, as the command line names them."""
     if not isinstance(options, dict) or not options:
         key = prefix.rstrip(".").replace(".init_args", "")
         return {} if key in NEUTRAL else {key: options}

@@ -1,4 +1,4 @@
-"""The journal of a run: append-only JSON lines, on disk line by line, whatever kills the process.
+"""The journal of a run: append-only JSON lines, flushed one by one, so a killed process keeps them.
 
 A line has `time` (unix seconds), `kind`, and by kind
 
@@ -30,16 +30,16 @@ class Journal:
     def __init__(self, run: Path) -> None:
         path = run / JOURNAL
         path.touch()
-        end, self.active_s = _recover(run)  # how long the run was at work before
+        end, self.active_s = _recover(run)  # how long the run has worked before
         os.truncate(path, end)
         self.is_new = end == 0
-        self._file = path.open("ab")  # buffered writers lock themselves
+        self._file = path.open("ab")  # a buffered writer locks itself
 
     def append(self, kind: str, **facts: Any) -> None:
         """Appends one line and flushes it; a status is on disk before this returns.
 
         Raises:
-            OSError: the disk is full, or refuses.
+            OSError: the disk is full, or fails.
         """
         line = dumps({"time": time.time(), "kind": kind, **facts}).encode() + b"\n"
         try:
@@ -54,14 +54,14 @@ class Journal:
             ) from error
 
     def close(self) -> None:
-        """Ends writing."""
+        """Closes the file."""
         self._file.close()
 
 
 def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Lines of a run directory's journal from a byte offset on, each with the offset behind it.
+    """Lines of a run directory's journal from a byte offset on, each with the offset after it.
 
-    A last line that is not whole (the process was killed, or is writing it) is left out.
+    An incomplete last line (the process was killed, or is writing it) is left out.
 
     Raises:
         ValueError: a line is damaged.
@@ -84,17 +84,17 @@ def read_journal(run: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
 
 
 def _recover(run: Path) -> tuple[int, float]:
-    """Bytes of whole lines, and the seconds that they span without the breaks before a resume."""
+    """Bytes of whole lines, and the seconds that they span, without the breaks before a resume."""
     end, active_s, last = 0, 0.0, None
     for line, line_end in read_journal(run):
         if last is not None and line.get("name") != "resumed":
-            active_s += max(0.0, line["time"] - last)  # clocks are set back
+            active_s += max(0.0, line["time"] - last)  # a clock may be set back
         end, last = line_end, line["time"]
     return end, active_s
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """Standard JSON; numbers that it has no word for as text, which float() reads back."""
+    """Standard JSON, with NaN and infinities as text, which float() reads back."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
@@ -109,7 +109,7 @@ def _plain(value: Any) -> Any:
 
 
 def metric_history(run: Path) -> dict[str, dict[int, float]]:
-    """Metric -> step -> value, by step; of a step that was taken again after a resume the last."""
+    """Metric -> step -> value, ordered by step; of a step repeated after a resume, the last."""
     history: dict[str, dict[int, float]] = {}
     for line, _ in read_journal(run):
         if line["kind"] == "metric":

@@ -1,12 +1,12 @@
-"""One run's journal into MLflow, so that sending a line again changes nothing.
+"""Sends a run's journal to MLflow, so that sending a line again changes nothing.
 
-What was sent is remembered in the run directory's `mlflow.json`. Where that is lost, or the process
-died in between, lines are sent again: metrics keep the journal's time, by which the store knows
-those that it has; all else replaces itself. A run is found again by its id, in a tag.
+The run directory's `mlflow.json` records what was sent. If it is lost, or the process died in
+between, lines are sent again: metrics keep the journal's time, by which the store recognises those
+that it has; all else overwrites itself. A run is found again by its id, in a tag.
 
 In MLflow, unlike in the journal, an infinite metric is NaN (its 1.8e308 would spoil every chart),
-with a tag `non_finite.<metric>`; steps that a resumed run takes again are left out, and so are
-parameters that are None; one that changed is a tag `changed.<parameter>`; what is too long is cut.
+with a tag `non_finite.<metric>`; steps that a resumed run repeats and parameters that are None are
+left out; a changed parameter is a tag `changed.<parameter>`; what is too long is cut.
 """
 
 import json
@@ -39,17 +39,17 @@ from pipeline.runs.provenance import redact
 from pipeline.runs.run_directory import is_open, read_outcome
 
 _RUN_TAG, _TABLES_TAG = "gpt_pipeline.run", "mlflow.loggedArtifacts"
-_NOT_ALLOWED = r"[^\w\-./: ]"  # in names
+_NOT_ALLOWED = r"[^\w\-./: ]"  # characters in names
 _LINES_AT_ONCE = 500
 
 
 @dataclass
 class _Replicated:
-    """What a store has of a run."""
+    """What a store already has of a run."""
 
     store: str
     run_id: str
-    offset: int = 0  # bytes of the journal
+    offset: int = 0  # bytes of the journal that were sent
     status: str = "RUNNING"
     n_resumed: int = 0
     last: dict[str, list[Any]] = field(default_factory=dict)  # metric -> [step, value]
@@ -65,7 +65,7 @@ def send_missing(run: Path, uri: str, *, ask: bool) -> int:
         replicated = _attach(client, run, uri)
         if replicated is None:
             return 0
-        if not _is_line_start(run / JOURNAL, replicated.offset):  # it lost lines that were sent
+        if not _is_line_start(run / JOURNAL, replicated.offset):  # it lost sent lines
             replicated = _Replicated(replicated.store, replicated.run_id)
         n_lines = 0
         lines = read_journal(run, replicated.offset)
@@ -74,7 +74,7 @@ def send_missing(run: Path, uri: str, *, ask: bool) -> int:
             replicated.offset = some[-1][1]
             _remember(run, replicated)
             n_lines += len(some)
-        if replicated.status == "RUNNING" and not is_open(run):  # it ended without a word
+        if replicated.status == "RUNNING" and not is_open(run):  # it was killed
             *_, (last, _) = read_journal(run)
             status = "KILLED" if read_outcome(run) is None else "FINISHED"
             _set_status(client, replicated, status, int(last["time"] * 1000))
@@ -113,7 +113,7 @@ def _is_behind(run: Path, uri: str) -> bool:
 
 
 def _attach(client: MlflowClient, run: Path, uri: str) -> _Replicated | None:
-    """What the store has of the run, which is made where it lacks it; None for a deleted one."""
+    """What the store has of the run, which is created if need be; None if it was deleted there."""
     if replicated := _remembered(run, uri):
         try:
             deleted = client.get_run(replicated.run_id).info.lifecycle_stage == "deleted"
@@ -144,12 +144,12 @@ def _parent_id(parent: Path, uri: str) -> str | None:
 
 
 def _store_name(run: Path, uri: str) -> str:
-    """The store as mlflow.json names it: without login, and the same where the root was moved."""
+    """The store as mlflow.json names it: without login, and unaffected if the root is moved."""
     return redact(uri.replace(str(run.parent.parent), "."))
 
 
 def _remembered(run: Path, uri: str) -> _Replicated | None:
-    """What mlflow.json says, where it is about this store and of this version."""
+    """What mlflow.json says, if it is about this store and of this version."""
     try:
         replicated = _Replicated(**json.loads((run / REPLICATED).read_text("utf-8")))
     except (FileNotFoundError, *MALFORMED):
@@ -162,7 +162,7 @@ def _remember(run: Path, replicated: _Replicated) -> None:
 
 
 class _Batch:
-    """Lines of one journal, taken in by `add`, that `send` writes to a store."""
+    """Lines of one journal, collected by `add`, that `send` writes to a store."""
 
     def __init__(self, replicated: _Replicated) -> None:
         self.replicated = replicated
@@ -175,7 +175,7 @@ class _Batch:
         self._status: tuple[str, int] | None = None  # and its time, ms
 
     def add(self, line: dict[str, Any]) -> None:
-        """Takes in one line; one of an unknown kind says nothing to MLflow."""
+        """Adds one line; ignores one of an unknown kind."""
         time_ms = int(line["time"] * 1000)
         match line["kind"]:
             case "param":
@@ -219,13 +219,13 @@ class _Batch:
         self._datasets.append(DatasetInput(dataset))
 
     def _add_event(self, line: dict[str, Any]) -> None:
-        if line["name"] == "stage":  # child runs say it
+        if line["name"] == "stage":  # child runs show it
             return
         if line["name"] not in ("created", "resumed"):
             facts = {key: line[key] for key in line.keys() - {"time", "kind", "name"}}
             self.tags[f"event.{line['name']}"] = json.dumps(facts, sort_keys=True)
             return
-        self.tags["mlflow.source.name"] = line["command"].split(" -")[0]  # a path's end is shown
+        self.tags["mlflow.source.name"] = line["command"].split(" -")[0]  # the UI cuts at slashes
         self.parent = line.get("parent", self.parent)
         if line["name"] == "resumed":
             self.replicated.n_resumed += 1
@@ -233,7 +233,7 @@ class _Batch:
             self.tags["resumed"] = str(self.replicated.n_resumed)
 
     def send(self, client: MlflowClient, run: Path) -> None:
-        """Writes it all to the store, the status last; files are those of the run directory."""
+        """Writes it all to the store, the status last; artifacts come from the run directory."""
         run_id = self.replicated.run_id
         params = self._settle(client.get_run(run_id))
         client.log_batch(
@@ -245,7 +245,7 @@ class _Batch:
         if self._datasets:
             try:
                 client.log_inputs(run_id, self._datasets)
-            except MlflowException:  # another run of the same data was sent at the same time
+            except MlflowException:  # a run on the same data was sent at the same time
                 client.log_inputs(run_id, self._datasets)
         for name in self._artifacts:
             if (run / name).exists():
@@ -256,7 +256,7 @@ class _Batch:
             _set_status(client, self.replicated, *self._status)
 
     def _settle(self, known: Run) -> dict[str, str]:
-        """Parameters that are new; tags for what else depends on what the store has."""
+        """Returns the new parameters; adds the tags that depend on what the store has."""
         params, tags = dict(known.data.params), known.data.tags
         for name, text in self._params:
             value = text[:MAX_PARAM_VAL_LENGTH]
@@ -276,7 +276,7 @@ class _Batch:
 
 
 def _set_status(client: MlflowClient, replicated: _Replicated, status: str, time_ms: int) -> None:
-    """RUNNING (again), or ended at a time."""
+    """Sets RUNNING (again), or a final status and its time."""
     if status == "RUNNING":
         client.update_run(replicated.run_id, status)
     else:
@@ -285,12 +285,12 @@ def _set_status(client: MlflowClient, replicated: _Replicated, status: str, time
 
 
 def _key(name: str) -> str:
-    """A name in the characters and the length that MLflow allows."""
+    """A name reduced to the characters and the length that MLflow allows."""
     allowed = posixpath.normpath(re.sub(_NOT_ALLOWED, "_", name)).lstrip("./")
     return allowed[:MAX_ENTITY_KEY_LENGTH] or "_"
 
 
 def _metric_key(name: str) -> str:
-    """Likewise; labels that are in it stay apart, with other characters by their numbers."""
+    """Like `_key`, but labels in it stay distinct: other characters become their code points."""
     parts = re.sub(_NOT_ALLOWED, lambda found: f"_{ord(found[0]):x}", name).split("/")
     return _key("/".join({"": "_2f", ".": "_2e", "..": "_2e_2e"}.get(p, p) for p in parts))

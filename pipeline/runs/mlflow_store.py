@@ -1,4 +1,4 @@
-"""Where MLflow keeps its records for a root of runs: the database, the artifacts, their making."""
+"""MLflow's store for a root of runs: creates, opens and relocates database and artifacts."""
 
 import functools
 import logging
@@ -27,12 +27,12 @@ _LOCATIONS = (
 
 @functools.cache
 def open_store(uri: str) -> MlflowClient:
-    """A client of the store; makes a database that isn't there.
+    """A client of the store; creates a database that does not exist.
 
-    Processes that come at once wait for each other. A database that was moved together with its
-    artifacts is told so, because MLflow writes down absolute places.
+    Concurrent processes wait for each other. In a database that was moved together with its
+    artifacts the paths are updated, because MLflow stores absolute ones.
     """
-    # it prints what it raises
+    # it also logs what it raises
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if database := _database(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +52,17 @@ def _database(uri: str) -> Path | None:
 
 
 def _create(database: Path) -> None:
-    """Makes a database elsewhere and moves it: MLflow cannot go on with a half-made one."""
+    """Creates a database elsewhere and moves it here: MLflow cannot complete a partial one."""
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".mlflow-") as folder:
         made = Path(folder) / database.name
         MlflowClient(database_uri(made))
         made.replace(database)
     for remembered in database.parent.glob(f"*/*/{REPLICATED}"):
-        remembered.unlink()  # what runs sent was to an earlier database
+        remembered.unlink()  # it is about an earlier database
 
 
 def _relocate(database: Path) -> None:
-    """Rewrites the places of artifacts that were written down when the folder had another path."""
+    """Rewrites the paths of artifacts that were stored when the folder had another path."""
     here = database.parent.as_uri()
     with closing(sqlite3.connect(database, timeout=_BUSY_TIMEOUT_S)) as connection, connection:
         query = "SELECT DISTINCT value FROM experiment_tags WHERE key = ? AND value != ?"
@@ -78,12 +78,12 @@ def _relocate(database: Path) -> None:
 
 
 def experiment_id(client: MlflowClient, root: Path, uri: str, name: str) -> str:
-    """Id of an experiment, which is made, or restored where it was deleted."""
+    """Id of an experiment, which is created if need be, or restored if it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
         database = _database(uri)
         tags = {_ROOT_TAG: root.as_uri()} if database and database.parent == root else {}
-        is_server = uri.startswith(("http", "databricks"))  # it has a place for artifacts
+        is_server = uri.startswith(("http", "databricks"))  # it chooses where artifacts go
         place = None if is_server else (root / "artifacts" / name).as_uri()
         try:
             return client.create_experiment(name, place, tags=tags)

@@ -1,4 +1,4 @@
-"""Facts that a result is traced back by: the command, code, versions, hardware. Never secrets."""
+"""Facts by which a result can be traced: command, code, versions, hardware. Never secrets."""
 
 import functools
 import importlib.metadata
@@ -45,7 +45,7 @@ def redact(value: Any) -> Any:
 def environment() -> dict[str, str]:
     """What the process runs: command line, code, versions and hardware, each left out if unknown.
 
-    A GPU is named only where torch is already imported.
+    A GPU is named only if torch is already imported.
     """
     facts = {
         "command": redact(f"python -m pipeline {shlex.join(sys.argv[1:])}"),
@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 of the sources of both packages, templates included, when it is first asked for."""
+    """SHA-256 of the sources of both packages, templates included, as of the first call."""
     folder = Path(__file__).parents[2]
     files = sorted(
         file

@@ -1,6 +1,4 @@
-"""Finds the directory of a run: a finished one whose inputs are unchanged, an interrupted one to go
-on with, or a new one.
-"""
+"""Finds a run's directory: finished and still valid, interrupted and to be resumed, or new."""
 
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -18,23 +16,23 @@ Outcome = Mapping[str, Any]
 
 
 class Attempt(NamedTuple):
-    """Where something runs, or has run."""
+    """A run directory, with the outcome that can be reused, if any."""
 
     path: Path
-    outcome: Outcome | None  # of a finished run that may be used again; None where it has to run
-    why: str = ""  # what keeps the last finished one from that, if there is one
+    outcome: Outcome | None  # of a finished run that may be reused; None if it has to run
+    why: str = ""  # why the last finished run, if any, may not be reused
 
 
 def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False) -> Attempt:
-    """The last attempt if it was interrupted, else the last that still holds, else a new one.
+    """The last attempt if it was interrupted, else the last that is still valid, else a new one.
 
-    One that was interrupted in training before it had a checkpoint is not gone on with: another
-    from the start, of data that may have changed, would be mixed with what is logged of it.
+    One that was interrupted in training before its first checkpoint is not resumed: starting over,
+    on data that may have changed, would add to what it has logged.
 
     Args:
         base: run directory of the first attempt.
-        change: what keeps an outcome from being used again; empty for nothing.
-        anew: a new one in any case.
+        change: says why an outcome may not be reused; empty if it may.
+        anew: start a new one in any case.
     """
     why = ""
     made = list(takewhile(Path.exists, _attempts(base)))
@@ -50,10 +48,10 @@ def find_run(base: Path, change: Callable[[Outcome], str], *, anew: bool = False
 
 
 def what_changed(outcome: Outcome, options: Mapping[str, Any]) -> str:
-    """What of a finished run is not as it was; empty where it is whole, and may be used again.
+    """What has changed since a run finished; empty if nothing, so that it may be reused.
 
-    Where a source among `options` (by dotted key) is a folder, a file that joined it is a change,
-    and of data every file that was not read.
+    If a source among `options` (by dotted key) is a folder, a file that was added is a change; for
+    data, so is every file that was not read.
     """
     return next(_changes(outcome, options), "")
 
@@ -76,7 +74,7 @@ def _changes(outcome: Outcome, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_stranded(path: Path) -> bool:
-    """Whether a run has taken steps of training, and there is nothing to go on from."""
+    """Whether a run has taken training steps but has no checkpoint to resume from."""
     if any((path / CHECKPOINTS).glob("step-*")) or not (path / JOURNAL).exists():
         return False
     lines = (line for line, _ in read_journal(path))
@@ -95,17 +93,17 @@ def _is_unchanged(name: str, recorded: str) -> bool:
         return name == f"{PYTHON_DOCS}@{platform.python_version()}"
     path = Path(name)
     if not path.exists():
-        return path.is_relative_to(cache_dir())  # pinned, and fetched again where it is needed
+        return path.is_relative_to(cache_dir())  # pinned, and fetched again when needed
     return path_digest(path) == recorded
 
 
 def _has_grown(source: str, recorded: set[str], *, of_data: bool) -> bool:
-    """Whether a source has files besides those recorded; weights are recorded by other paths."""
+    """Whether a source has files that were not recorded; weights are recorded by other paths."""
     if source.startswith(("bundled:", "download:")):
         return False
     try:
         files = {path.resolve() for path in resolve(source)}
     except OSError:
-        return False  # gone: seen where its files are compared
+        return False  # gone: noticed when files are compared
     known = {Path(name).resolve() for name in recorded}
     return bool(files - known) and (of_data or bool(files & known))

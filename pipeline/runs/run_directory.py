@@ -1,9 +1,9 @@
-"""Run directories: what a run leaves behind, on plain files, from its first second.
+"""Run directories: what a run leaves behind, in plain files, from its first second.
 
 `<root>/<experiment>/<run>/` holds `config.yaml`, `journal.jsonl`, `outcome.json` once the run is
 finished, and all that it makes. The journal is the truth, MLflow its replica (`tracking.py`).
 
-One process writes a run at a time (a file lock sees to that); its threads may share the `Run`.
+One process at a time writes a run (ensured by a file lock); its threads may share the `Run`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOCK_TIMEOUT_S = 6  # data workers of a killed process may hold on for five sec
 
 
 class AlreadyFinished(ValueError):
-    """The run in the directory `path` has its outcome, and is not written any more."""
+    """The run in the directory `path` has an outcome and can no longer be written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"run {path} is finished; to run it again, give it another name.")
@@ -45,7 +45,7 @@ class AlreadyFinished(ValueError):
 
 
 def check_name(value: str, key: str) -> None:
-    """ValueError unless a value can name a folder here and nowhere else."""
+    """ValueError unless a value is a plain folder name, which cannot lead anywhere else."""
     if not NAME.fullmatch(value):
         raise ValueError(f"{key}: {value!r} is not a name; use letters, digits, - and _.")
 
@@ -71,8 +71,8 @@ class Run:
     def open(cls, path: Path, *, parent: Path | None = None, command: str = "") -> Run:
         """Creates the run directory, or reattaches to one that has not finished.
 
-        Of several processes (distributed training) only rank 0 may open the run. Looking into a
-        run takes `read_outcome` and `read_journal`, which change nothing.
+        In distributed training only rank 0 may open the run. To inspect a run, use `read_outcome`
+        and `read_journal`, which change nothing.
 
         Args:
             path: `<root>/<experiment>/<run>`.
@@ -99,7 +99,7 @@ class Run:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds that the run was at work, interrupted attempts included."""
+        """Seconds that the run has worked, including interrupted attempts."""
         return self._journal.active_s + time.monotonic() - self._opened
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -112,11 +112,11 @@ class Run:
         self._journal.append("metric", step=int(step), values=values)
 
     def log_tags(self, tags: Mapping[str, Any]) -> None:
-        """Records facts of which the last value counts."""
+        """Records tags; the last value of each counts."""
         self._journal.append("tag", values=flat(redact(tags)))
 
     def log_dataset(self, name: str, digest: str, counts: Mapping[str, Any], source: str) -> None:
-        """Records which data the run reads: its digest, how much of what, and where from."""
+        """Records which data the run reads: digest, counts, source."""
         self._journal.append(
             "dataset", name=name, digest=digest, counts=counts, source=redact(source)
         )
@@ -130,7 +130,7 @@ class Run:
         self._log_file(name, text.encode())
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-        """Writes rows as a table (.json) of the form that MLflow's UI shows; replaces one."""
+        """Writes rows as a table (.json) in the form that MLflow's UI shows; overwrites one."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
         self._log_file(name, dumps(table).encode(), table=True)
@@ -142,7 +142,7 @@ class Run:
         self._log_file(name, png.getvalue())
 
     def config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.yaml, secrets masked; one that differs from it is kept under a number."""
+        """Writes config.yaml, secrets masked; an earlier one that differs is kept, numbered."""
         path = self.path / CONFIG
         text = dump_yaml(redact(config))
         if path.exists() and path.read_bytes() != text.encode():
@@ -165,16 +165,16 @@ class Run:
         complete: bool = True,
         elapsed_s: float | None = None,
     ) -> None:
-        """Ends the run well: outcome.json, status FINISHED.
+        """Ends the run successfully: writes outcome.json, and the status FINISHED.
 
         Args:
             outputs: what later stages may use, name -> path.
-            metrics: its result.
+            metrics: the run's results.
             sources: path -> SHA-256 of the files that it read.
-            headline: its rows of the chain's table.
+            headline: the run's rows in the chain's table.
             digests: of outputs that others may overwrite, by name; see `directories.path_digest`.
-            complete: nothing is left that the same command could still get.
-            elapsed_s: how long it took, where it was not open meanwhile.
+            complete: whether nothing is missing that the same command could still get.
+            elapsed_s: how long it took, if the run was not open all that time.
         """
         outcome = {
             "status": "FINISHED",
@@ -194,14 +194,14 @@ class Run:
         self._close(**outcome)
 
     def fail(self, reason: BaseException | str) -> None:
-        """Ends the run as FAILED, or as KILLED where it was interrupted, unless it has ended."""
-        interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # so is SIGTERMException
+        """Ends the run as FAILED, or as KILLED if it was interrupted, unless it has ended."""
+        interrupted = isinstance(reason, KeyboardInterrupt | SystemExit)  # SIGTERMException, too
         text = f"{type(reason).__name__}: {reason}" if isinstance(reason, BaseException) else reason
         if not self._lock.is_locked:
             return
         try:
             self._close(status="KILLED" if interrupted else "FAILED", reason=redact(text))
-        except OSError as error:  # a full disk; the reason goes on its way all the same
+        except OSError as error:  # a full disk; the reason is reported all the same
             warn(error)
 
     def _log_file(self, name: str, content: bytes, *, table: bool = False) -> None:
@@ -222,7 +222,7 @@ def is_open(path: Path) -> bool:
 
 
 def read_outcome(path: Path) -> dict[str, Any] | None:
-    """The outcome of a run directory, None where it has not finished; ValueError if damaged."""
+    """The outcome of a run directory, None if it has not finished; ValueError if damaged."""
     if not (path / OUTCOME).exists():
         return None
     try:
@@ -242,9 +242,9 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
 
 
 def _moved(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What lies in the run, or below the folder of all runs, is where that is now: both may move.
+    """Updates an outcome's paths in the run, or in the folder of all runs, as both may be moved.
 
-    A run that was copied alone leaves behind what others made.
+    A path stays as it is if nothing is at its new place, as when a run was copied alone.
     """
     was = Path(outcome.get("path", path))
     if was == path:
@@ -266,7 +266,7 @@ def _moved(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def handed_over(path: Path) -> Path:
-    """What a finished run hands over as a model; any other path as it is."""
+    """The model that a finished run hands over; any other path as it is."""
     outputs = (read_outcome(path) or {"outputs": {}})["outputs"]
     return Path(outputs.get("best") or outputs.get("exported") or path)
 

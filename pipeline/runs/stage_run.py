@@ -1,4 +1,4 @@
-"""Where a command keeps its run: where the chain says, or else in a folder named by its options."""
+"""Where a command keeps its run: where the chain says, else in a folder named by its options."""
 
 import os
 import re
@@ -36,15 +36,15 @@ def run_once(
     make: Callable[[Run], None],
     output: str,
 ) -> Path:
-    """Makes something in a run of its own, unless that was done and still holds; where it lies.
+    """Makes an output in a run of its own, unless a finished run still has it; returns its path.
 
     Args:
         experiment: folder below `mlruns_root()`.
-        stem: what the run is called, before a digest.
-        deciding: what the digest is of: the same options and inputs are the same run.
+        stem: name of the run, to which a digest is added.
+        deciding: what the digest is taken of: equal options and inputs are the same run.
         config: resolved options, primitives.
-        make: makes it, and finishes the run.
-        output: its key among the outputs of the run.
+        make: makes the output, and finishes the run.
+        output: key of the output among those of the run.
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     base = mlruns_root() / experiment / f"{stem}-{digest(deciding)[:8]}"
@@ -65,10 +65,10 @@ def run_once(
 def open_run(
     attempt: Attempt, config: Mapping[str, Any], *, whole_root: bool = False
 ) -> Iterator[Run]:
-    """The run of a command, its configuration and environment recorded; it fails with the block.
+    """Opens a command's run and records config and environment; the run fails if the block does.
 
-    MLflow is kept up to date meanwhile, of the `whole_root` by a chain. A stage leaves that to it,
-    has its directory from it, and says not again why it runs anew. Raises what `Run.open` does.
+    MLflow is kept up to date meanwhile, by a chain for the `whole_root`. A stage leaves that to its
+    chain, which also gives its directory and says why it runs anew. Raises what `Run.open` does.
     """
     given, parent = os.environ.get(RUN_VARIABLE), os.environ.get(PARENT_VARIABLE)
     if attempt.why and not given:
@@ -84,7 +84,7 @@ def open_run(
         yield run
     except BaseException as error:
         run.fail(error)
-        if isinstance(error, KeyboardInterrupt | SystemExit):  # the latter where steps were taken
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # the latter from training
             patience_s = INTERRUPTED_PATIENCE_S
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Tracking in MLflow that never costs a run: a replica of the journals, late where it must be."""
+"""Tracking in MLflow that never fails a run: a replica of the journals, late if it must be."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from pipeline.ports import listen
 from pipeline.runs.journal import JOURNAL
 from pipeline.runs.provenance import redact
 
-PATIENCE_S, INTERRUPTED_PATIENCE_S = 20.0, 3.0  # with the store, when a run ends
+PATIENCE_S, INTERRUPTED_PATIENCE_S = 20.0, 3.0  # how long a run's end waits for the store
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -31,9 +31,9 @@ def tracking_uri(root: Path) -> str:
 
 
 def database_uri(path: Path) -> str:
-    """Address of an SQLite database, quoted where SQLAlchemy would read another path.
+    """Address of an SQLite database, quoted if SQLAlchemy would read another path otherwise.
 
-    Slashes are quoted then too: MLflow makes the folder that an address names as it is written.
+    Then slashes are quoted, too: MLflow creates the folder of an address without unquoting it.
     """
     text = str(path)
     is_plain = unquote(text) == text and "?" not in text
@@ -41,15 +41,15 @@ def database_uri(path: Path) -> str:
 
 
 def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
-    """Sends what the store lacks of a run's journal, its parent's first; how many lines.
+    """Sends what the store lacks of a run's journal, its parent's first; returns how many lines.
 
-    A run whose process died without a word is ended as KILLED; one that was deleted in MLflow is
-    left alone.
+    A run whose process died is ended as KILLED, or FINISHED if it has an outcome; one that was
+    deleted in MLflow is left alone.
 
     Args:
         run: `<root>/<experiment>/<run>`.
         uri: address of the store; by default `tracking_uri` of the root.
-        ask: ask the store for the run, which it may have lost, whatever was sent.
+        ask: ask the store for the run even if all was sent, since the store may have lost it.
 
     Raises:
         ValueError: the journal is damaged.
@@ -65,13 +65,13 @@ def sync(run: Path, uri: str | None = None, *, ask: bool = False) -> int:
 
 
 class Replica:
-    """Keeps the store up to date while a run is written, from a thread; never waits, never fails.
+    """Keeps the store up to date while a run is written, from a thread; never blocks or fails it.
 
     Another thread fills in what the store lacks of earlier runs of the same root.
 
     Args:
         run, uri: as in `sync`.
-        interval_s: between looks at the journal.
+        interval_s: seconds between looks at the journal.
         whole_root: follow all runs of the root, as a chain does whose stages are other processes.
     """
 
@@ -94,7 +94,7 @@ class Replica:
             thread.start()
 
     def close(self, timeout_s: float = PATIENCE_S) -> None:
-        """Sends what is left, of earlier runs too, within so many seconds; the run has ended."""
+        """Sends what is left, also of earlier runs, within so many seconds; the run has ended."""
         self._stop.set()
         end = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -147,7 +147,7 @@ def sync_all(root: Path, uri: str | None = None, *, ask: bool = False) -> dict[s
 def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     """Brings the store up to date and turns this process into MLflow's server on it.
 
-    Where the store is a server already, only its address is printed.
+    If the store is a server already, it only prints the address.
 
     Raises:
         ValueError: the port is taken.
@@ -162,7 +162,7 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     listen(host, port).close()
     address = f"http://{host}:{port}"
     print(address, flush=True)
-    # MLflow opens on its GenAI side
+    # MLflow's own start page is the one for GenAI
     say(f"runs: {address}/#/experiments?workflowType=machine_learning")
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": uri,
@@ -172,13 +172,13 @@ def open_ui(root: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     }
     command = ["-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
-    os.execve(sys.executable, [sys.executable, *command], environment)  # it gets our signals
+    os.execve(sys.executable, [sys.executable, *command], environment)  # so signals reach it
 
 
 @contextmanager
 def _reaching(root: Path, uri: str) -> Iterator[None]:
-    """Within it MLflow may be imported; what it raises is one OSError."""
-    for key, value in _ENVIRONMENT.items():  # read when it is imported
+    """Context in which MLflow may be imported; its errors become OSErrors of one line."""
+    for key, value in _ENVIRONMENT.items():  # read when MLflow is imported
         os.environ.setdefault(key, value)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A model's answers to held-out instructions, and how well it foresees what should be answered."""
+"""A model's answers to held-out instructions, and how well it predicts the references."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from pipeline.models import Loaded, find_base
 from pipeline.precision import Precision
 from pipeline.weights.reading import tokenizer_of
 
-_ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split or trained on
+_ANSWERED_WHOLE = {  # arguments of splits and batches, for a file that is answered whole
     **{"source": None, "train_fraction": 0.8, "val_fraction": 0.1, "shuffle_split": False},
     **{"split_seed": 0, "batch_size": 1, "max_tokens": 1, "seed": 0, "num_workers": 0},
 }
@@ -36,7 +36,7 @@ _ANSWERED_WHOLE = {  # what splits and batches, where nothing of a file is split
 
 @dataclass(frozen=True)
 class Answering:
-    """How responses are made; see `pipeline.commands.score`. `precision` is not auto."""
+    """How responses are generated; see `pipeline.commands.score`. `precision` is not auto."""
 
     split: str
     max_new_tokens: int
@@ -51,7 +51,7 @@ def answer(
     answering: Answering,
     kept: Kept,
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
-    """Responses of the tuned model and of the one before; lineage; digests of the data."""
+    """Responses of the tuned model, and of the one before, if any; lineage; digests of the data."""
     changes = (data or {}).get("init_args", data or {})
     tuned = in_style(load_language_model(ckpt, answering.precision), changes.get("prompt_style"))
     held_out = held_out_of(tuned, changes)
@@ -66,7 +66,7 @@ def answer(
     own, facts = {"init_args": vars(held_out)}, held_out.fingerprint
     keys = held_out.keys(answering.split)
     check_held_out(tuned.meta, own, facts, [answering.split], keys)
-    if before and untuned is not None:  # of a parent the tuned model knows what it learned
+    if before and untuned is not None:  # a parent's training is in the tuned model's meta
         called = f"before ({before})"
         check_held_out(untuned.meta, own, facts, [answering.split], keys, called=called)
     prompts = prompts_of(held_out, answering, context)
@@ -86,10 +86,10 @@ def answer(
 
 
 def parent_of(tuned: Loaded) -> str | None:
-    """What a checkpoint was tuned from, if it was not trained from nothing.
+    """Path of what a checkpoint was tuned from; None if it was trained from scratch.
 
     Raises:
-        ValueError: it is gone, or another one lies there by now.
+        ValueError: it is gone, or something else is in its place.
     """
     parent, base = tuned.meta.get("parent"), tuned.meta.get("base")
     if parent is None:
@@ -106,10 +106,10 @@ def parent_of(tuned: Loaded) -> str | None:
 
 
 def in_style(loaded: Loaded, style: str | None) -> Loaded:
-    """A model that is asked in the style that is given, if one is.
+    """A model with the prompt style that is given, if one is.
 
     Raises:
-        ValueError: for an unknown one, or another than it was tuned with here.
+        ValueError: the style is unknown, or another than the model was tuned with here.
     """
     own = loaded.meta.get("prompt_style")
     if style is None or style == own:
@@ -124,14 +124,14 @@ def in_style(loaded: Loaded, style: str | None) -> Loaded:
 
 
 def held_out_of(tuned: Loaded, changes: dict[str, Any]) -> InstructionDataModule:
-    """The instructions that a model was tuned on, some arguments changed, loss on responses.
+    """The data module that a model was tuned on, some arguments changed, loss on responses.
 
     Raises:
-        ValueError: where the checkpoint names none and some are missing; for an argument that the
-            data module does not take.
+        ValueError: the checkpoint names no data and arguments are missing, or the data module does
+            not take an argument.
     """
     own = (tuned.meta.get("data") or {}).get("init_args", {})
-    own = own if "prompt_style" in own else {}  # as it is not where texts were learned
+    own = own if "prompt_style" in own else {}  # which only instruction data have
     if not own and not changes:
         raise ValueError(
             f"{tuned.path} does not say what it was tuned on; give --data.test_source, a file all "
@@ -158,13 +158,13 @@ def respond(
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 
-    Prompt style and stop tokens are those of the `tuned` one, also for the untuned model. Answers
-    are `kept` as they are made; those that were made before the run was stopped are used again.
+    Prompt style and stop tokens are those of the `tuned` model, also for the untuned one. Answers
+    are `kept` as they are generated, and reused by a run that was interrupted.
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)
     keys = [digest([str(loaded.path), ids]) for ids in prompts]
-    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # little is padded then
+    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # for little padding
     left = [i for i in by_length if "text" not in kept.rows.get(keys[i], {})]
     written = generate_each(
         loaded.gpt, [prompts[i] for i in left], settings, max_rows=answering.batch_size
@@ -189,11 +189,10 @@ def respond(
 
 
 def prompts_of(data: InstructionDataModule, answering: Answering, context: int) -> list[list[int]]:
-    """Ids of every item's prompt; where the `context`, in tokens, has no room for an answer beside
-    it, its middle is taken out.
+    """Ids of every item's prompt, its middle cut if `context` (tokens) leaves no room to answer.
 
     Raises:
-        ValueError: the answer is to have all of the context, or nearly.
+        ValueError: answers may take all of the context, or nearly.
     """
     opening = len(reply_opening(data.tokenizer, data.prompt_style))
     room = context - answering.max_new_tokens
@@ -219,9 +218,9 @@ def prompts_of(data: InstructionDataModule, answering: Answering, context: int) 
 def reference_nats(
     loaded: Loaded, data: InstructionDataModule, split: str
 ) -> list[tuple[float, int]]:
-    """Loss of every reference in nats, summed over its tokens, and how many those are.
+    """Loss of every reference in nats, summed over its tokens, and the number of tokens.
 
-    Answers before it in a conversation belong to the prompt.
+    Earlier answers in a conversation belong to the prompt.
     """
     loaded.model.eval()
     sums = []
@@ -235,7 +234,7 @@ def reference_nats(
 
 
 def of_last_response(labels: Tensor) -> Tensor:
-    """Labels (T,) without those of earlier answers: what is supervised last, in one piece."""
+    """Labels (T,) of the last supervised piece alone: earlier answers' are ignored."""
     supervised = (labels != IGNORE).nonzero().flatten()
     piece = supervised - torch.arange(len(supervised))  # the same within a piece
     start = int(supervised[piece == piece[-1]][0])

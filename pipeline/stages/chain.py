@@ -1,8 +1,8 @@
 """`run`: the stages of a chain, one subprocess and one child run each, below one parent run.
 
 A stage's run directory is named by a digest of what decides its result: command, schema number,
-config and the content of its inputs. Finished, it is a result to reuse as long as its data are the
-same; unfinished, it is a run to go on with. The parent run is found again in the same way.
+config and the content of its inputs. If it is finished, it is reused as long as its data are the
+same; if not, it is resumed. The parent run is found again in the same way.
 """
 
 import json
@@ -42,9 +42,9 @@ class StageRun:
 
     Attributes:
         inputs: path of each input.
-        outcome: None where it has to run.
-        why: why an earlier one is not used again, if there is one.
-        is_reused: it had its outcome before.
+        outcome: None if the stage has to run.
+        why: why an earlier outcome, if any, is not reused.
+        is_reused: whether the outcome is that of an earlier run.
     """
 
     stage: Stage
@@ -74,13 +74,13 @@ class StageInterrupted(StageFailed, KeyboardInterrupt):
 
 
 def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -> int:
-    """Runs what is not done yet of a chain, and says what came out.
+    """Runs the stages of a chain that are not done yet, and prints the results.
 
     Options are those of `pipeline.commands.run`.
 
     Returns:
-        The exit code: 0, that of the stage that failed, 2 where options or rows of a later one
-        have a mistake, or 128 + the signal that interrupted it.
+        The exit code: 0, that of the stage that failed, 2 if options or rows of a later stage have
+        a mistake, or 128 + the signal that interrupted the chain.
 
     Raises:
         ValueError: the chain has a mistake, or another process runs it.
@@ -123,7 +123,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
 
 
 def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
-    """Refuses tables of labels that are there, and not of this chain, before anything runs."""
+    """Refuses label tables that exist and are not this chain's, before anything runs."""
     for stage in (stage for stage in stages if stage.command == "classify"):
         from pipeline.stages.classify_stage import check_new
 
@@ -133,10 +133,10 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
 
 
 def _foresee(chain: Chain, n_done: int) -> int:
-    """Has the options, models and rows of later stages looked at; the exit code."""
+    """Checks options, models and rows of later stages in a subprocess; returns its exit code."""
     given = {stage.name: _to_come(chain, stage) for stage in chain.stages[n_done:]}
     if not any(any(parts.values()) for parts in [*given.values()][1:]):
-        return 0  # the next one reads its own
+        return 0  # the next stage checks its own
     say("reading the options and rows of later stages ...")
     with Child() as child:
         command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(given)]
@@ -144,7 +144,7 @@ def _foresee(chain: Chain, n_done: int) -> int:
 
 
 def _to_come(chain: Chain, stage: Stage) -> dict[str, list[str]]:
-    """What can be known of a stage before those that it waits for; see `foresight.main`."""
+    """What can be checked of a stage before earlier ones have run; see `foresight.main`."""
     made = made_before(chain.stages, stage)
     models = [name for name in stage.models() if not is_below(expanded(name), made)]
     words = _words_to_come(chain, stage) if stage.command not in FUNCTIONS else []
@@ -152,7 +152,7 @@ def _to_come(chain: Chain, stage: Stage) -> dict[str, list[str]]:
 
 
 def _words_to_come(chain: Chain, stage: Stage) -> list[str]:
-    """What a stage will be given; without a config it has the options of its checkpoint's fit."""
+    """A stage's command line; without a config, it gets the options of its checkpoint's fit."""
     name, *words = stage.arguments(dict.fromkeys(stage.inputs, TO_COME))
     if not stage.configs and (source := stage.inputs.get("ckpt")):
         (fit,) = (made for made in chain.stages if made.name == source.stage)
@@ -237,7 +237,7 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
     """Starts a stage's command and waits for its outcome.
 
     Raises:
-        StageFailed: it has none, or a signal came.
+        StageFailed: it has none, or a signal was received.
     """
     words = run.stage.arguments(run.inputs)
     if run.why:
@@ -263,7 +263,7 @@ def _execute(run: StageRun, title: str, parent: Run, child: Child) -> StageRun:
 
 
 def _outcome(run: StageRun, parent: Run, elapsed_s: float) -> Outcome | None:
-    """What a stage left behind; commands that keep no run get an empty one."""
+    """The outcome of a stage; commands that keep no run get an empty one."""
     if not (run.path / JOURNAL).exists():
         kept = Run.open(run.path, parent=parent.path, command=run.stage.command)
         kept.finish({}, {}, {}, elapsed_s=elapsed_s)
@@ -294,7 +294,7 @@ def summarise(runs: Iterable[StageRun]) -> None:
         name, took = run.stage.name, _duration(run.result["elapsed_s"])
         took += " (earlier)" if run.is_reused else ""
         for row in run.result["headline"] or [{"metric": "", "before": None, "after": None}]:
-            measure = escape(row["metric"])  # labels are in it
+            measure = escape(row["metric"])  # it may contain labels
             table.add_row(name, measure, _short(row["before"]), _short(row["after"]), took)
             name = took = ""
         if "report" in run.result["outputs"]:

@@ -28,13 +28,13 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 @dataclass(frozen=True)
 class StageCommand:
-    """A command as a stage.
+    """A command that can be a stage.
 
     Attributes:
-        inputs: key under `inputs` -> its option, and the output that it wants of an earlier stage
-            (the first of these that there is).
-        outputs: what its outcome names; empty where it hands nothing over.
-        schema: raise it when results of older versions must not be reused.
+        inputs: key under `inputs` -> its option, and the outputs of an earlier stage that can be
+            given to it (the first that the stage has is taken).
+        outputs: names of the outputs in its outcome; empty if it hands nothing over.
+        schema: to be raised when results of older versions must not be reused.
     """
 
     inputs: Mapping[str, tuple[str, tuple[str, ...]]]
@@ -78,7 +78,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a chain, checked."""
+    """One command of a chain, already checked."""
 
     name: str
     command: str
@@ -96,33 +96,33 @@ class Stage:
         ]
 
     def options(self) -> dict[str, Any]:
-        """What configs and `set` give, by dotted key, the later one stronger."""
+        """Options from configs and `set`, by dotted key; later ones override earlier ones."""
         identity = self.identity()
         return {k: v for flat in [*identity["config"], identity["set"]] for k, v in flat.items()}
 
     def paths(self) -> dict[str, Path]:
-        """Files and folders that options name, inputs and data apart: these have a home each."""
+        """Files and folders that options name; inputs and data are recorded elsewhere."""
         given = {key: v for key, v in self.options().items() if key.rpartition(".")[2] in PATHS}
         paths = {key: expanded(value) for key, value in given.items() if isinstance(value, str)}
         return {key: path for key, path in paths.items() if path.exists()}
 
     def own(self) -> dict[str, Any]:
-        """Options, but for those that inputs take the place of."""
+        """Options, without those that inputs override."""
         taken = {ref.option.lstrip("-") for ref in self.inputs.values()}
         return {key: value for key, value in self.options().items() if key not in taken}
 
     def models(self) -> list[str]:
-        """Models that options name, wherever they are; inputs apart."""
+        """Models that options name, here or elsewhere, without inputs."""
         given = {key: v for key, v in self.own().items() if key.rpartition(".")[2] in MODELS}
         return [name for name in given.values() if isinstance(name, str)]
 
     def entries(self) -> list[str]:
-        """Sources of the entries that `score` has answered."""
+        """Sources of the entries that a `score` stage answers."""
         given = [self.options().get(f"data.{key}") for key in SOURCES if self.command == "score"]
         return [name for name in given if isinstance(name, str)]
 
     def identity(self) -> dict[str, Any]:
-        """What decides its result, inputs apart; comments and where files lie do not."""
+        """What decides the result, without inputs; comments and places of files do not."""
         texts = [os.path.expandvars(_read(path)) for path in self.configs]
         identity: dict[str, Any] = {
             "command": self.command,
@@ -133,11 +133,11 @@ class Stage:
         given = [v for flat in [*identity["config"], identity["set"]] for v in flat.values()]
         nested = [Path(v) for v in given if isinstance(v, str) and v.endswith((".yaml", ".yml"))]
         if files := {str(path): sha256(path) for path in nested if path.is_file()}:
-            identity["files"] = files  # of options, as an option may be given
+            identity["files"] = files  # YAML files that are given as an option
         return identity
 
     def starts_anew(self) -> bool:
-        """Whether it is never to go on, nor what is finished to be used."""
+        """Whether `run.resume` is never: nothing is to be resumed or reused."""
         given = [*(load_yaml(_read(path)) for path in self.configs), self.overrides]
         options = [flat(config) for config in given if isinstance(config, dict)]
         told = [own["run.resume"] for own in options if "run.resume" in own]
@@ -173,10 +173,10 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> Chain:
 
     Args:
         path: the chain's YAML; the paths of configs in it are relative to its folder.
-        overrides: `stage.key=value` each, stronger than the YAML.
+        overrides: `stage.key=value` each; override the YAML.
 
     Raises:
-        ValueError: in one line that names the file and the key.
+        ValueError: the chain has a mistake; the error is one line that names file and key.
         OSError: a file cannot be read.
     """
     try:
@@ -258,7 +258,7 @@ def _override(stages: dict[str, Stage], text: str) -> None:
 
 
 def _given(text: str) -> Any:
-    """What an option is given: a list, a mapping, or a scalar that YAML reads as it stands."""
+    """An option's value: what YAML makes of a text, or the text if a scalar would differ."""
     try:
         value = load_yaml(text)
     except yaml.YAMLError:
@@ -268,14 +268,14 @@ def _given(text: str) -> Any:
 
 
 def _check_arguments(stage: Stage) -> None:
-    """Parses what the command will parse; Lightning's commands, slow to load, do it themselves."""
+    """Parses a command's arguments; Lightning's, slow to load, are left to `foresight`."""
     if stage.command in FUNCTIONS:
         words = stage.arguments(dict.fromkeys(stage.inputs, TO_COME))
         parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)
 
 
 def _check_source(stage: Stage) -> None:
-    """Looks for the data of a command that reads some, before the hours of those before it."""
+    """Checks that the data of a command exist, before hours are spent on earlier stages."""
     options, is_plain = stage.options(), stage.command == "tokenizer train"
     keys = ["source"] if is_plain else [f"data.{key}" for key in SOURCES]
     given = [options.get(key) for key in keys]
@@ -293,13 +293,13 @@ def _check_files(stage: Stage, made: Sequence[Path]) -> None:
 
 
 def made_before(stages: Sequence[Stage], stage: Stage) -> list[Path]:
-    """Where earlier stages than one will have written, on request."""
+    """Paths of `output` options of earlier stages, which will have been written by then."""
     outputs = [s.options().get("output") for s in stages[: stages.index(stage)]]
     return [expanded(output) for output in outputs if isinstance(output, str)]
 
 
 def is_below(path: Path, folders: Sequence[Path]) -> bool:
-    """Whether a path is one of some, or lies in one."""
+    """Whether a path is one of the folders, or lies in one."""
     return any(path.absolute().is_relative_to(folder.absolute()) for folder in folders)
 
 
@@ -316,7 +316,7 @@ def _with_variables(value: Any) -> Any:
 def _as_text(value: Any) -> str:
     if isinstance(value, str | datetime.date):
         return str(value)
-    return json.dumps(value, default=str, ensure_ascii=False)  # YAML reads no escaped pairs
+    return json.dumps(value, default=str, ensure_ascii=False)  # YAML reads no surrogate pairs
 
 
 def _expand(value: Any, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""`classify` of a table: in a chain it keeps a run, which says what it made of what."""
+"""`classify` of a table: in a chain it keeps a run, which records what was made from what."""
 
 import os
 from functools import partial
@@ -47,7 +47,7 @@ def classify_stage(
 
 
 def check_new(output: Path, folder: Path | None = None) -> None:
-    """Refuses an output that is there, unless a run of a folder made it so."""
+    """Refuses an output that exists, unless a run in `folder` wrote exactly that."""
     if not output.exists() or (folder is not None and _was_made(output, folder)):
         return
     raise ValueError(f"output {output} exists; give a new file, or remove it.")

@@ -1,4 +1,4 @@
-"""`export`: a model in the form of other tools, with a card and its lineage."""
+"""`export`: a model in the format of other tools, with a model card and its lineage."""
 
 import json
 from functools import partial

@@ -1,6 +1,6 @@
-"""A chain's later stages before the first of them runs: options are parsed, rows are read.
+"""Checks a chain's later stages before any of them runs: parses their options, reads their rows.
 
-Run by `run` in a process of its own, since Lightning, which parses them, is large and slow to load.
+`run` starts it in a process of its own, since it needs Lightning, which is large and slow to load.
 """
 
 import json
@@ -26,23 +26,23 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
 class _Read(Exception):
-    """A command's options and rows are in order: no error, but the way out before it begins."""
+    """Raised when a command's options and rows are in order, to leave it before it begins."""
 
 
 class _ReadingCLI(PipelineCLI):
-    known: ClassVar[set[str]] = set()  # data that stages share is read once
+    known: ClassVar[set[str]] = set()  # so that data that stages share is read once
 
     def _set_seed(self) -> None:
-        """Nothing is drawn, and Lightning would say so."""
+        """Does nothing: there is nothing to draw, and Lightning would announce the seed."""
 
     def before_instantiate_classes(self) -> None:
-        """Leaves out what earlier stages may make, tokenizer and weights, and who would log."""
+        """Leaves out what earlier stages may make (tokenizer, weights), and loggers."""
         self.take_from_checkpoint()
         check_trainer(self.stage.trainer, str(self.subcommand))
         self.stage.trainer.logger = None
 
     def instantiate_trainer(self, **_: Any) -> NoReturn:
-        """Reads the rows instead; what takes them and the model are built by now."""
+        """Reads the rows instead; data module and model are built by now."""
         self.check_parts(self.model, self.datamodule)
         if repr(self.stage.data) not in self.known:
             self.datamodule.read()
@@ -51,13 +51,13 @@ class _ReadingCLI(PipelineCLI):
 
 
 def main(stages: dict[str, dict[str, list[str]]]) -> int:
-    """Looks at each stage, by name.
+    """Checks each stage, by name.
 
     Parses the `words` of one of Lightning's commands and reads its rows; looks for its `models`,
-    which are fetched if need be, and reads the `entries` that it will have answered.
+    which are fetched if need be, and reads the `entries` that it will answer.
 
     Returns:
-        The exit code: 2 for a mistake, said in one line on stderr, 130 for an interrupt.
+        The exit code: 2 for a mistake, told in one line on stderr, 130 for an interrupt.
     """
     end_with_parent()
     guard_yaml()
@@ -74,7 +74,7 @@ def main(stages: dict[str, dict[str, list[str]]]) -> int:
                 with suppress(_Read):
                     lightning_main(words, _ReadingCLI)
         except (OSError, ValueError) as error:
-            if TO_COME in str(error):  # of a class that looks for it when it is built
+            if TO_COME in str(error):  # a class looks for it when it is built
                 continue
             say(f"error: stage {name!r}: {one_line(str(error))}")
             return EXIT_MISTAKE

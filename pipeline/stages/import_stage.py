@@ -1,4 +1,4 @@
-"""`import`: weights of others as a checkpoint of ours."""
+"""`import`: turns published weights into a checkpoint."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`merge`: an adapter becomes part of its base, with a certificate that the model stayed as it was.
+"""`merge`: merges an adapter into its base, with a certificate that outputs are unchanged.
 
 Shapes: V vocabulary, K labels, P positions.
 """
@@ -31,23 +31,23 @@ from pipeline.runs.stage_run import run_once
 from pipeline.weights.fetch import locate
 
 CERTIFICATE = "certificate.json"
-# Float32 rounds W x + B A x and (W + B A) x apart by some 1e-5 of logits of size 10; a merge in
-# bf16 was seen to move them by 0.125. What is between the two is neither rounding nor acceptable.
+# By rounding in float32, W x + B A x and (W + B A) x differ by some 1e-5 for logits of size 10; a
+# merge in bf16 was seen to move them by 0.125. What is between is no rounding, nor acceptable.
 TOLERANCE = 1e-3
-N_TEXTS, N_POSITIONS = 16, 32  # whose logits are compared; of each text the last positions
-N_NEW = 32  # greedy tokens that each text is continued with
-N_SCORED = 2000  # items of the test set at most that the score is over
+N_TEXTS, N_POSITIONS = 16, 32  # texts whose logits are compared, at their last positions
+N_NEW = 32  # greedy tokens to continue each text with
+N_SCORED = 2000  # items of the test set that are scored, at most
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model does on its task's test set.
+    """A model's outputs and score on its task's test set.
 
     Attributes:
-        logits: (P, V) of each of the first texts, or (1, K) of each text of a classifier.
-        said: what follows greedily on each of the first texts, or each text's label.
-        score: perplexity of what was to be learned, or accuracy.
-        n_scored: items that the score is over.
+        logits: (P, V) of each of the first texts; of a classifier, (1, K) of each text.
+        said: greedy continuation of each of the first texts; of a classifier, each text's label.
+        score: perplexity of the supervised tokens, or accuracy.
+        n_scored: number of items that were scored.
     """
 
     logits: list[Tensor]
@@ -103,8 +103,8 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
     """The data that a checkpoint was tuned on, with some arguments changed.
 
     Raises:
-        ValueError: where the checkpoint names none, or a class that is not of this project; for a
-            change that the class does not take.
+        ValueError: the checkpoint names no data, or a class from outside this project; or the
+            class does not take a change.
     """
     given = loaded.meta.get("data") or {}
     name = given.get("class_path", "")  # a stranger's checkpoint may name any class
@@ -120,7 +120,7 @@ def data_of(loaded: Loaded, changes: dict[str, Any] | None) -> StepDataModule:
 
 @torch.inference_mode()
 def behaviour(loaded: Loaded, data: StepDataModule) -> Behaviour:
-    """What a model does on the test set of its data."""
+    """A model's outputs and score on the test set of its data."""
     batches = [micro_batch for batch in data.test_dataloader() for micro_batch in batch]
     if isinstance(loaded.model, GPTClassifier):
         return _labels(loaded.model, batches)
@@ -149,7 +149,7 @@ def _labels(model: GPTClassifier, batches: Sequence[MicroBatch]) -> Behaviour:
 
 
 def _prompt(input_ids: Tensor, labels: Tensor) -> list[int]:
-    """What stands before the first token to be learned; of a text without one its first half."""
+    """Ids before the first supervised token; the first half of the text if there are none."""
     first = int((labels != IGNORE).int().argmax())
     return input_ids[: first or max(1, len(input_ids) // 2)].tolist()
 
@@ -180,7 +180,7 @@ def compare(before: Behaviour, after: Behaviour, *, is_classifier: bool) -> dict
 
 
 def check(certificate: dict[str, Any], ckpt: Path) -> None:
-    """ValueError where the merged model is not the model that it was."""
+    """ValueError if merging has changed the model's outputs."""
     largest = certificate["logits"]["max"]
     said = certificate.get("decisions") or certificate["greedy_texts"]
     if not largest <= TOLERANCE or said["identical"] < said["n"]:  # NaN is not <= either
@@ -192,7 +192,7 @@ def check(certificate: dict[str, Any], ckpt: Path) -> None:
 
 
 def table(certificate: dict[str, Any]) -> str:
-    """The certificate for people."""
+    """The certificate as a readable table."""
     logits, score = certificate["logits"], certificate["score"]
     kind = "decisions" if "decisions" in certificate else "greedy_texts"
     said = certificate[kind]

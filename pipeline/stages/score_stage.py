@@ -1,4 +1,4 @@
-"""`score`: a model answers held-out instructions, before tuning and after; both are scored."""
+"""`score`: a model answers held-out instructions, before and after tuning; both are scored."""
 
 import json
 import re
@@ -21,9 +21,9 @@ from pipeline.runs.stage_run import mlruns_root, run_once
 from pipeline.stages.answering import Answering, answer
 from pipeline.weights.fetch import locate
 
-ANSWERS = "answers.jsonl"  # of a run that goes on, or lacks verdicts
-MEASURES = ("judge", "chrf", "rouge_l", "exact_match", "perplexity")  # of a chain's table
-VERDICTS = "verdicts.jsonl"  # beside the experiments: what judges have said, of all runs
+ANSWERS = "answers.jsonl"  # in a run that is unfinished, or lacks verdicts
+MEASURES = ("judge", "chrf", "rouge_l", "exact_match", "perplexity")  # in a chain's table
+VERDICTS = "verdicts.jsonl"  # beside the experiments: the judges' verdicts of all runs
 
 
 def score_stage(
@@ -39,7 +39,7 @@ def score_stage(
     if judge is not None:
         judge.check()
     source = str(ckpt or responses)
-    if responses and responses.exists() and not responses.is_file():  # it is read twice
+    if responses and responses.exists() and not responses.is_file():  # a pipe cannot be read twice
         raise ValueError(f"responses: {source} is no file; write what it says into one.")
     content = path_digest(locate(ckpt)) if ckpt else sha256(Path(source))
     options = {
@@ -70,7 +70,7 @@ def score_stage(
 
 
 def _answers(run: Path) -> Path:
-    """Where a run keeps answers: with those of an attempt before it, which lacked verdicts."""
+    """A run's file of answers, taken over from an earlier attempt, which lacked verdicts."""
     path = run / ANSWERS
     first = re.sub(r"(?<=-[0-9a-f]{8})-\d{1,7}$", "", run.name)
     for earlier in run.parent.glob(f"{first}*/{ANSWERS}"):
@@ -87,7 +87,7 @@ def _score(
     lineage: dict[str, str],
     sources: dict[str, str],
 ) -> None:
-    """Scores responses, and records what came of it."""
+    """Scores responses, and records the results."""
     cache = mlruns_root() / VERDICTS
     summary = evaluate(
         after, before=earlier, judge=judge, directory=run.path, verdicts=cache, lineage=lineage
@@ -121,7 +121,7 @@ def _score(
 
 
 def result_lines(directory: Path) -> list[str]:
-    """Measures of a finished run for people: before and after, the difference with its interval."""
+    """A finished run's measures as lines: before and after, the difference with its interval."""
     summary = json.loads((directory / "summary.json").read_text("utf-8"))
     outcome, n_items = read_outcome(directory), summary["n_items"]
     assert outcome is not None

@@ -1,4 +1,4 @@
-"""`tokenizer train`: a vocabulary from text, with how well it compresses."""
+"""`tokenizer train`: trains a vocabulary on text, and measures how well it compresses."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,10 +43,10 @@ def train_stage(
 
 
 def _hand_over(tokenizer: Path, output: Path) -> None:
-    """Copies a tokenizer's file, whole or not at all, and over no other file.
+    """Copies a tokenizer's file, whole or not at all, and never over another file.
 
     Raises:
-        FileExistsError: the output is there and is another.
+        FileExistsError: the output exists and is another file.
     """
     content = tokenizer.read_bytes()
     if output.exists() and not (output.is_file() and output.read_bytes() == content):
@@ -92,7 +92,7 @@ def _train(
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
-    """UTF-8 bytes a token, over the first MEASURED_BYTES of text."""
+    """UTF-8 bytes per token, over the first MEASURED_BYTES of text."""
     n_bytes = n_tokens = 0
     for text in texts:
         n_bytes += len(text.encode())

@@ -23,7 +23,7 @@ from pipeline.training.flops import flops_per_token
 from pipeline.training.sharding import gather_shared
 from pipeline.training.steps import is_logged_step, log_figures, n_real_tokens, run_of, sample_ids
 
-SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # losses to compare with; robust z-score of a spike
+SPIKE_WINDOW, SPIKE_Z = 50, 8.0  # past losses to compare with; z-score of a spike
 LOSS_FLOOR = 1e-6  # nats: smaller differences are rounding
 NORMAL_MAD = 1.4826  # standard deviation of a normal distribution / its median absolute deviation
 
@@ -77,7 +77,7 @@ class Throughput(pl.Callback):
         return {"total_tokens": self.total_tokens}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.total_tokens = state_dict["total_tokens"]
 
 
@@ -113,7 +113,7 @@ class LossSpikes(pl.Callback):
         return {"window": list(self.window), "n_spikes": self.n_spikes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.window, self.n_spikes = list(state_dict["window"]), state_dict["n_spikes"]
 
 

@@ -21,8 +21,8 @@ from pipeline.hardware import available_memory_bytes
 from pipeline.interrupts import StopRequest
 from pipeline.training.sharding import of_ranks
 
-N_MOMENTS = 2  # that an optimizer keeps per weight, at most
-COPY_FRACTION = 0.1  # of the free memory, that a save's copy may take by default
+N_MOMENTS = 2  # that an optimizer keeps per trained weight, at most
+COPY_FRACTION = 0.1  # of the free memory: larger copies are not made by default
 OF_VALIDATION = "val/"  # prefix of its metrics
 _AT_ODDS = {  # validation metrics, each with the mode that would take its worst value for the best
     **dict.fromkeys(("val/loss", "val/perplexity", "val/bits_per_byte"), "max"),
@@ -336,7 +336,7 @@ class Checkpoints(pl.Callback):
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         vars(self).update({name: state_dict[name] for name in _STATE})
 
     def best_metrics(self) -> dict[str, float]:

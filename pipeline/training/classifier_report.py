@@ -29,7 +29,7 @@ OWN = "test/{}"  # keys of the classifier's own metrics
 
 
 class Rival(NamedTuple):
-    """What a classifier is compared with; keys are format strings for a measure's name."""
+    """What a classifier is compared with; keys are format strings that take a measure's name."""
 
     words: str  # its name in reports
     own: str  # key of its metrics
@@ -131,7 +131,7 @@ def _learned(
         known = training["dataset"]["sources"]
         if changed := changed_files(known, learned.file_facts()["sources"]):
             raise ValueError(f"{', '.join(changed)}: not what was learned.")
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # a user's class may
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # by a user's class, too
         warn(f"TF-IDF learns the texts of data.source, not those that the checkpoint did: {error}")
         return data
     return learned
@@ -154,7 +154,7 @@ def by_label(labels: Labels, predicted: Labels, names: Sequence[str]) -> dict[st
 
 
 def beside(scores: Mapping[str, float], name: str, words: str, rival: Rival) -> str:
-    """A line with a score, named `words`, a rival's, and the difference, with 95 % intervals."""
+    """A line: a score, called `words`, a rival's, the paired difference, with 95 % intervals."""
 
     def shown(of: str, form: str = ".3f") -> str:
         key = of.format(name)

@@ -4,11 +4,11 @@ import torch
 
 from pipeline.gpt import GPT
 
-RECOMPILE_LIMIT = 32  # training and validation, with padding and without, each shape anew
+RECOMPILE_LIMIT = 32  # training and validation, with padding and without, compile each shape
 
 
 def compile_blocks(gpt: GPT) -> None:
-    """Has a model's blocks compiled when they first run: once for all, since they are alike.
+    """Compiles a model's blocks when they first run: once for all, since they are alike.
 
     Only `forward` is compiled, not what wraps it, such as FSDP2's hooks.
     """

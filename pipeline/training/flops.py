@@ -6,7 +6,7 @@ from pipeline.gpt import GPT
 
 
 def flops_per_token(model: GPT, n_context: int) -> int:
-    """FLOPs of training on a token, in rows of `n_context`, as torch counts unfused products.
+    """FLOPs to train on a token, in rows of `n_context` of them, as torch counts unfused products.
 
     Two per weight of every linear layer, and attention's own, of which the causal half is counted
     (n_context / 2 keys per token on average). The backward pass costs as much as the forward pass

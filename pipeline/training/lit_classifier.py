@@ -27,7 +27,7 @@ from pipeline.training.lit_step import LitStep
 
 
 class LitClassifier(LitStep):
-    """Classifies texts: trained with cross-entropy on their labels.
+    """Text classifier, trained by cross-entropy on the labels.
 
     Args:
         trainable: what to train besides the head: nothing (head), the last block and the final
@@ -104,7 +104,7 @@ class LitClassifier(LitStep):
         auroc.fill_up(self.device)
         self.log("val/loss", self.loss_mean.compute(), prog_bar=True)
         for name, value in self.metrics.compute().items():
-            number = value[1] if value.dim() else value  # of two labels the second's (spam)
+            number = value[1] if value.dim() else value  # with two labels that of the second (spam)
             self.log(f"val/{name}", number, prog_bar=name == "accuracy")
         self.loss_mean.reset()
         self.metrics.reset()

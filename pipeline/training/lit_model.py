@@ -161,7 +161,7 @@ class LitModel(pl.LightningModule):
     def _check_held_out(self, meta: dict[str, Any]) -> None:
         """Refuses to evaluate on data that the weights were trained on, or given in another form.
 
-        Further training on such data is allowed, with a warning.
+        Further training is allowed; it warns if the data are split otherwise than before.
         """
         assert self.init_from is not None
         data, fn = self.data, self.trainer.state.fn

@@ -1,4 +1,4 @@
-"""The optimizer step of both LightningModules: an exact mean over any micro-batches."""
+"""The optimizer step of both LightningModules: an exact mean over all micro-batches."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from pipeline.training.steps import is_logged_step, log_figures
 
 
 class LitStep(LitCheckpoint):
-    """One batch is one optimizer step: the exact mean of its losses, however they are batched."""
+    """One batch is one optimizer step: the exact mean of its losses over all micro-batches."""
 
     automatic_optimization = False
 
@@ -56,7 +56,7 @@ class LitStep(LitCheckpoint):
             training_graph.install(self.gpt, self.trainer, is_asked_for=bool(self.cuda_graphs))
 
     def on_train_start(self) -> None:
-        """Sets the first step's learning rate: a checkpoint's fits the length of its own run."""
+        """Sets the learning rate of the first step; a checkpoint's fits its own run's length."""
         schedule: Any = self.lr_schedulers()
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # of a subclass
             return

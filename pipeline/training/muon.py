@@ -21,7 +21,7 @@ class Muon(torch.optim.Muon):
     """Momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024).
 
     In bf16 where the hardware multiplies it; on a GPU, all matrices of one shape at a time. If a
-    parameter group has a `head_size`, each group of so many rows is a matrix of its own, as heads
+    parameter group has a `head_size`, every `head_size` rows are a matrix of their own, as heads
     are in attention scores. The update is scaled to AdamW's usual size, so that both share one
     learning rate (Liu et al. 2025): torch's `adjust_lr_fn="match_rms_adamw"`.
     """

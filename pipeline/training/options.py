@@ -86,10 +86,10 @@ _NO_CALLBACKS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run is kept.
+    """Where a run is kept, and how it resumes.
 
     Args:
-        experiment: folder of the run below the folder of all runs; experiment in MLflow.
+        experiment: name of its folder among those of all runs, and of its experiment in MLflow.
         name: name of the run; a digest of its configuration is added.
         resume: auto resumes from the newest whole checkpoint of the same configuration, if any;
             must requires one; never starts anew.

@@ -23,7 +23,7 @@ SHOWN_METRICS = {
     "val/loss": "val {:.3f}",
     "perf/tokens_per_s": "{:,.0f} tok/s",
 }
-SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, or lines in a file
+SCREEN_INTERVAL_S, LOG_INTERVAL_S = 0.5, 20.0  # between updates in a terminal, lines in a file
 
 
 class ProgressDisplay(ProgressBar):

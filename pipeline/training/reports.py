@@ -71,7 +71,7 @@ def report_fit(run: Run, data: StepDataModule, metrics: dict[str, float]) -> Rep
 
 
 def report_language_model(data: StepDataModule, metrics: dict[str, float]) -> Report:
-    """The loss of a test, with a note on what it was measured on where that needs one."""
+    """The loss of a test; for pretraining with a note on the text that it is of."""
     row = {"metric": "test/loss", "before": None, "after": metrics["test/loss"]}
     is_val = isinstance(data, PretrainingDataModule)
     return Report(metrics, [row], [*lines_of([row]), NO_THIRD_SPLIT] if is_val else [])

@@ -15,7 +15,7 @@ OF_A_STEP = ("train/", "perf/tokens", "perf/model")  # prefixes of metrics of tr
 class RunLogger(Logger):
     """Writes metrics to the open run, on rank 0, not to a server that may be slow or down."""
 
-    trainer: pl.Trainer  # counts optimizer steps; it is made later
+    trainer: pl.Trainer  # counts the optimizer steps; set later
 
     def __init__(self, run: Run) -> None:
         super().__init__()

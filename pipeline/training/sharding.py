@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and optimizer state are sharded over processes (Zhao et al. 2023).
 
 Each block is gathered when it computes and freed afterwards; what lies outside the blocks, above
-all a tied embedding, once per step. Training gives what one process would, and so do checkpoints:
+all a tied embedding, once per step. Training is as in one process, and so are the checkpoints:
 whole tensors, gathered on rank 0, of which each process takes its shard when it resumes.
 """
 
@@ -58,7 +58,7 @@ class FullySharded(ModelParallelStrategy):
         return gathered(Strategy.optimizer_state(self, optimizer), keep=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads the state; of tensors of their parameter's shape only this process's shard."""
+        """Loads the state, and shards tensors that have their parameter's shape."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
@@ -96,7 +96,7 @@ def gather_shared(model: nn.Module) -> None:
 def share_out_again(model: nn.Module) -> None:
     """Reshards what `gather_shared` or a validation has gathered; its plain tensors become void.
 
-    Call it before keeping tensors of a model: some calls, as PEFT's state dict, reshard midway.
+    Call it before keeping tensors of a model: some calls (PEFT's state dict) reshard midway.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

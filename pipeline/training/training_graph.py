@@ -28,7 +28,7 @@ MAX_GRADIENT_BYTES = 3 * 2**30  # a pass has its own besides those that it adds 
 
 
 def install(gpt: GPT, trainer: pl.Trainer, *, is_asked_for: bool) -> None:
-    """Makes a model's training passes be captured from now on, if that is possible.
+    """Turns on the capturing of a model's training passes, if that is possible.
 
     Raises:
         ValueError: it is asked for and not possible.

@@ -19,7 +19,7 @@ from pipeline.hardware import peak_memory_bytes, total_memory_bytes, used_memory
 from pipeline.training.steps import n_real_tokens
 from pipeline.training.training_graph import is_installed, left_out
 
-QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of tokens per step; balanced early on
+QUANTILES = (0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6)  # of step tokens; prefixes are balanced
 N_WARMUP = 4  # untimed steps: the largest and one of median size, twice
 N_TIMED = 3 * len(QUANTILES)
 TRIAL_S = 20.0  # of timed steps; at least three are taken
@@ -67,7 +67,7 @@ class Trial(pl.Callback):
         self.start_s = 0.0  # from the start of the process to the first step
         self.kept_bytes = 0  # counted: what the largest micro-batch keeps for backward
         self.needed_bytes = 0  # counted: what the run needs at least
-        self.peak_bytes = self.total_bytes = 0  # used at most; of the machine
+        self.peak_bytes = self.total_bytes = 0  # peak use; memory of the machine
         self.step_s: list[float] = []  # of the timed steps
         self.step_tokens: list[int] = []  # likewise
         self.val_batch_s: list[float] = []

@@ -65,7 +65,7 @@ def send_missing(run: Path, uri: str, *, ask: bool) -> int:
         replicated = _attach(client, run, uri)
         if replicated is None:
             return 0
-        if not _is_line_start(run / JOURNAL, replicated.offset):  # it lost sent lines
+        if not _is_line_start(run / JOURNAL, replicated.offset):  # sent lines are gone
             replicated = _Replicated(replicated.store, replicated.run_id)
         n_lines = 0
         lines = read_journal(run, replicated.offset)

@@ -242,7 +242,7 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
 
 
 def _moved(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Updates an outcome's paths in the run, or in the folder of all runs, as both may be moved.
+    """Updates an outcome's paths into the run and into the root of all runs: both may be moved.
 
     A path stays as it is if nothing is at its new place, as when a run was copied alone.
     """

@@ -159,7 +159,7 @@ def respond(
     """Greedy answers of a model, and how well it predicts the references.
 
     Prompt style and stop tokens are those of the `tuned` model, also for the untuned one. Answers
-    are `kept` as they are generated, and reused by a run that was interrupted.
+    are `kept` as they are generated, and reused when an interrupted run resumes.
     """
     items, max_new_tokens = data.items(answering.split), answering.max_new_tokens
     settings = settings_for(tuned, max_new_tokens=max_new_tokens)

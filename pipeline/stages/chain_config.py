@@ -101,7 +101,7 @@ class Stage:
         return {k: v for flat in [*identity["config"], identity["set"]] for k, v in flat.items()}
 
     def paths(self) -> dict[str, Path]:
-        """Files and folders that options name; inputs and data are recorded elsewhere."""
+        """Existing files and folders that options name; inputs and data are recorded elsewhere."""
         given = {key: v for key, v in self.options().items() if key.rpartition(".")[2] in PATHS}
         paths = {key: expanded(value) for key, value in given.items() if isinstance(value, str)}
         return {key: path for key, path in paths.items() if path.exists()}
@@ -122,7 +122,7 @@ class Stage:
         return [name for name in given if isinstance(name, str)]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, without inputs; comments and places of files do not."""
+        """What decides the result, besides inputs; comments and places of files do not."""
         texts = [os.path.expandvars(_read(path)) for path in self.configs]
         identity: dict[str, Any] = {
             "command": self.command,
@@ -258,7 +258,7 @@ def _override(stages: dict[str, Stage], text: str) -> None:
 
 
 def _given(text: str) -> Any:
-    """An option's value: what YAML makes of a text, or the text if a scalar would differ."""
+    """An option's value: what YAML makes of a text, or the text if a scalar is respelled."""
     try:
         value = load_yaml(text)
     except yaml.YAMLError:

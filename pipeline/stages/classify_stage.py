@@ -47,7 +47,7 @@ def classify_stage(
 
 
 def check_new(output: Path, folder: Path | None = None) -> None:
-    """Refuses an output that exists, unless a run in `folder` wrote exactly that."""
+    """Refuses an output that exists, unless a run in `folder` wrote it as it is."""
     if not output.exists() or (folder is not None and _was_made(output, folder)):
         return
     raise ValueError(f"output {output} exists; give a new file, or remove it.")

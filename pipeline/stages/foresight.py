@@ -33,10 +33,10 @@ class _ReadingCLI(PipelineCLI):
     known: ClassVar[set[str]] = set()  # so that data that stages share is read once
 
     def _set_seed(self) -> None:
-        """Does nothing: there is nothing to draw, and Lightning would announce the seed."""
+        """Does nothing: nothing is random here, and Lightning would announce the seed."""
 
     def before_instantiate_classes(self) -> None:
-        """Leaves out what earlier stages may make (tokenizer, weights), and loggers."""
+        """Skips what earlier stages may make (tokenizer, weights); checks the trainer's options."""
         self.take_from_checkpoint()
         check_trainer(self.stage.trainer, str(self.subcommand))
         self.stage.trainer.logger = None

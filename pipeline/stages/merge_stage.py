@@ -31,8 +31,8 @@ from pipeline.runs.stage_run import run_once
 from pipeline.weights.fetch import locate
 
 CERTIFICATE = "certificate.json"
-# By rounding in float32, W x + B A x and (W + B A) x differ by some 1e-5 for logits of size 10; a
-# merge in bf16 was seen to move them by 0.125. What is between is no rounding, nor acceptable.
+# Rounding in float32 makes W x + B A x and (W + B A) x differ by some 1e-5 at logits of size 10; a
+# merge in bf16 moved them by 0.125. What lies in between is neither rounding nor acceptable.
 TOLERANCE = 1e-3
 N_TEXTS, N_POSITIONS = 16, 32  # texts whose logits are compared, at their last positions
 N_NEW = 32  # greedy tokens to continue each text with

@@ -1,1 +1,1 @@
-"""What measures the claims of the README, beside what people use instead."""
+"""Measures the claims of the README against what people use instead."""

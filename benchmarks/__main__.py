@@ -1,4 +1,4 @@
-"""`python -m benchmarks P1 P3`: measures, keeps JSON, prints the table, draws the plot."""
+"""`python -m benchmarks --workloads [P1,P3]`: measures, saves JSON, prints a table, plots."""
 
 from jsonargparse import auto_cli
 
@@ -8,11 +8,11 @@ from benchmarks.workloads import WORKLOADS
 
 
 def bench(workloads: list[str] | None = None, rounds: int = 3) -> None:
-    """Measures workloads, ours and peers in turn.
+    """Measures workloads; ours and the peers take turns.
 
     Args:
-        workloads: keys, such as [P1,P3]; all where there are none.
-        rounds: of every contestant.
+        workloads: keys, such as [P1,P3]; all of them by default.
+        rounds: how often each contestant runs.
     """
     for key in workloads or WORKLOADS:
         workload = WORKLOADS[key]()

@@ -1,4 +1,4 @@
-"""A callback that records the steps of `fit`, through the command line as users start it."""
+"""A callback that records the steps of `fit`, started from the command line as users do."""
 
 import time
 from typing import Any
@@ -12,12 +12,12 @@ from pipeline.training.steps import n_real_tokens
 
 
 class StepClock(pl.Callback):
-    """All that is between two steps counts: data, logging, checkpoints; validations do not.
+    """Everything between two steps counts (data, logging, checkpoints), except validation.
 
-    The record has the seconds of the module's own part of each step too, as `module_s`.
+    The record also has the seconds that the module itself takes of each step, as `module_s`.
 
     Args:
-        path: of the record.
+        path: where the record is written.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,10 +1,10 @@
-"""P6: what `fit` takes beside what a bare loop has too: hooks, logging, saves, for one.
+"""P6: the overhead of `fit` over a bare loop: hooks, logging, saves and the like.
 
     python -m benchmarks.framework
 
-Two runs of the same loop differ by more than the framework costs. So what lies beside the module's
-step, forward pass to optimizer, is told apart within a run of `fit`; a bare loop over the same data
-module, in turn with it, says how much of that is waiting for the data.
+Two runs of the same loop differ by more than the framework costs. So the time outside the module's
+step (forward pass to optimizer) is measured within a single run of `fit`; a bare loop over the same
+data module, run in turn with it, shows how much of that is waiting for data.
 """
 
 import json
@@ -19,10 +19,10 @@ from benchmarks.workloads import small_steps
 
 
 def main(rounds: int = 3) -> None:
-    """Measures, keeps, prints.
+    """Measures, prints and saves the overhead.
 
     Args:
-        rounds: runs of `fit`, and of the loop.
+        rounds: how often `fit` and the loop each run.
     """
     workload = small_steps()
     ours, bare, *_ = workload.contestants  # of the first precision

@@ -1,9 +1,9 @@
-"""What each lever for GPUs gives by itself, in a bare loop of the pipeline's own modules.
+"""What each GPU optimisation gains by itself, in a bare loop over the pipeline's own modules.
 
     python -m benchmarks.gpu_levers
 
-Random weights of the shapes of P1, P2, GPT-2 124M at a GPU's size, and SmolLM2-135M with adapters;
-random tokens. Medians of steps, each of which is waited for; bf16.
+Random weights in the shapes of P1, P2, GPT-2 124M with GPU-sized batches, and SmolLM2-135M with
+adapters; random tokens. Medians over steps, each synchronised with the GPU; bf16.
 """
 
 import gc
@@ -48,7 +48,7 @@ SMOLLM2 = GPTConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """Steps of so many rows of so many tokens, or of 40 to so many where adapters are trained."""
+    """Steps of `n_rows` rows of `n_tokens` tokens; with adapters, of 40 to `n_tokens` tokens."""
 
     title: str
     config: GPTConfig
@@ -66,7 +66,7 @@ CASES = [
 
 
 def batches(case: Case, device: torch.device) -> Callable[[], tuple[Tensor, Tensor | None]]:
-    """Token ids (B, T) and, where rows are of unequal length, what of them is real."""
+    """Token ids (B, T) and, where rows differ in length, the mask of real tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> tuple[Tensor, Tensor | None]:
@@ -82,7 +82,7 @@ def batches(case: Case, device: torch.device) -> Callable[[], tuple[Tensor, Tens
 
 
 def training(case: Case, *, compiled: bool, captured: bool, optimizer: str = "adamw") -> dict:
-    """Milliseconds of a step, its tokens, memory (GiB) at its peak."""
+    """Milliseconds per step, tokens per second, share of the ceiling, peak memory (GiB)."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -124,7 +124,7 @@ def training(case: Case, *, compiled: bool, captured: bool, optimizer: str = "ad
 
 
 def decoding(n_rows: int, *, captured: bool) -> float:
-    """Milliseconds of a step of so many rows."""
+    """Milliseconds per decoding step of `n_rows` rows."""
     step_graph.WARM_UP = 2 if captured else 10**9
     model = pack(GPT(SMOLLM2).to(default_device(), torch.bfloat16))
     prompts = [list(range(5, 45 + row % 7)) for row in range(n_rows)]
@@ -142,7 +142,7 @@ def decoding(n_rows: int, *, captured: bool) -> float:
 
 
 def timed(step: Callable[[], int]) -> tuple[list[float], list[int]]:
-    """Seconds and counts of steps, each waited for."""
+    """Seconds and token counts of steps, each synchronised with the GPU."""
     seconds, counts = [], []
     for i in range(N_WARMUP + N_TIMED):
         torch.cuda.synchronize()

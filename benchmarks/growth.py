@@ -1,12 +1,12 @@
-"""How a training step's time and memory grow: with context, batch, model size and LoRA rank.
+"""How a training step's time and memory grow with context, batch, model size and LoRA rank.
 
     python -m benchmarks.growth
 
-Writes growth.json, growth.md and growth.png beside the other results. Every point is measured in a
-process of its own; its peak memory is that process's. The context is varied at a constant number of
-tokens a step, the batch at a constant context; gradient checkpointing is off and on with the most
-tokens. Then `step = fixed + per_token * tokens + per_pair * batch * context^2` is fitted to the
-points of context and batch; the last term is attention's.
+Writes growth.json, growth.md and growth.png next to the other results. Every point is measured in
+its own process, whose peak memory is reported. The context varies at a constant number of tokens
+per step, the batch at a constant context; gradient checkpointing is off and on at the largest
+batch. Then `step = fixed + per_token * tokens + per_pair * batch * context^2` is fitted to the
+points of the context and batch sweeps; the last term is attention's.
 """
 
 import json
@@ -29,7 +29,7 @@ N_WARMUP = 2
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a step: rows of random tokens, all supervised; rank 0 trains all weights."""
+    """One configuration of a step on random tokens, all supervised; rank 0 trains all weights."""
 
     n_layer: int
     n_embd: int
@@ -45,7 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the fastest, the median and the slowest step; peak memory of the process."""
+    """Seconds of the fastest, median and slowest step; peak memory of the process."""
 
     n_parameters: int
     step_s: tuple[float, float, float]
@@ -59,7 +59,7 @@ def sweeps(
     widths: Sequence[int],
     ranks: Sequence[int],
 ) -> dict[str, list[Point]]:
-    """The points of each table, by what is varied in it."""
+    """The points of each table, keyed by what varies in it."""
     tokens = base.batch * max(contexts)
     return {
         "context": [replace(base, context=n, batch=tokens // n) for n in contexts],
@@ -73,7 +73,7 @@ def sweeps(
 
 
 def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
-    """Takes steps of a point in this process."""
+    """Times steps at a point, in this process."""
     import torch
 
     from pipeline import lora
@@ -131,7 +131,7 @@ def measure(point: Point, n_steps: int, vocab_size: int) -> Measured:
 
 
 def in_own_process(point: Point, n_steps: int, vocab_size: int) -> Measured:
-    """The same in a process of its own."""
+    """Does the same in a process of its own."""
     call = json.dumps({"point": asdict(point), "n_steps": n_steps, "vocab_size": vocab_size})
     command = [sys.executable, "-m", "benchmarks.growth", "--call", call]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -139,7 +139,7 @@ def in_own_process(point: Point, n_steps: int, vocab_size: int) -> Measured:
 
 
 def fit_cost(points: list[tuple[Point, Measured]]) -> dict[str, float]:
-    """Least squares for the terms of a step's time, in seconds, and how much they explain."""
+    """Least-squares fit of the terms of a step's time, in seconds, with its R²."""
     terms = np.array([[1, p.n_tokens, p.batch * p.context**2] for p, _ in points], dtype=float)
     times = np.array([measured.step_s[1] for _, measured in points])
     scale = terms.max(axis=0)
@@ -156,7 +156,7 @@ def fit_cost(points: list[tuple[Point, Measured]]) -> dict[str, float]:
 
 
 def attention_share(point: Point, cost: dict[str, float]) -> float:
-    """The part of a step's fitted time that grows with the square of the context."""
+    """The share of a step's fitted time that grows with the square of the context."""
     pairs = cost["per_pair_s"] * point.batch * point.context**2
     return pairs / (cost["fixed_s"] + cost["per_token_s"] * point.n_tokens + pairs)
 
@@ -164,7 +164,7 @@ def attention_share(point: Point, cost: dict[str, float]) -> float:
 def table(
     results: dict[str, list[tuple[Point, Measured]]], cost: dict[str, float]
 ) -> Iterator[str]:
-    """Markdown: a table for each sweep, then the fit."""
+    """Markdown: one table per sweep, then the fit."""
     for varied, points in results.items():
         yield f"\n| {varied} | tokens a step | parameters | step, s | tokens/s | peak memory, GiB |"
         yield "|---|---|---|---|---|---|"
@@ -184,7 +184,7 @@ def table(
 
 
 def plot(results: dict[str, list[tuple[Point, Measured]]]) -> Figure:
-    """Step time above, peak memory below, a column for each sweep."""
+    """Step time on top, peak memory below, one column per sweep."""
     figure = Figure(figsize=(3.2 * len(results), 5.5), layout="constrained")
     axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
     for column, (varied, points) in enumerate(results.items()):
@@ -218,20 +218,20 @@ def main(
     vocab_size: int = 4096,
     n_steps: int = 7,
 ) -> None:
-    """Measure all sweeps.
+    """Measures all sweeps.
 
     Args:
-        n_layer: of the base model.
-        n_embd: of the base model; a multiple of 64, the head size.
-        context: tokens a row where they are not varied.
-        batch: rows a step where they are not varied; the longest context has as many.
-        rank: of adapters where it is not varied; 0 trains all weights.
-        contexts: to measure.
-        batches: to measure.
-        widths: n_embd to measure.
-        ranks: to measure.
-        vocab_size: of all models.
-        n_steps: timed at each point.
+        n_layer: layers of the base model.
+        n_embd: width of the base model; a multiple of 64, the head size.
+        context: tokens per row, where they do not vary.
+        batch: rows per step, where they do not vary; also the batch at the longest context.
+        rank: rank of the adapters, where it does not vary; 0 trains all weights.
+        contexts: contexts to measure.
+        batches: batches to measure.
+        widths: values of n_embd to measure.
+        ranks: LoRA ranks to measure.
+        vocab_size: vocabulary of all models.
+        n_steps: steps timed at each point.
     """
     base = Point(n_layer, n_embd, context, batch, rank)
     results: dict[str, list[tuple[Point, Measured]]] = {}

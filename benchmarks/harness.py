@@ -1,7 +1,7 @@
-"""Contestants in turn, several rounds, beside the machine's ceiling: A B A B, medians, equal work.
+"""Contestants take turns (A B A B) on equal work; medians, next to the machine's ceiling.
 
-A round measures the ceiling of matrix products in float32 and in bf16, then runs every contestant
-once, each in a process of its own. Warm-up steps are left out of the rates and reported.
+A round measures the ceiling of matrix products in float32 and bf16, then runs each contestant once,
+in its own process. Warm-up steps are excluded from the rates and reported separately.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ print(json.dumps({name: matrix_product_ceiling(device, dtype) for name, dtype in
 
 @dataclass(frozen=True)
 class Contestant:
-    """A command that does the work and writes a record to the path that stands for `{record}`.
+    """A command that does the work and writes a record to the path given as `{record}`.
 
     Attributes:
-        name: shown.
-        precision: of its products.
-        words: the command.
-        is_ours: what the ratios are of; the others are peers.
+        name: as shown.
+        precision: of its matrix products.
+        words: the command line.
+        is_ours: whether it is ours, which the ratios compare with its peers.
     """
 
     name: str
@@ -54,17 +54,17 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Workload:
-    """The same work for all.
+    """One piece of work, the same for every contestant.
 
     Attributes:
         key: such as P1.
         title: what is done.
-        contestants: who does it.
-        n_warmup: steps that do not count.
+        contestants: who does the work.
+        n_warmup: first steps, which do not count.
         flops_per_token: of the model, forward and backward, for the share of the ceiling.
-        loss_tolerance: relative difference of the last losses that equal work may show.
-        data: file of what all are given, whose digest the results keep.
-        ends_freely: who rounds may write texts that end elsewhere than those of float32.
+        loss_tolerance: largest relative difference between final losses for work to be equal.
+        data: file that all contestants are given; its digest is kept in the results.
+        ends_freely: whether texts may end elsewhere than float32's where a precision rounds.
         unit: of the rates.
     """
 
@@ -81,7 +81,7 @@ class Workload:
 
 @dataclass
 class Result:
-    """What the rounds gave for a contestant; one value a round."""
+    """A contestant's results; one value per round."""
 
     name: str
     precision: str
@@ -96,7 +96,7 @@ class Result:
     shares: list[float] = field(default_factory=list)
 
     def add(self, record: dict[str, Any], workload: Workload, ceiling: float | None) -> None:
-        """Takes in the record of a round."""
+        """Adds the record of a round."""
         warmup, steps = record["steps"][: workload.n_warmup], record["steps"][workload.n_warmup :]
         seconds, tokens = sum(s["seconds"] for s in steps), sum(s["tokens"] for s in steps)
         self.seconds.append(seconds)
@@ -120,7 +120,7 @@ def measure(workload: Workload, n_rounds: int) -> list[Result]:
     """Runs all rounds.
 
     Raises:
-        RuntimeError: where a contestant fails, with the end of what it said.
+        RuntimeError: if a contestant fails, with the tail of its output.
     """
     results = [Result(c.name, c.precision, c.is_ours) for c in workload.contestants]
     console = Console(stderr=True)
@@ -142,10 +142,10 @@ def _digest(value: Any) -> str:
 
 
 def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
-    """As many tokens for all, last losses that agree, and in float32 the same outputs.
+    """Checks for equal token counts, matching final losses and, in float32, identical outputs.
 
     Raises:
-        RuntimeError: naming who differs.
+        RuntimeError: if a contestant differs.
     """
     ours = next(result for result in results if result.is_ours)
     for result in results:
@@ -163,7 +163,7 @@ def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
 
 
 def record_of(contestant: Contestant) -> dict[str, Any]:
-    """Runs a contestant; what it measured of itself."""
+    """Runs a contestant and returns what it measured of itself."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         _run([word.replace("{record}", str(path)) for word in contestant.words], folder)
@@ -182,7 +182,7 @@ def _run(words: Sequence[str], home: str | None = None) -> str:
 
 
 def machine() -> str:
-    """What this machine multiplies with: a folder's name, so that no two are mixed."""
+    """Names what this machine multiplies with, as a folder, so that results do not mix."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace(" ", "-")
     instructions = torch.backends.cpu.get_cpu_capability().lower()
@@ -194,7 +194,7 @@ def machine() -> str:
 
 
 def results_folder() -> Path:
-    """Where this machine's results are kept."""
+    """The folder for this machine's results, created if missing."""
     path = RESULTS / machine()
     path.mkdir(parents=True, exist_ok=True)
     return path

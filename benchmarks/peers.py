@@ -1,4 +1,4 @@
-"""Environments of peers: their packages, apart from ours, in a folder of the cache."""
+"""Environments for the peers: their packages, separate from ours, in the cache folder."""
 
 import hashlib
 import subprocess
@@ -15,14 +15,14 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed for a peer.
+    """The packages installed for a peer.
 
     Attributes:
-        packages: as pip has them; what they need is as in constraints.txt.
-        own_bounds: names in constraints.txt whose version is left to the packages.
-        unwanted: what is taken out again: PyPI's builds for GPUs, which do not load beside torch's
-            build for CPUs, and which a text needs none of.
-        is_compiled: for the processor at hand: another one gets an environment of its own.
+        packages: as pip names them; their dependencies follow constraints.txt.
+        own_bounds: names in constraints.txt whose versions are left to the packages.
+        unwanted: packages to uninstall again: PyPI's GPU builds, which do not load next to torch's
+            CPU build, and which text does not need.
+        is_compiled: whether it is built for this processor; another one gets its own environment.
     """
 
     packages: Sequence[str]
@@ -48,7 +48,7 @@ LLAMA_SERVER = Environment(("xllamacpp==2026.10.11549",))  # llama.cpp's own ser
 
 
 def python_with(environment: Environment) -> str:
-    """The interpreter of an environment, which is made where it is missing."""
+    """The interpreter of an environment, which is created if missing."""
     words = [*environment.packages, *([machine()] if environment.is_compiled else [])]
     name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
     folder = cache_dir() / "benchmarks" / f"peers-{name}"
@@ -69,6 +69,6 @@ def python_with(environment: Environment) -> str:
 
 
 def constraints_of(environment: Environment) -> str:
-    """Our constraints without those that the packages would contradict."""
+    """Our constraints, without those that the packages would contradict."""
     lines = CONSTRAINTS.read_text().splitlines()
     return "\n".join(line for line in lines if line.split("==")[0] not in environment.own_bounds)

@@ -1,4 +1,4 @@
-"""Inputs that all contestants share: weights, and tokens in the order in which we train on them."""
+"""Inputs that all contestants share: weights, and tokens in our training order."""
 
 import json
 import os
@@ -44,14 +44,14 @@ STEPS: dict[str, int] = {
 
 
 def folder() -> Path:
-    """Where inputs are kept."""
+    """The folder for inputs, created if missing."""
     path = cache_dir() / "benchmarks"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def vocabulary() -> Path:
-    """4,096 tokens of the prose that every Python installation carries."""
+    """A vocabulary of 4,096 tokens, trained on the prose that ships with Python."""
     path = folder() / "vocabulary.json"
     if not path.exists():
         os.environ["GPT_PIPELINE_HOME"] = str(folder() / "runs")
@@ -60,7 +60,7 @@ def vocabulary() -> Path:
 
 
 def gpt2(config: GPTConfig, name: str) -> Path:
-    """Random weights of GPT-2's form in a directory that transformers reads."""
+    """Random weights of a GPT-2 model, in a directory that transformers reads."""
     path = folder() / name
     if not path.exists():
         torch.manual_seed(SEED)
@@ -73,7 +73,7 @@ def gpt2(config: GPTConfig, name: str) -> Path:
 
 
 def gpt2_config(**shape: int) -> GPTConfig:
-    """GPT-2's mathematics in another size, without dropout."""
+    """GPT-2's architecture at another size, without dropout."""
     return GPTConfig(
         n_kv_head=shape["n_head"],
         mlp_hidden=4 * shape["n_embd"],
@@ -91,7 +91,7 @@ def gpt2_config(**shape: int) -> GPTConfig:
 
 
 def prose(block_size: int, batch_size: int) -> PretrainingDataModule:
-    """The prose as configs/pretrain.yaml has it."""
+    """The prose, prepared as in configs/pretrain.yaml."""
     data = PretrainingDataModule(
         source=PROSE,
         text_column="text",
@@ -109,7 +109,7 @@ def prose(block_size: int, batch_size: int) -> PretrainingDataModule:
 
 
 def validation_rows(block_size: int) -> Path:
-    """Token ids (N, T) of validation; the last row, which is shorter, is left out."""
+    """Token ids (N, T) for validation; the last, shorter row is left out."""
     path = folder() / f"validation-{block_size}.npy"
     if not path.exists():
         held_out = prose(block_size, 1).val_set
@@ -119,7 +119,7 @@ def validation_rows(block_size: int) -> Path:
 
 
 def pretraining_steps(block_size: int, batch_size: int, n_steps: int) -> Path:
-    """Token ids (steps, B, T), as `fit` takes them."""
+    """Token ids (steps, B, T), in the order of `fit`."""
     path = folder() / f"steps-{block_size}x{batch_size}x{n_steps}.npy"
     if not path.exists():
         data = prose(block_size, batch_size)
@@ -144,7 +144,7 @@ def smollm2() -> Path:
 
 
 def smollm2_gguf(kind: str) -> Path:
-    """The same as llama.cpp reads it, by our own export, its weights in `kind`."""
+    """The same in GGUF for llama.cpp, by our own export, with weights in `kind`."""
     path = folder() / f"{SMOLLM2}-{kind}"
     if not path.exists():
         os.environ["GPT_PIPELINE_HOME"] = str(folder() / "runs")
@@ -153,10 +153,10 @@ def smollm2_gguf(kind: str) -> Path:
 
 
 def smollm2_for_litgpt(python: str) -> Path:
-    """The same by litgpt's own conversion; of a folder with another name it would add a BOS.
+    """The same, converted by litgpt; from a folder of any other name it would add a BOS token.
 
     Args:
-        python: of an environment that has litgpt.
+        python: interpreter of an environment that has litgpt.
     """
     path = folder() / f"litgpt-{SMOLLM2}"
     if not path.exists():
@@ -169,7 +169,7 @@ def smollm2_for_litgpt(python: str) -> Path:
 
 
 def instructions() -> InstructionDataModule:
-    """The instruction data as configs/instruct.yaml has them, in SmolLM2's tokens."""
+    """The instruction data, as in configs/instruct.yaml but with SmolLM2's tokenizer."""
     data = InstructionDataModule(
         source=INSTRUCTIONS,
         tokenizer=tokenizer_of(SMOLLM2),
@@ -186,7 +186,7 @@ def instructions() -> InstructionDataModule:
 
 
 def instruction_entries(n_steps: int) -> Path:
-    """JSON: prompt and completion as texts, in the order of training."""
+    """JSON: prompts and completions as text, in training order."""
     data, entries = instructions(), []
     for samples in islice(steps_of(data), n_steps):
         for sample in samples:
@@ -200,7 +200,7 @@ def instruction_entries(n_steps: int) -> Path:
 
 
 def spam() -> SpamDataModule:
-    """The messages as configs/run/smollm2.yaml has them."""
+    """The messages, prepared as in configs/run/smollm2.yaml."""
     data = SpamDataModule(
         source=SMS,
         tokenizer=tokenizer_of(SMOLLM2),
@@ -216,7 +216,7 @@ def spam() -> SpamDataModule:
 
 
 def spam_steps(n_steps: int) -> Path:
-    """JSON: token ids and label of every message of every step."""
+    """JSON: token ids and label of every message, step by step."""
     steps = [
         [{"input_ids": s["input_ids"].tolist(), "label": int(s["label"])} for s in samples]
         for samples in islice(steps_of(spam()), n_steps)
@@ -227,7 +227,7 @@ def spam_steps(n_steps: int) -> Path:
 
 
 def questions(n_questions: int) -> Path:
-    """JSON: what users ask, in the order of training."""
+    """JSON: the users' questions, in training order."""
     data = instructions()
     asked = [item["messages"][0]["content"] for item in data.items("train")]
     path = folder() / f"questions-{n_questions}.json"
@@ -236,7 +236,7 @@ def questions(n_questions: int) -> Path:
 
 
 def prompts(n_prompts: int) -> Path:
-    """JSON: token ids of prompts of unequal length."""
+    """JSON: token ids of prompts of different lengths."""
     ids = []
     for samples in steps_of(instructions()):
         for sample in samples:

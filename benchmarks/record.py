@@ -1,7 +1,7 @@
-"""What a contestant measures of itself: its steps, when they began, its memory.
+"""What a contestant measures of itself: its steps, when the first one ended, its memory.
 
-Needs nothing but what its contestant has loaded, so that peers can use it in environments of
-their own.
+Needs nothing beyond what the contestant has loaded anyway, so peers can use it in their own
+environments.
 """
 
 import json
@@ -15,7 +15,7 @@ class Record:
     """Seconds, tokens and loss of every step.
 
     Args:
-        path: JSON that `save` writes.
+        path: JSON file that `save` writes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -28,14 +28,14 @@ class Record:
         self.since = time.perf_counter()
 
     def step(self, tokens: int, loss: float | None) -> None:
-        """A step has ended, with a loss where it has one; the next begins."""
+        """A step has ended, with its loss if it has one; the next begins."""
         now = time.perf_counter()
         self.facts.setdefault("first_step_at", time.time())
         self.steps.append({"seconds": now - self.since, "tokens": tokens, "loss": loss})
         self.since = now
 
     def validation(self, loss: float) -> None:
-        """A validation has ended after the last step; its time does not count."""
+        """A validation after the last step has ended; its time does not count."""
         seconds = sum(step["seconds"] for step in self.steps)
         self.facts.setdefault("validations", []).append({"seconds": seconds, "loss": loss})
         self.start()
@@ -46,10 +46,10 @@ class Record:
 
 
 def peak_memory(pid: int | None = None) -> int:
-    """Bytes that a process had in memory at most; of this one on the GPU, where there is one.
+    """Peak memory of a process in bytes; for this process, of the GPU if there is one.
 
-    Of a process that is named, with those that it has started and that are still there. Linux
-    alone; `ru_maxrss` would be that of the process which started this one, where it is more.
+    For a process given by `pid`, its running child processes are included. Linux only; `ru_maxrss`
+    would report the peak of the process that started this one, if that was higher.
     """
     torch = sys.modules.get("torch")
     if pid is None and torch is not None and torch.cuda.is_available():

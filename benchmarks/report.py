@@ -1,4 +1,4 @@
-"""Results as a table and as a picture."""
+"""Results as a table and as a plot."""
 
 import json
 import re
@@ -16,20 +16,20 @@ HEADER = "| | workload | who | precision | {} | of ours | share of ceiling | pea
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All results that were kept in a folder, by key."""
+    """All results saved in a folder, ordered by key."""
     paths = sorted(folder.glob("P*.json"), key=lambda path: (_place(path), path.stem))
     return [json.loads(path.read_text()) for path in paths]
 
 
 def _place(path: Path) -> int:
-    """10 of `P10-x.json`."""
+    """The 10 in `P10-x.json`."""
     found = re.match(r"P(\d+)", path.stem)
     assert found, path
     return int(found[1])
 
 
 def table(workloads: Sequence[dict[str, Any]]) -> str:
-    """Markdown: median (min to max) of every contestant, and how many times as fast ours is."""
+    """Markdown: median (min to max) of every contestant, and how many times faster ours is."""
     lines = [HEADER.format("rate, median (min to max)"), "|---|---|---|---|---|---|---|---|"]
     for workload in workloads:
         ours = {r["precision"]: r for r in workload["results"] if r["is_ours"]}
@@ -53,7 +53,7 @@ def table(workloads: Sequence[dict[str, Any]]) -> str:
 
 
 def _ratios(ours: dict[str, dict[str, Any]], peer: dict[str, Any]) -> str:
-    """Ours over a peer's: the best of ours, and that in the peer's own precision."""
+    """Our rate over a peer's: our best, and ours in the peer's own precision."""
     rate = statistics.median(peer["rates"])
     by_precision = {p: statistics.median(r["rates"]) / rate for p, r in ours.items()}
     best = max(by_precision.values())
@@ -66,7 +66,7 @@ def _number(value: float) -> str:
 
 
 def plot(workloads: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars: rate of every contestant as a multiple of the best peer's."""
+    """Bars: each contestant's rate as a multiple of the best peer's."""
     bars_of = [len(workload["results"]) for workload in workloads]
     figure, axes = plt.subplots(
         len(workloads),

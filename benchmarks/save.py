@@ -1,9 +1,9 @@
-"""What a checkpoint costs: its size, how long training is held up, and what it takes in all.
+"""What a checkpoint costs: its size, how long it holds up training, and its time in all.
 
     python -m benchmarks.save
 
-Trains each model for a few steps through `fit`, with synchronous and with asynchronous saves, and
-reads their journals. Needs 5 GB of disk and 4 GB of memory.
+Trains each model for a few steps through `fit`, with synchronous and asynchronous saves, and reads
+the journals. Needs 5 GB of disk and 4 GB of memory.
 """
 
 import json
@@ -31,13 +31,13 @@ SMALL_STEPS = ["--data.block_size=128", "--data.batch_size=8", "--data.max_token
 
 @dataclass(frozen=True)
 class Cost:
-    """Of saving one model.
+    """The cost of saving one model.
 
     Attributes:
-        megabytes: of a checkpoint.
-        held_up_s: seconds that each save held training up.
+        megabytes: size of a checkpoint.
+        held_up_s: seconds for which each save held up training.
         in_all_s: seconds that each save added to the steps up to the next one.
-        step_s: a step with no save beside it.
+        step_s: seconds of a step while nothing is being saved.
     """
 
     model: str
@@ -78,7 +78,7 @@ def measure(model: str, words: list[str], home: Path, *, asynchronous: bool) -> 
 
 
 def costs(folder: Path) -> list[Cost]:
-    """Two models in full, and adapters on the larger one."""
+    """Two fully trained models, and adapters on the larger one."""
     tokenizer = folder / "tokenizer.json"
     make = ["tokenizer", "train", "--config=configs/tokenizer.yaml", f"--output={tokenizer}"]
     subprocess.run([sys.executable, "-m", "pipeline", *make], cwd=ROOT, check=True)

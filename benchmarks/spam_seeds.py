@@ -1,9 +1,9 @@
-"""Spam accuracy over seeds: split and training drawn anew, hyperparameters as the chain has them.
+"""Spam accuracy over seeds: new splits and training runs, the chain's hyperparameters.
 
     python benchmarks/spam_seeds.py 5
 
-Runs the spam stages of configs/run/smollm2.yaml once a seed (what is done already is reused) and
-prints every seed, the mean, and its 95 % interval by Student's t.
+Runs the spam stages of configs/run/smollm2.yaml once per seed (finished ones are reused) and prints
+every seed, the mean, and its 95 % confidence interval by Student's t.
 """
 
 import json
@@ -24,12 +24,12 @@ MEASURES = ("test/accuracy", "baseline/tfidf_accuracy", "test/accuracy_minus_tfi
 
 
 def experiment(seed: int) -> str:
-    """Where the runs of a seed lie: one that is done writes nothing that would tell it."""
+    """The experiment of a seed's runs; a finished chain writes nothing to tell them apart by."""
     return f"smollm2-seed-{seed}"
 
 
 def spam_chain(folder: Path, seed: int) -> Path:
-    """The chain without its instruction stages, in the experiment of a seed."""
+    """The chain without its instruction stages, in the seed's experiment."""
     chain = yaml.safe_load(CHAIN.read_text())
     stages = [stage for stage in chain["stages"] if stage["name"].startswith("spam")]
     for stage in stages:
@@ -40,14 +40,14 @@ def spam_chain(folder: Path, seed: int) -> Path:
 
 
 def overrides(chain: Path, seed: int) -> Iterator[str]:
-    """Options that draw the split, the order and the adapters' initial values anew."""
+    """Options that redraw the split, the order and the adapters' initial values."""
     for stage in yaml.safe_load(chain.read_text())["stages"]:
         for key in ("data.split_seed", "data.seed", "seed_everything"):
             yield f"--set={stage['name']}.{key}={seed}"
 
 
 def scores(folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Metrics of each test stage, by its name."""
+    """Metrics of each test stage, by name."""
     chain = spam_chain(folder, seed)
     words = ["run", "-c", str(chain), *overrides(chain, seed)]
     subprocess.run([sys.executable, "-m", "pipeline", *words], check=True)

@@ -1,9 +1,9 @@
-"""How long those who are written for wait while prompts of others are read.
+"""How long running generations stall while the server reads other prompts.
 
     python -m benchmarks.stalls
 
-Seven get a text each; then comes one prompt of 1,500 words, or eight of 200. Prompts are read
-whole, as they were before, or in pieces.
+Seven clients are each being sent a text; then one prompt of 1,500 words arrives, or eight of 200.
+Prompts are read whole, as they once were, or in pieces.
 """
 
 import json
@@ -39,7 +39,7 @@ sys.exit(main(["serve", "--ckpt", sys.argv[2], "--name=it", "--port=0"]))
 
 @contextmanager
 def server(read_at_a_time: int) -> Iterator[str]:
-    """Its address."""
+    """Starts a server and yields its address."""
     words = [sys.executable, "-c", SERVE, str(read_at_a_time), SMOLLM2]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=nowhere, text=True) as process:
@@ -51,7 +51,7 @@ def server(read_at_a_time: int) -> Iterator[str]:
 
 
 def token_times(url: str, prompt: str, n_new: int) -> list[float]:
-    """When each token came; with log-probabilities none is held back."""
+    """When each token arrived; with log-probabilities, none is held back."""
     asked = {"model": "it", "prompt": prompt, "max_tokens": n_new, "temperature": 1, "seed": 0}
     times = []
     with httpx.stream(
@@ -64,7 +64,7 @@ def token_times(url: str, prompt: str, n_new: int) -> list[float]:
 
 
 def measure(url: str, lengths: Sequence[int]) -> dict[str, float]:
-    """Seconds: the longest wait of those who were there, and until the first and last new begin."""
+    """Seconds: the longest stall of the old clients, and until the first and last new one start."""
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(WORDS, k=n)) for n in lengths]
     with ThreadPoolExecutor(N_BEFORE + len(lengths)) as pool:

@@ -1,8 +1,8 @@
-"""How long commands take to answer, beside what they have to load in any case.
+"""How long commands take to start, next to the imports that they cannot avoid.
 
     python -m benchmarks.startup
 
-Prints medians of five starts each, in seconds, and keeps them as JSON.
+Prints medians over five starts, in seconds, and saves all of them as JSON.
 """
 
 import json
@@ -37,7 +37,7 @@ FIRST_STEP = "fit, from the start to the {} of its first step (P1)"
 
 
 def seconds(words: list[str]) -> list[float]:
-    """Wall time of every start."""
+    """Wall time of each start."""
     taken = []
     for _ in range(N_STARTS):
         since = time.perf_counter()
@@ -47,7 +47,7 @@ def seconds(words: list[str]) -> list[float]:
 
 
 def first_step() -> tuple[list[float], list[float]]:
-    """Wall time until P1's model begins its first step, and until it has taken it."""
+    """Wall time until P1's first training step begins, and until it ends."""
     (ours, *_) = small_pretraining().contestants
     begins, ends = [], []
     for _ in range(N_STARTS):

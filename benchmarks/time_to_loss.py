@@ -1,12 +1,12 @@
-"""P8: how long until a validation loss is reached, by `fit` and by a plain loop.
+"""P8: how long `fit` and a plain loop take to reach a given validation loss.
 
     python -m benchmarks.time_to_loss
 
-Both begin with the same random weights of GPT-2's form (10.7 million parameters in its blocks) and
-read the prose that Python carries. The plain loop takes 32 rows a step in float32, AdamW at a
-constant rate; `fit` has its own precision, optimizer, schedule and batch. The target is the lowest
-loss that the plain loop reaches. Validations do not count in either's time, the checkpoints that
-`fit` saves after each do. Keeps both curves as JSON and as a picture.
+Both start from the same random weights of a GPT-2 model (10.7 million parameters in its blocks) and
+train on the prose that ships with Python. The plain loop takes 32 rows per step in float32, with
+AdamW at a constant learning rate; `fit` has its own precision, optimizer, schedule and batch size.
+The target is the lowest loss that the plain loop reaches. Validation time counts for neither; the
+checkpoints that `fit` saves after each validation do count. Saves both curves as JSON and a plot.
 """
 
 import json
@@ -24,7 +24,7 @@ OURS_EVERY, PLAIN_EVERY = 4, 10  # steps between validations; `fit` saves a chec
 
 
 def plain(weights: str, n_steps: int, every: int) -> Contestant:
-    """The loop."""
+    """The plain loop."""
     steps = prepare.pretraining_steps(CONTEXT, PLAIN_ROWS, n_steps)
     words = [weights, str(steps), str(prepare.validation_rows(CONTEXT)), str(every)]
     module = "benchmarks.contestants.plain_to_loss"
@@ -32,7 +32,7 @@ def plain(weights: str, n_steps: int, every: int) -> Contestant:
 
 
 def ours(weights: str, n_steps: int, n_rows: int, lr: float, every: int) -> Contestant:
-    """`fit` with its own recipe."""
+    """`fit`, with its own recipe."""
     options = {
         "model.gpt": "null",
         "model.init_from": weights,
@@ -54,10 +54,10 @@ def ours(weights: str, n_steps: int, n_rows: int, lr: float, every: int) -> Cont
 
 
 def seconds_to(target: float, validations: list[dict[str, float]]) -> float:
-    """Until the first validation that is at most the target.
+    """Seconds until a validation loss is first at or below the target.
 
     Raises:
-        RuntimeError: none is.
+        RuntimeError: if none is.
     """
     for validation in validations:
         if validation["loss"] <= target:
@@ -67,7 +67,7 @@ def seconds_to(target: float, validations: list[dict[str, float]]) -> float:
 
 
 def plot(curves: dict[str, list[dict[str, float]]], target: float) -> Figure:
-    """Validation loss over seconds of training."""
+    """Validation loss against seconds of training."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
@@ -83,14 +83,14 @@ def plot(curves: dict[str, list[dict[str, float]]], target: float) -> Figure:
 def main(
     plain_steps: int = 40, n_steps: int = 24, n_rows: int = 8, lr: float = 0.005, rounds: int = 1
 ) -> None:
-    """Measures, keeps, prints.
+    """Measures, prints and saves the times.
 
     Args:
-        plain_steps: of the plain loop.
-        n_steps: of `fit`.
-        n_rows: a step of `fit`.
-        lr: of `fit`.
-        rounds: of both in turn.
+        plain_steps: steps of the plain loop.
+        n_steps: steps of `fit`.
+        n_rows: rows per step of `fit`.
+        lr: peak learning rate of `fit`.
+        rounds: how often both run, in turn.
     """
     config = prepare.gpt2_config(
         n_layer=6, n_head=6, n_embd=384, block_size=CONTEXT, vocab_size=4096

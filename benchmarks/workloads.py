@@ -1,4 +1,4 @@
-"""What is measured, and against whom."""
+"""What is measured, and against which peers."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ N_NEW = 64  # tokens of every prompt in P5
 
 
 def pretraining(key: str, title: str, config: GPTConfig, n_rows: int, n_steps: int) -> Workload:
-    """P1 and P2: through `fit`, beside the naive loop and transformers."""
+    """P1 and P2: `fit` against the naive loop and transformers."""
     weights = prepare.gpt2(config, key)
     steps = prepare.pretraining_steps(config.block_size, n_rows, n_steps)
     peer_words = ("{record}", str(weights), str(steps), str(n_steps))
@@ -81,7 +81,7 @@ def gpt2_pretraining() -> Workload:
 
 
 def small_steps() -> Workload:
-    """P6: steps of 50 to 100 ms, where a framework's own cost would show."""
+    """P6: steps of 50 to 100 ms, short enough for a framework's overhead to show."""
     config = prepare.gpt2_config(n_layer=2, n_head=4, n_embd=256, block_size=128, vocab_size=4096)
     weights, n_steps = prepare.gpt2(config, "P6"), 300
     n_rows = 8 if "bf16" in PRECISIONS else 2
@@ -98,7 +98,7 @@ def small_steps() -> Workload:
 
 
 def instruction_tuning() -> Workload:
-    """P3, and P9 by its peak memory."""
+    """P3; its peak memory is P9."""
     return _instructions(
         "P3", "LoRA (r 8, q and v) on instructions", 8, ["q", "v"], "q_proj,v_proj"
     )
@@ -139,7 +139,7 @@ def _instructions(key: str, title: str, rank: int, ours: list[str], theirs: str)
 
 
 def spam_tuning() -> Workload:
-    """P4; the rates of an epoch, from its first steps."""
+    """P4: the rate over the first steps of an epoch."""
     n_steps = 40
     steps, weights = prepare.spam_steps(n_steps), prepare.smollm2()
 
@@ -194,7 +194,7 @@ def generation(n_prompts: int) -> Workload:
 
 
 def serving() -> Workload:
-    """P10: everyone in float32, so that all say the same; smaller weights as many run them."""
+    """P10: everyone in float32, for identical texts, and with the smaller weights that many use."""
     weights, questions = prepare.smollm2(), prepare.questions(64)
 
     def contestants() -> Iterator[Contestant]:
@@ -238,7 +238,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 
 def _steady(name: str, *, lr: float, betas: list[float]) -> dict[str, object]:
-    """The same optimizer for all, at a constant rate; nothing but training in the run."""
+    """The same optimizer for all, at a constant learning rate; the run does nothing but train."""
     values = {"name": name, "lr": lr, "betas": betas, "weight_decay": 0.0, "max_grad_norm": 1.0}
     return {
         "model.optimizer": {**values, "warmup_steps": 0, "final_lr_fraction": 1.0},
@@ -314,7 +314,7 @@ def _module(name: str) -> tuple[str, str]:
 
 
 def _adapted_flops(rank: int, targets: list[str]) -> float:
-    """Forward and backward of SmolLM2 with adapters, of a token whose logits are not needed."""
+    """Forward and backward FLOPs of SmolLM2 with adapters, per token without logits."""
     model = load(prepare.SMOLLM2, torch.bfloat16).gpt
     attach(model, LoRAConfig(rank, 2 * rank, 0.0, targets, rslora=False, dora=False))
     plain = sum(

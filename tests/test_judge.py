@@ -569,6 +569,26 @@ def test_the_key_is_nowhere_but_in_the_header(
     assert KEY not in repr(judgements) + (tmp_path / "cache.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        f"Bearer {KEY}",
+        f"HTTP/1.1 200 OK\r\n{KEY}",
+        f"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n{KEY}",
+    ],
+    ids=["no status", "no header", "no chunk"],
+)
+def test_a_key_in_what_is_not_http(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.script = [lambda handler: handler.connection.sendall(f"{lines}\r\n\r\n".encode())]
+    (judgement,) = judge(server, tmp_path, api_key_env="JUDGE_KEY", max_attempts=1)
+    assert "broke off (illegal" in judgement.problem
+    assert "[key]" in judgement.problem
+    assert KEY not in repr(judgement)
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "schlüssel", "a\nb"])
 def test_a_key_that_is_none(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None

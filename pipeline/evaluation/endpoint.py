@@ -109,7 +109,7 @@ class Endpoint:
                     raise TransientError(
                         f"the reply did not end within judge.timeout_s = {self.config.timeout_s}."
                     ) from error
-                what = str(error) or type(error).__name__
+                what = self._clean(str(error)) or type(error).__name__  # it quotes what came
                 raise TransientError(f"the connection broke off ({what}).") from error
         text = self._clean(given)
         if response.status_code in FORM_REFUSED:  # another thread may have settled it by now

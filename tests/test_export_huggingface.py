@@ -92,7 +92,7 @@ def test_a_classifier_decides_the_same(
     assert theirs.config.id2label == {0: "ham", 1: "spam", 2: "odd"}
     assert theirs.config.label2id == {"ham": 0, "spam": 1, "odd": 2}
 
-    texts = strings(60)
+    texts = [*strings(60), "no<|endoftext|>", "<|endoftext|>", "a <|user|> said"]
     batch = reads(texts, padding=True, truncation=True, return_tensors="pt")
     found = theirs(**batch).logits
     wanted, n_cut = [], 0

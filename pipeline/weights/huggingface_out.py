@@ -92,7 +92,8 @@ def shifted_bias(model: GPTClassifier) -> Tensor:
 def tokenizer_json(vocabulary: Vocabulary, suffix: Sequence[int] = ()) -> dict[str, Any]:
     """A tokenizer.json for the `tokenizers` library, which adds the suffix's ids to every text.
 
-    The library recognises special tokens in plain text, which the tokenizer here never does.
+    The library recognises special tokens in plain text, which the tokenizer here never does;
+    transformers leaves that off for a classifier, as `_tokenizer_config` tells it to.
     ValueError for a vocabulary that it cannot run with the same ids.
     """
     form = vocabulary.sentencepiece
@@ -177,6 +178,7 @@ def _tokenizer_config(loaded: Loaded) -> dict[str, Any]:
         **({"bos_token": vocabulary.bos_token} if vocabulary.bos_token else {}),
         "padding_side": "right",
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": isinstance(loaded.model, GPTClassifier),  # a chat's are meant
         "model_max_length": loaded.meta.get("max_length", _NEVER_SHORTENS),
     }
 

@@ -16,7 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import rcParams
 from matplotlib.cbook import is_math_text
+from matplotlib.font_manager import fontManager
 
 from datamodules.tables import read_table
 from datamodules.text_classification import SpamDataModule
@@ -270,6 +272,32 @@ def test_a_label_is_no_formula() -> None:
     shown = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     assert not any(map(is_math_text, shown))
     assert [text.replace(r"\$", "$") for text in shown] == [*names, *names]
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns of what it shows as a box
+def test_labels_that_no_font_has_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["grün", "серый", "垃圾", "a\nb"]
+    found = [
+        font
+        for font in fontManager.ttflist
+        if font.name in ("DejaVu Sans", "Last Resort High-Efficiency")
+    ]
+    monkeypatch.setattr(fontManager, "ttflist", found)
+    figure = confusion_figure([[1] * 4] * 4, names)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    shown = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert shown == [*names[:2], "label 3", names[3]] * 2
+
+
+def test_another_font_writes_what_the_first_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rcParams, "font.sans-serif", ["cmr10"])  # Latin alone
+    figure = confusion_figure([[1, 2], [3, 4]], ["ham", "спам"])
+    (axes,) = figure.axes
+    ham, spam = axes.get_yticklabels()
+    assert (ham.get_text(), spam.get_text()) == ("ham", "спам")
+    assert spam.get_fontfamily()[0] == "cmr10"
+    assert len(spam.get_fontfamily()) > 1
 
 
 def test_a_figure_of_many_labels_stays_one_that_can_be_drawn() -> None:

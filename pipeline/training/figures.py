@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import EngFormatter
 
 FIRST, SECOND = "#3b6ea8", "#d2691e"
@@ -40,10 +42,15 @@ def loss_curves(
 def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]) -> Figure:
     """Confusion matrix with its counts; rows are the truth.
 
-    With more than MAX_COUNTED labels, only colours show the counts, and only some are named.
+    With more than MAX_COUNTED labels, only colours show the counts, and only some are named. A name
+    that no installed font can write is shown as `label N`, the Nth of them.
     """
     every = -(-len(label_names) // MAX_COUNTED)
-    named = [name.replace("$", r"\$") for name in label_names[::every]]  # else it starts a formula
+    fonts, beyond = _fonts_for("".join(label_names))
+    named = [  # a dollar sign would be a formula's
+        f"label {i}" if beyond & set(name) else name.replace("$", r"\$")
+        for i, name in enumerate(label_names, start=1)
+    ][::every]
     width = max(4.2, 0.55 * len(named) + 0.1 * max(map(len, named)))
     figure = Figure(figsize=(width, width - 0.4), layout="constrained")
     axes = figure.subplots()
@@ -56,9 +63,26 @@ def confusion_figure(counts: Sequence[Sequence[int]], label_names: Sequence[str]
             color = "white" if count > highest / 2 else "black"
             axes.text(j, i, f"{count:,}", ha="center", va="center", color=color)
     places = range(0, len(label_names), every)
-    axes.set_xticks(places, labels=named)
+    axes.set_xticks(places, labels=named, fontfamily=fonts)
     if sum(map(len, named)) > 24:  # they would overlap
         axes.tick_params(axis="x", labelrotation=45)
-    axes.set_yticks(places, labels=named)
+    axes.set_yticks(places, labels=named, fontfamily=fonts)
     axes.set(xlabel="predicted", ylabel="true")
     return figure
+
+
+def _fonts_for(text: str) -> tuple[list[str], set[str]]:
+    """Fonts for a text, matplotlib's own first, and the characters that none of them has."""
+    own = rcParams["font.sans-serif"][0]
+    fonts, missing = [own], {c for c in text if not c.isspace()} - _characters(findfont(own))
+    for font in fontManager.ttflist:
+        if not missing:
+            break
+        if not font.name.startswith("Last Resort") and (found := missing & _characters(font.fname)):
+            fonts.append(font.name)
+            missing -= found
+    return fonts, missing
+
+
+def _characters(font: str) -> set[str]:
+    return set(map(chr, get_font(font).get_charmap()))

@@ -108,12 +108,17 @@ def _score(
     run.log_table([vars(r) for r in summary.after.responses[:50]], "samples/responses.json")
     outputs = {key: str(run.path / name) for key, name in names.items()}
     asked = [scored for scored in (summary.after, summary.before) if scored]
-    verdicts = [score for scored in asked for score in scored.scores.get("judge", ())]
-    missing = [verdict for verdict in verdicts if verdict.score is None]
-    if missing:
+    verdicts = [
+        pair
+        for scored in asked
+        for pair in zip(scored.scores.get("judge", ()), scored.responses, strict=False)
+    ]
+    missing = [pair for pair in verdicts if pair[0].score is None]
+    if missing:  # an empty response has no verdict only if another has none: that one says why
+        first = next(verdict for verdict, response in missing if not response.is_empty)
         warn(
             f"{len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
-            f"the report, such as: {missing[0].rationale}); the same command asks for them again."
+            f"the report, such as: {first.rationale}); the same command asks for them again."
         )
     else:
         (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them

@@ -250,6 +250,20 @@ def test_items_without_a_verdict_are_asked_for_by_the_same_command(
     assert len(server.requests) == n_asked + 2
 
 
+def test_why_a_verdict_is_missing_is_told_of_one_that_was_asked_for(
+    server: Server, home: Path, tmp_path: Path
+) -> None:
+    """Empty responses, of which the first is one, have none for want of another's."""
+    rows = [{"id": i, "instruction": "?", "reference": "a", "response": "a" * i} for i in range(3)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.answers = [chat(5)]
+    words = ["score", f"--responses={path}", f"--judge.base_url={server.url}/v1"]
+    code, _, err = said(*words, "--judge.model=judge-1")
+    assert code == 0, err
+    assert "3 of 3 verdicts of the judge are missing (see the report, such as: the reply's" in err
+
+
 def test_what_was_answered_is_kept_until_there_are_all_verdicts(
     tiny: Journey, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

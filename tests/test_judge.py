@@ -401,6 +401,27 @@ def test_a_short_key_hides_no_verdict(
     assert key not in repr(judgement)
 
 
+def test_a_key_as_json_within_json_writes_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    for spelled in (KEY.replace("/", "\\/"), KEY.replace("/", "\\u002f")):
+        server.script = [reply(409, json.dumps(json.dumps(spelled)))]
+        (judgement,) = judge(server, tmp_path, api_key_env="JUDGE_KEY")
+        assert judgement.raw.strip('\\"') == "[key]"
+
+
+def test_a_reply_that_is_cut_names_the_limit(server: Server, tmp_path: Path) -> None:
+    """All of it may have gone into thoughts; asked again it would be cut again."""
+    message = {"content": "", "reasoning_content": "Let me see."}
+    form = {"choices": [{"message": message, "finish_reason": "length"}]}
+    server.script = [reply(200, json.dumps(form))]
+    (judgement,) = judge(server, tmp_path, max_tokens=7)
+    assert "cut at judge.max_tokens = 7; raise it" in judgement.problem
+    assert "Let me see." in judgement.raw
+    assert server.n_requests == 1
+
+
 def test_a_flood_of_the_key_is_no_leak(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

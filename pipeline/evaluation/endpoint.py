@@ -118,7 +118,7 @@ class Endpoint:
                 return self._post(messages, other)
         self._check_status(response, text)
         # parsed with the key still in: a short one may occur in a number or a field's name
-        reply = self._clean(_content(given, shown=text))
+        reply = self._clean(_content(given, shown=text, max_tokens=self.config.max_tokens))
         self._settle(parameters)
         return reply
 
@@ -203,18 +203,29 @@ def _unreachable(config: JudgeConfig, error: Exception) -> str:
 
 
 def _spellings(key: str) -> re.Pattern[str]:
-    """Matches the key as it is and as JSON may spell it, where any character may be escaped."""
-    return re.compile("".join(rf"(?:\\?{re.escape(c)}|\\u(?i:{ord(c):04x}))" for c in key))
+    """Matches the key as it is and as JSON may spell it, even in JSON within JSON within JSON.
+
+    There any character may be escaped, and the backslash before it again.
+    """
+    escaped = (rf"(?:\\{{0,7}}{re.escape(c)}|\\{{1,7}}u(?i:{ord(c):04x}))" for c in key)
+    return re.compile("".join(escaped))
 
 
-def _content(body: str, *, shown: str) -> str:
+def _content(body: str, *, shown: str, max_tokens: int) -> str:
     """Returns `choices[0].message.content`, null as ""; an EndpointError has `shown` as `raw`."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
+        choice = json.loads(body)["choices"][0]
+        content, end = choice["message"]["content"], choice.get("finish_reason")
         if isinstance(content, list):  # of parts; reasoning is not of type text
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except MALFORMED as error:
         raise EndpointError("the reply is not a chat completion.", shown) from error
     if not isinstance(content, str | None):
         raise EndpointError("the reply's content is not text.", shown)
+    if end == "length" and not (content or "").rstrip().endswith("}"):  # again it would be as long
+        raise EndpointError(
+            f"the reply is cut at judge.max_tokens = {max_tokens}; raise it, above all for a model "
+            "that thinks first.",
+            shown,
+        )
     return content or ""

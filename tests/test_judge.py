@@ -417,9 +417,12 @@ def test_a_reply_that_is_cut_names_the_limit(server: Server, tmp_path: Path) -> 
     form = {"choices": [{"message": message, "finish_reason": "length"}]}
     server.script = [reply(200, json.dumps(form))]
     (judgement,) = judge(server, tmp_path, max_tokens=7)
-    assert "cut at judge.max_tokens = 7; raise it" in judgement.problem
+    assert "cut at judge.max_tokens = 7; raise it" in judgement.rationale
     assert "Let me see." in judgement.raw
     assert server.n_requests == 1
+    message["content"] = verdict(7) + " " * 20  # it is whole, and what was cut is blank
+    server.script = [reply(200, json.dumps(form))]
+    assert scores(judge(server, tmp_path, max_tokens=7)) == [7]
 
 
 def test_a_flood_of_the_key_is_no_leak(
@@ -605,8 +608,8 @@ def test_a_key_in_what_is_not_http(
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server.script = [lambda handler: handler.connection.sendall(f"{lines}\r\n\r\n".encode())]
     (judgement,) = judge(server, tmp_path, api_key_env="JUDGE_KEY", max_attempts=1)
-    assert "broke off (illegal" in judgement.problem
-    assert "[key]" in judgement.problem
+    assert "broke off (illegal" in judgement.rationale
+    assert "[key]" in judgement.rationale
     assert KEY not in repr(judgement)
 
 

@@ -84,7 +84,10 @@ def bootstrap_all(
 
 def _interval(replicates: Array) -> tuple[float, float]:
     defined = replicates[~np.isnan(replicates)]
-    low, high = np.percentile(defined, (2.5, 97.5)) if len(defined) else (np.nan, np.nan)
+    if not len(defined):
+        return math.nan, math.nan
+    with np.errstate(invalid="ignore"):  # between infinite ones
+        low, high = np.percentile(defined, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -125,7 +128,12 @@ def mean(sums: Array) -> Array:
 
 def difference(before: Statistic, after: Statistic) -> Statistic:
     """Paired difference after - before over the same items: both see the same replicates."""
-    return lambda weights: after(weights) - before(weights)
+
+    def values(weights: Array) -> Array:
+        with np.errstate(invalid="ignore"):  # of two infinite perplexities it is NaN
+            return after(weights) - before(weights)
+
+    return values
 
 
 def exact_match(response: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# `make demo` and `make test` set everything up themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,16 +6,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .PHONY: demo smollm2 test types unit test-slow soak gpu-test bench ui clean
 
-demo: $(VENV)/base  ## text to a scored model, in about five minutes on two cores
+demo: $(VENV)/base  ## train from scratch on the bundled data, from tokenizer to scores: five minutes on two cores
 	$(BIN)/python -m pipeline run -c configs/run/quickstart.yaml
 
-smollm2: $(VENV)/base  ## the same from published weights: SmolLM2-135M learns spam and instructions
+smollm2: $(VENV)/base  ## tune SmolLM2-135M-Instruct on spam and on instructions, score it, export it
 	$(BIN)/python -m pipeline run -c configs/run/smollm2.yaml
 
-test: $(VENV)/dev  ## lint, types and all tests but the slow ones
+test: $(VENV)/dev  ## lint, type check, and all tests but the slow and GPU ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --jobs 2 types unit  # tests wait now and then; types are checked meanwhile
+	$(MAKE) --jobs 2 types unit  # mypy runs while the tests are waiting
 
 types:
 	$(BIN)/mypy
@@ -26,18 +26,18 @@ unit:
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
-soak: $(VENV)/dev  ## the long part of the fault suite: twenty kills of one run, resumes of every kind
+soak: $(VENV)/dev  ## the slow fault tests: twenty kills of one run, every kind of resume
 	$(BIN)/python -m pytest -m slow tests/faults
 
-gpu-test: $(VENV)/dev  ## on a machine with a GPU: its tests, then ours and peers there, in one report
+gpu-test: $(VENV)/dev  ## on a machine with a GPU: its tests, then benchmarks against the peers
 	$(BIN)/python -m pytest -n 4 -m gpu
 	$(BIN)/python -m benchmarks.gpu_levers
 	$(BIN)/python -m benchmarks --workloads '[P1,P2,P3,P4,P5-1,P5-16,P5-64]'
 
-bench: $(VENV)/dev  ## ours and its peers in turn; hours: WORKLOADS='[P1,P3]' for some
+bench: $(VENV)/dev  ## benchmark against the peers, for hours; WORKLOADS='[P1,P3]' runs only these
 	$(BIN)/python -m benchmarks $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
-ui: $(VENV)/base  ## MLflow on the store of the runs
+ui: $(VENV)/base  ## browse the runs in MLflow
 	$(BIN)/python -m pipeline ui
 
 $(VENV)/base: pyproject.toml constraints.txt

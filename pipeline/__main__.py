@@ -18,17 +18,17 @@ from pipeline.launchers import n_started
 
 LIGHTNING = {
     "fit": "Train a model: pretraining, classification or instruction tuning.",
-    "validate": "Measure a checkpoint on the validation set.",
-    "test": "Measure a checkpoint on the test set.",
+    "validate": "Evaluate a checkpoint on the validation set.",
+    "test": "Evaluate a checkpoint on the test set.",
     "predict": "Write a checkpoint's predictions for the test set.",
-    "check": "Say what fit would do, cost and quietly lose, before it starts.",
+    "check": "Say what fit would do, cost and leave out, before it starts.",
 }
 COMMANDS = {
     **LIGHTNING,
     **{name: (function.__doc__ or "").splitlines()[0] for name, function in FUNCTIONS.items()},
 }
 GLOBAL_OPTIONS = {
-    "--safe": "refuses a config that names classes from elsewhere: it is a stranger's code.",
+    "--safe": "refuses a config that names classes from elsewhere: use it on untrusted configs.",
     "--debug": "shows the traceback of an error.",
 }
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -148,7 +148,7 @@ def _explain(words: list[str]) -> int:
         "",
         *(f"  {name:<{width}}{line}" for name, line in (below or COMMANDS).items()),
         "",
-        "COMMAND --help lists its options; each can stand in a YAML file given with -c.",
+        "COMMAND --help lists its options; any of them can be set in a YAML file given with -c.",
         *(f"{name} {does}" for name, does in GLOBAL_OPTIONS.items()),
     ]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)

@@ -1,4 +1,4 @@
-"""`check`: says what `fit` would do, cost and quietly lose, before it starts.
+"""`check`: says what `fit` would do, cost and leave out, before it starts.
 
 It is a fit that ends after a few steps, in a run that is thrown away: it reads the same options and
 resolves data, tokenizer and weights by the same code.
@@ -36,7 +36,7 @@ class CheckCLI(PipelineCLI):
 
     help: ClassVar[dict[str, str]] = {
         "usage": "python -m pipeline check [options of fit]",
-        "description": "Says what fit would do, cost and quietly lose, before it starts.",
+        "description": "Says what fit would do, cost and leave out, before it starts.",
     }
 
     @contextmanager

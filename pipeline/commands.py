@@ -15,7 +15,7 @@ from pipeline.precision import Precision
 
 
 def run(*, config: str, set: list[str], resume: Literal["auto", "must", "never"] = "auto") -> int:
-    """Run a whole chain; finished stages are skipped, an interrupted one resumes where it stopped.
+    """Run a chain of stages; skips finished ones and resumes an interrupted one.
 
     Args:
         config: YAML file of the chain; configs/run/quickstart.yaml explains the format.
@@ -38,9 +38,9 @@ def tokenizer_train(
     text_column: str = "text",
     output: str | None = None,
 ) -> None:
-    """Train a byte-level BPE vocabulary on text.
+    """Train a byte-level BPE tokenizer on text.
 
-    Prints the path of the vocabulary.
+    Prints the path of the tokenizer.
 
     Args:
         source: text files, folders, globs, tables (.jsonl, .parquet, .csv, .tsv), or
@@ -75,7 +75,9 @@ def generate(
     chat: bool = False,
     system: str = "",
 ) -> None:
-    """Continue a text; stdout gets the continuation alone, as it is generated.
+    """Continue a text, or answer a message with --chat; prints tokens as they are generated.
+
+    Nothing but the new text goes to stdout.
 
     Args:
         ckpt: checkpoint directory, or any source that `import` takes.
@@ -158,7 +160,7 @@ def classify(
     threshold: float | None = None,
     batch_size: int = 32,
 ) -> None:
-    """Label a text, or every text in a column of a table.
+    """Classify a text, or every text in a column of a table.
 
     Args:
         ckpt: checkpoint directory of a classifier.
@@ -208,7 +210,7 @@ def score(
     precision: Precision = "auto",
     judge: JudgeConfig | None = None,
 ) -> None:
-    """Score a checkpoint's responses to held-out instructions, or the responses of any model.
+    """Score a model's responses to held-out instructions, or responses from a file.
 
     Args:
         ckpt: checkpoint directory of the tuned model, or published weights (--data.test_source).
@@ -245,7 +247,7 @@ def score(
 
 
 def import_(*, source: str, output: str | None = None) -> None:
-    """Make a checkpoint of published weights: a Hugging Face directory or name, or a .gguf file.
+    """Import published weights as a checkpoint: from Hugging Face, or from a .gguf file.
 
     Prints its path; stderr says how many tensors were read, and which were left out.
 
@@ -266,7 +268,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "f32", "f16", "q8_0"] | None = None,
     output: str | None = None,
 ) -> None:
-    """Write a model for transformers, vLLM, PEFT, llama.cpp or Ollama, with a model card.
+    """Export a model for transformers, vLLM, PEFT, llama.cpp or Ollama, with a model card.
 
     Prints the path of the directory. An earlier export there is replaced.
 
@@ -283,7 +285,7 @@ def export(
 
 
 def merge(*, ckpt: str, data: dict[str, Any] | None = None, output: str | None = None) -> None:
-    """Merge an adapter into its base, with a certificate that the model's outputs are unchanged.
+    """Merge a LoRA adapter into its base, with a certificate that outputs are unchanged.
 
     Prints the path of the merged checkpoint. If logits, greedy texts or decisions on the test set
     differ, nothing is written.
@@ -311,7 +313,7 @@ def serve(
     max_rows: int = 16,
     max_tokens: int = 16384,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API, or a classifier with vLLM's.
+    """Serve a language model over HTTP with OpenAI's API, or a classifier with vLLM's.
 
     Requests are batched continuously: each gets a token per step, and may join or leave between.
 
@@ -346,7 +348,7 @@ def serve(
 
 
 def ui(*, host: str = "127.0.0.1", port: int = 5000, sync: bool = False) -> None:
-    """Open MLflow's UI on the store of the runs, after bringing it up to date.
+    """Browse the runs in MLflow's UI, after bringing its store up to date.
 
     Args:
         host: address to listen on; whoever reaches it sees everything.

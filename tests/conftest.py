@@ -1,4 +1,4 @@
-"""What every test stands on: no network but loopback, one thread, real data where it is given."""
+"""Fixtures of all tests: no network but loopback, one thread, real data where it is provided."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Small models and vocabularies to export, and texts that tokenizers are compared on."""
+"""Small models and vocabularies to export, and texts to compare tokenizers on."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""A whole journey on a tiny model through the command line, for tests that need checkpoints."""
+"""The whole pipeline on a tiny model, run by command line, for tests that need checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by a Python that has llama-cpp-python: what llama.cpp makes of a GGUF file, as JSON.
+"""Runs llama.cpp on a GGUF file and prints what comes out, as JSON; needs llama-cpp-python.
 
 stdin: {"model", "prompts": [[id]], "n_new", "rows": [[id]], "texts": [str], "chats", "logits"}
 stdout: {"greedy": [[id]], "ids": [[id]], "chats": [{...}]}; logits of rows go to the .npy named.

@@ -1,4 +1,4 @@
-"""What tests need of the machine that they run on."""
+"""What tests need to know about the machine they run on."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tiny models in the files of others, made by their own tools: for tests of what is read here."""
+"""Tiny models in the file formats of other tools, written by those tools, to test importing."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Small SentencePiece-like vocabularies in the forms of others, trained by `tokenizers`."""
+"""Small SentencePiece-like vocabularies in several file formats, trained by `tokenizers`."""
 
 import functools
 import json

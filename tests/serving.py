@@ -1,4 +1,4 @@
-"""A server in a process of its own."""
+"""A `serve` process to send requests to."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Validation and test sets in files of their own: they stay whole, and nothing repeats them."""
+"""Validation and test sets in separate files stay whole; their repeats leave the training set."""
 
 import json
 import re

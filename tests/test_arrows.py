@@ -1,4 +1,4 @@
-"""The import arrows: notebooks, tests, benchmarks -> pipeline -> datamodules -> third party."""
+"""Import directions: notebooks, tests, benchmarks -> pipeline -> datamodules -> third party."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A mistake ends in one line that names the key, the file or the row, and in exit code 2."""
+"""A user's mistake gives one line that names the key, file or row, and exit code 2."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The harness measures what it says: warm-up left out, equal work refused where it is not equal."""
+"""The benchmark harness: warm-up is excluded, and unequal work is refused."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Chains: what runs, what is reused, what a broken one goes on with. Stages are real processes."""
+"""Chains: what runs, what is reused, and where a broken one resumes. Stages are real processes."""
 
 import datetime
 import json

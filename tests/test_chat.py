@@ -1,4 +1,4 @@
-"""Conversations in a terminal: what is forgotten, what ends an answer."""
+"""Chats in the terminal: what is dropped from the context, and what ends an answer."""
 
 import io
 import signal

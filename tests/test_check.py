@@ -1,4 +1,4 @@
-"""`check`: it says what `fit` would do, takes a few steps, and leaves nothing behind."""
+"""`check` reports what `fit` would do, takes a few steps, and leaves nothing behind."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or refused by name; what was saved is what is loaded, wherever it lies."""
+"""Checkpoints are complete or refused by name, and load as they were saved, wherever moved to."""
 
 import contextlib
 import errno

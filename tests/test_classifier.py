@@ -1,4 +1,4 @@
-"""The classifier reads the last real token of a row, whatever is behind it."""
+"""The classifier reads the last real token of a row, whatever padding follows it."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The command line: help that is instant, mistakes that fit on one line, `tokenizer train`."""
+"""The command line: fast help, errors that fit on one line, `tokenizer train`."""
 
 import ast
 import json

@@ -1,6 +1,6 @@
-"""Compiled blocks and losses: the same numbers, one piece, plain where text is written.
+"""Compilation: same numbers, no graph breaks, and none of it where text is generated.
 
-Traced as for a GPU and run as traced; what is made of it there is in tests/test_gpu.py.
+Graphs are traced as for a GPU but run uncompiled; tests/test_gpu.py compiles them.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every YAML in configs/ parses, alone and with every overlay."""
+"""Every YAML file in configs/ parses, alone and with every overlay."""
 
 from itertools import product
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`import` and `export` through the command line: what they make, keep, print and refuse."""
+"""`import` and `export` as commands: what they write, keep, print and refuse."""
 
 import contextlib
 import hashlib

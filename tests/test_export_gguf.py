@@ -1,4 +1,4 @@
-"""GGUF files, read back by our own reader: bits, hyperparameters, tokenizer, and a Modelfile."""
+"""GGUF files read back by our own reader: bits, hyperparameters, tokenizer, and the Modelfile."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: the same bits back, the same logits and decisions in transformers."""
+"""Exported Hugging Face directories: same bits read back, same logits in transformers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Exported GGUF files in llama.cpp itself: the same greedy tokens, ids, logits; chats that stop.
+"""Exported GGUF files in llama.cpp: same greedy tokens, ids and logits; chats that stop.
 
 Needs llama-cpp-python (`pip install llama-cpp-python` compiles it), here or in the Python that
 GPT_PIPELINE_LLAMA_CPP names.

@@ -1,4 +1,4 @@
-"""A PEFT adapter on the exported base gives the logits of the LoRA checkpoint."""
+"""A PEFT adapter on the exported base gives the same logits as the LoRA checkpoint."""
 
 import json
 from collections.abc import Callable

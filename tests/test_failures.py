@@ -1,4 +1,4 @@
-"""What is said when memory is short: what is needed, and what to change first."""
+"""Messages when memory runs out: how much is needed, and what to change first."""
 
 import socket
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Decoding: rows do not see one another, settings do what they say, beams find the likeliest."""
+"""Decoding: rows are independent, settings do what they say, beams find the likeliest text."""
 
 import itertools
 import math

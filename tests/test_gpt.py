@@ -1,4 +1,4 @@
-"""What must hold of the model whatever its weights: causality, invariances, counts, refusals."""
+"""Properties of the model for any weights: causality, invariances, counts, refusals."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The model is GPT-2, Llama, Qwen: logits, loss, gradients, greedy tokens equal transformers'."""
+"""The model matches GPT-2, Llama and Qwen in transformers: logits, loss, gradients, tokens."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What runs on a CUDA device; `make gpu-test` on a machine that has one. Untested where none is."""
+"""What needs a CUDA device; run with `make gpu-test` on a machine that has one."""
 
 import os
 from collections.abc import Callable, Iterator

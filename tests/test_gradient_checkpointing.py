@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same numbers to the last bit, less kept for the backward pass."""
+"""Gradient checkpointing: bit-identical numbers, with less kept for the backward pass."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Guessed tokens save steps, and change no text."""
+"""Guessed tokens save decoding steps and change no text."""
 
 import random
 from collections.abc import Callable, Sequence

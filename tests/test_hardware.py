@@ -1,4 +1,4 @@
-"""What the machine has, in a container as well."""
+"""Detection of the machine's hardware, in containers too."""
 
 import platform
 import subprocess

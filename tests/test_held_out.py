@@ -1,4 +1,4 @@
-"""What a checkpoint is evaluated on was held out from it, and is given as it was in training."""
+"""Evaluation data was held out from training and has the same form as in training."""
 
 import json
 import re

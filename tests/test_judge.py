@@ -1,4 +1,4 @@
-"""The judge over real HTTP, against a server on loopback that also misbehaves, in every way."""
+"""The judge over real HTTP, against a loopback server that misbehaves in every way."""
 
 import json
 import logging

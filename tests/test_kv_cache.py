@@ -1,4 +1,4 @@
-"""What a model has seen, while rows come and go in its store."""
+"""The key/value cache, as rows come and go."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asks `serve`, and finds what its own transformers backend finds.
+"""lm-evaluation-harness gets from `serve` what it gets from its transformers backend.
 
 Needs lm-evaluation-harness in the Python that GPT_PIPELINE_LM_EVAL names
 (`pip install 'lm_eval[api,hf]'`). The tasks are local files: nothing is downloaded.

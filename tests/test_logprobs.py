@@ -1,4 +1,4 @@
-"""Log-probabilities are the model's own, of every token, whatever else is written."""
+"""Log-probabilities are the model's own for every token, whatever else is generated."""
 
 import json
 from collections.abc import Callable

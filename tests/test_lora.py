@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, nothing of the base touched, merged exactly, readable by PEFT."""
+"""LoRA adapters: no effect at the start, an untouched base, exact merges, readable by PEFT."""
 
 from collections.abc import Callable
 from dataclasses import replace

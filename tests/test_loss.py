@@ -1,4 +1,4 @@
-"""The next-token loss: shifted once, summed over supervised positions, exact over any cut."""
+"""The next-token loss: shifted once, summed over supervised tokens, exact however it is split."""
 
 import math
 

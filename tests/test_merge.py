@@ -1,4 +1,4 @@
-"""`merge`: the certificate states what can be measured, and nothing is written without one."""
+"""`merge`: the certificate states only what was measured; without one nothing is written."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Text metrics against values by hand and reference implementations; intervals against a truth."""
+"""Text metrics against hand-computed values and reference implementations; interval coverage."""
 
 import math
 import random

@@ -1,7 +1,7 @@
-"""The notebooks run from top to bottom, and are committed with their outputs.
+"""The notebooks run from top to bottom and are committed with their outputs.
 
-They train for as long as it takes to have something to see; here they train a tenth of it, in one
-kernel, which forgets what the notebook before has defined: a kernel of its own imports for long.
+As committed they train until there is something to see; here they train a tenth of that, all in one
+kernel, cleared between notebooks, since a new kernel would spend long on imports.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Schedules by their points, decay groups by name, and two optimizers that are one."""
+"""Schedules at their turning points, decay groups by name, and two optimizers run as one."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""A model laid out for decoding says what it said before."""
+"""A model packed for decoding gives the same outputs as before."""
 
 import re
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""What costs time, counted: a regression fails here without a clock.
+"""Counts of what costs time: a regression fails here without a stopwatch.
 
-Counts are of one optimizer step (several micro-batches, unless said otherwise), forward and
-backward, as the dispatcher sees it.
+Counts are for one optimizer step (of several micro-batches, unless stated otherwise), forward and
+backward, as PyTorch's dispatcher sees it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What was computed for a text serves others that begin alike, and changes none of them."""
+"""Cached prefixes serve later texts that begin alike, and change none of their outputs."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a training run says while it runs, in a terminal and in a file."""
+"""Progress output of a training run, in a terminal and in a file."""
 
 import logging
 import re

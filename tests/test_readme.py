@@ -1,4 +1,4 @@
-"""What the README tells people to type is typed here, on a tiny model."""
+"""The commands of the README, run on a tiny model."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""SentencePiece's BPE: ids of `tokenizers`, transformers and scores in GGUF; texts given back."""
+"""SentencePiece's BPE: the ids of `tokenizers` and transformers, GGUF scores, round trips."""
 
 import json
 import os

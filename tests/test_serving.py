@@ -1,4 +1,4 @@
-"""`serve`, asked over HTTP by OpenAI's own client: a real process, a real port."""
+"""`serve`, tested over HTTP with OpenAI's own client: a real process, a real port."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The engine: who waits, who is written together, what is told when it cannot go on."""
+"""The serving engine: who waits, who is batched together, and what clients hear when it fails."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""The stages through the command line, on a tiny model: what each leaves, and what uses it."""
+"""Every stage through the command line, on a tiny model: what it leaves behind, and who uses it."""
 
 import codecs
 import io

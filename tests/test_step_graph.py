@@ -1,6 +1,6 @@
-"""Decoding on all places of a store, as a GPU does; here what would be replayed is computed again.
+"""Decoding over all slots of the cache, as on a GPU, but computed instead of replayed.
 
-tests/test_gpu.py has the same with CUDA graphs.
+tests/test_gpu.py does the same with CUDA graphs.
 """
 
 import random

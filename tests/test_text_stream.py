@@ -1,4 +1,4 @@
-"""Text as its tokens come: the whole of it, nothing of what ends it, nothing taken back."""
+"""Streamed text: complete, without stop sequences, and with nothing taken back."""
 
 import pytest
 from hypothesis import given

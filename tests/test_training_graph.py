@@ -1,4 +1,4 @@
-"""What is around the graphs of training, without them; tests/test_gpu.py has them."""
+"""What surrounds the CUDA graphs of training, without a GPU; tests/test_gpu.py tests the graphs."""
 
 import gc
 import weakref

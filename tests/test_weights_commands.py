@@ -1,4 +1,4 @@
-"""The command line on weights of others: a directory, a GGUF file, a name; with adapters on top."""
+"""Commands on published weights: a directory, a GGUF file, a name; with adapters on top."""
 
 import hashlib
 import io

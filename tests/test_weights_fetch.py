@@ -1,4 +1,4 @@
-"""Weights by name: a hub and a package index on this machine, whole, slow, broken and gone."""
+"""Weights by name, from a local hub and package index: working, slow, broken or gone."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""GGUF files: the logits of transformers on the same dequantised weights, or one line."""
+"""GGUF files: logits match transformers on the same dequantized weights, or one clear error."""
 
 import shutil
 import struct

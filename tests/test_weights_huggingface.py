@@ -1,4 +1,4 @@
-"""Hugging Face directories: what transformers writes is read, bit for bit; anything else named."""
+"""Hugging Face directories: read bit for bit as transformers wrote them, or refused by name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`import`: a checkpoint written tensor by tensor is the one that a whole model would be."""
+"""`import`: a checkpoint written tensor by tensor equals one written from a whole model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, from the user's cache: as in transformers, and in little memory."""
+"""SmolLM2-135M-Instruct from the user's cache matches transformers, in little memory."""
 
 import re
 import subprocess

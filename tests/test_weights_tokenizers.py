@@ -1,4 +1,4 @@
-"""Byte-level BPE of others has the same ids here: as `tokenizers` gives, as transformers gives."""
+"""Other models' byte-level BPE: the same ids as `tokenizers` and transformers give."""
 
 import json
 import sys

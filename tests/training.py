@@ -1,4 +1,4 @@
-"""Small trainers and modules, built by hand, for tests below the command line."""
+"""Small trainers and modules, built by hand, for tests beneath the command line."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

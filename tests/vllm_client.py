@@ -1,4 +1,4 @@
-"""Run by a Python that has vLLM: what it makes of an exported directory, as JSON.
+"""Runs vLLM on an exported directory and prints what comes out, as JSON; needs vLLM.
 
 stdin: {"model", "adapter": str | null, "classifies": bool, "rows": [[id]], "chats", "n_new"}
 stdout, of a classifier: {"probabilities": [[p]]}, of the tokens as they are; of a language model:

@@ -1,4 +1,4 @@
-"""A command to be hurt, and the folder that it keeps its runs in."""
+"""The commands that the fault tests break, and the folder where their runs go."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Commands to be killed, in processes forked from one that has imported everything."""
+"""Runs commands that tests can kill, in processes forked from one that has imported everything."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""A server on loopback that answers each connection as a test says, byte by byte if need be."""
+"""A loopback server that answers each connection as the test says, byte by byte if need be."""
 
 import contextlib
 import socket

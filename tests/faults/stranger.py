@@ -1,4 +1,4 @@
-"""What a stranger's config names: to import it is to run it."""
+"""What an untrusted config names: importing this module runs its code."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A checkpoint that is written while training goes on: what it holds, and what stops it."""
+"""Checkpoints written while training continues: what they contain, and what can stop them."""
 
 import signal
 import threading

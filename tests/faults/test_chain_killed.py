@@ -1,4 +1,4 @@
-"""A chain that was killed in the middle of a training, its stage with it, ends as if it was not."""
+"""A chain killed during training, together with its stage, resumes and ends as if uninterrupted."""
 
 import os
 import shutil

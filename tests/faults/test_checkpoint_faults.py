@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, or cannot be written: refused by name, and the others stay."""
+"""Checkpoints that are damaged or cannot be written: refused by name; the others remain."""
 
 import math
 import os

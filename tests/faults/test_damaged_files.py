@@ -1,4 +1,4 @@
-"""Small files that a run leaves, damaged: one clear line, or noticed and made anew."""
+"""Damage to a run's small files: one clear error line, or detected and recreated."""
 
 from collections.abc import Callable
 from pathlib import Path

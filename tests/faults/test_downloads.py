@@ -1,4 +1,4 @@
-"""Downloads from servers and in archives that do harm: bounded, refused, nothing left behind."""
+"""Hostile servers and archives: downloads are bounded or refused, and nothing is left behind."""
 
 import gzip
 import hashlib

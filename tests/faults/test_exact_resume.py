@@ -1,4 +1,4 @@
-"""A run that was stopped goes on exactly where it was, whatever it trains and however it stops."""
+"""A stopped run resumes exactly where it was, whatever it trains and however it was stopped."""
 
 import itertools
 import shutil

@@ -1,4 +1,4 @@
-"""Files and replies of strangers, at random: read, or refused in words; never a traceback."""
+"""Random untrusted files and replies: read, or refused in words; never a traceback."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""A judge that does harm: every item scored or unscored, in bounded time and memory.
+"""A misbehaving judge: each item ends scored or unscored, in bounded time and memory.
 
-`test_judge.py` has the replies; here are the connections below them, and the whole command.
+`test_judge.py` covers bad replies; here are bad connections, and the whole command.
 """
 
 import gzip

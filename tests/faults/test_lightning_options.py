@@ -1,4 +1,4 @@
-"""Options of Lightning's that meet this project's own: refused, or heeded."""
+"""Lightning's options that clash with this project's own: refused or respected."""
 
 import shutil
 from pathlib import Path

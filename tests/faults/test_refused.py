@@ -1,4 +1,4 @@
-"""A checkpoint of another run is not resumed by mistake: what differs is named."""
+"""The checkpoint of another run is never resumed by mistake: the differences are named."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`score` is killed while a model answers: what was answered is not asked for again."""
+"""`score` killed while a model answers: finished answers are kept and not asked for again."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Files and replies of strangers: nothing executes, nothing outside is touched, no key is kept."""
+"""Untrusted files and replies execute nothing, touch nothing outside, and leak no key."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Killed, terminated or interrupted, and started again with the same command: nothing is lost."""
+"""Killed, terminated or interrupted, then started again with the same command: nothing is lost."""
 
 import os
 import random

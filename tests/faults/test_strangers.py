@@ -1,4 +1,4 @@
-"""A config from a stranger: with `--safe` nothing that it names runs, wherever it names it."""
+"""An untrusted config: with `--safe`, nothing that it names is run, wherever it is named."""
 
 import os
 from pathlib import Path

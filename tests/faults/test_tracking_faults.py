@@ -1,4 +1,4 @@
-"""MLflow that is down, slow, full, locked or crowded: training ends well, and all arrives once."""
+"""MLflow down, slow, full, locked or crowded: training finishes, and everything arrives once."""
 
 import os
 import shutil

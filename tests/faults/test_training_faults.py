@@ -1,4 +1,4 @@
-"""What can go wrong while a model is trained: memory, workers, sources, losses."""
+"""Faults while a model is trained: memory, workers, sources, losses."""
 
 import re
 import signal

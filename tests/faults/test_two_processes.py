@@ -1,4 +1,4 @@
-"""Two processes learn what one does: token-exact means, every sample once, one of them logs."""
+"""Two processes train as one does: token-exact means, every sample once, one of them logs."""
 
 import json
 import os

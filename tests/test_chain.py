@@ -25,7 +25,7 @@ from pipeline.interrupts import PARENT_VARIABLE
 from pipeline.runs.journal import read_journal
 from pipeline.runs.run_directory import OUTCOME, Run, is_open, read_outcome
 from pipeline.runs.tracking import tracking_uri
-from pipeline.stages import foresight
+from pipeline.stages import preflight
 from pipeline.stages.chain import _finished, _plan, _to_come, run_chain
 from pipeline.stages.chain_config import Stage, load_chain
 from tests.journey import CONFIGS
@@ -421,7 +421,7 @@ def test_parts_of_later_stages_are_checked_before_the_first_runs(
     document["stages"].append({**wrong, "set": options, "inputs": {"tokenizer": "big"}})
     chain.write_text(yaml.safe_dump(document))
     read = load_chain(chain)
-    assert foresight.main({"wrong": _to_come(read, read.stages[-1])}) == 2
+    assert preflight.main({"wrong": _to_come(read, read.stages[-1])}) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: stage 'wrong': ")
     assert message in error
@@ -469,7 +469,7 @@ def test_models_and_entries_of_later_stages_are_looked_at_before_the_first_runs(
     if message is None:
         assert to_come["models"] == []
         return
-    assert foresight.main({"later": to_come}) == 2
+    assert preflight.main({"later": to_come}) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: stage 'later': ")
     assert message in error
@@ -550,7 +550,7 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     chain.write_text(yaml.safe_dump(document))
     read = load_chain(chain)
     later = {stage.name: _to_come(read, stage) for stage in read.stages[2:]}
-    assert foresight.main(later) == 2
+    assert preflight.main(later) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: stage 'moods': {moods}: row 3: it has no 'label'")
     assert not home.exists()

@@ -688,8 +688,8 @@ def test_a_damaged_cache_costs_one_question(server: Server, tmp_path: Path, dama
 SHORT = """
 import resource, sys
 from pathlib import Path
-from pipeline.evaluation.kept import Kept
-kept = Kept(Path(sys.argv[1]))
+from pipeline.evaluation.jsonl_cache import JsonlCache
+kept = JsonlCache(Path(sys.argv[1]))
 kept.append("a", replies=["x" * 50])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 kept.append("b", replies=["y" * 50])

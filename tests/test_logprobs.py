@@ -19,9 +19,9 @@ from pipeline.decoding.prefix_cache import PrefixCache
 from pipeline.decoding.sampling import Sampling
 from pipeline.gpt import GPT
 from pipeline.serving.engine import Piece
+from pipeline.serving.logprob_formats import TokenText, TokenTexts, chat_form, text_form
 from pipeline.serving.protocol import CompletionRequest
-from pipeline.serving.telling import Teller, Told, chat_form, text_form
-from pipeline.serving.writer import SaidText, Writer
+from pipeline.serving.writer import ChoiceText, Writer
 from tests.exporting import loaded, vocabulary
 from tests.sentencepieces import of_others, sentencepiece
 
@@ -132,9 +132,9 @@ def test_half_characters_have_names_of_their_own() -> None:
     tokenizer = vocabulary()
     ids = [tokenizer.encode("a")[0], *(tokenizer.encode(chr(0x1D11E)))]  # of single bytes
     assert len(ids) == 5
-    teller = Teller(tokenizer, ())
+    texts = TokenTexts(tokenizer, ())
     likeliest = [(ids[1], -0.5), (ids[2], -1.5)]
-    told = [teller.tell(TokenLogprob(token, -1.0, likeliest)) for token in (*ids, ids[0])]
+    told = [texts.add(TokenLogprob(token, -1.0, likeliest)) for token in (*ids, ids[0])]
     assert b"".join(one.piece for one in told).decode() == "a\U0001d11ea"
     assert [one.offset for one in told] == [0, 1, 1, 1, 1, 2]
     form = text_form(told)
@@ -149,13 +149,12 @@ def test_half_characters_have_names_of_their_own() -> None:
 
 def test_a_texts_first_token_has_none() -> None:
     tokenizer = vocabulary(bos=ENDOFTEXT)
-    teller = Teller(tokenizer, ())
+    texts = TokenTexts(tokenizer, ())
     ids = [*tokenizer.bos_ids, *tokenizer.encode("The 3")]
     told = [
-        teller.tell(TokenLogprob(token, None if i == 0 else -1.0, []))
-        for i, token in enumerate(ids)
+        texts.add(TokenLogprob(token, None if i == 0 else -1.0, [])) for i, token in enumerate(ids)
     ]
-    assert told[0] == Told(ENDOFTEXT.encode(), 0, None, [])
+    assert told[0] == TokenText(ENDOFTEXT.encode(), 0, None, [])
     form = text_form(told)
     assert (form["token_logprobs"][0], form["top_logprobs"][0]) == (None, None)
     assert form["text_offset"][:2] == [0, 0], "BOS is not text"
@@ -168,7 +167,7 @@ def test_a_prompt_is_said_again_as_it_was(tmp_path: Path) -> None:
     new = tokenizer.encode(" 12", ids)
     for prompt in ([bos, *ids], ids):
         asked = CompletionRequest(model="it", prompt=[prompt], echo=True, logprobs=0)
-        text = SaidText(tokenizer, prompt, asked)
+        text = ChoiceText(tokenizer, prompt, asked)
         told = [TokenLogprob(token, -1.0, []) for token in [*prompt, new[0]]]
         deltas = [text.read(0, Piece(new[0], None, logprobs=told))]
         deltas += [text.read(0, Piece(token, None)) for token in new[1:]]
@@ -182,12 +181,12 @@ def test_a_prompt_is_said_again_as_it_was(tmp_path: Path) -> None:
 def test_bos_is_nothing_that_a_text_follows(tmp_path: Path, form: str) -> None:
     """Some put a blank before a text's first token alone."""
     tokenizer = of_others(sentencepiece(form), tmp_path)
-    teller, ids = Teller(tokenizer, ()), tokenizer.encode("the lamb")
-    told = [teller.tell(TokenLogprob(token, -1.0, [])) for token in (*tokenizer.bos_ids, *ids)]
+    texts, ids = TokenTexts(tokenizer, ()), tokenizer.encode("the lamb")
+    told = [texts.add(TokenLogprob(token, -1.0, [])) for token in (*tokenizer.bos_ids, *ids)]
     assert b"".join(one.piece for one in told[1:]) == b"the lamb"
     assert [one.offset for one in told[:2]] == [0, 0]
-    bos = teller.tell(TokenLogprob(tokenizer.bos_ids[0], -1.0, []))
-    after = teller.tell(TokenLogprob(ids[0], -1.0, []))
+    bos = texts.add(TokenLogprob(tokenizer.bos_ids[0], -1.0, []))
+    after = texts.add(TokenLogprob(ids[0], -1.0, []))
     assert after.offset - bos.offset == len("<s>"), "within a text it is text"
 
 
@@ -216,5 +215,5 @@ def test_ids_that_are_no_tokens_are_refused(
 
 def test_an_id_that_is_no_token_may_be_likely(lacking: tuple[Tokenizer, int]) -> None:
     tokenizer, hole = lacking
-    told = Teller(tokenizer, ()).tell(TokenLogprob(5, -1.0, [(hole, -0.5)]))
+    told = TokenTexts(tokenizer, ()).add(TokenLogprob(5, -1.0, [(hole, -0.5)]))
     assert told.likeliest == [(b"", -0.5)]

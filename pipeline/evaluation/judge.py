@@ -10,8 +10,8 @@ from rich.progress import track
 
 from datamodules.files import MALFORMED, digest
 from pipeline.evaluation.endpoint import Endpoint, EndpointError
+from pipeline.evaluation.jsonl_cache import JsonlCache
 from pipeline.evaluation.judge_config import JudgeConfig
-from pipeline.evaluation.kept import Kept
 from pipeline.evaluation.responses import Response
 from pipeline.evaluation.rubric import (
     RUBRIC_DIGEST,
@@ -51,7 +51,7 @@ def judge_responses(
     """
     config.check()
     keys = [_key(config, response) for response in responses]
-    kept = Kept(cache)
+    kept = JsonlCache(cache)
     judgements = _known(kept)
     asked = {
         key: response
@@ -67,7 +67,7 @@ def judge_responses(
     return [silent if r.is_empty else judgements[k] for k, r in zip(keys, responses, strict=True)]
 
 
-def _known(kept: Kept) -> dict[str, Judgement]:
+def _known(kept: JsonlCache) -> dict[str, Judgement]:
     """Judgements of earlier evaluations, by key."""
     known = {}
     for key, row in kept.rows.items():
@@ -80,7 +80,7 @@ def _known(kept: Kept) -> dict[str, Judgement]:
 
 
 def _ask_all(
-    endpoint: Endpoint, asked: Mapping[str, Response], kept: Kept
+    endpoint: Endpoint, asked: Mapping[str, Response], kept: JsonlCache
 ) -> Iterator[tuple[str, Judgement]]:
     """Yields judgements as they come; the first item is sent alone, to see if the judge works."""
     (first_key, first), *others = asked.items()
@@ -104,7 +104,7 @@ def _ask_all(
         workers.close()
 
 
-def _ask_and_keep(endpoint: Endpoint, kept: Kept, key: str, response: Response) -> Judgement:
+def _ask_and_keep(endpoint: Endpoint, kept: JsonlCache, key: str, response: Response) -> Judgement:
     """Judges an item; a verdict is on disk before the thread goes on to the next item."""
     judgement = _ask(endpoint, response)
     if judgement.score is not None:

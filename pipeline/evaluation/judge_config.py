@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from pipeline.keys import key_from_environment
+from pipeline.api_keys import key_from_environment
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.serving.telling import Told, chat_form, text_form
+from pipeline.serving.logprob_formats import TokenText, chat_form, text_form
 
 MAX_STOPS, MAX_CHOICES, MAX_INPUTS, MAX_LIKELIEST = 4, 16, 256, 20
 # keys that clients send by habit, with the values that, like null, ask for nothing
@@ -189,7 +189,7 @@ class Delta(NamedTuple):
     n_cached: int  # prompt tokens that were computed for another text; counted once per prompt
     # if log-probabilities are requested: all generated tokens, including a stop token or those of
     # a stop text; with `echo`, the prompt's come before them
-    tokens: list[Told]
+    tokens: list[TokenText]
 
 
 class Answer:

@@ -14,11 +14,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from pipeline.api_keys import key_from_environment
 from pipeline.classifier import GPTClassifier
 from pipeline.console import say, warn
 from pipeline.decoding.sampling import Sampling
 from pipeline.inference import label_texts, load_for_use
-from pipeline.keys import key_from_environment
 from pipeline.models import Loaded
 from pipeline.ports import LOOPBACK, listen
 from pipeline.precision import Precision

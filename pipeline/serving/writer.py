@@ -14,8 +14,8 @@ from pipeline.decoding.text_stream import TextStream
 from pipeline.inference import prompt_style, settings_for
 from pipeline.models import Loaded
 from pipeline.serving.engine import Engine, EngineError, Piece, Request
+from pipeline.serving.logprob_formats import TokenTexts
 from pipeline.serving.protocol import Asked, ChatRequest, CompletionRequest, Delta
-from pipeline.serving.telling import Teller
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Writer:
                 f"{len(each)} texts are asked for (prompts times n), but at most {limit} may wait; "
                 "ask for fewer at a time."
             )
-        texts = [SaidText(self.loaded.tokenizer, prompt, asked) for prompt in each]
+        texts = [ChoiceText(self.loaded.tokenizer, prompt, asked) for prompt in each]
         requests: list[Request] = []
         try:
             for i, prompt in enumerate(each):
@@ -109,12 +109,12 @@ class Writer:
                 self.engine.cancel(request)
 
 
-class SaidText:
+class ChoiceText:
     """Turns what the engine delivers for a text into deltas for the client."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], asked: Asked) -> None:
         self._stream = TextStream(tokenizer, prompt, asked.stop)
-        self._teller = Teller(tokenizer, () if asked.echo else prompt)
+        self._tokens = TokenTexts(tokenizer, () if asked.echo else prompt)
         self._echo = ""
         if asked.echo:
             n_bos = len(tokenizer.bos_ids) if [*prompt[:1]] == tokenizer.bos_ids else 0
@@ -129,5 +129,5 @@ class SaidText:
         if piece.ended:
             text += stream.close()
         ended = "stop" if stream.stopped else piece.ended
-        told = list(map(self._teller.tell, piece.logprobs))
-        return Delta(number, text, ended, int(piece.token is not None), piece.n_cached, told)
+        tokens = list(map(self._tokens.add, piece.logprobs))
+        return Delta(number, text, ended, int(piece.token is not None), piece.n_cached, tokens)

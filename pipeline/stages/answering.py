@@ -19,7 +19,7 @@ from pipeline.console import warn
 from pipeline.decoding.generate import generate_each
 from pipeline.decoding.text_stream import text_of
 from pipeline.directories import path_digest
-from pipeline.evaluation.kept import Kept
+from pipeline.evaluation.jsonl_cache import JsonlCache
 from pipeline.evaluation.responses import Response
 from pipeline.held_out import check_held_out
 from pipeline.inference import load_language_model, prompt_style, settings_for
@@ -49,7 +49,7 @@ def answer(
     before: str | None,
     data: dict[str, Any] | None,
     answering: Answering,
-    kept: Kept,
+    kept: JsonlCache,
 ) -> tuple[list[Response], list[Response] | None, dict[str, str], dict[str, str]]:
     """Responses of the tuned model, and of the one before, if any; lineage; digests of the data."""
     changes = (data or {}).get("init_args", data or {})
@@ -154,7 +154,7 @@ def respond(
     data: InstructionDataModule,
     prompts: Sequence[list[int]],
     answering: Answering,
-    kept: Kept,
+    kept: JsonlCache,
 ) -> list[Response]:
     """Greedy answers of a model, and how well it predicts the references.
 

@@ -105,7 +105,7 @@ def run_chain(path: Path, overrides: Sequence[str] = (), resume: str = "auto") -
         say("every stage is done already")
     else:
         _check_outputs(chain.stages[len(done) :], folder)
-        if exit_code := _foresee(chain, len(done)):
+        if exit_code := _preflight(chain, len(done)):
             return exit_code
         try:
             config = {"experiment": chain.experiment, "stages": _resolved(chain)}
@@ -132,19 +132,19 @@ def _check_outputs(stages: Sequence[Stage], folder: Path) -> None:
                 check_new(expanded(str(output)), folder)
 
 
-def _foresee(chain: Chain, n_done: int) -> int:
+def _preflight(chain: Chain, n_done: int) -> int:
     """Checks options, models and rows of later stages in a subprocess; returns its exit code."""
     given = {stage.name: _to_come(chain, stage) for stage in chain.stages[n_done:]}
     if not any(any(parts.values()) for parts in [*given.values()][1:]):
         return 0  # the next stage checks its own
     say("reading the options and rows of later stages ...")
     with Child() as child:
-        command = [sys.executable, "-m", "pipeline.stages.foresight", json.dumps(given)]
+        command = [sys.executable, "-m", "pipeline.stages.preflight", json.dumps(given)]
         return child.run(command, os.environ)
 
 
 def _to_come(chain: Chain, stage: Stage) -> dict[str, list[str]]:
-    """What can be checked of a stage before earlier ones have run; see `foresight.main`."""
+    """What can be checked of a stage before earlier ones have run; see `preflight.main`."""
     made = made_before(chain.stages, stage)
     models = [name for name in stage.models() if not is_below(expanded(name), made)]
     words = _words_to_come(chain, stage) if stage.command not in FUNCTIONS else []

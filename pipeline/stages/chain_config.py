@@ -268,7 +268,7 @@ def _given(text: str) -> Any:
 
 
 def _check_arguments(stage: Stage) -> None:
-    """Parses a command's arguments; Lightning's, slow to load, are left to `foresight`."""
+    """Parses a command's arguments; Lightning's, slow to load, are left to `preflight`."""
     if stage.command in FUNCTIONS:
         words = stage.arguments(dict.fromkeys(stage.inputs, TO_COME))
         parse(FUNCTIONS[stage.command], words[len(stage.command.split()) :], stage.command)

@@ -10,8 +10,8 @@ from pipeline.checkpoint import stem_of
 from pipeline.console import say, warn
 from pipeline.directories import path_digest
 from pipeline.evaluation.endpoint import connection_problem
+from pipeline.evaluation.jsonl_cache import JsonlCache
 from pipeline.evaluation.judge_config import JudgeConfig
-from pipeline.evaluation.kept import Kept
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
@@ -60,7 +60,7 @@ def score_stage(
         else:
             if judge is not None and (problem := connection_problem(judge)):
                 warn(f"{problem} Only answers that it has judged before can be scored.")
-            kept = Kept(_answers(run.path))
+            kept = JsonlCache(_answers(run.path))
             after, earlier, lineage, sources = answer(ckpt, before, data, answering, kept)
         _score(run, after, earlier, judge, {**lineage, "digest": content}, sources)
 

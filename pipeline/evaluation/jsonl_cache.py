@@ -8,7 +8,7 @@ from datamodules.files import MALFORMED
 from pipeline.console import warn
 
 
-class Kept:
+class JsonlCache:
     """Rows by key in a JSON Lines file; a line that a crash cut short is skipped."""
 
     def __init__(self, path: Path) -> None:

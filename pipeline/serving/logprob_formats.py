@@ -8,8 +8,8 @@ from datamodules.tokenizer import Tokenizer
 from pipeline.decoding.logprobs import TokenLogprob
 
 
-class Told(NamedTuple):
-    """A token of a text, with its log-probability."""
+class TokenText(NamedTuple):
+    """A token as a piece of text, with its log-probability."""
 
     piece: bytes  # which may be part of a character
     offset: int  # number of characters of the text before it
@@ -17,7 +17,7 @@ class Told(NamedTuple):
     likeliest: list[tuple[bytes, float]]  # at its position, with their log-probabilities
 
 
-class Teller:
+class TokenTexts:
     """Turns tokens, one after the other, into pieces of a text; the first one follows `before`."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
@@ -25,29 +25,29 @@ class Teller:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset, self._is_first = 0, True
 
-    def tell(self, token: TokenLogprob) -> Told:
-        """The next token as a piece; BOS at the start does not count as text."""
-        piece = self._tokenizer.piece(token.token, self._before)
+    def add(self, new: TokenLogprob) -> TokenText:
+        """The next token as a piece of text; BOS at the start does not count as text."""
+        piece = self._tokenizer.piece(new.token, self._before)
         likeliest = [
             (self._tokenizer.piece(other, self._before), logprob)
-            for other, logprob in token.likeliest
+            for other, logprob in new.likeliest
         ]
-        told = Told(piece, self._offset, token.logprob, likeliest)
-        if not (self._is_first and token.token in self._tokenizer.bos_ids):
+        token = TokenText(piece, self._offset, new.logprob, likeliest)
+        if not (self._is_first and new.token in self._tokenizer.bos_ids):
             self._offset += len(self._decoder.decode(piece))
-            self._before = [token.token]
+            self._before = [new.token]
         self._is_first = False
-        return told
+        return token
 
 
-def chat_form(tokens: Sequence[Told]) -> dict[str, Any]:
+def chat_form(tokens: Sequence[TokenText]) -> dict[str, Any]:
     """The `logprobs` of a chat completion's choice."""
     content = [
         {
-            **_chat_piece(told.piece, told.logprob),
-            "top_logprobs": [_chat_piece(*other) for other in told.likeliest],
+            **_chat_piece(token.piece, token.logprob),
+            "top_logprobs": [_chat_piece(*other) for other in token.likeliest],
         }
-        for told in tokens
+        for token in tokens
     ]
     return {"content": content, "refusal": None}
 
@@ -57,22 +57,22 @@ def _chat_piece(piece: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(piece)}
 
 
-def text_form(tokens: Sequence[Told]) -> dict[str, Any]:
+def text_form(tokens: Sequence[TokenText]) -> dict[str, Any]:
     """The `logprobs` of a text completion's choice."""
     return {
-        "tokens": [_named(told.piece) for told in tokens],
-        "token_logprobs": [told.logprob for told in tokens],
-        "top_logprobs": [_by_name(told) for told in tokens],
-        "text_offset": [told.offset for told in tokens],
+        "tokens": [_named(token.piece) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_by_name(token) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
     }
 
 
-def _by_name(told: Told) -> dict[str, float] | None:
+def _by_name(token: TokenText) -> dict[str, float] | None:
     """Log-probabilities of the likeliest tokens and the token itself; None for a text's first."""
-    if told.logprob is None:
+    if token.logprob is None:
         return None
     found: dict[str, float] = {}
-    for piece, logprob in [*told.likeliest, (told.piece, told.logprob)]:
+    for piece, logprob in [*token.likeliest, (token.piece, token.logprob)]:
         found.setdefault(_named(piece), logprob)
     return found
 

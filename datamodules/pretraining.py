@@ -40,7 +40,7 @@ class Blocks(Sequence[Sample]):
         n_tokens = min(self.block_size, self.corpus.facts["tokens"][self.split] - start)
         block = np.fromfile(path, dtype, n_tokens, offset=start * dtype.itemsize)
         if len(block) < n_tokens:
-            raise ValueError(f"{path} was cut while in use; the same command makes it anew.")
+            raise ValueError(f"{path} was cut while in use; repeat the command to make it anew.")
         input_ids = torch.from_numpy(block.astype(np.int64))  # (T,)
         return Sample(sample_id=index, input_ids=input_ids, labels=input_ids)
 

@@ -61,7 +61,7 @@ def writing_directory(path: Path) -> Iterator[Path]:
         remedy = "Make room" if is_full else "Correct that"
         raise CheckpointNotWritten(
             f"{path} could not be written ({reason}; {free_mib:,.0f} MiB are free); what was there "
-            f"before is whole. {remedy}; the same command goes on."
+            f"before is whole. {remedy}, then repeat the command."
         ) from error
 
 

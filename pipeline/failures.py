@@ -30,7 +30,7 @@ def explain(
     if _WORKER.search(str(error)):
         return (
             f"a data worker was killed ({_first_line(error)}), often for too little memory: lower "
-            "data.num_workers; the same command goes on from the last checkpoint."
+            "data.num_workers, then repeat the command to resume from the last checkpoint."
         )
     if _EARLY_STOPPING.search(str(error)):
         return f"{_first_line(error)} Correct EarlyStopping.monitor."
@@ -41,8 +41,8 @@ def explain(
         )
     if isinstance(error, DistBackendError) or _OF_GLOO in str(error):
         return (
-            "another process of this run has ended; what it said, or the system's log, says why. "
-            "The same command goes on from the last checkpoint."
+            "another process of this run has ended; its output, or the system's log, says why. "
+            "Repeat the command to resume from the last checkpoint."
         )
     return None
 

@@ -386,7 +386,7 @@ def test_outputs_that_stand_for_another_folder(
         assert (code, f"output {output} holds the current directory" in err) == (2, True)
     code, _, err = said("export", *words, "--output=README.md/below")
     assert code == 2
-    assert "Correct that; the same command goes on" in err
+    assert "Correct that, then repeat the command" in err
     names = ["big", "link", "mlruns"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 

@@ -41,5 +41,5 @@ class JsonlCache:
         if n_bytes != len(line):
             raise OSError(
                 f"{self.path} could not be written ({n_bytes} of {len(line)} bytes); make room, "
-                "and the same command goes on."
+                "then repeat the command to resume."
             )

@@ -49,8 +49,8 @@ class Journal:
                 os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(
-                f"{self._file.name} could not be written ({error.strerror}); make room, and the "
-                "same command goes on from the last checkpoint."
+                f"{self._file.name} could not be written ({error.strerror}); make room, then "
+                "repeat the command to resume from the last checkpoint."
             ) from error
 
     def close(self) -> None:

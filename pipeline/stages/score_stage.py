@@ -118,7 +118,7 @@ def _score(
         first = next(verdict for verdict, response in missing if not response.is_empty)
         warn(
             f"{len(missing)} of {len(verdicts)} verdicts of the judge are missing (see "
-            f"the report, such as: {first.rationale}); the same command asks for them again."
+            f"the report, such as: {first.rationale}); repeat the command to ask for them again."
         )
     else:
         (run.path / ANSWERS).unlink(missing_ok=True)  # the responses hold them

@@ -201,8 +201,8 @@ class Checkpoints(pl.Callback):
             self._end_saving()
             trainer.strategy.barrier()  # launchers end all processes once one ends
             say(
-                f"stopped after step {trainer.global_step}; the same command goes on (not with "
-                "--run.resume never)"
+                f"stopped after step {trainer.global_step}; repeat the command to resume "
+                "(without --run.resume never)"
             )
             raise SystemExit(128 + number)
 

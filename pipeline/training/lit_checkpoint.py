@@ -72,7 +72,7 @@ class LitCheckpoint(LitModel):
         check_base(checkpoint["meta"]["base"], self.base)
         changes = check_resumable(checkpoint["meta"], self.meta(), allowed=self.allow_changes)
         if changes:
-            warn(f"this run goes on with another: {changes}")
+            warn(f"this run resumes one that differs: {changes}")
             if run := run_of(self.trainer):
                 run.event("changes_allowed", changes=changes)
         self._remember_trainings(checkpoint["meta"])

@@ -154,7 +154,7 @@ def test_a_full_disk_costs_the_last_steps_alone(
     assert code == 2, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert "could not be written" in line
-    assert "the same command goes on" in line
+    assert "then repeat the command" in line
     whole = sorted(small_disk.glob("default/*/checkpoints/step-*"))
     assert whole, err
     for path in whole:
@@ -189,7 +189,7 @@ def test_a_full_disk_is_named_by_whatever_writes_a_model(
     assert code == 2, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert line.startswith(f"error: {small_disk / 'model'} could not be written (")
-    assert "Make room; the same command goes on." in line
+    assert "Make room, then repeat the command." in line
     assert list(small_disk.iterdir()) == [filler], "half of it is left"
     filler.unlink()
     assert said(*words)[0] == 0

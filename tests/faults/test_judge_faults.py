@@ -235,7 +235,7 @@ def test_items_without_a_verdict_are_asked_for_by_the_same_command(
     n_asked = len(server.requests)
     (first,) = home.glob("score/*/report.html")
     assert "2 of 3 verdicts of the judge are missing (see the report, such as: the conn" in err
-    assert "; the same command asks for them again." in err
+    assert "; repeat the command to ask for them again." in err
 
     server.answers = [chat(verdict(70))]
     code, _, err = said(*command, "--judge.max_attempts=3", "--judge.timeout_s=20")

@@ -106,7 +106,7 @@ def test_stopped_by_every_signal(words: list[str], home: Path, whole: Path, tmp_
     assert stop_and_go_on(words, home, output, stops) == [-9, 143, 130]
     text = output.read_text()
     assert text.count("model.safetensors is missing or damaged") == text.count("Set aside as") == 1
-    stopped = [int(n) for n in re.findall(r"stopped after step (\d+); the same command goes", text)]
+    stopped = [int(n) for n in re.findall(r"stopped after step (\d+); repeat the command to", text)]
     resumed = [int(n) for n in re.findall(r"resuming from .*/step-(\d+)\n", text)]
     assert resumed[1:] == stopped, "the step of each signal was saved"
     assert 25 <= stopped[0] < 40 <= stopped[1] < MAX_STEPS

@@ -15,9 +15,9 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from pipeline.runs import run_directory
+from pipeline.runs import provenance, run_directory
 from pipeline.runs.journal import JOURNAL, metric_history, read_journal
-from pipeline.runs.provenance import _git_facts, environment, redact
+from pipeline.runs.provenance import _git_facts, code_digest, environment, redact
 from pipeline.runs.run_directory import AlreadyFinished, Run, handed_over, is_open, read_outcome
 from pipeline.training.figures import confusion_figure
 
@@ -347,6 +347,19 @@ def test_git_facts_tell_a_changed_tree(tmp_path: Path) -> None:
     assert _git_facts(tmp_path) == {"git.commit": git("rev-parse", "HEAD"), "git.dirty": "False"}
     (tmp_path / "new.py").touch()
     assert _git_facts(tmp_path)["git.dirty"] == "True"
+
+
+def test_an_editors_lock_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emacs makes a dangling link beside a file that it has not saved yet."""
+    file = tmp_path / "pipeline" / "runs" / "provenance.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("1\n")
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    before = code_digest.__wrapped__()
+    (file.parent / ".#provenance.py").symlink_to("me@machine.1:2")
+    assert code_digest.__wrapped__() == before
+    file.write_text("2\n")
+    assert code_digest.__wrapped__() != before
 
 
 def test_imports_are_light() -> None:

@@ -70,7 +70,7 @@ def code_digest() -> str:
         file
         for name in ("datamodules", "pipeline")
         for file in folder.glob(f"{name}/**/*")
-        if file.suffix in (".py", ".j2")
+        if file.suffix in (".py", ".j2") and file.is_file()  # an editor's lock is a dangling link
     )
     return digest([[file.relative_to(folder).as_posix(), sha256(file)] for file in files])
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from pipeline.models import Loaded, load
 from pipeline.serving import app, serve
 from pipeline.serving.app import Labelled, Labels, make_app
 from pipeline.serving.engine import Limits
+from pipeline.serving.protocol import Delta
+from pipeline.serving.writer import Writer
 from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.workers import Workers
 from tests.exporting import MakeGPT, loaded, vocabulary, write
@@ -685,6 +687,30 @@ def test_one_thread_loads_and_runs_the_model(
     )
     assert len(threads) >= 3
     assert set(threads) == {"model"}
+
+
+class Silent(Writer):
+    """Ends every text before its first token."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+
+    def prompts(self, asked: Any) -> list[list[int]]:
+        return [[1, 2]]
+
+    def settings(self, asked: Any) -> Sampling:
+        return Sampling(max_new_tokens=4, temperature=0.0)
+
+    async def write(self, *_: Any) -> AsyncGenerator[Delta, None]:
+        yield Delta(0, "", "stop", 0, 0, [])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_empty_answer_is_noted(stream: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    client = TestClient(make_app("it", Silent(), ""))
+    asked = {"model": "it", "prompt": "Hello", "stream": stream}
+    client.post("/v1/completions", json=asked).raise_for_status()
+    assert capsys.readouterr().err.startswith("2 tokens read (0 were known), 0 written")
 
 
 def test_precision_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

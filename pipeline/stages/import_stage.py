@@ -47,6 +47,7 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         **foreign_meta(foreign),
         "step": 0,
         "source": {**origin, "file": path.name, "license": foreign.license},
+        "lineage": list(foreign.lineage),
     }
     target = output or run.path / CHECKPOINTS / step_name(0)
     write_checkpoint(

@@ -29,6 +29,7 @@ class Foreign:
     stored_as: Mapping[str, str] = field(default_factory=dict)  # name in `shapes` -> in the file
     license: str | None = None  # of the weights, if stated
     trained_on: Sequence[Mapping[str, Any]] = ()  # `held_out.published` of an export of ours
+    lineage: Sequence[dict[str, Any]] = ()  # of the model that an export of ours was made from
 
     @property
     def entries(self) -> list[Entry]:

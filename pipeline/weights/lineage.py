@@ -1,6 +1,6 @@
 """What a model was made from, back to the published weights it started from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,22 @@ from pipeline.runs.journal import JOURNAL, metric_history
 from pipeline.runs.run_directory import read_outcome
 from pipeline.weights.reading import is_foreign, open_foreign
 
+Facts = dict[str, Any]
 
-def lineage(loaded: Loaded) -> list[dict[str, Any]]:
+
+def lineage(loaded: Loaded) -> list[Facts]:
     """The model and its ancestors, newest first, as primitives without paths of this machine.
 
     Each has a `name` and a `digest`; checkpoints also `kind`, `data` and `metrics`, and published
     weights their `license`, if known.
     """
     path = loaded.path
-    steps: list[dict[str, Any]] = [
-        {"name": loaded.name or short_name(path), "digest": path_digest(path)}
-    ]
+    steps: list[Facts] = [{"name": loaded.name or short_name(path), "digest": path_digest(path)}]
     while (path / META).is_file():
         meta = read_meta(path)
         steps[-1] |= _facts(path, meta)
         if source := meta.get("source"):
-            return [*steps, source]
+            return [*steps, *_published(source, meta.get("lineage", ()))]
         parent = meta.get("adapter") or meta.get("parent")
         if parent is None:
             return steps
@@ -37,7 +37,15 @@ def lineage(loaded: Loaded) -> list[dict[str, Any]]:
             return steps  # the parent is gone or has changed
         path = found
     if is_foreign(path):
-        steps[-1]["license"] = open_foreign(path).license
+        foreign = open_foreign(path)
+        steps[-1:] = _published({**steps[-1], "license": foreign.license}, foreign.lineage)
+    return steps
+
+
+def _published(step: Facts, earlier: Iterable[Facts]) -> list[Facts]:
+    """Published weights and, of an export of ours, what it was made from; the license is last's."""
+    steps = [dict(step), *map(dict, earlier)]
+    steps[-1]["license"] = step["license"] or steps[-1].get("license")
     return steps
 
 

@@ -22,6 +22,7 @@ from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
+_STATED = ("trained_on", "lineage")  # keys of it, and fields of `Foreign`
 _BYTES = 4  # of a float32
 
 
@@ -37,28 +38,28 @@ def open_foreign(path: Path) -> Foreign:
             f"{path} holds no model: it is neither a .gguf file nor a directory with a {CONFIG}."
         )
     with _naming(path):
-        trained_on = _verify_export(path)
+        stated = _verify_export(path)
         foreign = open_huggingface(path) if path.is_dir() else open_gguf(path)
-        return replace(foreign, trained_on=trained_on)
+        return replace(foreign, **{key: list(stated.get(key, [])) for key in _STATED})
 
 
-def _verify_export(path: Path) -> list[dict[str, Any]]:
-    """What an export of ours was trained on; empty for others, which have no digests, either.
+def _verify_export(path: Path) -> dict[str, Any]:
+    """What an export of ours states; empty for others, which have no digests, either.
 
     ValueError if the files are not as they were written.
     """
     folder = path if path.is_dir() else path.parent
     if not (folder / EXPORT).is_file():
-        return []
+        return {}
     stated = json.loads((folder / EXPORT).read_bytes())
     read = {name: facts for name, facts in stated["files"].items() if name not in FOR_PEOPLE}
     if path.is_file():
         if path.name not in read:  # made from it by a tool such as llama-quantize
-            return []
+            return {}
         read = {path.name: read[path.name]}
     for name in damaged(folder, read):
         raise ValueError(f"its {name} is missing or damaged; export it anew.")
-    return list(stated.get("trained_on", []))
+    return stated
 
 
 def read_model(foreign: Foreign, path: Path, dtype: torch.dtype) -> GPT:

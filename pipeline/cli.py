@@ -305,6 +305,9 @@ class PipelineCLI(LightningCLI):
         """Reads the classifier to compare with, if one is given."""
         given = self.stage.before if self.run else None
         self.other = read_rival(given, self.datamodule) if given else None
+        if self.run and self.other:
+            path = self.other[1].path
+            self.run.log_tags({"before": {"path": str(path), "digest": path_digest(path)}})
 
     def after_test(self) -> None:
         """Scores with intervals, baselines, outcome."""

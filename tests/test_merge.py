@@ -12,6 +12,7 @@ import torch
 from pipeline import lora
 from pipeline.checkpoint import read_meta, verify_checkpoint
 from pipeline.models import load
+from pipeline.runs.journal import metric_history, read_journal
 from pipeline.stages import merge_stage
 from pipeline.weights.lineage import lineage, short_name
 from tests.journey import Journey, outcome_of, said
@@ -51,6 +52,12 @@ def test_a_classifier(tiny: Journey, tmp_path: Path) -> None:
         assert torch.equal(merged.model(IDS), load(ckpt).model(IDS))
     outcome = outcome_of(tmp_path / "mlruns" / "merge")
     assert outcome["outputs"] == {"best": str(output)}
+    (run,) = (tmp_path / "mlruns" / "merge").iterdir()
+    told = {name: of_steps[0] for name, of_steps in metric_history(run).items()}
+    assert told == outcome["metrics"] != {}, "MLflow has what the model card has"
+    assert json.loads((run / "certificate.json").read_text()) == certificate
+    (data,) = (line for line, _ in read_journal(run) if line["kind"] == "dataset")
+    assert data["digest"] == certificate["data"]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from datamodules.text_classification import SpamDataModule
 from datamodules.tokenizer import Tokenizer
 from pipeline.checkpoint import read_meta, read_tensors, verify_checkpoint
 from pipeline.decoding.packed import PackedLinear
+from pipeline.directories import path_digest
 from pipeline.inference import load_for_use
 from pipeline.models import Loaded, load
 from pipeline.runs.journal import read_journal
@@ -176,6 +177,9 @@ def test_two_classifiers_are_compared_on_the_same_texts(tiny: Journey, tmp_path:
     headline = outcome_of(tmp_path / "mlruns" / "both")["headline"]
     assert headline[2]["metric"] == "test accuracy (before: other)"
     assert headline[2]["before"] == both["before/accuracy"]
+    (run,) = (tmp_path / "mlruns" / "both").iterdir()
+    tags = [line["values"] for line, _ in read_journal(run) if line["kind"] == "tag"]
+    assert {"before.path": other, "before.digest": path_digest(Path(other))} in tags
 
 
 @pytest.mark.parametrize(
@@ -358,7 +362,10 @@ def test_scores_compare_before_and_after(tiny: Journey) -> None:
         "exact_match",
         "perplexity",
     ]
-    assert "<html" in Path(outcome["outputs"]["report"]).read_text()
+    report = Path(outcome["outputs"]["report"]).read_text()
+    assert "<html" in report
+    for stage in ("instruct", "pretrain"):
+        assert path_digest(tiny.best(stage)) in report
 
 
 def test_responses_of_any_model_can_be_scored(tiny: Journey, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.checkpoint import WEIGHTS, verify_checkpoint, write_checkpoint
 from pipeline.layers.rotary import RopeScaling, stretched
 from pipeline.models import load
+from pipeline.runs.journal import metric_history
 from pipeline.weights.huggingface_in import WEIGHTS as THEIRS
 from pipeline.weights.reading import open_foreign, weights_writer
 from tests.journey import said
@@ -51,6 +52,8 @@ def test_the_same_bytes_as_of_a_whole_model(published: Path, tmp_path: Path) -> 
     save_file(model.tensors(), tmp_path / "whole")
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole").read_bytes()
     assert f"became {model.n_parameters():,} parameters" in err
+    (run,) = (tmp_path / "mlruns" / "import").iterdir()
+    assert metric_history(run) == {"n_parameters": {0: model.n_parameters()}}
 
 
 def test_what_cannot_be_read_is_not_taken_for_what_cannot_be_written(

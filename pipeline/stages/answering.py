@@ -80,8 +80,8 @@ def answer(
         "max_new_tokens": str(answering.max_new_tokens),
         "precision": answering.precision,
     }
-    if origin:
-        lineage["before"] = origin
+    if origin and untuned:
+        lineage |= {"before": origin, "before_digest": path_digest(untuned.path)}
     return after, earlier[0] if earlier else None, lineage, held_out.fingerprint["sources"]
 
 

@@ -61,11 +61,13 @@ def _import(run: Run, source: str, path: Path, content: str, output: Path | None
         f"{len(foreign.entries)} tensors became {n_parameters:,} parameters in float32, "
         f"each tensor used once{skipped}"
     )
+    metrics = {"n_parameters": float(n_parameters)}
     run.log_tags({"source": meta["source"]})
+    run.log_metrics(metrics, step=0)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     run.finish(
         outputs={"best": str(target)},
         digests={"best": path_digest(target)},
-        metrics={"n_parameters": n_parameters},
+        metrics=metrics,
         sources=file_digests(files),
     )

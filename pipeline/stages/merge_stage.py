@@ -3,6 +3,7 @@
 Shapes: V vocabulary, K labels, P positions.
 """
 
+import json
 import math
 import pydoc
 from collections.abc import Sequence
@@ -89,12 +90,19 @@ def _merge(run: Run, ckpt: Path, data: dict[str, Any] | None, output: Path | Non
     writers = model_writers(loaded.model.tensors(), meta, loaded.tokenizer)
     write_checkpoint(target, {**writers, CERTIFICATE: json_writer(certificate)})
     score, difference = certificate["score"], certificate["logits"]
+    metrics = {f"merged/{score['name']}": after.score, "merged/max_logit": difference["max"]}
+    facts = held_out.fingerprint
     run.log_tags({"adapter": certificate["adapter"]})
+    run.log_dataset(
+        type(held_out).__name__, facts["digest"], facts["counts"], ", ".join(facts["sources"])
+    )
+    run.log_metrics(metrics, step=0)
+    run.log_text(json.dumps(certificate, indent=1), CERTIFICATE)
     run.finish(
         outputs={"best": str(target)},
         digests={"best": path_digest(target)},
-        metrics={f"merged/{score['name']}": after.score, "merged/max_logit": difference["max"]},
-        sources=held_out.fingerprint["sources"],
+        metrics=metrics,
+        sources=facts["sources"],
         headline=[{"metric": score["name"], "before": before.score, "after": after.score}],
     )
 

@@ -261,6 +261,20 @@ def test_a_killed_run_is_ended_and_goes_on_when_resumed(root: Path) -> None:
     assert history(root, "one", "loss") == [(step, 1 / (step + 1)) for step in range(60)]
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("tokenizer train '--source=[\"a b.txt\"]' --vocab_size=400", "tokenizer train"),
+        ("fit -c spam.yaml", "fit"),
+        ("ui", "ui"),
+    ],
+)
+def test_a_source_is_named_by_its_command_alone(root: Path, command: str, name: str) -> None:
+    run = Run.open(root / "spam" / "one", command=command)
+    sync(run.path)
+    assert runs_in(root)["one"].data.tags["mlflow.source.name"] == name
+
+
 def test_names_that_mlflow_does_not_take_arrive_as_others(root: Path) -> None:
     names = {"/a": "_2f/a", "../b": "_2e_2e/b", "c//ham": "c/_2f/ham", "c/ham": "c/ham"}
     names |= {"d/ham?": "d/ham_3f", "e/垃圾": "e/垃圾"}

@@ -225,7 +225,8 @@ class _Batch:
             facts = {key: line[key] for key in line.keys() - {"time", "kind", "name"}}
             self.tags[f"event.{line['name']}"] = json.dumps(facts, sort_keys=True)
             return
-        self.tags["mlflow.source.name"] = line["command"].split(" -")[0]  # the UI cuts at slashes
+        words = re.split(" '?-", line["command"], maxsplit=1)  # a shell's: '--source=["a.txt"]'
+        self.tags["mlflow.source.name"] = words[0]  # the UI cuts at slashes
         self.parent = line.get("parent", self.parent)
         if line["name"] == "resumed":
             self.replicated.n_resumed += 1

@@ -370,6 +370,7 @@ def test_an_evaluation_leaves_its_files(judge: JudgeConfig, tmp_path: Path) -> N
     assert page.tags.count("svg") == 2
     assert all(link.startswith("#") for link in page.links)
     assert "url(http" not in html
+    assert "@media screen and (prefers-color-scheme: dark)" in html, "paper is white"
     for shown in (attack, "runs/a & b (sha256 1234)", "<none>", "Hm <b>four</b>?", "␇"):
         assert shown in page.text
     assert f"judge-1 at {judge.base_url}" in page.text
@@ -427,6 +428,8 @@ def test_figures_hold_every_scored_item() -> None:
     assert axes.get_title() == "2 better, 1 worse, 1 equal"
     heights = [patch.get_height() for patch in score_histogram(summary).axes[0].patches]
     assert sum(heights) == 4 + 5
+    few = score_histogram(summarize(judged(responses(*"ab"), [10, 60]), before=None))
+    assert all(tick == round(tick) for tick in few.axes[0].get_yticks())
 
 
 def test_the_best_and_the_worst_are_shown() -> None:

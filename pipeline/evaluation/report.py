@@ -88,6 +88,7 @@ def score_histogram(summary: Summary) -> Figure:
     )
     axes.set(xlabel=TITLES[summary.headline], ylabel="items", xlim=(0, 100))
     axes.set_xticks(range(0, 101, 20))
+    axes.yaxis.get_major_locator().set_params(integer=True)  # there are no half items
     if summary.before:
         axes.legend(frameon=False, labelcolor=INK)
     return figure

@@ -332,6 +332,23 @@ def test_what_an_export_was_made_from_is_told_of_what_is_made_from_it(
         )
 
 
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ({"digest": "0"}, "it lacks 'name'"),
+        ({"name": "it", "digest": "0", "data": {"source": "s"}}, "it lacks 'digest'"),
+        ({"name": "it", "digest": 7}, "its metadata is damaged (lineage: ['it', 7])"),
+        ("it", "its metadata is damaged"),
+    ],
+)
+def test_a_lineage_that_is_none_is_one_line(step: object, told: str, tiny: Journey) -> None:
+    path = export(tiny.best("pretrain"), "--format=huggingface")
+    stated = json.loads((path / "export.json").read_text())
+    (path / "export.json").write_text(json.dumps(stated | {"lineage": [step]}))
+    code, _, err = said("export", f"--ckpt={path}", "--format=gguf")
+    assert (code, f"{path} cannot be used: {told}" in err) == (2, True), err
+
+
 def test_ancestors_that_moved_along_are_told(
     tiny: Journey, tiny_gpt: MakeGPT, tmp_path: Path
 ) -> None:

@@ -59,6 +59,12 @@ def _verify_export(path: Path) -> dict[str, Any]:
         read = {path.name: read[path.name]}
     for name in damaged(folder, read):
         raise ValueError(f"its {name} is missing or damaged; export it anew.")
+    for step in stated.get("lineage", []):
+        facts = [step["name"], step["digest"]]
+        if data := step.get("data"):
+            facts += [data["source"], data["digest"]]
+        if not all(isinstance(fact, str) for fact in facts):
+            raise TypeError(f"lineage: {facts}")
     return stated
 
 

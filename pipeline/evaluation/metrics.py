@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import regex
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # (R, N) weights of the items -> (R,) values
@@ -43,7 +44,7 @@ class Estimate:
 def bootstrap(
     statistic: Statistic, n_items: int, *, seed: int = SEED, keys: Sequence[str] | None = None
 ) -> Estimate:
-    """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13).
+    """Percentile bootstrap over items (Efron & Tibshirani 1993, chapter 13), expanded for few.
 
     Replicates on which the statistic is undefined (NaN) are left out. If all items agree, the
     interval has zero width, as it only reflects the spread of these items (see `widened`).
@@ -77,17 +78,24 @@ def bootstrap_all(
         values.append(statistics(times[:, units].astype(np.float64)).T)
     estimates = statistics(np.ones((1, n_items)))[:, 0]
     return [
-        Estimate(float(value), *_interval(replicates))
+        Estimate(float(value), *_interval(replicates, n_units))
         for value, replicates in zip(estimates, np.concatenate(values).T, strict=True)
     ]
 
 
-def _interval(replicates: Array) -> tuple[float, float]:
+def _interval(replicates: Array, n_units: int) -> tuple[float, float]:
+    """Percentiles at the ends, those of a few units farther out (Hesterberg 2015, section 4.3).
+
+    Resampled, N units spread by sqrt((N - 1) / N) of what they do, and it takes Student's t rather
+    than the normal distribution to say so: of 10, plain percentiles cover the truth in 90 %.
+    """
     defined = replicates[~np.isnan(replicates)]
     if not len(defined):
         return math.nan, math.nan
+    n_free = max(n_units - 1, 1)
+    tail = ndtr(stdtrit(n_free, 0.025) * math.sqrt(1 + 1 / n_free))
     with np.errstate(invalid="ignore"):  # between infinite ones
-        low, high = np.percentile(defined, (2.5, 97.5))
+        low, high = np.percentile(defined, (100 * tail, 100 - 100 * tail))
     return float(low), float(high)
 
 

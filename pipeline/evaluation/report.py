@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.console import CONTROL_PICTURES
 from pipeline.evaluation.metrics import RESAMPLES
@@ -88,7 +89,7 @@ def score_histogram(summary: Summary) -> Figure:
     )
     axes.set(xlabel=TITLES[summary.headline], ylabel="items", xlim=(0, 100))
     axes.set_xticks(range(0, 101, 20))
-    axes.yaxis.get_major_locator().set_params(integer=True)  # there are no half items
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there are no half items
     if summary.before:
         axes.legend(frameon=False, labelcolor=INK)
     return figure

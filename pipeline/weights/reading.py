@@ -22,7 +22,6 @@ from pipeline.weights.gguf_in import open_gguf
 from pipeline.weights.huggingface_in import CONFIG, open_huggingface
 
 EXPORT = "export.json"  # digests of an export's files, and its lineage
-_STATED = ("trained_on", "lineage")  # keys of it, and fields of `Foreign`
 _BYTES = 4  # of a float32
 
 
@@ -40,7 +39,8 @@ def open_foreign(path: Path) -> Foreign:
     with _naming(path):
         stated = _verify_export(path)
         foreign = open_huggingface(path) if path.is_dir() else open_gguf(path)
-        return replace(foreign, **{key: list(stated.get(key, [])) for key in _STATED})
+        trained_on, lineage = (list(stated.get(key, [])) for key in ("trained_on", "lineage"))
+        return replace(foreign, trained_on=trained_on, lineage=lineage)
 
 
 def _verify_export(path: Path) -> dict[str, Any]:

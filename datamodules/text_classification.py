@@ -1,6 +1,7 @@
 """Labelled texts from a table, split without leaks, and the preset for spam."""
 
 import codecs
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,18 @@ class TextClassificationDataModule(SplitDataModule):
         self.max_length, self.suffix, self.balance = max_length, suffix, balance
         self.text_column, self.label_column = text_column, label_column
         self.label_names = [str(name) for name in label_names]
+        self._met: Counter[str] = Counter()  # labels in the tables, and in how many rows
 
     def read(self) -> None:
         """Reads and splits the texts."""
-        rows = self._read(self._rows_of, self._text_and_class)
+        self._met.clear()
+        try:
+            rows = self._read(self._rows_of, self._text_and_class)
+        except ValueError as error:
+            if self._met.keys() <= set(self.label_names):
+                raise
+            met = [f"{label[:40]} ({count})" for label, count in self._met.most_common()]
+            raise ValueError(f"{error} The labels read are {some(met)}.") from error
         self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
         self._split(self._keys, self._labels[: len(self._own["train"])])
@@ -133,6 +142,7 @@ class TextClassificationDataModule(SplitDataModule):
             raise ValueError(f"it has no {self.label_column!r}; give it a label, or drop it.")
         if isinstance(label, float) and label.is_integer():  # an integer in a column with gaps
             label = int(label)
+        self._met[str(label)] += 1
         if str(label) not in self.label_names:
             raise ValueError(
                 f"it has label {str(label)!r}, data.label_names is {self.label_names}; "

@@ -62,6 +62,7 @@ class InstructionDataModule(SplitDataModule):
 
     cut = "the middle of their prompts is"
     units = "questions"
+    differ = "in the first question, by more than punctuation"
     order = ("train", "test", "val")  # the book's
 
     def __init__(

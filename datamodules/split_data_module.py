@@ -35,6 +35,7 @@ class SplitDataModule(StepDataModule):
     max_length: int
     cut = "their ends are"  # what samples longer than that lose, in a message
     units = "texts"  # what no two splits share
+    differ = "in more than punctuation"  # how two entries have to, not to count as one
     order: Sequence[str] = SPLITS  # in which splits get their shares
     shuffle_split = True
 
@@ -156,7 +157,8 @@ class SplitDataModule(StepDataModule):
         self._leaked_naive = splits.count_leaked(keys, naive["train"], test), len(test)
 
     def _refuse_empty(self, keys: list[str]) -> None:
-        splits.refuse_empty(self._rows if self.source else {"test": self._rows["test"]}, keys)
+        rows = self._rows if self.source else {"test": self._rows["test"]}
+        splits.refuse_empty(rows, keys, self.differ)
 
     def _finish(self, samples: Mapping[int, Sample], counts: dict[str, int]) -> None:
         """Makes the data sets and the fingerprint, and reports what is in them."""

@@ -159,14 +159,16 @@ def _part_of_position(n_items: int, fractions: Sequence[float]) -> Positions:
     return np.searchsorted(np.cumsum(sizes), np.arange(n_items), side="right")
 
 
-def refuse_empty(parts: dict[str, Positions], keys: Sequence[str]) -> None:
-    """ValueError if a split is empty."""
+def refuse_empty(
+    parts: dict[str, Positions], keys: Sequence[str], differ: str = "in more than punctuation"
+) -> None:
+    """ValueError if a split is empty; `differ` says what makes two keys differ."""
     rows = np.concatenate(list(parts.values())).tolist()
     for name, positions in parts.items():
         if not len(positions):
             raise ValueError(
                 f"the {name} split of {len(rows)} items, {len({keys[row] for row in rows})} of "
-                "them different, is empty; give more that differ (in more than punctuation), or "
+                f"them different, is empty; give more that differ ({differ}), or "
                 "change data.train_fraction and data.val_fraction."
             )
 

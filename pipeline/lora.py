@@ -62,9 +62,12 @@ def attach(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     }
     targets = linears if config.targets == ["all-linear"] else set(config.targets)
     if not targets or targets - linears:
+        short = {name: name.removesuffix("_proj") for name in sorted(targets - linears)}
+        ours = [f"{name} is {of}" for name, of in short.items() if of in linears]
+        hint = f" ({', '.join(ours)} here)" if ours else ""
         raise ValueError(
-            f"model.lora.targets {sorted(targets - linears)} match no layer of this model; "
-            f"choose from {sorted(linears)} or give [all-linear]."
+            f"model.lora.targets {sorted(short)} match no layer of this model; "
+            f"choose from {sorted(linears)}{hint} or give [all-linear]."
         )
     resolved = replace(config, targets=sorted(targets))
     theirs = peft_config(resolved)

@@ -191,15 +191,22 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_gpt: MakeGPT) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "wrong"),
-    [(["w"], "'w'"), (["q", "head"], "'head'"), (["token_embedding"], "'token_emb"), ([], "")],
+    [
+        (["w"], "'w'"),
+        (["q_proj"], "'q_proj'"),
+        (["q", "head"], "'head'"),
+        (["token_embedding"], "'token_emb"),
+        ([], ""),
+    ],
 )
 def test_targets_that_match_nothing_are_refused(
     tiny_gpt: MakeGPT, targets: list[str], wrong: str
 ) -> None:
     model = tiny_gpt()
     message = rf"model\.lora\.targets \[{wrong}.*\] match no layer .* \['down', 'k', 'o', 'q'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         lora.attach(model, replace(PLAIN, targets=targets))
+    assert ("(q_proj is q here)" in str(caught.value)) is (targets == ["q_proj"])
     assert all(p.requires_grad for p in model.parameters()), "a refusal changes nothing"
 
 

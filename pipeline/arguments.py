@@ -158,7 +158,7 @@ def parse(function: Callable[..., Any], words: Sequence[str], prog: str) -> dict
         options = vars(parser.instantiate(parser.parse_args(list(words))))
     except ArgumentError as error:
         known = [action.dest for action in parser._actions]
-        raise ValueError(one_line(str(error), known)) from error
+        raise ValueError(one_line(str(error), known, words)) from error
     return {name: options[name] for name in inspect.signature(function).parameters}
 
 
@@ -192,13 +192,18 @@ def construct(kind: type[T], arguments: Mapping[str, Any], key: str) -> T:
     return parser.instantiate(parsed)[key]
 
 
-def one_line(message: str, known: Sequence[str] = ()) -> str:
+def one_line(message: str, known: Sequence[str] = (), words: Sequence[str] = ()) -> str:
     """A nested message of jsonargparse as `key: what is wrong`, without the types that it tried.
 
-    For an unknown option the nearest name in `known` is suggested.
+    For an unknown option the nearest name in `known` is suggested; which option has no value is
+    seen in `words`, those of the command line.
     """
     if refused := refusal(message):
         return refused
+    if match := re.fullmatch(r"argument (?:-\w/)?(--\S+): expected one argument", message):
+        return _without_value(match[1], words) or message
+    if match := re.fullmatch(r"the following arguments are required: ([\w., ]+)", message):
+        return "required: " + ", ".join(f"--{name}" for name in match[1].split(", "))
     keys, facts = [], []
     for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
         if _NOISE.match(line):
@@ -214,11 +219,21 @@ def one_line(message: str, known: Sequence[str] = ()) -> str:
         text += "; in YAML yes, no, on and off are that too: put it in quotes."
     if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
         return text
-    of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(text.split(":")[0])
+    of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(
+        re.split("[.:]", text)[0]
+    )
     unknown = re.search(r"(?:--|Option ')(?:\w+\.)*(\w+)", text)
     near = get_close_matches(unknown[1], known, n=1, cutoff=0.7) if unknown else []
     hint = f"did you mean {near[0]}? " if near and unknown and near[0] != unknown[1] else ""
     return f"{text}; {hint}{of_class or '--help'} lists the options."
+
+
+def _without_value(option: str, words: Sequence[str]) -> str:
+    """Names the word that is the option, or a key of it, and has no value; empty without one."""
+    for word, follows in zip(words, [*words[1:], "--"], strict=True):
+        if follows.startswith("--") and (word == option or word.startswith(f"{option}.")):
+            return f"{word} has no value; if it was to be that of a variable, set that first."
+    return ""
 
 
 def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:

@@ -381,7 +381,7 @@ def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
     except (ArgumentError, MisconfigurationException) as error:
         if "are required" in str(error) and not any(re.match("-c|--config", a) for a in args):
             raise ValueError(NO_CONFIG) from error
-        raise ValueError(one_line(str(error), option_names())) from error
+        raise ValueError(one_line(str(error), option_names(), args)) from error
     except SIGTERMException as error:  # without a code of its own it would exit with 0
         raise SystemExit(EXIT_TERMINATED) from error
     except SystemExit as error:

@@ -116,6 +116,12 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         (("tokenizer", "train", "-c", "no.yaml"), ["config", "no.yaml"]),
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
         (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is not valid YAML"]),
+        (("export", "--ckpt", "x", "--output", "y"), ["error: required: --format"]),
+        (("chat", "--ckpt"), ["--ckpt has no value; if it was to be that of a variable"]),
+        (
+            ("fit", "--model.init_from", "--run.name", "x"),
+            ["error: --model.init_from has no value"],
+        ),
         (("test", "--ckpt_path", "--data.seed=1"), ["argument --ckpt_path: expected one argument"]),
         (("validate", "-c"), ["argument -c/--config: expected one argument"]),
         (("tokenizer", "train", "-c", "good.yaml"), ["source 'nowhere.txt' does not exist"]),
@@ -210,6 +216,8 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
         of_class == "data: Option 'batchsize' is not accepted; --data.help CLASS lists the options."
     )
     assert one_line(of_class) == of_class, "said once"
+    nested = one_line("model.lora: Option 'r' is not accepted")
+    assert nested.endswith("; --model.help CLASS lists the options.")
     yes = one_line('Parser key "data.label_names":\n  Expected a str Given value: True')
     assert yes.startswith("data.label_names: Expected a str Given value: True; in YAML yes, no")
 

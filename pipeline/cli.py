@@ -30,7 +30,7 @@ from pipeline.console import say
 from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.resume import interrupted_like
+from pipeline.resume import interrupted_like, shorter_than
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import Attempt, find_run, what_changed
 from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
@@ -51,6 +51,7 @@ from pipeline.training.options import (
     check_trainer,
     option_names,
     with_options_of_fit,
+    with_own_help,
 )
 from pipeline.training.progress import ProgressDisplay, quiet_libraries
 from pipeline.training.reports import (
@@ -108,6 +109,9 @@ class PipelineCLI(LightningCLI):
                 type=str | None,
                 help="A classifier, by its checkpoint, to compare with on the same texts.",
             )
+
+    def _prepare_subcommand_parser(self, *args: Any, **options: Any) -> LightningArgumentParser:
+        return with_own_help(super()._prepare_subcommand_parser(*args, **options), self.name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes the words that it is given, whatever those of the process are."""
@@ -276,8 +280,8 @@ class PipelineCLI(LightningCLI):
             say(f"resuming from {config.ckpt_path}")
 
     def _say_what_is_new(self, *, must: bool) -> None:
-        """Says how an interrupted run of this name differs, as there is nothing to resume."""
-        other = interrupted_like(self.run_path)
+        """Says how an interrupted or shorter run of this name differs: there is none to resume."""
+        other = interrupted_like(self.run_path) or shorter_than(self.run_path)
         text = f"; {other}" if other else ""
         if must:
             raise ValueError(

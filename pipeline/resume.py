@@ -1,5 +1,6 @@
 """Whether a checkpoint may be resumed here: the same data, model, precision and processes."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from pipeline.arguments import load_yaml
 from pipeline.checkpoint import stem_of
 from pipeline.directories import CHECKPOINTS
 from pipeline.runs.identity import decisive
-from pipeline.runs.run_directory import CONFIG, OUTCOME
+from pipeline.runs.run_directory import CONFIG, OUTCOME, read_outcome
 
 FIXED = "model.optimizer."  # prefix of settings in the optimizer's saved state, never changed
+LENGTHS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
+FROM = "ckpt_path"  # option of fit: the checkpoint that a run goes on from
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
@@ -93,6 +96,36 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
 
 def interrupted_like(run: Path) -> str:
     """Names the last interrupted run of the same name and how it differs; empty without one."""
+    others = [other for other in _newest_first(run) if not (other / OUTCOME).exists()]
+    if not others:
+        return ""
+    other = others[0]
+    theirs, ours = _options(other), _options(run)
+    if not theirs:
+        return f"there is an interrupted run {other}, but its {CONFIG} is damaged"
+    found = "; ".join(differences(theirs, ours).values())
+    return f"the interrupted run {other} is another: {found}"
+
+
+def shorter_than(run: Path) -> str:
+    """Names the last finished run that only its length sets apart; empty without one."""
+    for other in _newest_first(run):
+        found = differences(_options(other), _options(run))
+        found.pop(FROM, None)
+        if not found or not found.keys() <= LENGTHS:
+            continue
+        try:
+            last = (read_outcome(other) or {"outputs": {}})["outputs"].get("last")
+        except ValueError:  # damaged; whoever repeats that run is told
+            continue
+        if last:
+            facts = f"the finished run {other} is another: {'; '.join(found.values())}"
+            return f"{facts}; --{FROM} {shlex.quote(last)} goes on from it"
+    return ""
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """Other runs of the same name that have a checkpoint and a configuration."""
     others = [
         other
         for other in run.parent.glob("*")
@@ -100,16 +133,8 @@ def interrupted_like(run: Path) -> str:
         and stem_of(other) == stem_of(run)
         and any(other.glob(f"{CHECKPOINTS}/step-*"))
         and (other / CONFIG).is_file()
-        and not (other / OUTCOME).exists()
     ]
-    if not others:
-        return ""
-    other = max(others, key=lambda path: (path / CONFIG).stat().st_mtime)
-    theirs, ours = _options(other), _options(run)
-    if not theirs:
-        return f"there is an interrupted run {other}, but its {CONFIG} is damaged"
-    found = "; ".join(differences(theirs, ours).values())
-    return f"the interrupted run {other} is another: {found}"
+    return sorted(others, key=lambda path: (path / CONFIG).stat().st_mtime, reverse=True)
 
 
 def _options(run: Path) -> dict[str, str]:

@@ -78,6 +78,8 @@ def test_check_does_not_call_itself_fit(capsys: pytest.CaptureFixture[str]) -> N
     assert out.startswith("usage: python -m pipeline check ")
     assert COMMANDS["check"].removeprefix("Say ") in out
     assert "--data CONFIG" in out
+    assert "this makes a finished run longer" in " ".join(out.split())
+    assert "hpc" not in out, "one of Lightning's words for a checkpoint, which are refused"
 
 
 def test_half_a_command_lists_its_continuations(capsys: pytest.CaptureFixture[str]) -> None:

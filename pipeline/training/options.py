@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -46,6 +47,12 @@ from pipeline.training.lit_step import LitStep
 from pipeline.training.optim import OptimizerConfig
 from pipeline.training.sharding import FullySharded
 
+_FROM = (
+    "checkpoint of another run to go on from, with its optimizer and its steps: with a larger "
+    "trainer.max_steps or max_epochs this makes a finished run longer. For its weights alone: "
+    "model.init_from."
+)
+_MEASURED = "checkpoint, or finished run, to measure; with its options, unless -c gives others."
 A_STEP = "here a batch is an optimizer step: set data.batch_size, data.max_tokens for memory."
 # trainer options that are refused: name, values that do no harm, what to use instead
 _NOT_HERE = (
@@ -128,6 +135,14 @@ def check_precision(words: Sequence[str]) -> None:
             found = trainer.get("precision", found)
     if found is not None:
         raise ValueError(f"trainer.precision is {found}; set precision, which it follows from.")
+
+
+def with_own_help(parser: LightningArgumentParser, command: str) -> LightningArgumentParser:
+    """Says of `ckpt_path` what it does here; Lightning's words for it are refused."""
+    for action in parser._actions:
+        if action.dest == "ckpt_path":
+            action.help = _FROM if command in ("fit", "check") else _MEASURED
+    return parser
 
 
 def with_options_of_fit(words: Sequence[str]) -> list[str]:

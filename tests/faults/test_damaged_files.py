@@ -7,7 +7,7 @@ import pytest
 
 from datamodules import files
 from pipeline.directories import CHECKPOINTS
-from pipeline.resume import interrupted_like
+from pipeline.resume import interrupted_like, shorter_than
 from pipeline.runs.run_directory import CONFIG, OUTCOME, Run, read_outcome
 from tests.faults.test_checkpoint_faults import empty
 from tests.journey import said
@@ -71,6 +71,24 @@ def test_the_config_of_an_interrupted_run(damage: Damage, tmp_path: Path) -> Non
     assert f"its {CONFIG} is damaged" in text or damage is truncate, "which may be YAML"
     (paths[0] / CONFIG).unlink()
     assert interrupted_like(paths[1]) == ""
+
+
+@damages
+def test_the_outcome_of_a_shorter_run(damage: Damage, tmp_path: Path) -> None:
+    old, new, other = (Run.open(tmp_path / "demo" / f"pretrain-{i:08x}") for i in range(3))
+    for i, run in enumerate((old, new, other)):
+        options = {"trainer": {"max_steps": 10 * (i + 1)}, "data": {"seed": i // 2}}
+        run.config(options | {"ckpt_path": "x" if run is new else None})
+    (old.path / CHECKPOINTS / "step-00000010").mkdir(parents=True)
+    assert shorter_than(new.path) == "", "it has not finished"
+    old.finish(outputs={"last": "a b"}, metrics={}, sources={})
+    assert shorter_than(new.path) == (
+        f"the finished run {old.path} is another: trainer.max_steps was 10, is 20; "
+        "--ckpt_path 'a b' goes on from it"
+    )
+    assert shorter_than(other.path) == "", "another seed"
+    damage(old.path / OUTCOME)
+    assert shorter_than(new.path) == ""
 
 
 @damages

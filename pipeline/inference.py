@@ -234,7 +234,10 @@ def load_classifier(source: str, threshold: float | None = None) -> Loaded:
         raise ValueError(f"{source} is not a classifier; tune one with configs/spam.yaml.")
     n_labels = len(loaded.meta["label_names"])
     if threshold is not None and n_labels != 2:
-        raise ValueError(f"threshold is for two labels; this checkpoint has {n_labels}.")
+        raise ValueError(
+            f"threshold is for two labels; this checkpoint has {n_labels}; leave it out, "
+            "and decide by the probabilities, which are given with the label."
+        )
     return loaded
 
 

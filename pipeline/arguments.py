@@ -217,6 +217,8 @@ def one_line(message: str, known: Sequence[str] = (), words: Sequence[str] = ())
     text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
     if re.search(r"Expected a str\b.* Given value: (True|False)$", text):
         text += "; in YAML yes, no, on and off are that too: put it in quotes."
+    if re.search(r"Expected a list\b.* Got value: [^\[]*,", text):
+        text += "; write a list in brackets: '[a, b]'."
     if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
         return text
     of_class = {"data": "--data.help CLASS", "model": "--model.help CLASS"}.get(

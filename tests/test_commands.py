@@ -221,6 +221,8 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     nested = one_line("model.lora: Option 'r' is not accepted")
     assert nested.endswith("; --model.help CLASS lists the options.")
     yes = one_line('Parser key "data.label_names":\n  Expected a str Given value: True')
+    listed = one_line("data.label_names: Expected a list. Got value: a,b")
+    assert listed.endswith("Got value: a,b; write a list in brackets: '[a, b]'.")
     assert yes.startswith("data.label_names: Expected a str Given value: True; in YAML yes, no")
 
 

@@ -19,7 +19,7 @@ from datamodules.tables import read_table, some
 
 
 class TextClassificationDataModule(SplitDataModule):
-    """Texts of any number of classes; the test set is what training and validation leave.
+    r"""Texts of any number of classes; the test set is what training and validation leave.
 
     Texts that differ only in case, digits and punctuation stay on one side of the split, which is
     stratified by label. A text longer than `max_length` loses its end, and is counted.
@@ -32,7 +32,7 @@ class TextClassificationDataModule(SplitDataModule):
         label_names: the labels as the table has them; their order gives the class indices.
         max_length: maximum tokens per text; longer ones are cut. At most the model's block_size.
         suffix: text put after every text; the head reads the last token, and learns better if that
-            is always the same, such as a line end.
+            is always the same, such as a line end: "\n" in YAML, $'\n' in a shell.
         balance: in each split, keep as many rows of every class as the rarest one has; split_seed
             decides which.
         **options: those of `SplitDataModule`.

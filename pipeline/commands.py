@@ -270,7 +270,7 @@ def export(
 ) -> None:
     """Export a model for transformers, vLLM, PEFT, llama.cpp or Ollama, with a model card.
 
-    Prints the path of the directory. An earlier export there is replaced.
+    Prints the path of the directory. An earlier export there is replaced, whatever its format.
 
     Args:
         ckpt: checkpoint directory, or any source that `import` takes.

@@ -362,11 +362,7 @@ class PipelineCLI(LightningCLI):
 
 
 def main(args: Sequence[str], cli: type[PipelineCLI] = PipelineCLI) -> None:
-    """Runs `fit`, `validate`, `test` or `predict` with its options.
-
-    Raises:
-        ValueError: for a user's mistake, in one line that names the key.
-    """
+    """Runs `fit`, `validate`, `test` or `predict`; a mistake is a ValueError that names the key."""
     quiet_libraries()
     # where a loss is near nothing gradients are denormal, which a CPU multiplies in microcode
     torch.set_flush_denormal(True)

@@ -119,6 +119,10 @@ JUDGE = ("score", "--responses", "r.jsonl", "--judge.base_url", "http://localhos
         (("tokenizer", "train", "-c", "typo.yaml"), ["vocabsize"]),
         (("tokenizer", "train", "-c", "broken.yaml"), ["broken.yaml is not valid YAML"]),
         (("export", "--ckpt", "x", "--output", "y"), ["error: required: --format"]),
+        (
+            ("test", "--ckpt", "no/run"),
+            ["ckpt_path no/run does not exist: it is not in a run of f"],
+        ),
         (("chat", "--ckpt"), ["--ckpt has no value; if it was to be that of a variable"]),
         (
             ("fit", "--model.init_from", "--run.name", "x"),

@@ -157,11 +157,12 @@ def with_options_of_fit(words: Sequence[str]) -> list[str]:
     given = early(parser, words)
     if given.config or not given.ckpt_path:
         return list(words)
+    absent = "" if given.ckpt_path.exists() else "does not exist: it "
     is_inside = given.ckpt_path.parent.name == CHECKPOINTS
     config = (given.ckpt_path.parents[1] if is_inside else given.ckpt_path) / CONFIG
     if not config.is_file() or "trainer" not in load_yaml(config.read_text(encoding="utf-8")):
         raise ValueError(
-            f"ckpt_path {given.ckpt_path} is not in a run of fit, whose {CONFIG} has "
+            f"ckpt_path {given.ckpt_path} {absent}is not in a run of fit, whose {CONFIG} has "
             "the options; give them, for example -c configs/spam.yaml."
         )
     say(f"options: {config}")

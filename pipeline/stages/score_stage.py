@@ -15,6 +15,7 @@ from pipeline.evaluation.judge_config import JudgeConfig
 from pipeline.evaluation.report import before_and_after, score_histogram
 from pipeline.evaluation.responses import Response, read_responses
 from pipeline.evaluation.score import evaluate
+from pipeline.evaluation.summary import MIN_QUESTIONS
 from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import Run, lines_of, read_outcome
 from pipeline.runs.stage_run import mlruns_root, run_once
@@ -144,7 +145,9 @@ def result_lines(directory: Path) -> list[str]:
             continue
         of = f" over {n_paired} pairs" if n_paired < n_items else ""
         interval = "{value:+.2f} [{low:+.2f}, {high:+.2f}]".format(**apart)
-        lines.append(f"{line}, difference {interval}{of}: {row['verdict']}")
+        is_few = row["n_questions"] < MIN_QUESTIONS
+        why = f" (fewer than {MIN_QUESTIONS} different questions)" if is_few else ""
+        lines.append(f"{line}, difference {interval}{of}: {row['verdict']}{why}")
     return lines
 
 

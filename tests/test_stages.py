@@ -368,15 +368,6 @@ def test_scores_compare_before_and_after(tiny: Journey) -> None:
         assert path_digest(tiny.best(stage)) in report
 
 
-def test_few_questions_are_why_a_difference_is_unclear(tiny: Journey, tmp_path: Path) -> None:
-    entries = [{"instruction": f"Name animal {n}.", "output": "cat"} for n in range(3)]
-    (tmp_path / "few.json").write_text(json.dumps(entries))
-    words = [f"--ckpt={tiny.best('instruct')}", f"--data.test_source={tmp_path / 'few.json'}"]
-    _, out, err = said("score", *words, "--max_new_tokens=4")
-    assert "perplexity" in out, err
-    assert "unclear (fewer than 6 different questions)" in out
-
-
 def test_responses_of_any_model_can_be_scored(tiny: Journey, tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     row = {"id": 1, "instruction": "Say hi.", "input": "", "reference": "Hi.", "response": "Hi."}

@@ -1,5 +1,6 @@
 """Whether a checkpoint may be resumed here: the same data, model, precision and processes."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.runs.identity import decisive
 from pipeline.runs.run_directory import CONFIG, OUTCOME, read_outcome
 
 FIXED = "model.optimizer."  # prefix of settings in the optimizer's saved state, never changed
-LENGTHS = {"trainer.max_steps", "trainer.max_epochs", "trainer.max_time"}
+LENGTHS = ("trainer.max_steps", "trainer.max_epochs")
 FROM = "ckpt_path"  # option of fit: the checkpoint that a run goes on from
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
@@ -108,20 +109,29 @@ def interrupted_like(run: Path) -> str:
 
 
 def shorter_than(run: Path) -> str:
-    """Names the last finished run that only its length sets apart; empty without one."""
+    """Names the last finished run that is this one, but shorter; empty without one."""
+    ours = _options(run)
     for other in _newest_first(run):
-        found = differences(_options(other), _options(run))
+        theirs = _options(other)
+        found = differences(theirs, ours)
         found.pop(FROM, None)
-        if not found or not found.keys() <= LENGTHS:
+        longer = {key for key in LENGTHS if _length(theirs, key) < _length(ours, key)}
+        if not found or found.keys() != longer:
             continue
+        facts = f"the finished run {other} is another: {'; '.join(found.values())}"
         try:
             last = (read_outcome(other) or {"outputs": {}})["outputs"].get("last")
-        except ValueError:  # damaged; whoever repeats that run is told
-            continue
-        if last:
-            facts = f"the finished run {other} is another: {'; '.join(found.values())}"
+        except ValueError as error:
+            return f"{facts}; but {error}"
+        if last and Path(last).is_dir():
             return f"{facts}; --{FROM} {shlex.quote(last)} goes on from it"
     return ""
+
+
+def _length(options: Mapping[str, str], key: str) -> float:
+    """Steps or epochs that a run may take; infinite where they are not limited."""
+    text = options.get(key, "")
+    return float(text) if text.isdecimal() else math.inf
 
 
 def _newest_first(run: Path) -> list[Path]:

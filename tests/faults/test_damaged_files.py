@@ -79,16 +79,29 @@ def test_the_outcome_of_a_shorter_run(damage: Damage, tmp_path: Path) -> None:
     for i, run in enumerate((old, new, other)):
         options = {"trainer": {"max_steps": 10 * (i + 1)}, "data": {"seed": i // 2}}
         run.config(options | {"ckpt_path": "x" if run is new else None})
-    (old.path / CHECKPOINTS / "step-00000010").mkdir(parents=True)
+    last = old.path / CHECKPOINTS / "step-00000010"
+    last.mkdir(parents=True)
     assert shorter_than(new.path) == "", "it has not finished"
-    old.finish(outputs={"last": "a b"}, metrics={}, sources={})
-    assert shorter_than(new.path) == (
-        f"the finished run {old.path} is another: trainer.max_steps was 10, is 20; "
-        "--ckpt_path 'a b' goes on from it"
-    )
+    kept = tmp_path / "a b"
+    old.finish(outputs={"last": str(kept)}, metrics={}, sources={})
+    assert shorter_than(new.path) == "", "its checkpoint is gone"
+    kept.mkdir()
+    facts = f"the finished run {old.path} is another: trainer.max_steps was 10, is 20; "
+    assert shorter_than(new.path) == f"{facts}--ckpt_path '{kept}' goes on from it"
     assert shorter_than(other.path) == "", "another seed"
     damage(old.path / OUTCOME)
-    assert shorter_than(new.path) == ""
+    assert shorter_than(new.path).startswith(f"{facts}but {old.path / OUTCOME} is damaged")
+
+
+def test_a_shorter_run_does_not_go_on_from_a_longer_one(tmp_path: Path) -> None:
+    for i, steps in enumerate((10, 20)):
+        run = Run.open(tmp_path / "demo" / f"pretrain-{i:08x}")
+        run.config({"trainer": {"max_steps": steps}})
+        (run.path / CHECKPOINTS / "step-00000010").mkdir(parents=True)
+        run.finish(outputs={"last": str(run.path)}, metrics={}, sources={})
+    long, short = run.path, tmp_path / "demo" / "pretrain-00000000"
+    assert "max_steps was 10, is 20" in shorter_than(long)
+    assert shorter_than(short) == ""
 
 
 @damages

@@ -281,7 +281,8 @@ class PipelineCLI(LightningCLI):
 
     def _say_what_is_new(self, *, must: bool) -> None:
         """Says how an interrupted or shorter run of this name differs: there is none to resume."""
-        other = interrupted_like(self.run_path) or shorter_than(self.run_path)
+        # the first process alone: when the others come here, it may not have opened the run yet
+        other = self.run and (interrupted_like(self.run.path) or shorter_than(self.run.path))
         text = f"; {other}" if other else ""
         if must:
             raise ValueError(

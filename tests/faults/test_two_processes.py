@@ -418,6 +418,18 @@ def test_two_learn_a_head_beside_adapters(classifying: list[str], new_home: NewH
 
 
 @pytest.mark.timeout(900)
+def test_the_second_comes_before_the_first(classifying: list[str], new_home: NewHome) -> None:
+    """It may look for a checkpoint before the first has opened the run; here the first never is."""
+    home = new_home("early")
+    environment = {**os.environ, "GPT_PIPELINE_HOME": str(home), "RANK": "1", "LOCAL_RANK": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    words = [*of_two(classifying, "ddp"), "--run.resume=must"]
+    second = Rank(words, home / "said.txt", environment)
+    assert second.wait() == 2
+    assert "run.resume is must, but" in second.said().splitlines()[-1]
+
+
+@pytest.mark.timeout(900)
 def test_one_of_two_is_killed(classifying: list[str], new_home: NewHome) -> None:
     home = new_home("killed")
     first, second = Two(of_two([*classifying, *at("Pause", 2)], "ddp"), home).ranks

@@ -55,13 +55,13 @@ def test_pretraining_reports_bits_per_byte_beside_baselines(tiny: Journey) -> No
     assert 0 < metrics["val/bits_per_byte"] < 8
 
 
-@pytest.mark.parametrize("rate", ["0.001", "10"])
+@pytest.mark.parametrize("rate", ["0.001", "1"])
 def test_a_model_that_guesses_is_said_to(rate: str, tiny: Journey) -> None:
     words = [*SHORT, *PLAIN, f"--model.init_from={tiny.best('pretrain')}", "--model.trainable=all"]
-    words += [f"--model.optimizer.lr={rate}", "--trainer.max_steps=40"]
+    words += [f"--model.optimizer.lr={rate}", "--trainer.max_steps=40", "--precision=32-true"]
     code, _, err = said("fit", f"--config={CONFIGS}/spam.yaml", *words)
     assert code == 0, err
-    assert ("is no lower than that of guessing blindly, 0.693; lower" in err) == ("10" in rate), err
+    assert ("is no lower than that of guessing blindly, 0.693; lower" in err) == (rate == "1"), err
 
 
 def test_a_model_knows_which_rows_of_its_head_are_tokens(tiny: Journey) -> None:

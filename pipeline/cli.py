@@ -268,13 +268,12 @@ class PipelineCLI(LightningCLI):
         """
         config = self.config_init[self.subcommand]
         self.model.allow_changes = config.run.allow_changes
-        given = config.ckpt_path
         if config.run.resume != "never":
-            folder = self.run_path / CHECKPOINTS
-            newest = newest_valid(folder, set_aside=self.run is not None)
-            if newest is None and given is None:
+            newest = newest_valid(self.run_path / CHECKPOINTS, set_aside=self.run is not None)
+            if newest:
+                config.ckpt_path = str(newest)
+            elif config.ckpt_path is None:
                 self._say_what_is_new(must=config.run.resume == "must")
-            config.ckpt_path = str(newest) if newest else given
         self.model.ckpt_path = config.ckpt_path
         if config.ckpt_path is not None and self.run:
             say(f"resuming from {config.ckpt_path}")

@@ -124,7 +124,7 @@ class GPTConfig:
 class AttentionContext:
     """What attention must know about its rows, the same in every block."""
 
-    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of positions, if rotary
+    rotation: tuple[Tensor, Tensor] | None = None  # cosines and sines of x's positions, if rotary
     mask: Tensor | None = None  # what may be attended to, if not just causal; (B, 1, T, S)
     additive: Tensor | None = None  # the same for `attention_products`, (B G, H/G T, S)
     cache: KVCache | None = None  # keys and values of earlier tokens
@@ -148,21 +148,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         size = self.config.head_size
-        q, k, v = (split_heads(layer(x), size, context) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).unflatten(2, (-1, size)) for layer in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        q, k, v = (heads_first(each, context) for each in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(self.layer, torch.cat((k, v), dim=1))
         dropout = self.config.dropout if self.training else 0.0
         return self.o(attend(q, k, v, context, self.config.causal, dropout))
 
 
-def split_heads(x: Tensor, size: int, context: AttentionContext) -> Tensor:
-    """(B, T, H D), or unpadded (1, N, H D), -> (B, H, T, D), for however many heads there are."""
+def heads_first(x: Tensor, context: AttentionContext) -> Tensor:
+    """(B, T, H, D), or unpadded (1, N, H, D), -> (B, H, T, D), for however many heads there are."""
     x = x if context.unpadding is None else context.unpadding.restore(x)
-    return x.unflatten(2, (-1, size)).transpose(1, 2)
+    return x.transpose(1, 2)
 
 
 def attend(
@@ -342,6 +343,10 @@ class GPT(nn.Module):
             shares = self.config.causal and is_first and not (self.training and self.draws_dropout)
             unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
             x = unpadding.drop(x)
+            if rotation is not None:
+                rows = input_ids.shape
+                cos, sin = (unpadding.drop(table.expand(*rows, -1, -1)) for table in rotation)
+                rotation = cos, sin
         x, context = self.dropout(x), AttentionContext(rotation, mask, additive, cache, unpadding)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
@@ -361,7 +366,7 @@ class GPT(nn.Module):
             return x + self.position_embedding.weight[places], None
         dtype = product_dtype(x)
         cos, sin = self.cos[places].to(dtype), self.sin[places].to(dtype)  # (T, D) or (B, T, D)
-        return x, (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+        return x, (cos.unsqueeze(-2), sin.unsqueeze(-2))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., C) -> float32 logits (..., V), of the tokenizer's ids only."""

@@ -157,6 +157,15 @@ def test_rms_norm_has_the_gradients_of_torch() -> None:
     assert all(mine <= 1.01 * theirs for mine, theirs in zip(*errors, strict=True))
 
 
+def test_autocast_does_not_round_the_backward_pass_of_a_norm() -> None:
+    torch.manual_seed(0)
+    x, grad, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+    plain = _normalised(RMSNorm(64, eps=0.1), x, weight, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = _normalised(RMSNorm(64, eps=0.1), x, weight, grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 def _normalised(norm: nn.RMSNorm, x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
     norm.weight, x = nn.Parameter(weight), x.clone().requires_grad_()
     y = norm(x)

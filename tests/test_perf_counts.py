@@ -43,7 +43,7 @@ PER_ATTENTION = 2 + 4  # forward: scores, weighted values; backward: both factor
 FROZEN_HEAD = 1 + 1  # forward; backward to the hidden states alone
 FIRST_LAYER_QKV = 3 * 2  # their input is frozen: two of the five backward products fall away
 
-TRAINING_PASSES = 55  # of a block, forward and backward, without its products
+TRAINING_PASSES = 54  # of a block, forward and backward, without its products
 DECODING_PRODUCTS = 4  # q k v; o; gate up; down; where oneDNN lays matrices out
 DECODING_OPERATIONS = 40  # of a block, views included; those products and two of attention too
 
@@ -131,13 +131,15 @@ def test_logits_exist_where_there_is_a_loss(tiny: Journey, tmp_path: Path) -> No
 
 
 def test_linear_layers_see_distinct_real_tokens(tiny: Journey, tmp_path: Path) -> None:
-    """All seven of both blocks; padding, and again what rows begin with, costs attention alone."""
+    """All seven of both blocks, and rotations; padding and what rows share cost attention alone."""
     module = language_model(gpt=replace(training.TINY, dropout=0.0))
     watch = watched(module, instruction_data(tiny.tokenizer), tmp_path)
     expected = sum(map(n_distinct, watch.batch))
     assert expected < sum(micro_batch["input_ids"].numel() for micro_batch in watch.batch)
     assert set(watch.tokens.values()) == {expected}
     assert len(watch.tokens) == 2 * 7
+    rotated = [out.shape[:2].numel() for _, _, out in watch.operations.named("addcmul")]
+    assert rotated == [n_distinct(batch) for batch in watch.batch for _ in range(2 * 2)]
 
 
 @pytest.fixture

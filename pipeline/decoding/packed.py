@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.gpt import GPT, AttentionContext, Block, attend, split_heads
+from pipeline.gpt import GPT, AttentionContext, Block, attend, heads_first
 from pipeline.layers.rotary import rotate
 
 ROWS_LAID_OUT_FOR = 16  # good for 1 to 800 rows, as measured (benchmarks/NOTES.md)
@@ -95,14 +95,15 @@ class PackedBlock(nn.Module):
 
     def _attend(self, qkv: Tensor, context: AttentionContext) -> Tensor:
         n_head, n_kv_head = self.config.n_head, self.config.n_kv_head
-        heads = split_heads(qkv, self.config.head_size, context)  # (B, H + 2 G, T, D)
-        qk = heads.narrow(1, 0, n_head + n_kv_head)
+        heads = qkv.unflatten(2, (-1, self.config.head_size))  # (B, T, H + 2 G, D)
+        qk = heads.narrow(2, 0, n_head + n_kv_head)
         if self.q_norm is not None:
-            q, k = qk.split((n_head, n_kv_head), dim=1)
+            q, k = qk.split((n_head, n_kv_head), dim=2)
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
         if context.rotation is not None:
             rotate(qk, *context.rotation, out=qk)
+        heads = heads_first(heads, context)  # (B, H + 2 G, T, D)
         q, kv = heads.split_with_sizes((n_head, 2 * n_kv_head), dim=1)
         k, v = kv.chunk(2, dim=1) if context.cache is None else context.cache.update(self.layer, kv)
         return attend(q, k, v, context, self.config.causal)

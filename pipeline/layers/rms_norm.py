@@ -47,7 +47,8 @@ class _Normalise(torch.autograd.Function):
             normalised = (wide * scale).mul_(grad)
             grad_weight = normalised.flatten(0, -2).sum(0).to(weight.dtype)
         scaled = (grad * weight).mul_(scale)
-        along = torch.linalg.vecdot(scaled, wide)[..., None] * scale.square().div_(x.shape[-1])
+        along = (scaled * wide).sum(-1, keepdim=True)  # not vecdot, which autocast would round
+        along *= scale.square().div_(x.shape[-1])
         return scaled.addcmul_(wide, along, value=-1).to(x.dtype), grad_weight, None
 
 

@@ -40,7 +40,7 @@ class RopeScaling:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotates x (B, H, T, D) by its positions, halves paired as in Llama; cos, sin broadcast to it.
+    """Rotates x (B, T, H, D) by its positions, halves paired as in Llama; cos, sin broadcast to it.
 
     `out` may be x itself, if there is no backward pass.
     """

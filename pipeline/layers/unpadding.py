@@ -34,9 +34,9 @@ class Unpadding:
         self.sources = torch.where(shared, places[:1], places).flatten()  # (B T,)
 
     def drop(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (1, N, C)."""
+        """(B, T, ...) -> (1, N, ...)."""
         return x.flatten(0, 1).index_select(0, self.kept)[None]
 
     def restore(self, x: Tensor) -> Tensor:
-        """(1, N, C) -> (B, T, C); a pad gets the state of a real token."""
-        return x[0].index_select(0, self.sources).unflatten(0, self.shape)
+        """(1, N, ...) -> (B, T, ...); a pad gets the state of a real token."""
+        return x.squeeze(0).index_select(0, self.sources).unflatten(0, self.shape)

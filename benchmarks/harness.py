@@ -62,7 +62,7 @@ class Workload:
         contestants: who does the work.
         n_warmup: first steps, which do not count.
         flops_per_token: of the model, forward and backward, for the share of the ceiling.
-        loss_tolerance: largest relative difference between final losses for work to be equal.
+        loss_tolerance: largest relative difference between mean losses for work to be equal.
         data: file that all contestants are given; its digest is kept in the results.
         ends_freely: whether texts may end elsewhere than float32's where a precision rounds.
         unit: of the rates.
@@ -103,8 +103,8 @@ class Result:
         self.tokens.append(tokens)
         self.rates.append(tokens / seconds)
         self.warmup_seconds.append(sum(s["seconds"] for s in warmup))
-        last = [s["loss"] for s in steps if s["loss"] is not None][-10:]
-        self.losses += [statistics.mean(last)] if last else []
+        losses = [s["loss"] for s in steps if s["loss"] is not None]
+        self.losses += [statistics.mean(losses)] if losses else []
         self.outputs.append(_digest(record["outputs"]) if "outputs" in record else None)
         self.rss.append(record["rss"])
         if workload.flops_per_token and ceiling:
@@ -142,7 +142,7 @@ def _digest(value: Any) -> str:
 
 
 def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
-    """Checks for equal token counts, matching final losses and, in float32, identical outputs.
+    """Checks for equal token counts, matching mean losses and, in float32, identical outputs.
 
     Raises:
         RuntimeError: if a contestant differs.
@@ -156,7 +156,7 @@ def check_equal_work(workload: Workload, results: Sequence[Result]) -> None:
         apart = max((abs(theirs - our) / our for theirs, our in pairs), default=0.0)
         if apart > workload.loss_tolerance:
             raise RuntimeError(
-                f"{result.name} ends at a loss of {result.losses}, {ours.name} at {ours.losses}"
+                f"{result.name} has mean losses of {result.losses}, {ours.name} {ours.losses}"
             )
     if len({output for r in results if r.precision == "float32" for output in r.outputs}) > 1:
         raise RuntimeError("in float32 not all give the same output")

@@ -166,8 +166,8 @@ def spam_tuning() -> Workload:
 
     flops = _adapted_flops(16, ["all-linear"])
     title = f"LoRA (r 16, all linears) on messages, {n_steps} steps of 8"
-    # heads begin at random, each its own: after 40 steps losses agree roughly, 0.31 and 0.36
-    return Workload("P4", title, list(contestants()), 2, flops, 0.5, steps)
+    # heads begin at random, each its own: losses agree step by step, but roughly
+    return Workload("P4", title, list(contestants()), 2, flops, 0.2, steps)
 
 
 def generation(n_prompts: int) -> Workload:

@@ -90,7 +90,7 @@ def test_other_work_is_refused(results: list[Result]) -> None:
     with pytest.raises(RuntimeError, match="same output"):
         check_equal_work(workload(), [ours, other])
     worse = Result(**{**vars(theirs), "losses": [1.0, 1.5]})
-    with pytest.raises(RuntimeError, match="theirs ends at a loss"):
+    with pytest.raises(RuntimeError, match="theirs has mean losses of"):
         check_equal_work(workload(), [ours, worse])
 
 

@@ -235,7 +235,20 @@ def test_what_is_not_on_the_hub(hub: Hub) -> None:
 def test_a_hub_that_is_gone(hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
-    assert "go online once, or give a directory" in refusal("me/tiny")
+    said = refusal("me/tiny")
+    assert "fetched from the hub ([Errno 111] Connection refused)" in said
+    assert "go online once, or give a directory" in said
+
+
+def test_a_mistyped_path_is_told_what_is_beside_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-a", "tiny-b"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+    assert "exports/tiny-c is not a path here (exports/ has tiny-a, tiny-b)" in refusal(
+        "exports/tiny-c"
+    )
 
 
 @pytest.mark.timeout(60)

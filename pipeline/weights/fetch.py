@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from dataclasses import dataclass
@@ -169,14 +170,29 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         has_weights = (fetched / hf.WEIGHTS).is_file() or (fetched / hf.INDEX).is_file()
         names = [] if has_weights else HfApi().list_repo_files(repository, revision=revision)
     except Exception as error:  # its own, its HTTP library's or the system's
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{asked} is not a path here and could not be fetched from the hub ({reason}); check "
-            "the name, go online once, or give a directory."
+            f"{asked} is not a path here{_neighbours(Path(repository))} and could not be fetched "
+            f"from the hub ({_reason(error)}); check the name, go online once, or give a directory."
         ) from error
     if names:
         raise ValueError(f"{asked} cannot be used: {hf.no_weights(names)}")
     return fetched
+
+
+def _neighbours(path: Path) -> str:
+    """What the folder of a mistyped path has instead, if there is such a folder."""
+    if path.parent == Path() or not path.parent.is_dir():
+        return ""
+    names = sorted(child.name for child in path.parent.iterdir())
+    return f" ({path.parent}/ has {', '.join(names[:8]) or 'nothing'})"
+
+
+def _reason(error: Exception) -> str:
+    """One line. Offline, what failed is the cause of a long text about what is not cached."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    return textwrap.shorten(str(cause or error), 200, placeholder=" ...")
 
 
 def _clear_abandoned(repository: str) -> None:

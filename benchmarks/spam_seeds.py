@@ -1,9 +1,10 @@
 """Spam accuracy over seeds: new splits and training runs, the chain's hyperparameters.
 
-    python benchmarks/spam_seeds.py 5
+    python -m benchmarks.spam_seeds 5
 
-Runs the spam stages of configs/run/smollm2.yaml once per seed (finished ones are reused) and prints
-every seed, the mean, and its 95 % confidence interval by Student's t.
+Runs the spam stages of configs/run/smollm2.yaml once per seed (finished ones are reused), saves all
+their metrics as JSON, and prints every seed, the mean, and its 95 % confidence interval by
+Student's t.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import yaml
 from scipy import stats
 
+from benchmarks.harness import results_folder
 from pipeline.runs.stage_run import mlruns_root
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +62,8 @@ def scores(folder: Path, seed: int) -> dict[str, dict[str, float]]:
 def main(n_seeds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         by_seed = {seed: scores(Path(folder), seed) for seed in range(1, n_seeds + 1)}
+    path = results_folder() / "spam-seeds.json"
+    path.write_text(json.dumps(by_seed, indent=1) + "\n")
     for stage in by_seed[1]:
         for measure in MEASURES:
             values = [100 * by_seed[seed][stage][measure] for seed in by_seed]

@@ -181,7 +181,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 def _neighbours(path: Path) -> str:
     """What the folder of a mistyped path has instead, if there is such a folder."""
-    if path.parent == Path() or not path.parent.is_dir():
+    if path.parent == Path() or not os.access(path.parent, os.R_OK | os.X_OK):
         return ""
     names = sorted(child.name for child in path.parent.iterdir())
     return f" ({path.parent}/ has {', '.join(names[:8]) or 'nothing'})"

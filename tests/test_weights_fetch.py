@@ -246,9 +246,16 @@ def test_a_mistyped_path_is_told_what_is_beside_it(
     monkeypatch.chdir(tmp_path)
     for name in ("tiny-a", "tiny-b"):
         (tmp_path / "exports" / name).mkdir(parents=True)
-    assert "exports/tiny-c is not a path here (exports/ has tiny-a, tiny-b)" in refusal(
-        "exports/tiny-c"
+    assert "tiny-c is not a path here (exports/ has tiny-a, tiny-b)" in refusal("exports/tiny-c")
+    assert "step-9 does not exist (exports/ has tiny-a, tiny-b); give" in refusal(
+        "exports/c/step-9"
     )
+    for i in range(9):
+        (tmp_path / "exports" / "tiny-a" / f"{i}.bin").touch()
+    assert "(exports/tiny-a/ has 0.bin, 1.bin, 2.bin, 3.bin, 4.bin, 5.bin, 6.bin, 7.bin, ...)" in (
+        refusal("./exports/tiny-a/model.gguf")
+    )
+    assert "me/other is not a path here and could not" in refusal("me/other")
 
 
 @pytest.mark.timeout(60)

@@ -24,6 +24,7 @@ from pipeline.weights import huggingface_in as hf
 EXPORTED_GGUF = "model.gguf"  # in an exported directory
 PIP_PATIENCE_S = 3600.0  # for all of a download
 ABANDONED_AFTER_S = 3600.0  # since a download last wrote
+N_NEIGHBOURS = 8  # shown beside a mistyped path
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -66,8 +67,9 @@ def locate(source: str | Path) -> Path:
     named = _HUB_NAME.fullmatch(str(source))
     if named is None or path.suffix in (".gguf", ".safetensors"):
         raise ValueError(
-            f"{source} does not exist; give a checkpoint directory, a Hugging Face directory, a "
-            f".gguf file, a repository of the hub (owner/name), or {', '.join(PACKAGED)}."
+            f"{source} does not exist{_neighbours(path)}; give a checkpoint directory, a Hugging "
+            "Face directory, a .gguf file, a repository of the hub (owner/name), or "
+            f"{', '.join(PACKAGED)}."
         )
     return _from_hub(named["repository"], named["revision"])
 
@@ -180,11 +182,13 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 
 def _neighbours(path: Path) -> str:
-    """What the folder of a mistyped path has instead, if there is such a folder."""
-    if path.parent == Path() or not os.access(path.parent, os.R_OK | os.X_OK):
+    """What the nearest folder of a mistyped path has instead, if there is such a folder."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    if folder in (Path(), Path(path.anchor)) or not os.access(folder, os.R_OK | os.X_OK):
         return ""
-    names = sorted(child.name for child in path.parent.iterdir())
-    return f" ({path.parent}/ has {', '.join(names[:8]) or 'nothing'})"
+    names = sorted(child.name for child in folder.iterdir())
+    shown = [*names[:N_NEIGHBOURS], *(["..."] if len(names) > N_NEIGHBOURS else [])]
+    return f" ({folder}/ has {', '.join(shown) or 'nothing'})"
 
 
 def _reason(error: Exception) -> str:

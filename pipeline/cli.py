@@ -33,7 +33,7 @@ from pipeline.hardware import available_memory_bytes, resolve_precision
 from pipeline.resume import interrupted_like, shorter_than
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import Attempt, find_run, what_changed
-from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
+from pipeline.runs.run_directory import CONFIG, AlreadyFinished, Run, lines_of, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
@@ -279,16 +279,17 @@ class PipelineCLI(LightningCLI):
             say(f"resuming from {config.ckpt_path}")
 
     def _say_what_is_new(self, *, must: bool) -> None:
-        """Says how an interrupted or shorter run of this name differs: there is none to resume."""
-        # the first process alone: when the others come here, it may not have opened the run yet
-        other = self.run and (interrupted_like(self.run.path) or shorter_than(self.run.path))
+        """Says how a shorter or interrupted run of this name differs: there is none to resume."""
+        # when other processes come here, the first may not have opened the run yet
+        is_open = (self.run_path / CONFIG).is_file()
+        other = is_open and (shorter_than(self.run_path) or interrupted_like(self.run_path))
         text = f"; {other}" if other else ""
         if must:
             raise ValueError(
                 f"run.resume is must, but {self.run_path / CHECKPOINTS} holds no whole checkpoint"
                 f"{text}; give auto to start anew where there is none."
             )
-        if other:
+        if other and self.run:
             say(f"starting anew{text}")
 
     def after_fit(self) -> None:

@@ -13,11 +13,12 @@ from pipeline.arguments import load_yaml
 from pipeline.checkpoint import stem_of
 from pipeline.directories import CHECKPOINTS
 from pipeline.runs.identity import decisive
-from pipeline.runs.run_directory import CONFIG, OUTCOME, read_outcome
+from pipeline.runs.run_directory import CONFIG, OUTCOME, is_open, read_outcome
 
 FIXED = "model.optimizer."  # prefix of settings in the optimizer's saved state, never changed
 LENGTHS = ("trainer.max_steps", "trainer.max_epochs")
 FROM = "ckpt_path"  # option of fit: the checkpoint that a run goes on from
+N_COMPARED = 50  # newest finished runs of a name, of which a sweep may have thousands
 _SHOWN = 40  # characters of a value; a digest is cut to fewer
 _DIGEST_LENGTH = 64
 
@@ -98,20 +99,21 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
 def interrupted_like(run: Path) -> str:
     """Names the last interrupted run of the same name and how it differs; empty without one."""
     others = [other for other in _newest_first(run) if not (other / OUTCOME).exists()]
-    if not others:
+    other = next((other for other in others if not is_open(other)), None)
+    if other is None:
         return ""
-    other = others[0]
     theirs, ours = _options(other), _options(run)
     if not theirs:
-        return f"there is an interrupted run {other}, but its {CONFIG} is damaged"
-    found = "; ".join(differences(theirs, ours).values())
+        return f"there is an interrupted run {other}, but its {CONFIG} cannot be read"
+    if not (found := "; ".join(differences(theirs, ours).values())):
+        return f"the interrupted run {other} had the same options, but other files or weights"
     return f"the interrupted run {other} is another: {found}"
 
 
 def shorter_than(run: Path) -> str:
     """Names the last finished run that is this one, but shorter; empty without one."""
     ours = _options(run)
-    for other in _newest_first(run):
+    for other in _newest_first(run)[:N_COMPARED]:
         theirs = _options(other)
         found = differences(theirs, ours)
         found.pop(FROM, None)
@@ -148,10 +150,10 @@ def _newest_first(run: Path) -> list[Path]:
 
 
 def _options(run: Path) -> dict[str, str]:
-    """The options that decide a run's result, by dotted key; empty if the file is damaged."""
+    """The options that decide a run's result, by dotted key; empty if they cannot be read."""
     try:
         config = load_yaml((run / CONFIG).read_text("utf-8"))
-    except (ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):  # of another's run, too
         return {}
     found = decisive(config) if isinstance(config, dict) else {}
     return {key: str(value) for key, value in found.items()}

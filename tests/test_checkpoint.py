@@ -318,7 +318,7 @@ def test_a_base_that_is_gone_is_named(tuned: Path) -> None:
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere does not exist .*; give a checkpoint directory"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist .*; give a checkpoint directory"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(

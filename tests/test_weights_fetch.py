@@ -252,9 +252,10 @@ def test_a_mistyped_path_is_told_what_is_beside_it(
     )
     for i in range(9):
         (tmp_path / "exports" / "tiny-a" / f"{i}.bin").touch()
-    assert "(exports/tiny-a/ has 0.bin, 1.bin, 2.bin, 3.bin, 4.bin, 5.bin, 6.bin, 7.bin, ...)" in (
-        refusal("./exports/tiny-a/model.gguf")
-    )
+    (tmp_path / "exports" / "tiny-a" / ".hidden").touch()
+    said = refusal("./exports/tiny-a/8.ban")
+    assert "8.bin, ...); give" in said
+    assert "hidden" not in said
     assert "me/other is not a path here and could not" in refusal("me/other")
 
 

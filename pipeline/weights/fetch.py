@@ -1,5 +1,6 @@
 """Weights by path or name; published ones are fetched once, on demand, and then used offline."""
 
+import difflib
 import os
 import re
 import resource
@@ -7,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import zipfile
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ EXPORTED_GGUF = "model.gguf"  # in an exported directory
 PIP_PATIENCE_S = 3600.0  # for all of a download
 ABANDONED_AFTER_S = 3600.0  # since a download last wrote
 N_NEIGHBOURS = 8  # shown beside a mistyped path
+LONGEST_REASON = 200  # characters
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
@@ -182,13 +183,18 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 
 def _neighbours(path: Path) -> str:
-    """What the nearest folder of a mistyped path has instead, if there is such a folder."""
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    if folder in (Path(), Path(path.anchor)) or not os.access(folder, os.R_OK | os.X_OK):
+    """What the nearest folder of a mistyped path has instead, if it can be read."""
+    try:
+        folder = next(parent for parent in path.parents if parent.is_dir())
+        names = sorted(child.name for child in folder.iterdir() if child.name[0] != ".")
+    except OSError:  # the path is refused in any case
         return ""
-    names = sorted(child.name for child in folder.iterdir())
-    shown = [*names[:N_NEIGHBOURS], *(["..."] if len(names) > N_NEIGHBOURS else [])]
-    return f" ({folder}/ has {', '.join(shown) or 'nothing'})"
+    if folder in (Path(), Path(path.anchor)):
+        return ""
+    missing = path.relative_to(folder).parts[0]
+    near = difflib.get_close_matches(missing, names, n=N_NEIGHBOURS, cutoff=0.0)
+    more = ", ..." if len(names) > len(near) else ""
+    return f" ({folder}/ has {', '.join(sorted(near)) or 'nothing'}{more})"
 
 
 def _reason(error: Exception) -> str:
@@ -196,7 +202,9 @@ def _reason(error: Exception) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-    return textwrap.shorten(str(cause or error), 200, placeholder=" ...")
+    failed = cause or error
+    text = " ".join(str(failed).split()) or type(failed).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
 
 
 def _clear_abandoned(repository: str) -> None:

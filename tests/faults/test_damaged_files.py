@@ -68,9 +68,20 @@ def test_the_config_of_an_interrupted_run(damage: Damage, tmp_path: Path) -> Non
     damage(paths[0] / CONFIG)
     text = interrupted_like(paths[1])
     assert str(paths[0]) in text
-    assert f"its {CONFIG} is damaged" in text or damage is truncate, "which may be YAML"
+    assert f"its {CONFIG} cannot be read" in text or damage is truncate, "which may be YAML"
     (paths[0] / CONFIG).unlink()
     assert interrupted_like(paths[1]) == ""
+
+
+def test_a_run_that_is_at_work_is_not_interrupted(tmp_path: Path) -> None:
+    at_work, new = (Run.open(tmp_path / "demo" / f"pretrain-{i:08x}") for i in range(2))
+    for run in (at_work, new):
+        run.config({"data": {"seed": 1}})
+    (at_work.path / CHECKPOINTS / "step-00000001").mkdir(parents=True)
+    assert interrupted_like(new.path) == ""
+    at_work.fail("killed")
+    text = f"the interrupted run {at_work.path} had the same options, but other files or weights"
+    assert interrupted_like(new.path) == text
 
 
 @damages

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -426,7 +427,18 @@ def test_the_second_comes_before_the_first(classifying: list[str], new_home: New
     words = [*of_two(classifying, "ddp"), "--run.resume=must"]
     second = Rank(words, home / "said.txt", environment)
     assert second.wait() == 2
-    assert "run.resume is must, but" in second.said().splitlines()[-1]
+    said = second.said().splitlines()[-1]
+    assert "run.resume is must, but" in said
+    (path,) = re.findall(r"but (\S+)/checkpoints holds", said)
+    interrupted = Path(f"{path[:-8]}00000000")
+    (interrupted / "checkpoints" / "step-00000001").mkdir(parents=True)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for i, opened in enumerate((Path(path), interrupted)):  # and here the first has opened it
+        (opened / "config.yaml").write_text(f"data: {{seed: {i}}}")
+    second = Rank(words, home / "again.txt", environment)
+    assert second.wait() == 2
+    told = f"; the interrupted run {interrupted} is another: data.seed was 1, is 0;"
+    assert told in second.said().splitlines()[-1]
 
 
 @pytest.mark.timeout(900)

@@ -30,10 +30,10 @@ from pipeline.console import say
 from pipeline.directories import CHECKPOINTS, path_digest
 from pipeline.failures import explain
 from pipeline.hardware import available_memory_bytes, resolve_precision
-from pipeline.resume import interrupted_like, shorter_than
+from pipeline.resume import earlier_like
 from pipeline.runs.identity import decisive
 from pipeline.runs.reuse import Attempt, find_run, what_changed
-from pipeline.runs.run_directory import CONFIG, AlreadyFinished, Run, lines_of, read_outcome
+from pipeline.runs.run_directory import AlreadyFinished, Run, lines_of, read_outcome
 from pipeline.runs.stage_run import RUN_VARIABLE, mlruns_root, open_run
 from pipeline.training.callbacks import LossSpikes, Throughput
 from pipeline.training.checkpoint_callback import Checkpoints, DirectoryCheckpointIO
@@ -280,9 +280,7 @@ class PipelineCLI(LightningCLI):
 
     def _say_what_is_new(self, *, must: bool) -> None:
         """Says how a shorter or interrupted run of this name differs: there is none to resume."""
-        # when other processes come here, the first may not have opened the run yet
-        is_open = (self.run_path / CONFIG).is_file()
-        other = is_open and (shorter_than(self.run_path) or interrupted_like(self.run_path))
+        other = earlier_like(self.run_path)
         text = f"; {other}" if other else ""
         if must:
             raise ValueError(

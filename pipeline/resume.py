@@ -96,6 +96,14 @@ def check_tensors(what: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Te
             )
 
 
+def earlier_like(run: Path) -> str:
+    """Names a shorter or interrupted run of the same name and how it differs; empty without one.
+
+    Empty, too, if the run is not open yet: other processes may ask before the first opens it.
+    """
+    return (shorter_than(run) or interrupted_like(run)) if (run / CONFIG).is_file() else ""
+
+
 def interrupted_like(run: Path) -> str:
     """Names the last interrupted run of the same name and how it differs; empty without one."""
     others = [other for other in _newest_first(run) if not (other / OUTCOME).exists()]

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
 
 MAX_TRAIN_BYTES = 8 << 20  # the last ones of a longer training text
 MAX_HELDOUT_BYTES = 2 << 20  # the first ones of a longer held-out text
@@ -110,6 +107,10 @@ def tfidf_baseline(
     Returns:
         (n_test, n_classes) probabilities; column i is class i.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
     n_classes = len(set(train_labels))
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2),

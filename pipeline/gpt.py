@@ -23,6 +23,7 @@ from pipeline.layers.attention_products import additive_mask, attention_products
 from pipeline.layers.meta_device import WithoutInit
 from pipeline.layers.rms_norm import RMSNorm
 from pipeline.layers.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
+from pipeline.layers.swiglu import swiglu
 from pipeline.layers.unpadding import Unpadding
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.down(swiglu(self.gate(x), self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 

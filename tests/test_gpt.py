@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import lora
@@ -16,6 +17,7 @@ from pipeline.decoding.kv_cache import KVCache
 from pipeline.gpt import GPT, INIT_STD, GPTConfig
 from pipeline.layers.attention_products import attention_products
 from pipeline.layers.rms_norm import RMSNorm
+from pipeline.layers.swiglu import swiglu
 from pipeline.lora import LoRAConfig
 from pipeline.loss import next_token_loss
 from pipeline.training.flops import flops_per_token
@@ -170,6 +172,21 @@ def _normalised(norm: nn.RMSNorm, x: Tensor, weight: Tensor, grad: Tensor) -> li
     norm.weight, x = nn.Parameter(weight), x.clone().requires_grad_()
     y = norm(x)
     return [y.detach(), *torch.autograd.grad(y, (x, norm.weight), grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_has_the_bits_of_autograd_and_keeps_its_inputs_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(4, 33, dtype=dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(4, 33, dtype=dtype)
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = swiglu(gate, up)
+    plain = F.silu(gate) * up
+    gradients = (torch.autograd.grad(z, (gate, up), grad) for z in (y, plain))
+    assert torch.equal(y, plain)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept == [gate.data_ptr(), up.data_ptr()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,7 +43,7 @@ PER_ATTENTION = 2 + 4  # forward: scores, weighted values; backward: both factor
 FROZEN_HEAD = 1 + 1  # forward; backward to the hidden states alone
 FIRST_LAYER_QKV = 3 * 2  # their input is frozen: two of the five backward products fall away
 
-TRAINING_PASSES = 54  # of a block, forward and backward, without its products
+TRAINING_PASSES = 55  # of a block, forward and backward, without its products
 DECODING_PRODUCTS = 4  # q k v; o; gate up; down; where oneDNN lays matrices out
 DECODING_OPERATIONS = 40  # of a block, views included; those products and two of attention too
 

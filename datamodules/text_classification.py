@@ -29,7 +29,8 @@ class TextClassificationDataModule(SplitDataModule):
             .tsv, .jsonl or .parquet table.
         text_column: column of the texts.
         label_column: column of the labels.
-        label_names: the labels as the table has them; their order gives the class indices.
+        label_names: the labels as the table has them; their order gives the class indices. null
+            takes those that are found, sorted.
         max_length: maximum tokens per text; longer ones are cut. At most the model's block_size.
         suffix: text put after every text; the head reads the last token, and learns better if that
             is always the same, such as a line end: "\n" in YAML, $'\n' in a shell.
@@ -50,7 +51,7 @@ class TextClassificationDataModule(SplitDataModule):
         source: str,
         text_column: str,
         label_column: str,
-        label_names: list[str | int],
+        label_names: list[str | int] | None,
         max_length: int,
         suffix: str,
         balance: bool,
@@ -59,24 +60,30 @@ class TextClassificationDataModule(SplitDataModule):
         super().__init__(source=source, **options)
         if max_length < 1:
             raise ValueError(f"data.max_length is {max_length}; give at least 1 token.")
-        if len(label_names) < 2 or len(set(map(str, label_names))) < len(label_names):
-            raise ValueError(f"data.label_names is {label_names}; give two or more, all different.")
+        names = None if label_names is None else [str(name) for name in label_names]
+        if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ValueError(
+                f"data.label_names is {label_names}; give two or more, all different, or null."
+            )
         self.max_length, self.suffix, self.balance = max_length, suffix, balance
         self.text_column, self.label_column = text_column, label_column
-        self.label_names = [str(name) for name in label_names]
+        self.label_names = names or []  # until the texts are read, if they are to be found
+        self._are_found = names is None
         self._met: Counter[str] = Counter()  # labels in the tables, and in how many rows
 
     def read(self) -> None:
         """Reads and splits the texts."""
         self._met.clear()
         try:
-            rows = self._read(self._rows_of, self._text_and_class)
+            rows = self._read(self._rows_of, self._text_and_label)
         except ValueError as error:
-            if self._met.keys() <= set(self.label_names):
+            if self._are_found or self._met.keys() <= set(self.label_names):
                 raise
-            met = [f"{label[:40]} ({count})" for label, count in self._met.most_common()]
-            raise ValueError(f"{error} The labels read are {some(met)}.") from error
-        self._texts, self._labels = [text for text, _ in rows], [label for _, label in rows]
+            raise ValueError(f"{error} The labels read are {self._labels_met()}.") from error
+        if self._are_found:
+            self.label_names = self._find_labels(len(rows))
+        index = {name: i for i, name in enumerate(self.label_names)}
+        self._texts, self._labels = [text for text, _ in rows], [index[name] for _, name in rows]
         self._keys = [splits.canonical_key(text, mask_digits=True) for text in self._texts]
         self._split(self._keys, self._labels[: len(self._own["train"])])
         if self.balance:
@@ -127,8 +134,8 @@ class TextClassificationDataModule(SplitDataModule):
         cells = zip(frame[self.text_column], frame[self.label_column], strict=True)
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(cells, start=1))
 
-    def _text_and_class(self, row: int, cells: tuple[Any, Any]) -> tuple[str, int]:
-        return _text(cells[0], self.text_column), self._class_index(cells[1])
+    def _text_and_label(self, row: int, cells: tuple[Any, Any]) -> tuple[str, str]:
+        return _text(cells[0], self.text_column), self._label(cells[1])
 
     def _contradictions(self) -> list[str]:
         """Texts that occur with different labels, shortened for a message."""
@@ -137,18 +144,36 @@ class TextClassificationDataModule(SplitDataModule):
             labels.setdefault(text.strip(), set()).add(label)
         return [repr(text[:40]) for text, found in labels.items() if len(found) > 1]
 
-    def _class_index(self, label: Any) -> int:
-        if _missing(label) or str(label) == "":
+    def _label(self, cell: Any) -> str:
+        if _missing(cell) or str(cell) == "":
             raise ValueError(f"it has no {self.label_column!r}; give it a label, or drop it.")
-        if isinstance(label, float) and label.is_integer():  # an integer in a column with gaps
-            label = int(label)
-        self._met[str(label)] += 1
-        if str(label) not in self.label_names:
+        if isinstance(cell, float) and cell.is_integer():  # an integer in a column with gaps
+            cell = int(cell)
+        label = str(cell)
+        self._met[label] += 1
+        if not self._are_found and label not in self.label_names:
             raise ValueError(
-                f"it has label {str(label)!r}, data.label_names is {self.label_names}; "
+                f"it has label {label!r}, data.label_names is {self.label_names}; "
                 "add it there, or correct the row."
             )
-        return self.label_names.index(str(label))
+        return label
+
+    def _find_labels(self, n_rows: int) -> list[str]:
+        """The labels of the table: in numerical order, or sorted where they are not numbers."""
+        if not 2 <= len(self._met) <= n_rows / 2:
+            raise ValueError(
+                f"the labels in {self.label_column!r} of {self.source} are {self._labels_met()}: "
+                f"{len(self._met)} in {n_rows} rows; set data.label_column to a column of two or "
+                "more that recur, or give data.label_names."
+            )
+        report(f"the labels are {self._labels_met()}")
+        try:
+            return sorted(self._met, key=int)
+        except ValueError:
+            return sorted(self._met)
+
+    def _labels_met(self) -> str:
+        return some([f"{label[:40]} ({count})" for label, count in self._met.most_common()])
 
     def _refuse_empty(self, keys: list[str]) -> None:
         for split in splits.SPLITS if self.balance else ("train",):

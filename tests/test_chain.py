@@ -544,7 +544,7 @@ def test_rows_of_later_stages_are_read_before_the_first_runs(
     spam = {"name": "spam", "command": "fit", "config": f"{CONFIGS}/spam.yaml"}
     spam |= {"inputs": {"tokenizer": "big"}, "set": {"model.init_from": "texts"}}
     table = [spam["config"], f"{CONFIGS}/data/table.yaml"]
-    own = {**spam["set"], "data.source": str(moods), "data.label_names": ["good", "bad"]}
+    own = {**spam["set"], "data.source": str(moods)}
     wrong = {**spam, "name": "moods", "config": table, "set": own}
     document["stages"] += [spam, wrong]
     chain.write_text(yaml.safe_dump(document))

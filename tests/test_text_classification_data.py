@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from datamodules import baselines, progress, splits
@@ -233,6 +234,35 @@ def test_labels_may_be_integers(write: Write, make: Any) -> None:
     assert all(sample["label"] == sample["sample_id"] % 2 for sample in module.train_set)
 
 
+@pytest.mark.parametrize(
+    ("topics", "order"),
+    [(["b", "10", "a"], ["10", "a", "b"]), ([10, 9, 0.0], ["0", "9", "10"])],
+)
+def test_labels_are_found(
+    topics: list[Any], order: list[str], write: Write, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.dumps({"text": t, "topic": topics[i % 3]}) for i, (_, t) in enumerate(rows(40))]
+    module = make(write("t.jsonl", "\n".join(lines)), label_names=None)
+    with caplog.at_level("INFO"):
+        module.setup("fit")
+    assert module.meta()["label_names"] == order
+    first = str(topics[0])
+    assert f"the labels are {first} (14), " in caplog.text
+    names = [str(int(t)) if isinstance(t, float) else str(t) for t in topics]
+    for sample in module.train_set:
+        assert order[sample["label"]] == names[sample["sample_id"] % 3]
+
+
+@pytest.mark.parametrize("topic", ["always", None])
+def test_a_column_that_holds_no_labels_is_refused(
+    topic: str | None, write: Write, make: Any
+) -> None:
+    own = [(topic or f"row {i}", text) for i, (_, text) in enumerate(rows(40))]
+    count = r"always \(40\): 1" if topic else r"row 0 \(1\), .* \.\.\.: 40"
+    with pytest.raises(ValueError, match=rf"'topic' of .*t.tsv are {count} in 40 rows; set data.l"):
+        make(write("t.tsv", table(own)), label_names=None).setup("fit")
+
+
 def test_a_second_setup_changes_nothing(write: Write, make: Any) -> None:
     module = make(write("t.tsv", table(rows(40))))
     module.setup("fit")
@@ -436,13 +466,13 @@ def test_the_baseline_on_real_messages(real_data: Path, tokenizer_file: Path) ->
 
 def test_tfidf_of_many_labels_keeps_its_coefficients_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are as many as words and labels multiplied: of 500 labels, more than memory holds."""
-    shapes, fit = [], baselines.LogisticRegression.fit
+    shapes, fit = [], LogisticRegression.fit
 
     def noted(model: Any, texts: Any, labels: Any) -> Any:
         shapes.append(texts.shape[1])
         return fit(model, texts, labels)
 
-    monkeypatch.setattr(baselines.LogisticRegression, "fit", noted)
+    monkeypatch.setattr(LogisticRegression, "fit", noted)
     monkeypatch.setattr(baselines, "MAX_COEFFICIENTS", 60)
     names = ["red", "green", "blue"]
     texts = [f"it is {names[i % 3]} {i} of {i * i}" for i in range(60)]

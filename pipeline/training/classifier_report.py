@@ -48,10 +48,13 @@ def read_rival(source: str, data: StepDataModule) -> tuple[Rival, Loaded]:
     if not isinstance(data, TextClassificationDataModule):
         raise ValueError("--before compares classifiers, this is none; leave it out.")
     loaded, called = load_classifier(source), f"before ({source})"
+    data.setup("test")
     names = loaded.meta["label_names"]
     if names != data.label_names:  # their order changes the split, too
-        raise ValueError(f"{called} has the labels {names}, here they are {data.label_names}.")
-    data.setup("test")
+        raise ValueError(
+            f"{called} has the labels {names}, here they are {data.label_names}; a comparison "
+            "needs the same, in the same order (data.label_names)."
+        )
     facts, keys = data.fingerprint, data.keys("test")
     check_held_out(loaded.meta, data.config, facts, ["test"], keys, called=called)
     return Rival(stem_of(source), "before/{}", "test/{}_minus_before"), loaded

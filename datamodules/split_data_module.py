@@ -2,6 +2,7 @@
 
 import itertools
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from datamodules.sources import resolve
 from datamodules.splits import SPLITS, Positions
 from datamodules.step_data_module import StepDataModule, check_seed, described, report
 from datamodules.tables import refused_together
+
+MANY_ALIKE = 0.1  # share of all rows that say the same; beyond it splits may miss their shares
 
 
 class SplitDataModule(StepDataModule):
@@ -134,6 +137,12 @@ class SplitDataModule(StepDataModule):
         It also counts what a split that ignores the keys would have leaked.
         """
         shared = keys[: len(self._own["train"])]
+        for key, n in Counter(shared).most_common(1):
+            if n > max(1, MANY_ALIKE * len(shared)):
+                report(
+                    f"{n} of {len(shared)} {self.units} count as the same one, {key[:40]!r}, and "
+                    f"stay in one split; others differ {self.differ}."
+                )
         fractions = [self.fractions[SPLITS.index(split)] for split in self.order]
         seed = self.split_seed if self.shuffle_split else None
         if seed is None:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -163,13 +164,15 @@ def refuse_empty(
     parts: dict[str, Positions], keys: Sequence[str], differ: str = "in more than punctuation"
 ) -> None:
     """ValueError if a split is empty; `differ` says what makes two keys differ."""
-    rows = np.concatenate(list(parts.values())).tolist()
+    counts = Counter(keys[row] for positions in parts.values() for row in positions.tolist())
     for name, positions in parts.items():
         if not len(positions):
+            (most, n), *_ = counts.most_common(1) or [("", 0)]
+            often = f"; {n} count as {most[:40]!r}" if n > 1 else ""
             raise ValueError(
-                f"the {name} split of {len(rows)} items, {len({keys[row] for row in rows})} of "
-                f"them different, is empty; give more that differ ({differ}), or "
-                "change data.train_fraction and data.val_fraction."
+                f"the {name} split of {counts.total()} items, {len(counts)} of them different"
+                f"{often}, is empty; give more that differ ({differ}), or change "
+                "data.train_fraction and data.val_fraction."
             )
 
 

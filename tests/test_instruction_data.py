@@ -272,6 +272,16 @@ def _said(item: Any) -> set[str]:
     return {message["content"] for message in item["messages"]}
 
 
+def test_chats_that_open_alike_are_named(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """They stay together, which may leave other splits without any."""
+    chats = conversations(20)
+    for chat_ in chats[:9]:
+        chat_["messages"][1:1] = [turn("user", "Hi!"), turn("assistant", "Hello.")]
+    with caplog.at_level("INFO"):
+        ready(make(chats, shuffle_split=True))
+    assert "9 of 20 questions count as the same one, 'hi', and stay in one split" in caplog.text
+
+
 def test_a_prompt_beside_messages_is_not_read(make: Make) -> None:
     """As other columns of a table are not; nothing of theirs is left unlearned for it."""
     chats = conversations(20)

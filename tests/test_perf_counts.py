@@ -227,6 +227,25 @@ def test_a_block_is_trained_in_few_passes_over_memory(tiny_gpt: Callable[..., GP
     assert of_block.total() <= TRAINING_PASSES, of_block
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_under_autocast_a_state_is_cast_once_for_all_that_read_it(
+    tiny_gpt: Callable[..., GPT], family: str
+) -> None:
+    """Queries, keys and values; gate and up. Forward, and the gradient once on its way back."""
+    counts = []
+    for n_layer in (2, 3):
+        model = tiny_gpt(family, n_layer=n_layer).train()
+        with Operations() as operations:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model(torch.arange(40).view(2, 20))
+            hidden.square().sum().backward()
+        states = (2, 20, model.config.n_embd)
+        casts = [t[0] for _, t, _ in operations.named("_to_copy") if t[0].shape[-3:] == states]
+        counts.append(len(casts))
+    read, written = 2, 2  # by attention and MLP; what they add to a residual stream in float32
+    assert counts[1] - counts[0] == 2 * read + written
+
+
 def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:
     """Reads of single numbers, which a GPU has to finish all its work for."""
     data = pretraining_data(tiny.tokenizer, tiny.folder / "prose", max_tokens=64)

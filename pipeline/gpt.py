@@ -24,7 +24,7 @@ from pipeline.layers.meta_device import WithoutInit
 from pipeline.layers.rms_norm import RMSNorm
 from pipeline.layers.rotary import RopeScaling, rotary_frequencies, rotary_table, rotate
 from pipeline.layers.swiglu import swiglu
-from pipeline.layers.unpadding import Unpadding
+from pipeline.layers.unpadding import Unpadding, widened
 
 if TYPE_CHECKING:
     from pipeline.decoding.kv_cache import KVCache
@@ -332,7 +332,10 @@ class GPT(nn.Module):
                 f"{n_tokens} tokens do not fit in model.gpt.block_size {self.config.block_size}; "
                 "shorten the text or use a model with a longer context."
             )
-        places = slice(0, n_tokens) if positions is None else positions
+        if attention_mask is not None and positions is None:
+            limit = self.config.block_size
+            input_ids, attention_mask = widened(input_ids, limit), widened(attention_mask, limit)
+        places = slice(0, input_ids.shape[1]) if positions is None else positions
         x, rotation = self._embed(input_ids, places)
         mask, unpadding, is_first = None, None, True
         if cache is not None:
@@ -357,7 +360,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, context)
         x = self.final_norm(x)
-        return x if unpadding is None else unpadding.restore(x)
+        return x if unpadding is None else unpadding.restore(x)[:, :n_tokens]
 
     def _embed(
         self, input_ids: Tensor, places: slice | Tensor

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.layers.cross_entropy import cross_entropy
+
 IGNORE = -100
 
 CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -15,7 +17,7 @@ CrossEntropies = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def cross_entropies(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropies (N,), float32 nats, of targets (N,) by hidden states (N, C), head (V, C)."""
-    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
+    return cross_entropy(F.linear(hidden, head), targets)
 
 
 def next_token_loss(

@@ -47,11 +47,11 @@ def test_the_estimate_by_hand(tiny_gpt: Callable[..., Any]) -> None:
 
     # float32: the gradient, two moments; the weights are there already
     assert estimate(0) == pytest.approx(12 * n)
-    # a token: in each of 2 blocks 16 x 32 and 3 x 64 numbers; 96 logits, twice, and their gradient
-    token = 4 * 2 * (16 * 32 + 3 * 64) + 96 * (4 + 8)
+    # a token: in each of 2 blocks 16 x 32 and 3 x 64 numbers; 96 logits and their gradient
+    token = 4 * 2 * (16 * 32 + 3 * 64) + 96 * 2 * 4
     assert estimate(100) - estimate(0) == pytest.approx(100 * token)
     assert estimate(100, half=True) < estimate(100)
-    block, logits = 4 * (16 * 32 + 3 * 64), 96 * (4 + 8)
+    block, logits = 4 * (16 * 32 + 3 * 64), 96 * 2 * 4
     model.gradient_checkpointing = True
     assert estimate(100) - estimate(0) == pytest.approx(100 * (4 * 2 * 32 + block + logits))
     model.gradient_checkpointing = False

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.layers import cross_entropy as module
+from pipeline.layers.cross_entropy import cross_entropy
 from pipeline.loss import IGNORE, count_supervised, next_token_loss, next_token_losses
 
 V, C = 7, 5
@@ -36,6 +38,30 @@ def test_against_cross_entropy_of_shifted_logits(batch: tuple[Tensor, Tensor, Te
     gradients = torch.autograd.grad(total, (hidden, head))
     wanted = torch.autograd.grad(expected, (hidden, head))
     torch.testing.assert_close(gradients, wanted)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_have_the_losses_and_gradients_of_the_whole(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(17, 40, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(40, (17,), generator=generator)
+    weights = torch.rand(17, generator=generator)
+    weights[3] = 0.0
+    found = cross_entropy(logits, targets)
+    wide = logits.detach().double().requires_grad_()
+    exact = F.cross_entropy(wide, targets, reduction="none")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found, logits, weights)
+    (wanted,) = torch.autograd.grad(exact, wide, weights.double())
+    assert found.dtype == torch.float32
+    assert gradient.dtype == dtype
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(gradient.double(), wanted, rtol=rounding, atol=1e-7)
+    assert cross_entropy(logits[:0], targets[:0]).shape == (0,)
 
 
 def test_by_hand() -> None:

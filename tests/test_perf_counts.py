@@ -26,8 +26,9 @@ from datamodules.batching import MicroBatch
 from pipeline.decoding.packed import pack
 from pipeline.decoding.passes import decode, prefill
 from pipeline.gpt import GPT
+from pipeline.layers import cross_entropy
 from pipeline.layers.unpadding import MULTIPLE
-from pipeline.loss import count_supervised
+from pipeline.loss import count_supervised, cross_entropies
 from pipeline.runs.journal import metric_history
 from pipeline.runs.run_directory import Run
 from pipeline.training.callbacks import LossSpikes, Throughput
@@ -244,6 +245,32 @@ def test_under_autocast_a_state_is_cast_once_for_all_that_read_it(
         counts.append(len(casts))
     read, written = 2, 2  # by attention and MLP; what they add to a residual stream in float32
     assert counts[1] - counts[0] == 2 * read + written
+
+
+def test_a_loss_makes_no_copy_of_all_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 5 * 64)
+    hidden, head = torch.randn(100, 16).bfloat16(), torch.randn(64, 16).bfloat16()
+    with Operations() as operations:
+        losses = cross_entropies(hidden.requires_grad_(), head, torch.arange(100) % 64)
+        losses.sum().backward()
+    made = [out for _, _, out in operations.seen if isinstance(out, Tensor) and out._base is None]
+    whole = {out.dtype for out in made if out.numel() >= 100 * 64}
+    wide = [out.numel() for out in made if out.dtype == torch.float32]
+    assert whole == {torch.bfloat16}
+    assert max(wide) == 5 * 64
+
+
+def test_rows_come_in_few_widths(tiny_gpt: Callable[..., GPT]) -> None:
+    """oneDNN generates code for each; a micro-batch of equal rows is as it is."""
+    widths, model = set(), tiny_gpt("llama", block_size=60).train()
+    for n_tokens in range(25, model.config.block_size + 1):
+        mask = torch.arange(n_tokens) < torch.tensor([[n_tokens], [20]])
+        with Operations() as operations:
+            hidden = model(torch.ones(2, n_tokens, dtype=torch.int64), mask)
+        assert hidden.shape == (2, n_tokens, model.config.n_embd)
+        attended = (t[0] for name, t, _ in operations.seen if "attention" in name)
+        widths |= {queries.shape[2] for queries in attended}
+    assert widths == {*range(32, model.config.block_size, 8), model.config.block_size}
 
 
 def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:

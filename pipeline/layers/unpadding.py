@@ -4,9 +4,10 @@ Shapes: B rows, T tokens, N tokens kept of all B T, C width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-MULTIPLE = 32  # that N is rounded up to: oneDNN generates and caches code for every shape
+MULTIPLE, ROW_MULTIPLE = 32, 8  # that N, and T, are rounded up to
 
 
 class Unpadding:
@@ -14,7 +15,7 @@ class Unpadding:
 
     In a causal model shared tokens have the same states in every row, so all but attention works on
     N tokens instead of B T. An instruction's preamble is a third of it. N is rounded up, so that a
-    run has few shapes.
+    run has few shapes: oneDNN generates code for each, and keeps it.
 
     Args:
         input_ids: (B, T).
@@ -40,3 +41,9 @@ class Unpadding:
     def restore(self, x: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...); a pad gets the state of a real token."""
         return x.squeeze(0).index_select(0, self.sources).unflatten(0, self.shape)
+
+
+def widened(x: Tensor, limit: int) -> Tensor:
+    """(B, T) with zeros to the right, up to one of few widths, for the same reason."""
+    n_tokens = x.shape[1]
+    return F.pad(x, (0, min(n_tokens + -n_tokens % ROW_MULTIPLE, limit) - n_tokens))

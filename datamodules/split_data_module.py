@@ -140,8 +140,8 @@ class SplitDataModule(StepDataModule):
         for key, n in Counter(shared).most_common(1):
             if n > max(1, MANY_ALIKE * len(shared)):
                 report(
-                    f"{n} of {len(shared)} {self.units} count as the same one, {key[:40]!r}, and "
-                    f"stay in one split; others differ {self.differ}."
+                    f"{self.source}: {n} of {len(shared)} {self.units} count as the same one, "
+                    f"{key[:40]!r}, and stay in one split; others differ {self.differ}."
                 )
         fractions = [self.fractions[SPLITS.index(split)] for split in self.order]
         seed = self.split_seed if self.shuffle_split else None

@@ -1,8 +1,9 @@
 """Labelled texts from a table, split without leaks, and the preset for spam."""
 
 import codecs
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class TextClassificationDataModule(SplitDataModule):
         text_column: column of the texts.
         label_column: column of the labels.
         label_names: the labels as the table has them; their order gives the class indices. null
-            takes those that are found, sorted.
+            takes those that are found: whole numbers in their order, others sorted.
         max_length: maximum tokens per text; longer ones are cut. At most the model's block_size.
         suffix: text put after every text; the head reads the last token, and learns better if that
             is always the same, such as a line end: "\n" in YAML, $'\n' in a shell.
@@ -79,7 +80,8 @@ class TextClassificationDataModule(SplitDataModule):
         except ValueError as error:
             if self._are_found or self._met.keys() <= set(self.label_names):
                 raise
-            raise ValueError(f"{error} The labels read are {self._labels_met()}.") from error
+            met = self._labels_met(name for name, _ in self._met.most_common())
+            raise ValueError(f"{error} The labels read are {met}.") from error
         if self._are_found:
             self.label_names = self._find_labels(len(rows))
         index = {name: i for i, name in enumerate(self.label_names)}
@@ -145,8 +147,10 @@ class TextClassificationDataModule(SplitDataModule):
         return [repr(text[:40]) for text, found in labels.items() if len(found) > 1]
 
     def _label(self, cell: Any) -> str:
-        if _missing(cell) or str(cell) == "":
+        if _missing(cell) or not str(cell).strip():
             raise ValueError(f"it has no {self.label_column!r}; give it a label, or drop it.")
+        if not pd.api.types.is_scalar(cell):
+            raise ValueError(f"{self.label_column!r} is {cell}; give it a single label.")
         if isinstance(cell, float) and cell.is_integer():  # an integer in a column with gaps
             cell = int(cell)
         label = str(cell)
@@ -159,30 +163,38 @@ class TextClassificationDataModule(SplitDataModule):
         return label
 
     def _find_labels(self, n_rows: int) -> list[str]:
-        """The labels of the table: in numerical order, or sorted where they are not numbers."""
-        if not 2 <= len(self._met) <= n_rows / 2:
+        column, met = f"the column {self.label_column!r}", self._labels_met(sorted(self._met))
+        if len(self._met) == 1:
+            raise ValueError(f"{column} holds one label alone, {met}; give rows of another one.")
+        if len(self._met) > n_rows / 2:
             raise ValueError(
-                f"the labels in {self.label_column!r} of {self.source} are {self._labels_met()}: "
-                f"{len(self._met)} in {n_rows} rows; set data.label_column to a column of two or "
-                "more that recur, or give data.label_names."
+                f"{column} holds {len(self._met)} labels in {n_rows} rows: {met}; set "
+                "data.label_column to one of labels that recur, or give data.label_names."
             )
-        report(f"the labels are {self._labels_met()}")
-        try:
-            return sorted(self._met, key=int)
-        except ValueError:
-            return sorted(self._met)
+        names = sorted(self._met)
+        if all(re.fullmatch(r"-?\d+", name) for name in names):
+            names.sort(key=int)
+        report(f"{self.source}: {len(names)} labels, in order: {self._labels_met(names)}")
+        return names
 
-    def _labels_met(self) -> str:
-        return some([f"{label[:40]} ({count})" for label, count in self._met.most_common()])
+    def _absent(self, label: int, split: str) -> str:
+        name = self.label_names[label]
+        text = f"the {split} split of {self.source} has no row of label {name!r}"
+        found = [place for i, place in enumerate(self._places) if self._labels[i] == label]
+        if found:
+            text += f", which {len(found)} rows have, the first of them {found[0]}"
+        others = "correct or drop these" if self._are_found else "take it out of data.label_names"
+        return f"{text}; add such rows, or {others}."
+
+    def _labels_met(self, names: Iterable[str]) -> str:
+        return some([f"{name[:40]!r} ({self._met[name]})" for name in names])
 
     def _refuse_empty(self, keys: list[str]) -> None:
         for split in splits.SPLITS if self.balance else ("train",):
             present = set(self.labels(split))
-            if absent := [n for i, n in enumerate(self.label_names) if i not in present]:
-                raise ValueError(
-                    f"the {split} split of {self.source} has no row of label {absent[0]!r}; "
-                    "add such rows, or take it out of data.label_names."
-                )
+            for label in range(len(self.label_names)):
+                if label not in present:
+                    raise ValueError(self._absent(label, split))
         super()._refuse_empty(keys)
 
     def _sample(self, row: int) -> tuple[Sample, bool]:
@@ -193,9 +205,9 @@ class TextClassificationDataModule(SplitDataModule):
     def _counts(self) -> dict[str, int]:
         counts = {"rows": len(self._texts)}
         for split in splits.SPLITS:
-            labels = self.labels(split)
-            of_classes = {f"{split}/{n}": labels.count(i) for i, n in enumerate(self.label_names)}
-            counts |= {split: len(labels), **of_classes}
+            found = Counter(self.labels(split))
+            of_classes = {f"{split}/{n}": found[i] for i, n in enumerate(self.label_names)}
+            counts |= {split: found.total(), **of_classes}
         return counts
 
 
@@ -221,9 +233,7 @@ class SpamDataModule(TextClassificationDataModule):
     with the columns label and text. For the arguments see `TextClassificationDataModule`.
     """
 
-    other_columns = (
-        "rename it, or name columns and labels of your own, as configs/data/table.yaml does (-c)"
-    )
+    other_columns = "rename it, or name columns of your own, as configs/data/table.yaml does (-c)"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(

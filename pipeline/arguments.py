@@ -217,7 +217,7 @@ def one_line(message: str, known: Sequence[str] = (), words: Sequence[str] = ())
     text = re.sub(r"Call to compute_fn of link '.*' with args \(.*\) failed: ", "", text)
     if re.search(r"Expected a str\b.* Given value: (True|False)$", text):
         text += "; in YAML yes, no, on and off are that too: put it in quotes."
-    if re.search(r"Expected a list\b.* Got value: [^\[]*,", text):
+    if re.search(r"Expected a list\b.* (Got|Given) value: [^\[]*,", text):
         text += "; write a list in brackets: '[a, b]'."
     if not _UNKNOWN_KEY.search(text) or text.endswith("lists the options."):
         return text

@@ -148,7 +148,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
-        size, x = self.config.head_size, x.to(product_dtype(x))  # autocast would, three times
+        size = self.config.head_size
+        # once, where autocast would for each layer, and sum their gradients in float32
+        x = x.to(product_dtype(x))
         q, k, v = (layer(x).unflatten(2, (-1, size)) for layer in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -196,7 +198,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if self.gate is not None:
-            x = x.to(product_dtype(x))  # autocast would, twice
+            x = x.to(product_dtype(x))  # once, as above
             return self.down(swiglu(self.gate(x), self.up(x)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 

@@ -85,7 +85,7 @@ def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts frozen weights to the dtype that autocast computes in, once instead of at every step.
 
     Adapters stay in float32. PEFT's cast of their input to float32 is disabled, as autocast would
-    only cast it back.
+    only cast it back; but DoRA takes the norms of its weights in that dtype.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -94,7 +94,7 @@ def hold_base(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
+            module.cast_input_dtype_enabled = any(module.use_dora.values())
 
 
 def peft_config(config: LoRAConfig) -> Any:

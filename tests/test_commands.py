@@ -225,9 +225,15 @@ def test_messages_of_jsonargparse_become_one_line() -> None:
     nested = one_line("model.lora: Option 'r' is not accepted")
     assert nested.endswith("; --model.help CLASS lists the options.")
     yes = one_line('Parser key "data.label_names":\n  Expected a str Given value: True')
-    listed = one_line("data.label_names: Expected a list. Got value: a,b")
-    assert listed.endswith("Got value: a,b; write a list in brackets: '[a, b]'.")
     assert yes.startswith("data.label_names: Expected a str Given value: True; in YAML yes, no")
+
+
+def test_a_list_needs_its_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    table = [f"--config={CONFIGS}/spam.yaml", f"--config={CONFIGS}/data/table.yaml"]
+    assert main(["fit", *table, "--data.label_names=a,b"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: data.label_names: Expected a list")
+    assert said.endswith("value: a,b; write a list in brackets: '[a, b]'.")
 
 
 def test_half_precision_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,6 +267,19 @@ def test_a_base_held_in_bf16_is_what_autocast_computes_with(tiny_gpt: MakeGPT) -
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_dora_takes_its_norms_in_float32(tiny_gpt: MakeGPT) -> None:
+    """On a base in bf16, whatever comes in: it would start with another scale of every output."""
+    torch.manual_seed(0)
+    model, x = tiny_gpt("llama"), torch.randn(4000, 32).bfloat16()
+    lora.attach(model, VARIANTS["dora"])
+    lora.hold_base(model, torch.bfloat16)
+    layer: Any = model.blocks[0].attention.q
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain, adapted = layer.base_layer(x).float(), layer(x).float()
+    scale = (adapted * plain).sum(0) / plain.square().sum(0)  # of each output, freed of rounding
+    assert (scale - 1).abs().max() < 4e-4
+
+
 def test_merging_in_half_precision_is_refused(tiny_gpt: MakeGPT) -> None:
     model = tiny_gpt().bfloat16()
     lora.attach(model, PLAIN)

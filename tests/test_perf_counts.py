@@ -271,6 +271,10 @@ def test_rows_come_in_few_widths(tiny_gpt: Callable[..., GPT]) -> None:
         attended = (t[0] for name, t, _ in operations.seen if "attention" in name)
         widths |= {queries.shape[2] for queries in attended}
     assert widths == {*range(32, model.config.block_size, 8), model.config.block_size}
+    with Operations() as operations:
+        model(torch.ones(2, 25, dtype=torch.int64))
+    (queries, *_), *_ = (t for name, t, _ in operations.seen if "attention" in name)
+    assert queries.shape[2] == 25
 
 
 def test_the_host_waits_for_few_numbers(tiny: Journey, tmp_path: Path) -> None:

@@ -235,32 +235,57 @@ def test_labels_may_be_integers(write: Write, make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topics", "order"),
-    [(["b", "10", "a"], ["10", "a", "b"]), ([10, 9, 0.0], ["0", "9", "10"])],
+    ("topics", "order", "counted"),
+    [
+        (["b", "10", "a"], ["10", "a", "b"], 2),
+        ([10, 9, 0.0], ["0", "9", "10"], 2),
+        (["1", "-2", "01"], ["-2", "01", "1"], 2),
+    ],
 )
 def test_labels_are_found(
-    topics: list[Any], order: list[str], write: Write, make: Any, caplog: pytest.LogCaptureFixture
+    topics: list[Any],
+    order: list[str],
+    counted: int,
+    write: Write,
+    make: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """`counted` is the place of the first topic, which has a row more."""
     lines = [json.dumps({"text": t, "topic": topics[i % 3]}) for i, (_, t) in enumerate(rows(40))]
     module = make(write("t.jsonl", "\n".join(lines)), label_names=None)
     with caplog.at_level("INFO"):
         module.setup("fit")
     assert module.meta()["label_names"] == order
-    first = str(topics[0])
-    assert f"the labels are {first} (14), " in caplog.text
+    shown = ", ".join(f"'{name}' (1{3 + (i == counted)})" for i, name in enumerate(order))
+    assert f"t.jsonl: 3 labels, in order: {shown}" in caplog.text
     names = [str(int(t)) if isinstance(t, float) else str(t) for t in topics]
     for sample in module.train_set:
         assert order[sample["label"]] == names[sample["sample_id"] % 3]
 
 
-@pytest.mark.parametrize("topic", ["always", None])
+@pytest.mark.parametrize(
+    ("topic", "message"),
+    [
+        ("always", r"'topic' holds one label alone, 'always' \(40\); give rows of another one"),
+        (None, r"'topic' holds 40 labels in 40 rows: 'row 0' \(1\), .* \.\.\.; set data.label_col"),
+    ],
+)
 def test_a_column_that_holds_no_labels_is_refused(
-    topic: str | None, write: Write, make: Any
+    topic: str | None, message: str, write: Write, make: Any
 ) -> None:
     own = [(topic or f"row {i}", text) for i, (_, text) in enumerate(rows(40))]
-    count = r"always \(40\): 1" if topic else r"row 0 \(1\), .* \.\.\.: 40"
-    with pytest.raises(ValueError, match=rf"'topic' of .*t.tsv are {count} in 40 rows; set data.l"):
+    with pytest.raises(ValueError, match=message):
         make(write("t.tsv", table(own)), label_names=None).setup("fit")
+
+
+def test_a_label_of_a_held_out_file_alone_is_named_with_its_row(write: Write, make: Any) -> None:
+    source, held_out = write("t.tsv", GOOD), write("test.tsv", "topic\ttext\nLaw\tto sue them\n")
+    message = (
+        r"the train split of .*/t.tsv has no row of label 'Law', which 1 rows have, the first of "
+        r"them .*/test.tsv: row 1; add such rows, or correct or drop these"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(source, label_names=None, test_source=str(held_out)).setup("fit")
 
 
 def test_a_second_setup_changes_nothing(write: Write, make: Any) -> None:
@@ -286,7 +311,7 @@ BAD_DATA = {
     "unknown": (
         "t.tsv",
         GOOD + "art\tpaint\n",
-        r"row 41: it has label 'art', data.label_names is \['s.* read are sport .*, art \(1\)",
+        r"row 41: it has label 'art', data.label_names is \['s.* read are 'sport' .*, 'art' \(1\)",
     ),
     "no label": ("t.tsv", GOOD + "\tpaint\n", r"t.tsv: row 41: it has no 'topic'; give it a label"),
     "several": (
@@ -343,17 +368,19 @@ def test_bad_data_is_refused_by_file_and_row(write: Write, make: Any, name: str)
         (pd.array([1, None], "Int64"), ["x", "y"], r"row 2: it has no 'topic'; give it a label"),
         (["law", "1"], pd.array(["x", None], "string"), r"row 2: it has no 'text'; give it a text"),
         (["law", "1"], [["x", "y"], ["z"]], r"row 1: 'text' is .*'x', 'y'.*, not a text; correct"),
-        ([["law", "1"], ["1"]], ["x", "y"], r"row 1: it has label .*'law' '1'.*, data.label_names"),
+        ([["law", "1"], ["1"]], ["x", "y"], r"row 1: 'topic' is .*'law' '1'.*; give it a single"),
+        (["law", " "], ["x", "y"], r"row 2: it has no 'topic'; give it a label"),
     ],
 )
+@pytest.mark.parametrize("names", [["law", "1"], None])
 def test_a_cell_of_parquet_that_is_no_text_or_label(
-    make: Any, tmp_path: Path, topics: Any, texts: Any, message: str
+    make: Any, tmp_path: Path, names: list[str] | None, topics: Any, texts: Any, message: str
 ) -> None:
     """pandas' own NA is not even equal to itself, and lists arrive as arrays."""
     path = tmp_path / "t.parquet"
     pd.DataFrame({"topic": topics, "text": texts}).to_parquet(path)
     with pytest.raises(ValueError, match=rf"t\.parquet: {message}"):
-        make(path, label_names=["law", "1"]).setup("fit")
+        make(path, label_names=names).setup("fit")
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {

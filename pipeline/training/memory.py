@@ -25,6 +25,6 @@ def estimate_gib(model: nn.Module, gpt: GPT, max_tokens: int, *, half: bool) -> 
     if gpt.gradient_checkpointing:  # the inputs of all, and all of one at a time
         kept = min(kept, n_blocks * config.n_embd * size + block)
     n_logits = gpt.head.out_features if hasattr(gpt, "head") else 0  # a classifier has none
-    is_cuda = next(gpt.parameters()).is_cuda
-    logits = n_logits * (size + 8 if is_cuda else 2 * size)  # there a float32 copy; the gradient
+    on_cpu = next(gpt.parameters()).device.type == "cpu"
+    logits = n_logits * (2 * size if on_cpu else size + 8)  # the gradient; elsewhere a float32 copy
     return (n_trained * _OPTIMIZER_BYTES + max_tokens * (kept + logits)) / GIB

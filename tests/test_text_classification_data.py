@@ -281,8 +281,8 @@ def test_a_column_that_holds_no_labels_is_refused(
 def test_a_label_of_a_held_out_file_alone_is_named_with_its_row(write: Write, make: Any) -> None:
     source, held_out = write("t.tsv", GOOD), write("test.tsv", "topic\ttext\nLaw\tto sue them\n")
     message = (
-        r"the train split of .*/t.tsv has no row of label 'Law', which 1 rows have, the first of "
-        r"them .*/test.tsv: row 1; add such rows, or correct or drop these"
+        r"the train split of .*/t.tsv has no row of label 'Law', only .*/test.tsv: row 1 has it; "
+        r"add such rows, or correct or drop these"
     )
     with pytest.raises(ValueError, match=message):
         make(source, label_names=None, test_source=str(held_out)).setup("fit")

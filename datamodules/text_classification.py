@@ -182,9 +182,8 @@ class TextClassificationDataModule(SplitDataModule):
         text = f"the {split} split of {self.source} has no row of label {name!r}"
         found = [place for i, place in enumerate(self._places) if self._labels[i] == label]
         if found:
-            text += f", only {found[0]} has it" + (
-                f" and {len(found) - 1} more" if found[1:] else ""
-            )
+            more = f" and {len(found) - 1} more" if found[1:] else ""
+            text += f", only {found[0]} has it{more}"
         others = "correct or drop these" if self._are_found else "take it out of data.label_names"
         return f"{text}; add such rows, or {others}."
 

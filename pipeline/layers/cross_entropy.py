@@ -1,6 +1,6 @@
 """Cross-entropy that keeps logits in their own dtype, and no copies of all of them in float32.
 
-Autograd holds five such copies at once, just when all else that is kept for the backward pass is
+Autograd holds three such copies at once, just when all else that is kept for the backward pass is
 in memory. Here they are made for a few rows at a time, in as much time.
 
 Shapes: N positions, V vocabulary.

@@ -349,20 +349,20 @@ class GPT(nn.Module):
         if attention_mask is not None:
             shares = self.config.causal and is_first and not (self.training and self.draws_dropout)
             unpadding = Unpadding(input_ids, attention_mask, shares_beginning=shares)
-            x = unpadding.drop(x)
-            if rotation is not None:
-                rows = input_ids.shape
-                cos, sin = (unpadding.drop(table.expand(*rows, -1, -1)) for table in rotation)
-                rotation = cos, sin
+            x, rotation = unpadding.drop(x), unpadding.drop_rotation(rotation)
         x, context = self.dropout(x), AttentionContext(rotation, mask, additive, cache, unpadding)
+        x = self.final_norm(self._through_blocks(x, context))
+        return x if unpadding is None else unpadding.restore(x)[:, :n_tokens]
+
+    def _through_blocks(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(B, T, C) -> (B, T, C), or unpadded (1, N, C) -> (1, N, C)."""
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recomputes:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        x = self.final_norm(x)
-        return x if unpadding is None else unpadding.restore(x)[:, :n_tokens]
+        return x
 
     def _embed(
         self, input_ids: Tensor, places: slice | Tensor

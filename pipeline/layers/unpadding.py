@@ -38,6 +38,13 @@ class Unpadding:
         """(B, T, ...) -> (1, N, ...)."""
         return x.flatten(0, 1).index_select(0, self.kept)[None]
 
+    def drop_rotation(self, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines that broadcast to (B, T, H, D) -> (1, N, 1, D) each; None for None."""
+        if rotation is None:
+            return None
+        cos, sin = (self.drop(table.expand(*self.shape, -1, -1)) for table in rotation)
+        return cos, sin
+
     def restore(self, x: Tensor) -> Tensor:
         """(1, N, ...) -> (B, T, ...); a pad gets the state of a real token."""
         return x.squeeze(0).index_select(0, self.sources).unflatten(0, self.shape)
